@@ -1,0 +1,1 @@
+"""Train many LoRA adapters at once on one shared base model."""
