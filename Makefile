@@ -6,13 +6,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_FLAGS ?=
 
+# The name of the stamp that says which version of Python made the environment.
+VERSION_STAMP := import sys; print("$(VENV)/.created-%d.%d" % sys.version_info[:2])
+
 # Without PYTHON=..., whatever interpreter made .venv is kept. With it, an environment that another
 # version made is rebuilt.
 ifeq ($(origin PYTHON),undefined)
 PYTHON := python3
 CREATED := $(VENV)/.created
 else
-CREATED := $(VENV)/.created-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CREATED := $(shell $(PYTHON) -c '$(VERSION_STAMP)')
+$(if $(CREATED),,$(error cannot run the Python named by PYTHON=$(PYTHON)))
 endif
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
@@ -47,7 +51,7 @@ check: $(DEV) ## lint, formatting, types, and which room may import which
 slow: $(DEV) ## run the tests marked slow
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
 
-bench: $(RUNTIME) ## measure many adapters at once against one after the other
+bench: $(DEV) ## measure many adapters at once against one after the other
 	$(BIN)/python -m benchmarks.multi_tenant
 
 clean: ## remove .venv and every cache; runs/ stays
@@ -59,14 +63,14 @@ $(CREATED):
 	  || { echo "manylora needs Python 3.11 or newer; try: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "==> Making $(VENV) with $(PYTHON)"
 	$(PYTHON) -m venv --clear $(VENV)
-	@touch $(VENV)/.created "$@"
+	@touch $(VENV)/.created $$($(BIN)/python -c '$(VERSION_STAMP)')
 
-$(RUNTIME): pyproject.toml constraints.txt | $(CREATED)
+$(RUNTIME): pyproject.toml constraints.txt $(CREATED)
 	@echo "==> Installing manylora and what it needs (mostly PyTorch; a few minutes the first time)"
 	$(PIP_INSTALL) -e .
 	@touch $@
 
-$(DEV): pyproject.toml constraints.txt | $(CREATED)
+$(DEV): pyproject.toml constraints.txt $(CREATED)
 	@echo "==> Installing manylora with its tests' tools (mostly PyTorch; a few minutes the first time)"
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $(RUNTIME) $@
