@@ -47,7 +47,7 @@ def _assign(document: Document, parts: list[str], value: Any, place: str) -> Non
     document.places[path] = place
 
 
-def _step(owner: object, path: KeyPath, parts: list[str], place: str) -> tuple[str | int, int]:
+def _step(owner: object, path: KeyPath, parts: list[str], place: str) -> tuple[Any, int]:
     """The key that `parts` goes on with, and how many of the parts it takes."""
     if isinstance(owner, dict):
         return parts[0], 1
