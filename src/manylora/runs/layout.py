@@ -139,6 +139,13 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def is_completed(paths: AdapterPaths) -> bool:
+    """Whether nothing is left to do for this adapter."""
+    result = read_json(paths.result)
+    done = isinstance(result, dict) and result.get("status") == "completed"
+    return done and paths.final.is_dir()
+
+
 @contextmanager
 def held(paths: RunPaths) -> Iterator[None]:
     """Hold the output folder; a second process that wants it is refused.

@@ -12,7 +12,6 @@ The order of what is written is what makes resuming exact:
 import asyncio
 import logging
 import math
-import shutil
 import time
 from asyncio import wrap_future
 from collections import deque
@@ -33,7 +32,7 @@ from manylora.runs.events import (
     StepDone,
 )
 from manylora.runs.job import Job, Prepared, mean_weights
-from manylora.runs.layout import AdapterPaths, read_json, write_json
+from manylora.runs.layout import AdapterPaths, is_completed, read_json, write_json
 from manylora.runs.metrics import MetricsFile, cut_back
 from manylora.runs.outcome import Outcome
 from manylora.types import DataError, ManyloraError, NotFinite, SaveFailed, StepRefused
@@ -110,11 +109,9 @@ class AdapterRun:
         return self.outcome
 
     def _finished_before(self) -> bool:
+        if not is_completed(self._paths):
+            return False
         result = read_json(self._paths.result)
-        if not isinstance(result, dict) or result.get("status") != "completed":
-            return False
-        if not self._paths.final.is_dir():
-            return False
         known = {name: result[name] for name in self.outcome.to_dict() if name in result}
         self.outcome = Outcome(**known)
         self.outcome.skipped = True
@@ -149,7 +146,7 @@ class AdapterRun:
                 loop.call_soon_threadsafe(self._emit, Phase(self._job.name, text, done, total))
 
             try:
-                return await asyncio.to_thread(self._job.prepare, self._door.tokenizer, tick)
+                return await asyncio.to_thread(self._job.prepare, self._door, tick)
             except OSError as error:
                 raise DataError(f"{error.filename or 'data'}: {error.strerror or error}") from error
 
@@ -260,8 +257,6 @@ class AdapterRun:
         await self._save()
         await self._saved()
         self._tick("exporting", 0, 0)
-        # What an interrupted export left there is not ours to build upon.
-        await asyncio.to_thread(shutil.rmtree, self._paths.final, ignore_errors=True)
         await wrap_future(self._adapter.export(self._paths.final))
         self._check_stop()
         if prepared.evals:
@@ -285,8 +280,6 @@ class AdapterRun:
             "eval_before": self.outcome.eval_before,
         }
         path = self._paths.state(step)
-        # Only a damaged one can be there: the adapter was resumed from an earlier state.
-        await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
         self._saving = _Saving(step, path, wrap_future(self._adapter.save(path, client)))
 
     async def _saved(self) -> None:

@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM: the first asks the run to stop, the second ends it at once."""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+EXIT_INTERRUPTED = 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopper:
+    """Signal handlers for as long as a run lasts.
+
+    Before the loop is there (hashing, opening the base) nothing has been trained, so the signal
+    is an ordinary KeyboardInterrupt. From then on it is a wish, which adapters look at between
+    operations.
+    """
+
+    def __init__(self, *, last_words: Callable[[], None] = lambda: None) -> None:
+        self._last_words = last_words
+        self._before: dict[int, Any] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wish: Callable[[str], None] | None = None
+        self.asked = False
+
+    def __enter__(self) -> Self:
+        # Python only lets the main thread do this; elsewhere the caller owns the signals.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def heed(self, loop: asyncio.AbstractEventLoop, wish: Callable[[str], None]) -> None:
+        """From now on a signal calls `wish(name of the signal)` within the loop."""
+        self._loop, self._wish = loop, wish
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            self._last_words()
+            os._exit(EXIT_INTERRUPTED)
+        self.asked = True
+        if self._loop is None or self._wish is None:
+            raise KeyboardInterrupt
+        self._loop.call_soon_threadsafe(self._wish, signal.Signals(number).name)
