@@ -1,7 +1,8 @@
-"""Whole training runs, as ordinary clients of the Python door.
+"""Whole training runs as clients of the Python door: sft, later rl.
 
-Owns: data sources, batch order, schedules, the loop of each adapter, metrics files, resuming,
-evaluation, the live view, trackers and the report page.
-Does not own: tensors, merging of adapters, file formats of adapters.
-Talks to: `api` (operations), `checkpoint` (which state is newest), `config` and `types` below.
+Owns: data sources, encoding and order; learning-rate schedules; the plan of a run; driving it;
+metrics and reports.
+Does not own: how an adapter is trained (engine, behind the Python door), what a run file may say
+(config).
+Talks to: the Python door and config below; cli and quickstart use it.
 """

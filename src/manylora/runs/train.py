@@ -16,7 +16,7 @@ from manylora.runs.job import Job
 from manylora.runs.layout import RunPaths, held, is_completed, write_json
 from manylora.runs.machine import hardware, versions
 from manylora.runs.outcome import Outcome
-from manylora.runs.plan import plan_job
+from manylora.runs.prepare import plan_job
 from manylora.runs.report import write_report
 from manylora.runs.resume import claim
 from manylora.runs.sft import AdapterRun, NewestState
