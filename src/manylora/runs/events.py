@@ -27,7 +27,13 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Something other than a step that may take seconds; `adapter` "" = of the whole run."""
+    """Something other than a step that may take seconds.
+
+    Attributes:
+        adapter: "" = the whole run's.
+        text: "" = it is over.
+        done, total: how far it is; total 0 = not known, and it may well be long.
+    """
 
     adapter: str
     text: str

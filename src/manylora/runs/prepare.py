@@ -18,6 +18,9 @@ MAX_SAMPLES = 64
 # Room for an answer that is a little longer than the expected ones, and a bound on all of them.
 EXTRA_TOKENS, MAX_ANSWER_TOKENS = 8, 256
 
+# Tokenising as many takes long enough to be worth a line in a log.
+ANNOUNCED_EXAMPLES = 5000
+
 
 def plan_job(entry: AdapterEntry) -> Job:
     """The job of one adapter; its data are read later, by `prepare`."""
@@ -63,7 +66,8 @@ def prepare_sft(entry: AdapterEntry, door: Any, progress: Progress) -> Prepared:
 
 
 def _encoded(source: Source, door: Any, progress: Progress, what: str) -> list[Datum]:
-    progress(f"tokenising {what} ({len(source):,} examples)", 0, 0)
+    short = len(source) < ANNOUNCED_EXAMPLES
+    progress(f"tokenising {what} ({len(source):,} examples)", 0, 1 if short else 0)
     data = encode_source(source, door.tokenizer)
     limit = door.context_length
     for example, datum in zip(source.examples, data, strict=True):

@@ -14,6 +14,8 @@ from manylora.types import ConfigError
 # Settings that change what is shown, or where files lie, but no weight.
 _FREE = {"out", "report", "tensorboard", "wandb", "trackio"}
 _SHOWN = 8
+# Reading as many takes long enough to be worth telling.
+ANNOUNCED_BYTES = 2**30
 
 Inputs = dict[str, dict[str, str | None]]
 Hashing = Callable[[str], None]
@@ -26,7 +28,7 @@ def claim(
 
     Args:
         overwrite: delete what another run wrote there (that, and nothing else).
-        hashing: told of each data file that is about to be read through.
+        hashing: told of each big data file that is about to be read through.
 
     Raises:
         ConfigError: OUT holds another run, or something that is no run.
@@ -58,7 +60,8 @@ def data_hashes(run: RunFile, hashing: Hashing = lambda _: None) -> Inputs:
         if source is None or not is_data_file(source):
             return None
         if source not in known:
-            hashing(source)
+            if _size(source) > ANNOUNCED_BYTES:
+                hashing(source)
             known[source] = _sha256(Path(source))
         return known[source]
 
@@ -73,6 +76,13 @@ def _files(paths: RunPaths) -> tuple[Path, ...]:
 
 def _sources(entry: AdapterEntry) -> list[str]:
     return [source for source in (entry.sft.train, entry.sft.eval) if source is not None]
+
+
+def _size(source: str) -> int:
+    try:
+        return Path(source).stat().st_size
+    except OSError:
+        return 0
 
 
 def _sha256(path: Path) -> str | None:

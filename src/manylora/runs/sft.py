@@ -138,7 +138,7 @@ class AdapterRun:
     async def _prepare(self) -> Prepared:
         async with self._preparing:
             self._check_stop()
-            self._tick("reading data", 0, 0)
+            self._tick("reading data", 0, 1)
             loop = asyncio.get_running_loop()
 
             def tick(text: str, done: int, total: int) -> None:
@@ -161,7 +161,7 @@ class AdapterRun:
             )
             client: dict[str, Any] = {}
         else:
-            self._tick(f"restoring {state.name}", 0, 0)
+            self._tick(f"restoring {state.name}", 0, 1)
             self._adapter, client = await asyncio.to_thread(
                 self._door.restore, job.name, state, spec=job.spec
             )
@@ -256,7 +256,7 @@ class AdapterRun:
         """The last state, the PEFT folder, the last evaluation, the word `completed`."""
         await self._save()
         await self._saved()
-        self._tick("exporting", 0, 0)
+        self._tick("exporting", 0, 1)
         await wrap_future(self._adapter.export(self._paths.final))
         self._check_stop()
         if prepared.evals:

@@ -188,7 +188,7 @@ class _Run:
     def _end(self) -> int:
         summary = self._write_summary()
         if self.run.report:
-            self.emit(Phase("", "writing report.html"))
+            self.emit(Phase("", "writing report.html", 0, 1))
             try:
                 write_report(self.paths)
             except OSError as error:

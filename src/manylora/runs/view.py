@@ -34,6 +34,7 @@ from manylora.runs.events import (
 )
 
 PLAIN_SECONDS = 5.0
+PHASE_SECONDS = 2.0
 STYLES = {
     "completed": "green",
     "failed": "bold red",
@@ -127,15 +128,16 @@ class PlainView:
         return False
 
     def _phase(self, event: Phase) -> None:
-        key = f"phase {event.adapter}"
         now = self._clock()
-        new = self._phases.get(event.adapter) != event.text
-        # Short work that is told again and again (evaluation's chunks) keeps to the same pace.
-        if event.text and (new or now - self._shown.get(key, now) >= PLAIN_SECONDS):
-            self._shown[key] = now
-            done = f" {event.done:,}/{event.total:,}" if event.done and event.total else ""
-            self._say(event.adapter, f"{event.text}{done} …")
-        self._phases[event.adapter] = event.text
+        if self._phases.get(event.adapter) != event.text:
+            self._phases[event.adapter] = event.text
+            self._shown[f"phase {event.adapter}"] = now
+            # Work that counts is usually short; it has a line when it turns out not to be.
+            if event.text and not event.total:
+                self._say(event.adapter, f"{event.text} …")
+        elif now - self._shown[f"phase {event.adapter}"] >= PHASE_SECONDS:
+            self._shown[f"phase {event.adapter}"] = now
+            self._say(event.adapter, f"{event.text} {event.done:,}/{event.total:,} …")
 
     def _say(self, adapter: str, text: str) -> None:
         width = max((len(name) for name in self._board.rows), default=0)
