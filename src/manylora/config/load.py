@@ -164,7 +164,7 @@ def _remedy(details: ErrorDetails, path: KeyPath) -> str:
         return f"is {given}; choose {str(context['expected']).replace(chr(39), '')}"
     if kind in _LIMITS:
         name, sign = _LIMITS[kind]
-        return f"is {given}; it must be {sign} {context[name]}"
+        return f"is {given}; it must be {sign} {context[name]:g}"
     if kind == "too_short" and path[-1] == "adapters":
         return "is empty; list one adapter or more"
     if kind == "string_type" and isinstance(details["input"], bool | int | float):

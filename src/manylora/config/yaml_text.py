@@ -97,8 +97,8 @@ def read_document(text: str, file: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ConfigError(f"{_at(file, mark)}: not valid YAML: {_explain(error)}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file}: nested too deeply") from error
     finally:
         reader.loader.dispose()
     if reader.problems:
@@ -126,8 +126,12 @@ class _Reader:
         self.checked: set[int] = set()
         try:
             self.loader = CoreLoader(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{file}: not valid YAML: {error}") from error
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            raise ConfigError(
+                f"{file}:{line}: not valid YAML: the character U+{ord(text[error.position]):04X} "
+                "is not allowed"
+            ) from error
 
     def build(self, node: yaml.Node, path: KeyPath, places: dict[KeyPath, str]) -> Any:
         if len(path) > MAX_DEPTH:
@@ -137,7 +141,17 @@ class _Reader:
             return [self.build(item, (*path, i), places) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path, places)
-        return self.loader.construct_object(node)
+        return self._scalar(node)
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        try:
+            return self.loader.construct_object(node)
+        # An explicit tag on something else (`!!bool maybe`), or an endless number.
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            text = str(node.value)[:40]
+            raise ConfigError(
+                f"{_at(self.file, node.start_mark)}: cannot read {text!r} as {node.tag}"
+            ) from error
 
     def _mapping(
         self, node: yaml.MappingNode, path: KeyPath, places: dict[KeyPath, str]
@@ -146,7 +160,7 @@ class _Reader:
         self.loader.flatten_mapping(node)
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = self.loader.construct_object(key_node)
+            key = self._scalar(key_node)
             if not isinstance(key, str):
                 self.problems.append(
                     f"{_at(self.file, key_node.start_mark)}: key {key_node.value!r} is not text; "

@@ -116,6 +116,16 @@ def encode_prompts(
     return [prompt for prompt in prompts if prompt.tokens]
 
 
+def encode_prompt(tokenizer: Any, text: str, *, chat: bool = False) -> list[int]:
+    """One prompt as training would have seen it: bare, or as a user's turn of a conversation."""
+    if chat:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    bos = [] if chat else _bos(tokenizer)
+    return [*bos, *next(_tokenise(tokenizer, [text]))]
+
+
 def _last_turn(example: Example) -> int:
     return max(n for n, message in enumerate(example.messages) if message.role == "assistant")
 
@@ -217,8 +227,8 @@ def _prefix_complaint(source: Source, example: Example, number: int, *, asking: 
     )
     return (
         f"{source.place(example)}: the chat template {what}, so the tokens of the assistant's "
-        "turns cannot be told apart; give each such conversation as prompt/completion rows, or use a "
-        "template that marks them with {% generation %}"
+        "turns cannot be told apart; give each such conversation as prompt/completion rows, or "
+        "use a template that marks them with {% generation %}"
     )
 
 

@@ -130,7 +130,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
 
 def _parse(place: str, raw: bytes) -> object:
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: is not UTF-8 text (byte {error.start + 1})") from error
     except json.JSONDecodeError as error:

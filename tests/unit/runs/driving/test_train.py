@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.runs.conftest import final_weights, metrics, summary, train
-from tests.unit.runs.fake_door import FakeDoor
+from tests.unit.runs.driving.conftest import final_weights, metrics, summary, train
+from tests.unit.runs.driving.fake_door import FakeDoor
 
 from manylora.config import RunFile, load_run_file
 from manylora.runs.layout import RunPaths
