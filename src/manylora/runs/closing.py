@@ -11,7 +11,9 @@ from rich.text import Text
 
 from manylora.runs.board import clock_text, short
 from manylora.runs.events import RunEnded
+from manylora.runs.layout import read_json
 
+MAX_PROMPT = 80
 _STYLES = {"completed": "green", "failed": "bold red", "cancelled": "yellow"}
 
 
@@ -72,7 +74,17 @@ def _print_paths(event: RunEnded, console: Console) -> None:
     if len(completed) < len(event.summary["adapters"]):
         console.print("Start the same command again: completed adapters stay as they are, the")
         console.print("others go on from their newest checkpoint.")
-    elif (out / completed[0] / "tensorboard").exists():
-        console.print(
-            Text(f"  try      tensorboard --logdir {shlex.quote(str(out))}"), soft_wrap=True
-        )
+    else:
+        # `completed` is in the file's order; the first adapter is as good as any.
+        command = ["manylora", "sample", "--adapter", str(out / completed[0])]
+        prompt = _first_prompt(out / completed[0] / "samples.json")
+        command += ["--prompt", prompt] if prompt else []
+        console.print(Text(f"  try      {shlex.join(command)}"), soft_wrap=True)
+
+
+def _first_prompt(samples: Path) -> str | None:
+    """A prompt that the adapter was asked, if it fits a command line."""
+    found = read_json(samples)
+    answers = found.get("after") if isinstance(found, dict) else None
+    prompt = str(answers[0]["prompt"]) if answers else ""
+    return prompt if 0 < len(prompt) <= MAX_PROMPT and prompt.isprintable() else None

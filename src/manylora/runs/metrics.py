@@ -20,8 +20,7 @@ class MetricsFile:
 
     def append(self, step: StepDone) -> None:
         """Write one line."""
-        row = asdict(step)
-        del row["adapter"], row["steps"]
+        row = {k: v for k, v in asdict(step).items() if k not in ("adapter", "steps")}
         self._file.write(json.dumps(finite(row)) + "\n")
         self._file.flush()
 

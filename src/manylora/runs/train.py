@@ -174,7 +174,9 @@ class _Run:
             for job in self.jobs
         ]
         self.outcomes = {job.name: run.outcome for job, run in zip(self.jobs, runs, strict=True)}
-        await asyncio.gather(*(self._one(job.name, run) for job, run in zip(self.jobs, runs, strict=True)))
+        await asyncio.gather(
+            *(self._one(job.name, run) for job, run in zip(self.jobs, runs, strict=True))
+        )
 
     async def _one(self, name: str, run: AdapterRun) -> None:
         self.outcomes[name] = await run.run()

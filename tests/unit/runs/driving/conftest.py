@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.runs.driving.fake_door import FakeDoor, fake_newest_state
 
 from manylora.config import RunFile
 from manylora.runs.layout import RunPaths
 from manylora.runs.train import Outside, train_run_file
+from tests.unit.runs.driving.fake_door import FakeDoor, fake_newest_state
 
 Train = Callable[..., int]
 
@@ -59,7 +59,8 @@ def train(run: RunFile, door: FakeDoor | None = None, **options: Any) -> int:
     """Train on the fake door."""
     fake = door or FakeDoor()
     outside = Outside(open_door=lambda _: fake, newest_state=fake_newest_state)
-    return train_run_file(run, outside=outside, **{"view": "plain", **options})
+    options.setdefault("view", "plain")
+    return train_run_file(run, outside=outside, **options)
 
 
 def final_weights(run: RunFile, name: str) -> bytes:

@@ -35,8 +35,8 @@ class FakeTokenizer:
     """One token per character, and 0 for the end."""
 
     eos_token_id = 0
-    bos_token_id = None
-    chat_template = None
+    bos_token_id: int | None = None
+    chat_template: str | None = None
 
     def __call__(self, texts: Any, **_: Any) -> dict[str, Any]:
         if isinstance(texts, str):

@@ -1,16 +1,17 @@
 """A whole run on the fake door: what it writes, how it ends, what a fault costs whom."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.runs.driving.conftest import final_weights, metrics, summary, train
-from tests.unit.runs.driving.fake_door import FakeDoor
 
 from manylora.config import RunFile, load_run_file
 from manylora.runs.layout import RunPaths
 from manylora.types import ConfigError
+from tests.unit.runs.driving.conftest import final_weights, metrics, summary, train
+from tests.unit.runs.driving.fake_door import FakeDoor
 
 NAMES = ("alpha", "beta", "gamma")
 
@@ -21,7 +22,7 @@ def test_a_run_leaves_all_its_files(run_file: RunFile):
     assert load_run_file(paths.run_yaml) == run_file
     for entry in run_file.adapters:
         folder = paths.adapter(entry.name)
-        steps = entry.sft.max_steps
+        steps = entry.sft.max_steps or 0
         rows = metrics(run_file, entry.name)
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
         assert set(rows[0]) == {
@@ -58,7 +59,7 @@ def test_operations_of_a_step_are_submitted_together_and_one_step_ahead(
     assert mine[:save].count("optim_step") == 4
     # Adapters take turns; none waits for another to end.
     order = [name for name, what in door.submitted if what == "optim_step"]
-    turns = sum(a != b for a, b in zip(order, order[1:], strict=False))
+    turns = sum(a != b for a, b in itertools.pairwise(order))
     assert turns > 10
 
 
