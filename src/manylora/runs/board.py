@@ -28,9 +28,11 @@ class Rate:
     clock: Clock
     marks: deque[tuple[float, int]] = field(default_factory=deque)
 
-    def add(self, amount: int) -> None:
-        """Something was done just now."""
+    def add(self, amount: int, seconds: float = 0.0) -> None:
+        """Something was done just now; if it is the first, `seconds` tells how long it took."""
         now = self.clock()
+        if not self.marks and seconds:
+            self.marks.append((now - seconds, 0))
         self.marks.append((now, amount))
         while len(self.marks) > 2 and self.marks[0][0] < now - WINDOW_SECONDS:
             self.marks.popleft()
@@ -120,9 +122,9 @@ class Board:
         row.step, row.steps, row.loss = event.step, event.steps, event.loss
         row.first_loss = event.loss if row.first_loss is None else row.first_loss
         row.status, row.phase = "training", ""
-        row.tokens.add(event.tokens)
-        row.steps_done.add(1)
-        self.tokens.add(event.tokens)
+        row.tokens.add(event.tokens, event.seconds)
+        row.steps_done.add(1, event.seconds)
+        self.tokens.add(event.tokens, event.seconds)
 
 
 def short(value: float | None) -> str:

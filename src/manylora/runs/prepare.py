@@ -11,7 +11,7 @@ from manylora.runs.job import EvalPrompt, EvalSet, Job, Prepared, Progress
 from manylora.runs.order import DataOrder, total_steps
 from manylora.runs.schedule import scheduled_lr
 from manylora.runs.sources import Example, Source, read_source
-from manylora.types import AdamParams, Datum, DatumTooLong
+from manylora.types import AdamParams, DataError, Datum, DatumTooLong
 
 # Answers that are generated before and after training, at most: enough to see and to count.
 MAX_SAMPLES = 64
@@ -66,6 +66,8 @@ def prepare_sft(entry: AdapterEntry, door: Any, progress: Progress) -> Prepared:
 
 
 def _encoded(source: Source, door: Any, progress: Progress, what: str) -> list[Datum]:
+    if door.tokenizer is None:
+        raise DataError("the base's folder has no tokenizer, so text cannot be read")
     short = len(source) < ANNOUNCED_EXAMPLES
     progress(f"tokenising {what} ({len(source):,} examples)", 0, 1 if short else 0)
     data = encode_source(source, door.tokenizer)

@@ -220,9 +220,8 @@ class AdapterRun:
         except StepRefused as refused:
             raise NotFinite(f"step {flight.step}: {refused}") from refused
         except ManyloraError as error:
-            if error.args and isinstance(error.args[0], str):
-                error.args = (f"step {flight.step}: {error.args[0]}", *error.args[1:])
-            raise
+            # A new one: the door may have given the same object to several adapters.
+            raise type(error)(f"step {flight.step}: {error}") from error
         pending.popleft()
         if not math.isfinite(result.loss) or not math.isfinite(update.grad_norm):
             raise NotFinite(
