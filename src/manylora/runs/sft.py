@@ -33,7 +33,7 @@ from manylora.runs.events import (
 )
 from manylora.runs.job import Job, Prepared, mean_weights
 from manylora.runs.layout import AdapterPaths, is_completed, read_json, write_json
-from manylora.runs.metrics import MetricsFile, cut_back
+from manylora.runs.metrics import MetricsFile, cut_back, read_metrics
 from manylora.runs.outcome import Outcome
 from manylora.types import DataError, ManyloraError, NotFinite, SaveFailed, StepRefused
 
@@ -168,9 +168,7 @@ class AdapterRun:
         outcome.num_params = self._adapter.num_params
         outcome.steps = outcome.resumed_from = self._saved_step = int(client.get("step", 0))
         outcome.eval_before = client.get("eval_before")
-        rows = cut_back(self._paths.metrics, outcome.steps)
-        for row in rows:
-            outcome.count(row["tokens"], row["trained_tokens"], row["seconds"], row["loss"])
+        self._count_rows(cut_back(self._paths.metrics, outcome.steps))
         # A lost metrics file costs the curve, not these two.
         outcome.first_loss = client.get("first_loss", outcome.first_loss)
         outcome.last_loss = client.get("last_loss", outcome.last_loss)
@@ -332,8 +330,21 @@ class AdapterRun:
         self.outcome.error = {"type": type(error).__name__, "message": str(error)}
         self._end("failed")
 
+    def _count_rows(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self.outcome.count(row["tokens"], row["trained_tokens"], row["seconds"], row["loss"])
+
+    def _recall(self) -> None:
+        """Ended before it was even opened: tell what an earlier attempt had reached."""
+        if self._adapter is None and self.outcome.steps == 0:
+            rows = read_metrics(self._paths.metrics)
+            self.outcome.steps = rows[-1]["step"] if rows else 0
+            self._count_rows(rows)
+
     def _end(self, status: Status) -> None:
         self.outcome.status = status
+        if status != "completed":
+            self._recall()
         error = self.outcome.error
         text = f"{error['type']}: {error['message']}" if error else ""
         self._emit(

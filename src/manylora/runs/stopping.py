@@ -4,11 +4,13 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 EXIT_INTERRUPTED = 130
+ECHO_SECONDS = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -25,7 +27,7 @@ class Stopper:
         self._before: dict[int, Any] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wish: Callable[[str], None] | None = None
-        self.asked = False
+        self._asked_at: float | None = None
 
     def __enter__(self) -> Self:
         # Python only lets the main thread do this; elsewhere the caller owns the signals.
@@ -47,10 +49,14 @@ class Stopper:
         self._loop, self._wish = loop, wish
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if self._asked_at is not None:
+            # Launchers pass on a Ctrl-C that the terminal has already sent to everybody.
+            if now - self._asked_at < ECHO_SECONDS:
+                return
             self._last_words()
             os._exit(EXIT_INTERRUPTED)
-        self.asked = True
+        self._asked_at = now
         if self._loop is None or self._wish is None:
             raise KeyboardInterrupt
         self._loop.call_soon_threadsafe(self._wish, signal.Signals(number).name)

@@ -179,7 +179,7 @@ class LiveView:
         self.live = Live(
             get_renderable=self._render,
             console=console,
-            refresh_per_second=8,
+            refresh_per_second=4,
             transient=True,
             redirect_stdout=False,
         )
@@ -201,7 +201,9 @@ class LiveView:
         rows = list(board.rows.values())
         room = max(3, self._console.height - 5)
         shown, hidden = self._fitting(rows, room)
-        lines: list[RenderableType] = [self._head(rows), self._table(shown)]
+        lines: list[RenderableType] = [self._head(rows)]
+        if shown:
+            lines.append(self._table(shown))
         if hidden:
             lines.append(Text(f"  … and {len(hidden)} more", style="dim"))
         if board.stopping:
@@ -223,6 +225,8 @@ class LiveView:
         if board.phase:
             self._spinner.update(text=Text(f" {board.phase} …"))
             return self._spinner
+        if not rows:
+            return Text(" manylora ", style="bold reverse")
         ended = sum(row.ended for row in rows)
         return Text.assemble(
             (" manylora ", "bold reverse"),

@@ -191,3 +191,16 @@ def test_metrics_are_cut_back_to_the_state(tmp_path: Path):
     assert len(path.read_text().splitlines()) == 3
     assert cut_back(path, 0) == [] and path.read_text() == ""
     assert cut_back(tmp_path / "none", 4) == []
+
+
+def test_an_attempt_that_fails_early_does_not_forget_what_was_reached(
+    run_file: RunFile, tmp_path: Path
+):
+    assert train(run_file) == 0
+    RunPaths(run_file.out).adapter("beta").result.unlink()
+    (tmp_path / "beta.jsonl").unlink()
+    before = summary(run_file)["adapters"]["beta"]
+    assert train(run_file) == 1
+    told = summary(run_file)["adapters"]["beta"]
+    assert told["status"] == "failed"
+    assert (told["steps"], told["tokens"]) == (before["steps"], before["tokens"])
