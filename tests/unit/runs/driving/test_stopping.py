@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 REPO = Path(__file__).resolve().parents[4]
@@ -22,6 +23,7 @@ sys.exit(train_run_file(load_run_file(sys.argv[1]), outside=outside, view="json"
 """
 
 
+@pytest.mark.slow
 def test_a_second_signal_exits_at_once_but_not_the_echo_of_the_first(
     run_data: dict[str, Any], tmp_path: Path
 ):
