@@ -1,0 +1,33 @@
+"""Adapters on disk: PEFT's files, training state, merged models.
+
+Owns: what an adapter looks like as files, folders that are whole or not there, manifests, and what
+is refused when files are read.
+Does not own: the adapter's vectors and layout (lora), the base model (models), when to save and
+what to delete (engine and runs).
+Talks to: lora and types below; engine, sampling and the doors use it.
+"""
+
+from manylora.checkpoint.atomic import clean_strays, write_folder
+from manylora.checkpoint.describe import describe
+from manylora.checkpoint.manifest import JSON, Manifest, read_manifest, verify
+from manylora.checkpoint.merged import export_merged
+from manylora.checkpoint.peft_files import ImportedAdapter, export_peft, import_peft
+from manylora.checkpoint.training_state import SavedState, load_state, newest_state, save_state
+
+__all__ = [
+    "JSON",
+    "ImportedAdapter",
+    "Manifest",
+    "SavedState",
+    "clean_strays",
+    "describe",
+    "export_merged",
+    "export_peft",
+    "import_peft",
+    "load_state",
+    "newest_state",
+    "read_manifest",
+    "save_state",
+    "verify",
+    "write_folder",
+]

@@ -1,0 +1,176 @@
+"""Folders that appear whole or not at all, whatever happens while they are written.
+
+A folder `step-7` is written as `.step-7.partial-<random>` beside it, flushed to the disk, and
+renamed. An older `step-7` is first renamed to `.step-7.old-<random>` and deleted once the new one
+is in place. Only a killed process leaves either of them behind; `clean_strays` sets them right.
+
+The writer holds a lock (flock) on its partial folder, and the system drops it when the process
+dies: a partial folder that can be locked belongs to nobody.
+"""
+
+import fcntl
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from manylora.checkpoint.manifest import JSON, MANIFEST, manifest_text
+from manylora.types import SaveFailed
+
+logger = logging.getLogger("manylora.checkpoint")
+
+_STRAY = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-[0-9a-f]{8}")
+
+
+@contextmanager
+def write_folder(
+    folder: str | Path, *, kind: str, about: Mapping[str, JSON], manifest_name: str = MANIFEST
+) -> Iterator[Path]:
+    """Give the body an empty folder to fill; when the body ends, it becomes `folder`.
+
+    Args:
+        folder: where the contents shall lie. What is there already is replaced only if it is empty
+            or has a manifest of that name, never a folder that somebody else made.
+        kind, about: go into the manifest.
+
+    Raises:
+        SaveFailed: anything could not be written. `folder` is then as it was before.
+    """
+    try:
+        target = Path(folder).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clean_strays(target.parent, target.name)
+        _refuse_foreign(target, manifest_name)
+        partial, lock = _new_partial(target)
+    except SaveFailed:
+        raise
+    except OSError as error:
+        raise SaveFailed(f"{folder} could not be saved: {error}") from error
+    try:
+        yield partial
+        (partial / manifest_name).write_text(manifest_text(kind, about, partial), encoding="utf-8")
+        _flush_tree(partial)
+        _publish(partial, target)
+    except SaveFailed:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise SaveFailed(f"{folder} could not be saved: {error}") from error
+    finally:
+        # After a success there is nothing left of that name.
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def clean_strays(parent: Path, name: str | None = None) -> None:
+    """Remove what killed writers left in `parent`, and put back a folder that was being replaced.
+
+    Folders that a living process is writing are left alone. A folder that cannot be cleaned (a
+    read-only disk) is not an error.
+
+    Args:
+        name: look only at the strays of this folder.
+    """
+    try:
+        found = [(path, _STRAY.fullmatch(path.name)) for path in parent.iterdir()]
+    except OSError:
+        return
+    strays = [(path, m["name"], m["kind"]) for path, m in found if m and name in (None, m["name"])]
+    locks = {path: _try_lock(path) for path, _, kind in strays if kind == "partial"}
+    alive = {
+        of for path, of, _ in strays if path in locks and locks[path] is None and path.exists()
+    }
+    try:
+        for path, of, kind in strays:
+            if of in alive:
+                logger.warning("%s is being written; it is left alone", path)
+            elif kind == "old" and not (parent / of).exists():
+                logger.warning("%s: put back, a save of %s was cut off", path, parent / of)
+                with suppress(OSError):
+                    path.rename(parent / of)
+            else:
+                logger.warning("%s: removed, a save of %s was cut off", path, parent / of)
+                shutil.rmtree(path, ignore_errors=True)
+    finally:
+        for lock in locks.values():
+            if lock is not None:
+                os.close(lock)
+
+
+def _refuse_foreign(target: Path, manifest_name: str) -> None:
+    if not target.exists() or (target / manifest_name).is_file():
+        return
+    if not target.is_dir() or any(target.iterdir()):
+        raise SaveFailed(
+            f"{target} exists and has no {manifest_name}, so it is not manylora's to replace; "
+            "remove it or save elsewhere"
+        )
+
+
+def _new_partial(target: Path) -> tuple[Path, int]:
+    while True:
+        partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+        partial.mkdir()
+        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # somebody cleans it up, having found it before it was locked
+            os.close(lock)
+            continue
+        except OSError as error:  # a file system without locks; nobody can clean it up either
+            logger.debug("%s: no lock: %s", partial, error)
+        if partial.exists():
+            return partial, lock
+        os.close(lock)
+
+
+def _try_lock(partial: Path) -> int | None:
+    """An open, locked descriptor; None if a living process has it or it cannot be told."""
+    try:
+        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _publish(partial: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
+    replaces = target.exists()
+    if replaces:
+        target.rename(old)
+    try:
+        partial.rename(target)
+        _flush(target.parent)
+    except OSError:
+        if target.exists():
+            target.rename(partial)
+        if replaces:
+            old.rename(target)
+        raise
+    if replaces:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _flush(path)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    """Make the system write a file's bytes, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,146 @@
+"""What a folder says about itself: its kind, what it belongs to, and the SHA-256 of every file.
+
+The manifest is written last, so a folder without one was never finished. It carries a checksum of
+itself, because an altered base name or layout is as bad as an altered tensor.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeAlias
+
+from manylora.types import CheckpointDamaged, CheckpointMismatch
+
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+# The same thing beside files that other programs read; the name says whose it is.
+SIDECAR = "manylora.json"
+
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A manifest that was read and whose own checksum is right.
+
+    Attributes:
+        kind: `training-state`, `peft-adapter` or `merged-model`.
+        about: what the writer said of the contents (base, layout, …).
+        files: relative path → (bytes, SHA-256 in hex).
+    """
+
+    kind: str
+    about: dict[str, JSON]
+    files: dict[str, tuple[int, str]]
+
+
+def manifest_text(kind: str, about: Mapping[str, JSON], partial: Path) -> str:
+    """The manifest of everything that lies in `partial` now."""
+    files: dict[str, JSON] = {
+        path.relative_to(partial).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_of(path),
+        }
+        for path in sorted(partial.rglob("*"))
+        if path.is_file()
+    }
+    body: dict[str, JSON] = {"format": FORMAT, "kind": kind, "about": dict(about), "files": files}
+    return json.dumps({**body, "sha256": _checksum(body)}, indent=1) + "\n"
+
+
+def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
+    """Read the manifest of `folder` without looking at the files that it lists.
+
+    Raises:
+        CheckpointDamaged: it is missing, torn or altered.
+        CheckpointMismatch: it was written in another format version.
+    """
+    body = read_object(folder / name)
+    told = body.pop("sha256", None)
+    if told != _checksum(body):
+        raise CheckpointDamaged(f"{folder / name} was altered: its own checksum is wrong")
+    if body.get("format") != FORMAT:
+        raise CheckpointMismatch(
+            f"{folder / name} has format version {body.get('format')}; this manylora reads {FORMAT}"
+        )
+    kind, about, listed = body.get("kind"), body.get("about"), body.get("files")
+    if not (isinstance(kind, str) and isinstance(about, dict) and isinstance(listed, dict)):
+        raise CheckpointDamaged(f"{folder / name} lacks 'kind', 'about' or 'files'")
+    return Manifest(
+        kind, about, {path: _record(folder / name, path, r) for path, r in listed.items()}
+    )
+
+
+def verify(folder: Path, name: str = MANIFEST, *, kind: str | None = None) -> Manifest:
+    """Read the manifest and hold every file that it lists against it.
+
+    Raises:
+        CheckpointDamaged: names every file that is missing, of another size or altered.
+        CheckpointMismatch: another format version, or not of `kind`.
+    """
+    manifest = read_manifest(folder, name)
+    if kind is not None and manifest.kind != kind:
+        raise CheckpointMismatch(f"{folder} holds a {manifest.kind}, not a {kind}")
+    faults = [
+        f"{path} {fault}"
+        for path, record in manifest.files.items()
+        if (fault := _fault(folder / path, *record))
+    ]
+    if faults:
+        raise CheckpointDamaged(f"{folder} is damaged: {'; '.join(faults)}")
+    return manifest
+
+
+def read_object(path: Path) -> dict[str, JSON]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointDamaged: the file is missing, unreadable, or no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointDamaged(f"{path.parent} is incomplete: {path.name} is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointDamaged(f"{path} is not a JSON object")
+    return value
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _checksum(body: Mapping[str, JSON]) -> str:
+    return hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()
+
+
+def _record(manifest: Path, path: str, record: JSON) -> tuple[int, str]:
+    pure = PurePosixPath(path)
+    if isinstance(record, dict) and not pure.is_absolute() and ".." not in pure.parts:
+        size, digest = record.get("bytes"), record.get("sha256")
+        if isinstance(size, int) and isinstance(digest, str):
+            return size, digest
+    raise CheckpointDamaged(f"{manifest} has no valid record of {path!r}")
+
+
+def _fault(path: Path, size: int, digest: str) -> str | None:
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"has {found} bytes instead of {size}"
+        return None if sha256_of(path) == digest else "was altered (its SHA-256 is wrong)"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error})"

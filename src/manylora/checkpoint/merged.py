@@ -1,0 +1,114 @@
+"""An adapter added to its base and saved as an ordinary model.
+
+K input features, N output features, R LoRA rank, P parameters of the adapter, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from manylora.checkpoint.atomic import logger, write_folder
+from manylora.checkpoint.manifest import JSON, SIDECAR
+from manylora.lora.layout import Factor, Layout
+from manylora.types import BaseModelError, CheckpointMismatch, NotFinite, Unsupported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+KIND = "merged-model"
+
+
+def export_merged(
+    folder: str | Path,
+    base: str | Path,
+    layout: Layout,
+    weights_P: torch.Tensor,
+    *,
+    base_fingerprint: str | None = None,
+) -> None:
+    """Write base + scale·B·A as a model that needs neither PEFT nor manylora.
+
+    Sums are made in fp32 and rounded once to the base's own dtype. An output head that is tied to
+    the embedding and has factors is untied, since the embedding must stay as it is.
+
+    Args:
+        base: folder or locally cached name of the base, which is loaded anew.
+
+    Raises:
+        BaseModelError: the base cannot be opened.
+        CheckpointMismatch: the factors do not fit the base.
+        Unsupported: a targeted layer is not a plain linear layer (quantised, say).
+        NotFinite: a merged weight is NaN or Inf.
+        SaveFailed: it could not be written.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if weights_P.shape != (layout.num_params,):
+        raise CheckpointMismatch(
+            f"weights have shape {list(weights_P.shape)}, the layout needs [{layout.num_params}]"
+        )
+    weights_P = weights_P.detach().to("cpu", torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(base), dtype="auto", local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"base model {base} cannot be opened: {error}") from error
+    _untie_head(model, layout)
+    for factor in layout.factors:
+        _add(model, factor, weights_P)
+    about: dict[str, JSON] = {"base_name": str(base), "base_fingerprint": base_fingerprint}
+    with write_folder(folder, kind=KIND, about=about, manifest_name=SIDECAR) as partial:
+        model.save_pretrained(partial)
+        _save_tokenizer(base, partial)
+
+
+def _untie_head(model: "PreTrainedModel", layout: Layout) -> None:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    names = [name for name, module in model.named_modules() if module is head]
+    if not any(factor.site in names for factor in layout.factors):
+        return
+    weight_VK = head.get_parameter("weight")
+    if weight_VK is embedding.weight:
+        head.weight = torch.nn.Parameter(weight_VK.detach().clone(), requires_grad=False)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def _add(model: "PreTrainedModel", factor: Factor, weights_P: torch.Tensor) -> None:
+    try:
+        linear = model.get_submodule(factor.site)
+    except AttributeError as error:
+        raise CheckpointMismatch(f"the base has no module {factor.site}") from error
+    if type(linear) is not torch.nn.Linear or not linear.weight.is_floating_point():
+        raise Unsupported(
+            f"{factor.site} is a {type(linear).__name__}; only plain linear layers can be merged "
+            "(merge into the unquantised base)"
+        )
+    if linear.weight.shape != (factor.out_features, factor.in_features):
+        raise CheckpointMismatch(
+            f"{factor.site} is {list(linear.weight.shape)} in the base; "
+            f"its factors are for [{factor.out_features}, {factor.in_features}]"
+        )
+    b_NR, a_RK = factor.b_transposed(weights_P).T, factor.a(weights_P)
+    merged_NK = linear.weight.float() + factor.scale * (b_NR @ a_RK)
+    rounded_NK = merged_NK.to(linear.weight.dtype)
+    if not bool(torch.isfinite(rounded_NK).all()):
+        raise NotFinite(f"the merged weight of {factor.site} has NaN or Inf")
+    linear.weight.copy_(rounded_NK)
+
+
+def _save_tokenizer(base: str | Path, partial: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(base), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("%s has no tokenizer that can be copied: %s", base, error)
+        return
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)

@@ -1,0 +1,254 @@
+"""`adapter_config.json`: how PEFT names the modules of an adapter, and what of it we cannot do.
+
+PEFT matches a list entry t against a module path by `path == t or path.endswith("." + t)`, a string
+by `re.fullmatch`, and a pattern of `rank_pattern` / `alpha_pattern` by `(.*\\.)?(pattern)$`.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from manylora.checkpoint.manifest import JSON
+from manylora.lora.sites import Site
+from manylora.types import ALL_LINEAR, CheckpointDamaged, Unsupported
+
+Number = TypeVar("Number", int, float)
+
+# Fields that are understood here, or that say nothing about what the adapter computes.
+_KNOWN = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "eva_config"),
+    *("exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern"),
+    *("layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type"),
+    *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config"),
+    *("target_modules", "task_type", "use_rslora"),
+}
+
+# Why a field that is set is refused. One that is not listed here is refused too.
+_REFUSED = {
+    "use_dora": "DoRA rescales the base's weights",
+    "modules_to_save": "it holds whole modules, not low-rank factors",
+    "trainable_token_indices": "it holds rows of the embedding",
+    "target_parameters": "it adapts bare parameters, not linear layers",
+    "lora_bias": "B has a bias",
+    "fan_in_fan_out": "the base's weights are stored transposed",
+    "layer_replication": "it repeats layers of the base",
+    "use_qalora": "QA-LoRA pools the input of A",
+    "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
+    "monteclora_config": "it samples its factors",
+    "kasa_config": "it has a diagonal between A and B and truncates the base",
+    "velora_config": "it changes the gradient of A",
+    "use_bdlora": "its factors are block-diagonal",
+    "arrow_config": "it routes between adapters",
+    "loftq_config": "LoftQ replaces the base's weights",
+    "corda_config": "CorDA replaces the base's weights",
+    "lora_ga_config": "LoRA-GA replaces the base's weights",
+    "megatron_config": "its layers are Megatron's",
+    "ensure_weight_tying": "it ties factors of two modules",
+}
+
+# Initialisations that leave the base as it is; every other one (PiSSA, OLoRA, CorDA, LoftQ,
+# LoRA-GA) takes its start out of the base's weights, and loading repeats that.
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """The fields of an `adapter_config.json` that decide what the adapter computes."""
+
+    rank: int
+    alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    use_rslora: bool
+    dropout: float
+    base_name: str | None
+    targets: str | tuple[str, ...] | None
+    excluded: str | tuple[str, ...]
+    layers: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the module of that path."""
+        return _pattern_value(self.rank_pattern, name, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha of the module of that path."""
+        return _pattern_value(self.alpha_pattern, name, self.alpha)
+
+    def adapts(self, site: Site) -> bool:
+        """Whether PEFT would put factors on `site`."""
+        if _matches(self.excluded, site.name):
+            return False
+        if isinstance(self.targets, str):
+            if self.targets.lower() == ALL_LINEAR:
+                return not site.is_head
+            return _matches(self.targets, site.name)
+        if not _matches(self.targets or (), site.name):
+            return False
+        # A module that is named in full is adapted whatever the layer.
+        return site.name in (self.targets or ()) or self._layer_is_adapted(site.name)
+
+    def _layer_is_adapted(self, name: str) -> bool:
+        if not self.layers:
+            return True
+        patterns = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in self.layers_pattern]
+        matches = (_compiled(p).match(name) for p in patterns or [r".*?\.[^.]*\.(?P<index>\d+)\."])
+        first = next((match for match in matches if match), None)
+        return first is not None and int(first["index"]) in self.layers
+
+
+def parse_config(fields: Mapping[str, JSON], where: str) -> PeftConfig:
+    """Understand an `adapter_config.json`, or say by name what of it is not supported.
+
+    Args:
+        where: the file's path, for messages.
+
+    Raises:
+        Unsupported: it asks for something else than plain LoRA; names every such field.
+        CheckpointDamaged: a field has a wrong type or value.
+    """
+    refused = _refusals(fields)
+    if refused:
+        raise Unsupported(f"{where} asks for what manylora does not do: {'; '.join(refused)}")
+    taker = _Taker(fields, where)
+    layers_pattern = taker.names("layers_pattern") or ()
+    return PeftConfig(
+        rank=taker.rank("r", fields.get("r")),
+        alpha=taker.number("lora_alpha", fields.get("lora_alpha")),
+        rank_pattern=taker.pattern("rank_pattern", taker.rank),
+        alpha_pattern=taker.pattern("alpha_pattern", taker.number),
+        use_rslora=fields.get("use_rslora") is True,
+        dropout=taker.number("lora_dropout", fields.get("lora_dropout") or 0.0),
+        base_name=str(fields.get("base_model_name_or_path") or "") or None,
+        targets=taker.names("target_modules"),
+        excluded=taker.names("exclude_modules") or (),
+        layers=taker.indices("layers_to_transform"),
+        layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern,
+    )
+
+
+def exact_targets(chosen: set[str], sites: Sequence[Site]) -> str | tuple[str, ...]:
+    """The shortest sorted list of names that matches `chosen` and no other of `sites`.
+
+    A leaf name where every site of that ending is chosen, else full names. Where the full name of
+    a chosen site is the ending of another one, no list can tell them apart: a regular expression.
+    """
+    names: set[str] = set()
+    for leaf in {site.leaf for site in sites if site.name in chosen}:
+        alike = [site.name for site in sites if _matches((leaf,), site.name)]
+        names.update(
+            [leaf] if all(name in chosen for name in alike) else chosen.intersection(alike)
+        )
+    if all((site.name in chosen) == _matches(tuple(names), site.name) for site in sites):
+        return tuple(sorted(names))
+    return "|".join(re.escape(name) for name in sorted(chosen))
+
+
+def exact_pattern(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
+    """The commonest of the values by module path, and a pattern for the modules that differ."""
+    default = Counter(values.values()).most_common(1)[0][0]
+    by_leaf: dict[str, dict[str, Number]] = defaultdict(dict)
+    for name, value in values.items():
+        by_leaf[name.rpartition(".")[2]][name] = value
+    pattern: dict[str, Number] = {}
+    for leaf, members in by_leaf.items():
+        if len(set(members.values())) == 1:
+            members = {leaf: next(iter(members.values()))}
+            keys = {leaf: re.escape(leaf)}
+        else:
+            keys = {name: "^" + re.escape(name) for name in members}
+        pattern.update({keys[name]: value for name, value in members.items() if value != default})
+    return default, pattern
+
+
+def _refusals(fields: Mapping[str, JSON]) -> list[str]:
+    found = []
+    if fields.get("peft_type") != "LORA":
+        found.append(f"peft_type {fields.get('peft_type')!r} (only LORA)")
+    if fields.get("bias") not in (None, "none"):
+        found.append(f"bias {fields['bias']!r} (only 'none')")
+    if fields.get("init_lora_weights") not in _HARMLESS_INITS:
+        found.append(
+            f"init_lora_weights {fields['init_lora_weights']!r} (the base's weights were changed; "
+            "convert the adapter to plain LoRA when saving it)"
+        )
+    found += [
+        f"{name} ({_REFUSED.get(name, 'a field that this version does not know')})"
+        for name, value in fields.items()
+        if name not in _KNOWN and value not in (None, False, "", [], {})
+    ]
+    return found
+
+
+def _pattern_value(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
+    for pattern, value in patterns.items():
+        if _compiled(rf"(.*\.)?({pattern})$").match(name):
+            return value
+    return patterns.get(name, default)
+
+
+def _matches(targets: str | Collection[str], name: str) -> bool:
+    if isinstance(targets, str):
+        return _compiled(targets).fullmatch(name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)  # keeps its own cache
+
+
+class _Taker:
+    """Takes typed values out of the file's fields; a wrong one is the file's damage."""
+
+    def __init__(self, fields: Mapping[str, JSON], where: str) -> None:
+        self._fields = fields
+        self._where = where
+
+    def number(self, name: str, value: JSON) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, value, "a number")
+        return value
+
+    def rank(self, name: str, value: JSON) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._wrong(name, value, "a whole number ≥ 1")
+        return value
+
+    def pattern(self, name: str, take: Callable[[str, JSON], Number]) -> dict[str, Number]:
+        value = self._fields.get(name) or {}
+        if not isinstance(value, dict):
+            raise self._wrong(name, value, "an object")
+        for pattern in value:
+            self._require_regex(name, pattern)
+        return {pattern: take(f"{name}[{pattern!r}]", item) for pattern, item in value.items()}
+
+    def names(self, name: str) -> str | tuple[str, ...] | None:
+        """A list of names, or a string that is a regular expression."""
+        value = self._fields.get(name)
+        if value is None or isinstance(value, str):
+            self._require_regex(name, value or "")
+            return value
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(name, value, "a string or a list of strings")
+        return tuple(str(item) for item in value)
+
+    def indices(self, name: str) -> tuple[int, ...] | None:
+        value = self._fields.get(name)
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        return tuple(self._index(name, item) for item in listed) or None
+
+    def _index(self, name: str, value: JSON) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self._wrong(name, value, "a layer's number or a list of them")
+        return value
+
+    def _require_regex(self, name: str, text: str) -> None:
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise self._wrong(name, text, f"a regular expression ({error})") from error
+
+    def _wrong(self, name: str, value: JSON, right: str) -> CheckpointDamaged:
+        return CheckpointDamaged(f"{self._where}: {name} is {value!r}; it must be {right}")

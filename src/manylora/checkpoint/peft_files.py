@@ -1,0 +1,329 @@
+"""Adapters as PEFT's own files: what PEFT, vLLM and SGLang load, and what they wrote.
+
+    adapter_model.safetensors   base_model.model.<site>.lora_A.weight [R, K], .lora_B.weight [N, R]
+    adapter_config.json         PEFT's LoraConfig
+    manylora.json               ours: base, layout and the SHA-256 of the two files above
+
+K input features, N output features, R LoRA rank, P parameters of the adapter.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from manylora.checkpoint.atomic import logger, write_folder
+from manylora.checkpoint.manifest import JSON, SIDECAR, read_object, verify
+from manylora.checkpoint.peft_config import (
+    PeftConfig,
+    exact_pattern,
+    exact_targets,
+    parse_config,
+)
+from manylora.lora.layout import Factor, Layout, plan_layout
+from manylora.lora.sites import Site, resolve_targets
+from manylora.types import (
+    AdapterSpec,
+    CheckpointDamaged,
+    CheckpointMismatch,
+    ConfigError,
+    NotFinite,
+    Unsupported,
+)
+from manylora.types.adapter import DType
+
+KIND = "peft-adapter"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+_TORCH: dict[DType, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+_KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
+# PEFT saves the frozen weight along when the output head is a target.
+_BASE_COPY = re.compile(r"base_model\.model\.(?P<site>.+)\.base_layer\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedAdapter:
+    """What `import_peft` read.
+
+    Attributes:
+        spec: settings that give the same scale at every site; its targets match the file's modules
+            and no other.
+        layout: `plan_layout` of that spec.
+        weights_P: fp32 [P] on the CPU, exactly the file's numbers.
+        base_name: the base that the file names, if any.
+    """
+
+    spec: AdapterSpec
+    layout: Layout
+    weights_P: torch.Tensor
+    base_name: str | None
+
+
+def export_peft(
+    folder: str | Path,
+    spec: AdapterSpec,
+    layout: Layout,
+    weights_P: torch.Tensor,
+    *,
+    base_name: str,
+    sites: Sequence[Site],
+    base_fingerprint: str | None = None,
+) -> None:
+    """Write an adapter as stock PEFT reads it, in the adapter's own dtype.
+
+    rsLoRA is folded into alpha, because not every consumer of these files reads `use_rslora`.
+
+    Args:
+        sites: every linear layer of the base, targeted or not, so that the written
+            `target_modules` match the adapter's modules and no other.
+
+    Raises:
+        CheckpointMismatch: `weights_P` or `sites` do not belong to `layout`.
+        NotFinite: a weight is NaN or Inf, or becomes so in the adapter's dtype.
+        SaveFailed: it could not be written.
+    """
+    if weights_P.shape != (layout.num_params,):
+        raise CheckpointMismatch(
+            f"weights have shape {list(weights_P.shape)}, the layout needs [{layout.num_params}]"
+        )
+    unknown = {factor.site for factor in layout.factors} - {site.name for site in sites}
+    if unknown:
+        raise CheckpointMismatch(f"the base has no linear layers {sorted(unknown)}")
+    # Also a private copy: training may go on while the file is written.
+    weights_P = weights_P.detach().to("cpu", _TORCH[spec.dtype], copy=True)
+    if not bool(torch.isfinite(weights_P).all()):
+        raise NotFinite(f"{folder} was not written: the adapter has NaN or Inf in {spec.dtype}")
+    tensors: dict[str, torch.Tensor] = {}
+    for factor in layout.factors:
+        prefix = f"base_model.model.{factor.site}"
+        tensors[f"{prefix}.lora_A.weight"] = factor.a(weights_P).clone()
+        tensors[f"{prefix}.lora_B.weight"] = factor.b_transposed(weights_P).T.contiguous()
+    config = _config_json(spec, layout, base_name, sites)
+    about: dict[str, JSON] = {
+        "base_name": base_name,
+        "base_fingerprint": base_fingerprint,
+        "use_rslora": spec.use_rslora,
+    }
+    with write_folder(folder, kind=KIND, about=about, manifest_name=SIDECAR) as partial:
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (partial / CONFIG).write_text(text, encoding="utf-8")
+
+
+def import_peft(
+    folder: str | Path,
+    sites: Sequence[Site],
+    *,
+    seed: int = 0,
+    dtype: DType | None = None,
+    base_weight: Callable[[str], torch.Tensor] | None = None,
+) -> ImportedAdapter:
+    """Read a PEFT LoRA folder, whoever wrote it.
+
+    Args:
+        sites: every linear layer of the base.
+        seed: of the adapter from now on (files do not tell).
+        dtype: of the adapter from now on; None = the file's, or fp32 where it holds several.
+        base_weight: module path → the base's weight [N, K]. A file may hold a copy of the output
+            head's frozen weight; with this it is compared, without it a warning is logged.
+
+    Raises:
+        Unsupported: anything else than plain LoRA factors, by name.
+        CheckpointMismatch: names every missing, unexpected and misshapen key.
+        CheckpointDamaged: files are missing, torn or altered, or hold NaN or Inf.
+    """
+    folder = Path(folder)
+    if (folder / SIDECAR).is_file():
+        _verify_sidecar(folder)
+    config = parse_config(read_object(folder / CONFIG), str(folder / CONFIG))
+    tensors = _read_tensors(folder)
+    factors, copies = _sort_keys(folder, tensors, sites, config)
+    for site, key in copies.items():
+        _check_base_copy(folder, site, tensors[key], base_weight)
+    dtype = dtype or _file_dtype(folder, {key: tensors[key] for key in factors.values()})
+    spec = _spec_of(folder, config, {site for site, _ in factors}, sites, seed, dtype)
+    layout = plan_layout(spec, resolve_targets(spec, sites))
+    weights_P = torch.zeros(layout.num_params)
+    for factor in layout.factors:
+        factor.a(weights_P).copy_(tensors[factors[factor.site, "A"]])
+        factor.b_transposed(weights_P).copy_(tensors[factors[factor.site, "B"]].T)
+    if not bool(torch.isfinite(weights_P).all()):
+        raise CheckpointDamaged(f"{folder / WEIGHTS} holds NaN or Inf")
+    return ImportedAdapter(spec, layout, weights_P, config.base_name)
+
+
+def _config_json(
+    spec: AdapterSpec, layout: Layout, base_name: str, sites: Sequence[Site]
+) -> dict[str, JSON]:
+    rank, rank_pattern = exact_pattern({f.site: f.rank for f in layout.factors})
+    alpha, alpha_pattern = exact_pattern({f.site: _plain_alpha(spec, f) for f in layout.factors})
+    targets = exact_targets({factor.site for factor in layout.factors}, sites)
+    return {
+        "alpha_pattern": dict(alpha_pattern),
+        "auto_mapping": None,
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_dropout": spec.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": dict(rank_pattern),
+        "revision": None,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _plain_alpha(spec: AdapterSpec, factor: Factor) -> int | float:
+    """The alpha whose alpha / rank is the factor's scale, as a whole number where it is one."""
+    alpha = factor.alpha
+    if spec.use_rslora:
+        near = factor.scale * factor.rank
+        # The product is rounded; one of its neighbours may give the scale back to the last bit.
+        exact = (near, math.nextafter(near, 0.0), math.nextafter(near, math.inf))
+        alpha = next((a for a in exact if a / factor.rank == factor.scale), near)
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _verify_sidecar(folder: Path) -> None:
+    try:
+        verify(folder, SIDECAR, kind=KIND)
+    except CheckpointDamaged as error:
+        raise CheckpointDamaged(
+            f"{error} (if the change was meant, delete {folder / SIDECAR})"
+        ) from error
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise Unsupported(
+                f"{folder} has its weights in adapter_model.bin, a pickle, which can run code when "
+                "it is read; save the adapter as safetensors"
+            )
+        raise CheckpointDamaged(f"{folder} is incomplete: {WEIGHTS} is missing")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
+
+
+def _sort_keys(
+    folder: Path, tensors: Mapping[str, torch.Tensor], sites: Sequence[Site], config: PeftConfig
+) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
+    """(site, "A" or "B") → key, and site → key of a copy of the base's weight.
+
+    Raises:
+        CheckpointMismatch: with every key that is missing, unexpected or of a wrong shape.
+    """
+    known = {site.name: site for site in sites}
+    adapted = {site.name for site in sites if config.adapts(site)}
+    factors: dict[tuple[str, str], str] = {}
+    copies: dict[str, str] = {}
+    faults: list[str] = []
+    for key, tensor in tensors.items():
+        match, copy = _KEY.fullmatch(key), _BASE_COPY.fullmatch(key)
+        name = match["site"] if match else copy["site"] if copy else ""
+        if name not in known:
+            faults.append(f"unexpected {key} (not a factor of a linear layer of this base)")
+        elif config.targets is not None and name not in adapted:
+            faults.append(f"unexpected {key} (the config does not target this layer)")
+        elif match and (name, match["factor"]) in factors:
+            faults.append(f"unexpected {key} (a second one for the same factor)")
+        else:
+            if match:
+                factors[name, match["factor"]] = key
+            else:
+                copies[name] = key
+            site, rank = known[name], config.rank_of(name)
+            shape = [site.out_features, site.in_features]
+            if match:
+                shape = [rank, shape[1]] if match["factor"] == "A" else [shape[0], rank]
+            if list(tensor.shape) != shape:
+                faults.append(f"misshapen {key} (it is {list(tensor.shape)}, not {shape})")
+    if config.targets is None:  # an old file: what it holds is all that tells
+        adapted = {name for name, _ in factors}
+    faults += [
+        f"missing base_model.model.{site.name}.lora_{factor}.weight"
+        for site in sites
+        for factor in "AB"
+        if site.name in adapted and (site.name, factor) not in factors
+    ]
+    if not factors:
+        faults.append("it has no factors at all")
+    if faults:
+        listed = "\n  ".join(faults)
+        raise CheckpointMismatch(f"{folder / WEIGHTS} does not fit this base:\n  {listed}")
+    return factors, copies
+
+
+def _check_base_copy(
+    folder: Path,
+    site: str,
+    copy_NK: torch.Tensor,
+    base_weight: Callable[[str], torch.Tensor] | None,
+) -> None:
+    if base_weight is None:
+        logger.warning("%s: its copy of the base's %s was not compared with the base", folder, site)
+        return
+    weight_NK = base_weight(site).detach().cpu()
+    # Either side may have been rounded to the other's dtype.
+    if not (
+        torch.equal(copy_NK.to(weight_NK.dtype), weight_NK)
+        or torch.equal(weight_NK.to(copy_NK.dtype), copy_NK)
+    ):
+        raise CheckpointMismatch(f"{folder} holds another {site} weight than this base has")
+
+
+def _file_dtype(folder: Path, factors: Mapping[str, torch.Tensor]) -> DType:
+    names = {torch_dtype: name for name, torch_dtype in _TORCH.items()}
+    for key, tensor in factors.items():
+        if tensor.dtype not in names:
+            raise Unsupported(f"{folder / WEIGHTS}: {key} is {tensor.dtype}; only {list(_TORCH)}")
+    found = {names[tensor.dtype] for tensor in factors.values()}
+    return found.pop() if len(found) == 1 else "fp32"
+
+
+def _spec_of(
+    folder: Path,
+    config: PeftConfig,
+    chosen: set[str],
+    sites: Sequence[Site],
+    seed: int,
+    dtype: DType,
+) -> AdapterSpec:
+    rank, rank_pattern = exact_pattern({name: config.rank_of(name) for name in sorted(chosen)})
+    alpha, alpha_pattern = exact_pattern({name: config.alpha_of(name) for name in sorted(chosen)})
+    try:
+        return AdapterSpec(
+            rank=rank,
+            alpha=alpha,
+            targets=exact_targets(chosen, sites),
+            rank_pattern=rank_pattern,
+            alpha_pattern=alpha_pattern,
+            use_rslora=config.use_rslora,
+            dropout=config.dropout,
+            dtype=dtype,
+            seed=seed,
+        )
+    except ConfigError as error:
+        raise Unsupported(f"{folder / CONFIG}: {error}") from error

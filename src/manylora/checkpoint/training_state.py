@@ -1,0 +1,275 @@
+"""An adapter's training state on disk: everything needed to go on bit for bit.
+
+    step-7/
+        state.safetensors   weights, exp_avg, exp_avg_sq, grad: fp32 [P], absent ones left out
+        state.json          the adapter's settings, its counters, and the client's own notes
+        manifest.json       base, layout, and the SHA-256 of the two files above
+
+P parameters of the adapter.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from manylora.checkpoint.atomic import clean_strays, logger, write_folder
+from manylora.checkpoint.manifest import JSON, read_object, verify
+from manylora.lora.layout import Factor, Layout
+from manylora.lora.state import AdapterState
+from manylora.types import (
+    AdapterSpec,
+    CheckpointDamaged,
+    CheckpointMismatch,
+    ConfigError,
+    SaveFailed,
+)
+
+KIND = "training-state"
+TENSORS, SETTINGS = "state.safetensors", "state.json"
+
+_VECTORS = ("weights", "exp_avg", "exp_avg_sq", "grad")
+_STEP = re.compile(r"step-(\d+)")
+# Numbers of input groups belong to one opening of a base, not to the vector.
+_COMPARED = tuple(field.name for field in fields(Factor) if field.name != "group")
+_MOST_DIFFERENCES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """What `load_state` found, verified.
+
+    Attributes:
+        state: the adapter's state, CPU tensors of its own memory.
+        client: what the saver put beside it.
+        base_name, base_fingerprint: the base that it was trained on.
+    """
+
+    state: AdapterState
+    client: dict[str, JSON]
+    base_name: str
+    base_fingerprint: str
+
+
+def save_state(
+    folder: str | Path,
+    state: AdapterState,
+    *,
+    base_name: str,
+    base_fingerprint: str,
+    client: Mapping[str, JSON],
+) -> None:
+    """Write `state` so that it is whole on disk when this returns.
+
+    Args:
+        folder: usually `step-N`, for `newest_state` to find; replaced if it is there.
+        client: the caller's own notes (position in its data, …), plain JSON values.
+
+    Raises:
+        SaveFailed: it could not be written, or `client` would not come back as it is.
+    """
+    vectors = _vectors(state)
+    _require_json(client, "client")
+    settings = {
+        "spec": _spec_json(state.spec),
+        "step": state.step,
+        "draws": state.draws,
+        "client": dict(client),
+    }
+    about: dict[str, JSON] = {
+        "base_name": base_name,
+        "base_fingerprint": base_fingerprint,
+        "layout": _layout_json(state.layout),
+    }
+    with write_folder(folder, kind=KIND, about=about) as partial:
+        save_file(vectors, partial / TENSORS)
+        (partial / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def load_state(
+    folder: str | Path,
+    *,
+    layout: Layout | None = None,
+    base_fingerprint: str | None = None,
+    spec: AdapterSpec | None = None,
+) -> SavedState:
+    """Read a training state, after checking every byte of it.
+
+    Args:
+        layout, base_fingerprint, spec: what the caller needs it to be; None = whatever it is.
+
+    Raises:
+        CheckpointDamaged: torn, truncated or altered; the message names the files.
+        CheckpointMismatch: of another rank, alpha, dtype, layout or base; the message gives both.
+    """
+    folder = Path(folder)
+    if not folder.exists():  # perhaps it was being replaced when its writer was killed
+        clean_strays(folder.parent, folder.name)
+    manifest = verify(folder, kind=KIND)
+    settings = read_object(folder / SETTINGS)
+    try:
+        saved_layout = _layout_of(manifest.about["layout"])
+        saved_spec = _spec_of(settings["spec"])
+        step, draws, client = settings["step"], settings["draws"], settings["client"]
+        base_name = str(manifest.about["base_name"])
+        fingerprint = str(manifest.about["base_fingerprint"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointDamaged(f"{folder}: a field is missing or wrong: {error}") from error
+    if not (isinstance(step, int) and isinstance(draws, int) and isinstance(client, dict)):
+        raise CheckpointDamaged(f"{folder / SETTINGS}: step, draws or client is of a wrong type")
+    differences: list[str] = []
+    if base_fingerprint not in (None, fingerprint):
+        differences.append(
+            f"it was trained on base {base_name} ({fingerprint}), here is base {base_fingerprint}"
+        )
+    differences += _spec_differences(saved_spec, spec) if spec else []
+    differences += _layout_differences(saved_layout, layout) if layout else []
+    if differences:
+        raise CheckpointMismatch(f"{folder} does not fit: {_listed(differences)}")
+    vectors = _read_vectors(folder / TENSORS, saved_layout.num_params)
+    state = AdapterState(saved_spec, layout or saved_layout, **vectors, step=step, draws=draws)
+    return SavedState(state, client, base_name, fingerprint)
+
+
+def newest_state(parent: str | Path) -> Path | None:
+    """The folder `step-N` with the highest N that is whole; None if there is none.
+
+    Damaged and half-written ones are skipped with a warning. Cleans up after killed writers first.
+
+    Raises:
+        CheckpointMismatch: a newer state is there, but of a format that this version cannot read.
+            Going on from an older one would silently lose work.
+    """
+    parent = Path(parent)
+    if not parent.is_dir():
+        return None
+    clean_strays(parent)
+    numbered = [(int(m[1]), path) for path in parent.iterdir() if (m := _STEP.fullmatch(path.name))]
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            verify(path, kind=KIND)
+        except CheckpointDamaged as error:
+            logger.warning("skipped: %s", error)
+        else:
+            return path
+    return None
+
+
+def _vectors(state: AdapterState) -> dict[str, torch.Tensor]:
+    vectors: dict[str, torch.Tensor] = {}
+    for name in _VECTORS:
+        vector_P = getattr(state, name)
+        if vector_P is None:
+            continue
+        if vector_P.dtype != torch.float32 or vector_P.shape != (state.layout.num_params,):
+            raise SaveFailed(
+                f"{name} is {vector_P.dtype} {list(vector_P.shape)}; "
+                f"a training state has torch.float32 [{state.layout.num_params}]"
+            )
+        vectors[name] = vector_P.detach().cpu().contiguous()
+    return vectors
+
+
+def _read_vectors(path: Path, num_params: int) -> dict[str, torch.Tensor]:
+    try:
+        vectors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
+    if "weights" not in vectors or set(vectors) - set(_VECTORS):
+        raise CheckpointMismatch(f"{path} holds {sorted(vectors)}; expected some of {_VECTORS}")
+    for name, vector_P in vectors.items():
+        if vector_P.dtype != torch.float32 or vector_P.shape != (num_params,):
+            raise CheckpointMismatch(
+                f"{path}: {name} is {vector_P.dtype} {list(vector_P.shape)}, "
+                f"its layout needs torch.float32 [{num_params}]"
+            )
+    # The library maps the file into memory; a state must not change or vanish with the file.
+    return {name: vector_P.clone() for name, vector_P in vectors.items()}
+
+
+def _require_json(value: object, where: str) -> None:
+    """Tuples and integer keys would come back as something else: refuse them by name."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise SaveFailed(f"{where} has the key {key!r}; JSON keys are strings")
+            _require_json(item, f"{where}[{key!r}]")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _require_json(item, f"{where}[{index}]")
+    elif value is not None and type(value) not in (bool, int, float, str):
+        raise SaveFailed(f"{where} is a {type(value).__name__}; it must be a plain JSON value")
+
+
+def _spec_json(spec: AdapterSpec) -> dict[str, JSON]:
+    values = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    if isinstance(spec.targets, tuple):
+        values["targets"] = list(spec.targets)
+    # The order of patterns counts (the first match wins); JSON objects keep it.
+    values["rank_pattern"] = dict(spec.rank_pattern)
+    values["alpha_pattern"] = dict(spec.alpha_pattern)
+    return values
+
+
+def _spec_of(value: JSON) -> AdapterSpec:
+    if not isinstance(value, dict):
+        raise TypeError("spec is not an object")
+    targets = value.get("targets")
+    values: dict[str, object] = dict(value)
+    if isinstance(targets, list):
+        values["targets"] = tuple(str(target) for target in targets)
+    return AdapterSpec(**values)  # pyrefly: ignore[bad-argument-type]
+
+
+def _layout_json(layout: Layout) -> JSON:
+    factors: list[JSON] = [dict[str, JSON](asdict(factor)) for factor in layout.factors]
+    return {"num_params": layout.num_params, "factors": factors}
+
+
+def _layout_of(value: JSON) -> Layout:
+    if not isinstance(value, dict):
+        raise TypeError("layout is not an object")
+    factors, num_params = value["factors"], value["num_params"]
+    if not isinstance(factors, list) or not isinstance(num_params, int):
+        raise TypeError("layout has no factors or no num_params")
+    return Layout(
+        tuple(Factor(**factor) for factor in factors),  # pyrefly: ignore
+        num_params,
+    )
+
+
+def _spec_differences(saved: AdapterSpec, wanted: AdapterSpec) -> list[str]:
+    return [
+        f"its {field.name} is {getattr(saved, field.name)!r}, here {getattr(wanted, field.name)!r}"
+        for field in fields(wanted)
+        if getattr(saved, field.name) != getattr(wanted, field.name)
+    ]
+
+
+def _layout_differences(saved: Layout, wanted: Layout) -> list[str]:
+    mine = {factor.site: factor for factor in saved.factors}
+    theirs = {factor.site: factor for factor in wanted.factors}
+    found = [
+        f"it has factors for {site}, here there are none" for site in mine if site not in theirs
+    ]
+    found += [
+        f"it has no factors for {site}, here there are" for site in theirs if site not in mine
+    ]
+    for site, factor in mine.items():
+        found += [
+            f"{site}: its {name} is {getattr(factor, name)}, here {getattr(theirs[site], name)}"
+            for name in _COMPARED
+            if site in theirs and getattr(factor, name) != getattr(theirs[site], name)
+        ]
+    # Offsets follow from the rest; name them only when nothing else tells the two apart.
+    return [text for text in found if "_start is" not in text] or found
+
+
+def _listed(differences: list[str]) -> str:
+    shown, more = differences[:_MOST_DIFFERENCES], len(differences) - _MOST_DIFFERENCES
+    return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
