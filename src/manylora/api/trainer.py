@@ -14,11 +14,18 @@ import torch
 from manylora.api.handle import JSON, AdapterHandle, SnapshotHandle
 from manylora.checkpoint import export_merged, export_peft, import_peft, load_state, save_state
 from manylora.engine import Engine
-from manylora.lora.layout import plan_layout
+from manylora.lora.layout import Factor, plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.lora.state import AdapterState
 from manylora.scheduler import Call, Operation, OperationQueue, Worker
-from manylora.types import AdapterSpec, ConfigError, Sample, SampledSequence, SamplingParams
+from manylora.types import (
+    AdapterSpec,
+    CheckpointMismatch,
+    ConfigError,
+    Sample,
+    SampledSequence,
+    SamplingParams,
+)
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -168,7 +175,9 @@ class Trainer:
             CheckpointDamaged, CheckpointMismatch, AdapterExists
         """
         layout = None if spec is None else plan_layout(spec, resolve_targets(spec, self.sites))
-        saved = load_state(Path(folder), layout=layout, base_fingerprint=self.fingerprint)
+        saved = load_state(
+            Path(folder), layout=layout, spec=spec, base_fingerprint=self.fingerprint
+        )
         new = self._call(None, lambda: self._engine.restore(name, saved.state)).result()
         return self._handle(name, new.spec, new.layout.num_params), dict(saved.client)
 
@@ -211,7 +220,7 @@ class Trainer:
             else:
                 export_peft(
                     folder, state.spec, state.layout, state.weights,
-                    base_name=self.base_name, sites=self.sites,
+                    base_name=self.base_name, sites=self.sites, base_fingerprint=self.fingerprint,
                 )  # fmt: skip
             return folder
 
@@ -246,5 +255,22 @@ class Trainer:
         return self.adapters[name]
 
     def _warm_start(self, folder: Path, spec: AdapterSpec | None) -> AdapterState:
-        imported = import_peft(folder, self.sites)
-        raise NotImplementedError
+        imported = import_peft(
+            folder, self.sites, base_weight=lambda name: self._engine.base_weight(name)
+        )
+        if spec is None:
+            return AdapterState(imported.spec, imported.layout, imported.weights_P)
+        layout = plan_layout(spec, resolve_targets(spec, self.sites))
+        found, wanted = ({_term(f) for f in of.factors} for of in (imported.layout, layout))
+        if found != wanted:
+            only = sorted(found ^ wanted)[:3]
+            raise CheckpointMismatch(
+                f"{folder} does not fit the adapter's settings (site, rank, scale differ at {only}); "
+                "give the rank, alpha and targets that it was trained with, or leave them out"
+            )
+        return AdapterState(spec, layout, imported.weights_P)
+
+
+def _term(factor: Factor) -> tuple[str, int, float]:
+    """What a factor adds: where, of which rank, on which scale."""
+    return factor.site, factor.rank, round(factor.scale, 9)

@@ -122,6 +122,12 @@ class Engine:
         self.adapters[name] = Adapter(state, self.index, self.base.device)
         return self.adapters[name]
 
+    def base_weight(self, site: str) -> Tensor:
+        """The frozen weight [N, K] of a linear layer."""
+        weight = self.base.model.get_submodule(site).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().cpu()
+
     def unload(self, name: str) -> None:
         """Forget an adapter; its snapshots stay."""
         self._adapter(name)
