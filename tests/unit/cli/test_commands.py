@@ -139,8 +139,8 @@ def test_labels_are_made_to_differ():
 class Letters:
     """A tokenizer whose tokens are code points."""
 
-    bos_token_id = None
-    chat_template = None
+    bos_token_id: int | None = None
+    chat_template: str | None = None
 
     def __call__(self, text, **_):
         if isinstance(text, str):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from manylora import __version__ as version
 from manylora.cli import main as cli
 from manylora.types import AdapterNotFound, ConfigError, DataError, SaveFailed
 
@@ -88,7 +89,7 @@ def test_every_command_has_a_line_and_an_example(manylora):
 
 def test_version(manylora):
     code, out, err = manylora("--version")
-    assert (code, err) == (0, "") and out.startswith("manylora ")
+    assert (code, out, err) == (0, f"manylora {version}\n", "")
 
 
 @pytest.mark.parametrize(

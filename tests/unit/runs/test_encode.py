@@ -105,7 +105,7 @@ def test_a_lone_token_is_named(source, tokenizer):
 
 def test_a_tokenizer_without_an_end_is_refused(source):
     class Endless:
-        eos_token_id = None
+        eos_token_id: int | None = None
 
     with pytest.raises(DataError, match="no end-of-sequence token"):
         encode_source(source({"text": "a"}), Endless())
