@@ -117,6 +117,13 @@ def distinct(labels: list[str]) -> list[str]:
     return result
 
 
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal: a model may write anything."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
 def _prompt(given: str | None) -> str:
     if given is not None and given != "-":
         return given
@@ -131,6 +138,7 @@ def _shown(answers: Mapping[str, str], *, as_json: bool) -> str:
             json.dumps({"adapter": label, "answer": answer}, ensure_ascii=False)
             for label, answer in answers.items()
         )
+    answers = {label: printable(answer) for label, answer in answers.items()}
     if len(answers) == 1:
         return next(iter(answers.values()))
     width = max(map(len, answers))

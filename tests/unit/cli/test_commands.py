@@ -11,7 +11,9 @@ import pytest
 
 from manylora.cli import main as cli
 from manylora.cli.adapters import common_base, find_adapter
-from manylora.cli.sample import distinct
+from manylora.cli.sample import distinct, printable
+from manylora.cli.train import size_text
+from manylora.runs.plan import AdapterPlan, RunPlan
 from manylora.types import CheckpointDamaged, CheckpointError, ConfigError, SamplingParams
 
 RUN = "base: seedling\nout: o\nadapters:\n  - {name: a, sft: {train: d.jsonl}}\n"
@@ -68,6 +70,27 @@ def test_train_hands_on_its_options_and_the_exit_code(manylora, trained):
     assert (overwrite, view, overwrite_2, view_2) == (False, "auto", True, "json")
     assert (run.adapters[0].seed, run.token_budget) == (0, 4096)
     assert (changed.adapters[0].seed, changed.token_budget) == (3, 9)
+
+
+def test_a_dry_run_prints_the_plan_and_trains_nothing(manylora, trained, monkeypatch):
+    adapter = AdapterPlan(
+        name="a", rank=(2, 4), num_targets=3, num_params=1000, num_bytes=16000, num_examples=5,
+        num_eval_examples=0, batch_size=2, steps=3, num_tokens=70, longest=99,
+    )  # fmt: skip
+    plan = RunPlan(
+        base="b", architecture="Llama", base_params=5000, context_length=64, out="o",
+        adapters=(adapter,),
+    )  # fmt: skip
+    monkeypatch.setattr("manylora.runs.plan.plan_run", lambda run: plan)
+    Path("run.yaml").write_text(RUN)
+    code, out, err = manylora("train", "run.yaml", "--dry-run")
+    assert code == 0 and trained == []
+    assert "base b: Llama, 5,000 parameters, context 64" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("a "))
+    assert " ".join(row) == "a 2–4 3 1,000 15.6 KiB 5 0 2 3 70 99"
+    assert err.startswith("warning: adapter a: its longest example has 99 tokens")
+    code, out, _ = manylora("train", "run.yaml", "--dry-run", "--json")
+    assert json.loads(out)["adapters"][0]["steps"] == 3
 
 
 def test_quickstart_hands_on_its_options(manylora, monkeypatch):
@@ -131,6 +154,18 @@ def test_adapters_agree_on_a_base_or_the_user_says_which(tmp_path):
 
 def test_labels_are_made_to_differ():
     assert distinct(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(3, "3 B"), (1024, "1.0 KiB"), (3 * 2**19, "1.5 MiB"), (2**34, "16.0 GiB")],
+)
+def test_sizes(count, text):
+    assert size_text(count) == text
+
+
+def test_an_answer_cannot_steer_the_terminal():
+    assert printable("é\n\t\x1b[2Jx\r\x00") == "é\n\t�[2Jx��"
 
 
 # --- sample and export ------------------------------------------------------------------------
