@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from manylora.types import AdapterSpec, CheckpointDamaged, CheckpointError, ConfigError
+from manylora.types import CheckpointDamaged, CheckpointError, ConfigError
 
 PEFT_CONFIG, STATE_MANIFEST = "adapter_config.json", "manifest.json"
 
@@ -83,30 +83,7 @@ def open_adapter(trainer: Any, name: str, adapter: AdapterFolder) -> Any:
     if adapter.kind == "state":
         restored, _ = trainer.restore(name, adapter.folder)
         return restored
-    return trainer.create(name, peft_spec(adapter.folder), init_from=adapter.folder)
-
-
-def peft_spec(folder: Path) -> AdapterSpec:
-    """The settings that PEFT's own file tells of.
-
-    Raises:
-        CheckpointDamaged: they are missing or of the wrong type.
-    """
-    fields = _read_json(folder / PEFT_CONFIG)
-    targets = fields.get("target_modules")
-    try:
-        return AdapterSpec(
-            rank=fields["r"],
-            alpha=float(fields["lora_alpha"]),
-            targets=tuple(sorted(targets)) if isinstance(targets, list) else str(targets),
-            rank_pattern=fields.get("rank_pattern") or {},
-            alpha_pattern=fields.get("alpha_pattern") or {},
-            use_rslora=bool(fields.get("use_rslora", False)),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointDamaged(
-            f"{folder / PEFT_CONFIG}: r, lora_alpha or target_modules is missing or wrong: {error}"
-        ) from error
+    return trainer.create(name, init_from=adapter.folder)
 
 
 def _label(folder: Path) -> str:

@@ -18,8 +18,14 @@ def inspect(folder: Path, as_json: bool) -> None:
     """Say what an adapter folder holds and whether it is whole."""
     from manylora.checkpoint import describe
     from manylora.cli.adapters import find_adapter
+    from manylora.types import CheckpointDamaged
 
-    found: Mapping[str, Any] = describe(find_adapter(folder).folder)
+    found: Mapping[str, Any]
+    try:
+        found = describe(folder)
+    except CheckpointDamaged:
+        # Perhaps an adapter's folder of a run; if it is not, this says what would be right.
+        found = describe(find_adapter(folder).folder)
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False, default=str))
     else:
@@ -28,6 +34,8 @@ def inspect(folder: Path, as_json: bool) -> None:
 
 def _lines(found: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     for key, value in found.items():
+        if value is None:
+            continue
         if isinstance(value, Mapping) and value:
             yield f"{indent}{key}:"
             yield from _lines(value, indent + "  ")
@@ -40,4 +48,6 @@ def _lines(found: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 def _shown(value: object) -> str:
     if isinstance(value, Collection) and not isinstance(value, str):
         return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return str(value)

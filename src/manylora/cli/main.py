@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+import manylora
+
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 # Import strings, so that a command costs nothing until it is asked for.
@@ -51,12 +53,7 @@ class LazyGroup(click.Group):
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if not wanted or ctx.resilient_parsing:
         return
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        click.echo(f"manylora {version('manylora')}")
-    except PackageNotFoundError:
-        click.echo("manylora (not installed; run from its sources)")
+    click.echo(f"manylora {manylora.__version__}")
     ctx.exit()
 
 

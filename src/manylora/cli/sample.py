@@ -2,11 +2,15 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from manylora.cli.adapters import AdapterFolder
+    from manylora.types import SamplingParams
 
 
 @click.command(
@@ -46,36 +50,45 @@ def sample(
     as_json: bool,
 ) -> None:
     """Let a base and any number of adapters answer a prompt, side by side."""
-    from manylora.cli.adapters import common_base, find_adapter, open_adapter
+    from manylora.cli.adapters import common_base, find_adapter
     from manylora.types import SamplingParams
 
     adapters = [find_adapter(folder) for folder in folders]
     name = common_base(adapters, base)
     text = _prompt(prompt)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    click.echo(_shown(_answers(name, adapters, text, params, chat=chat), as_json=as_json))
 
+
+def _answers(
+    base: str,
+    adapters: Sequence["AdapterFolder"],
+    prompt: str,
+    params: "SamplingParams",
+    *,
+    chat: bool,
+) -> dict[str, str]:
+    """Each adapter's answer by its label; without adapters, the base's by its name."""
     from manylora.api import Trainer
+    from manylora.cli.adapters import open_adapter
 
-    with Trainer(name) as trainer:
-        tokens = prompt_tokens(trainer.tokenizer, text, chat=chat)
+    with Trainer(base) as trainer:
+        tokenizer = trainer.tokenizer
+        tokens = prompt_tokens(tokenizer, prompt, chat=chat)
+        labels = distinct([adapter.label for adapter in adapters])
         doors = {
             label: open_adapter(trainer, f"a{number}", adapter)
-            for number, (label, adapter) in enumerate(
-                zip(distinct([each.label for each in adapters]), adapters, strict=True)
-            )
+            for number, (label, adapter) in enumerate(zip(labels, adapters, strict=True))
         }
         # All are asked before any is waited for, so that they share one decode loop.
         futures = {
             label: door.sample([tokens], params)
-            for label, door in (doors or {name: trainer}).items()
+            for label, door in (doors or {base: trainer}).items()
         }
-        answers = {
-            label: trainer.tokenizer.decode(
-                list(future.result()[0].tokens), skip_special_tokens=True
-            )
+        return {
+            label: tokenizer.decode(list(future.result()[0].tokens), skip_special_tokens=True)
             for label, future in futures.items()
         }
-    click.echo(_shown(answers, as_json=as_json))
 
 
 def prompt_tokens(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
@@ -104,6 +117,13 @@ def distinct(labels: list[str]) -> list[str]:
     return result
 
 
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal: a model may write anything."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
 def _prompt(given: str | None) -> str:
     if given is not None and given != "-":
         return given
@@ -118,6 +138,7 @@ def _shown(answers: Mapping[str, str], *, as_json: bool) -> str:
             json.dumps({"adapter": label, "answer": answer}, ensure_ascii=False)
             for label, answer in answers.items()
         )
+    answers = {label: printable(answer) for label, answer in answers.items()}
     if len(answers) == 1:
         return next(iter(answers.values()))
     width = max(map(len, answers))

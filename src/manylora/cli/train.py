@@ -60,7 +60,7 @@ def plan_text(plan: "RunPlan") -> str:
             "–".join(map(str, dict.fromkeys(adapter.rank))),
             str(adapter.num_targets),
             f"{adapter.num_params:,}",
-            f"{adapter.num_bytes / 2**20:.1f} MiB",
+            size_text(adapter.num_bytes),
             f"{adapter.num_examples:,}",
             f"{adapter.num_eval_examples:,}",
             f"{adapter.batch_size:,}",
@@ -79,3 +79,11 @@ def plan_text(plan: "RunPlan") -> str:
         for row in (titles, *rows)
     ]
     return "\n".join([head, "", *lines, "", f"out: {plan.out}"])
+
+
+def size_text(count: int) -> str:
+    """Bytes for people."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

@@ -66,56 +66,6 @@ def encode_source(source: Source, tokenizer: Any) -> list[Datum]:
     return data
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedPrompt:
-    """A prompt to continue, with the answer that the data give.
-
-    Attributes:
-        text: the prompt as a person reads it.
-        tokens: the prompt as the model reads it: the very tokens that come before the first
-            learned one in training.
-        expected: the answer in the data.
-    """
-
-    text: str
-    tokens: list[int]
-    expected: str
-
-
-def encode_prompts(
-    source: Source,
-    tokenizer: Any,
-    limit: int | None = None,
-) -> list[EncodedPrompt]:
-    """The prompts of the first `limit` examples (all by default), for sampling.
-
-    Of a conversation, everything before the assistant's last turn. Texts have no prompt, and an
-    empty prompt without any token cannot be continued: both are left out.
-    """
-    if source.kind == "text":
-        return []
-    examples = source.examples[:limit]
-    if source.kind == "messages":
-        turns = [_last_turn(example) for example in examples]
-        texts = [
-            _render(source, example, tokenizer, number, asking=True)
-            for example, number in zip(examples, turns, strict=True)
-        ]
-        expected = [e.messages[number].content for e, number in zip(examples, turns, strict=True)]
-        shown = [
-            example.messages[max(number - 1, 0)].content
-            for example, number in zip(examples, turns, strict=True)
-        ]
-        bos: list[int] = []
-    else:
-        texts = shown = [example.texts[0] for example in examples]
-        expected = [example.texts[1] for example in examples]
-        bos = _bos(tokenizer)
-    tokens = [[*bos, *piece] for piece in _tokenise(tokenizer, texts)]
-    prompts = map(EncodedPrompt, shown, tokens, expected)
-    return [prompt for prompt in prompts if prompt.tokens]
-
-
 def encode_prompt(tokenizer: Any, text: str, *, chat: bool = False) -> list[int]:
     """One prompt as training would have seen it: bare, or as a user's turn of a conversation."""
     if chat:
@@ -124,10 +74,6 @@ def encode_prompt(tokenizer: Any, text: str, *, chat: bool = False) -> list[int]
         )
     bos = [] if chat else _bos(tokenizer)
     return [*bos, *next(_tokenise(tokenizer, [text]))]
-
-
-def _last_turn(example: Example) -> int:
-    return max(n for n, message in enumerate(example.messages) if message.role == "assistant")
 
 
 def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:

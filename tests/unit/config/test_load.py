@@ -169,6 +169,23 @@ adapters:
     assert [a.sft.batch_size for a in adapters] == [2, 2, 9, 2]
 
 
+def test_a_mapping_with_merged_keys_can_itself_be_shared(write):
+    text = """\
+base: seedling
+out: o
+adapters:
+  - name: a
+    sft: {train: a.jsonl}
+    lora: &plain {rank: 3, alpha: 5}
+  - name: b
+    sft: {train: a.jsonl}
+    lora: &changed {<<: *plain, rank: 4}
+  - {name: c, sft: {train: a.jsonl}, lora: *changed}
+"""
+    loras = [adapter.lora for adapter in load_run_file(write(text)).adapters]
+    assert [(lora.rank, lora.alpha) for lora in loras] == [(3, 5), (4, 5), (4, 5)]
+
+
 def adapter_with(line: str) -> str:
     """A run file whose seventh line is `line`."""
     return SMALL + f"    {line}\n"

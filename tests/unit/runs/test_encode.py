@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from manylora.runs.encode import encode_prompt, encode_prompts, encode_source
+from manylora.runs.encode import encode_prompt, encode_source
 from manylora.runs.sources import read_source
 from manylora.types import DataError
 
@@ -105,7 +105,7 @@ def test_a_lone_token_is_named(source, tokenizer):
 
 def test_a_tokenizer_without_an_end_is_refused(source):
     class Endless:
-        eos_token_id = None
+        eos_token_id: int | None = None
 
     with pytest.raises(DataError, match="no end-of-sequence token"):
         encode_source(source({"text": "a"}), Endless())
@@ -208,25 +208,12 @@ def test_messages_need_a_template(source, tokenizer_with_template):
 @pytest.mark.parametrize("which", ["tokenizer", "bos_tokenizer"])
 def test_a_prompt_is_what_training_had_before_the_answer(source, request, which):
     tokenizer = request.getfixturevalue(which)
-    rows = source({"prompt": "reverse abc", "completion": "cba"})
-    (datum,), (prompt,) = encode_source(rows, tokenizer), encode_prompts(rows, tokenizer)
+    (datum,) = encode_source(source({"prompt": "reverse abc", "completion": "cba"}), tokenizer)
     first_learned = int(np.argmax(datum.loss_inputs["weights"])) + 1
-    assert prompt.tokens == sequence(datum)[:first_learned]
-    assert prompt.tokens == encode_prompt(tokenizer, "reverse abc")
-    assert (prompt.text, prompt.expected) == ("reverse abc", "cba")
+    assert encode_prompt(tokenizer, "reverse abc") == sequence(datum)[:first_learned]
 
 
-def test_a_conversation_s_prompt_ends_before_its_last_answer(source, tokenizer):
-    rows = source({"messages": TURNS}, {"messages": TURNS[1:3]})
-    (datum, _), prompts = encode_source(rows, tokenizer), encode_prompts(rows, tokenizer)
-    assert sequence(datum)[: len(prompts[0].tokens)] == prompts[0].tokens
-    assert tokenizer.decode(prompts[0].tokens).endswith("three<|im_end|>\n<|im_start|>assistant\n")
-    assert [(p.text, p.expected) for p in prompts] == [("three", "four"), ("one", "two")]
-    assert prompts[1].tokens == encode_prompt(tokenizer, "one", chat=True)
-
-
-def test_texts_and_empty_prompts_have_none_to_continue(source, tokenizer):
-    assert encode_prompts(source({"text": "a"}), tokenizer) == []
-    rows = source({"prompt": "", "completion": "a"}, {"prompt": "b", "completion": "a"})
-    assert [prompt.text for prompt in encode_prompts(rows, tokenizer)] == ["b"]
-    assert encode_prompts(rows, tokenizer, limit=0) == []
+def test_a_chat_prompt_ends_where_the_answer_begins(source, tokenizer):
+    (datum,) = encode_source(source({"messages": TURNS[1:3]}), tokenizer)
+    first_learned = int(np.argmax(datum.loss_inputs["weights"])) + 1
+    assert encode_prompt(tokenizer, "one", chat=True) == sequence(datum)[:first_learned]

@@ -26,7 +26,7 @@ def theirs(schedule: str, warmup: int, total: int) -> list[float]:
     }[schedule]()
     rates = []
     for _ in range(total + 3):
-        rates.append(scheduler.get_last_lr()[0])
+        rates.append(float(scheduler.get_last_lr()[0]))
         optimizer.step()
         scheduler.step()
     return rates
