@@ -132,6 +132,11 @@ def short(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
+def printable(text: str) -> str:
+    """The text without characters that would steer a terminal; lines and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 def rate(value: float | None) -> str:
     """Tokens per second for people."""
     return "–" if value is None else f"{value:,.0f}"

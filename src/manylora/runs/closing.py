@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from manylora.runs.board import clock_text, short
+from manylora.runs.board import clock_text, printable, short
 from manylora.runs.events import RunEnded
 from manylora.runs.layout import read_json
 
@@ -39,7 +39,8 @@ def print_closing(event: RunEnded, console: Console) -> None:
     for name, entry in adapters.items():
         if entry["error"]:
             error = entry["error"]
-            console.print(Text(f"{name}: {error['type']}: {error['message']}", style="red"))
+            text = printable(f"{name}: {error['type']}: {error['message']}")
+            console.print(Text(text, style="red"))
     _print_rate(event.summary, console)
     _print_paths(event, console)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from manylora.config import RunFile
 from manylora.runs.events import Listeners, Phase, RunEnded, RunStarted, Stopping
 from manylora.runs.job import Job
-from manylora.runs.layout import RunPaths, held, is_completed, write_json
+from manylora.runs.layout import RunPaths, held, is_completed, read_json, write_json
 from manylora.runs.machine import hardware, versions
 from manylora.runs.outcome import Outcome
 from manylora.runs.prepare import plan_job
@@ -101,6 +101,7 @@ class _Run:
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     # Of the training itself: without opening the base, with evaluations.
     seconds: float = 0.0
+    nothing_to_do: bool = False
 
     def __post_init__(self) -> None:
         self.paths = RunPaths(self.run.out)
@@ -140,7 +141,8 @@ class _Run:
         self.emit(RunStarted(str(self.paths.root), self.run.base, steps))
 
     def _train(self, stopper: Stopper) -> None:
-        if all(is_completed(self.paths.adapter(job.name)) for job in self.jobs):
+        self.nothing_to_do = all(is_completed(self.paths.adapter(j.name)) for j in self.jobs)
+        if self.nothing_to_do:
             asyncio.run(self._all(None, stopper))  # each says that it is; no base is needed
             return
         self.emit(Phase("", f"opening {self.run.base}"))
@@ -201,6 +203,9 @@ class _Run:
 
     def _write_summary(self) -> dict[str, Any]:
         summary = self._summary()
+        if self.nothing_to_do:
+            # What the run itself told stays.
+            return read_json(self.paths.summary) or summary
         try:
             write_json(self.paths.summary, summary)
         except OSError as error:  # a full disk must not cost the adapters that still train

@@ -18,7 +18,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from manylora.runs.board import Board, Clock, Row, clock_text, rate, short
+from manylora.runs.board import Board, Clock, Row, clock_text, printable, rate, short
 from manylora.runs.closing import print_closing
 from manylora.runs.events import (
     AdapterEnded,
@@ -142,7 +142,7 @@ class PlainView:
     def _say(self, adapter: str, text: str) -> None:
         width = max((len(name) for name in self._board.rows), default=0)
         name = f"{adapter:<{width}}  " if adapter else ""
-        self._progress.write(f"{name}{text}\n")
+        self._progress.write(f"{name}{printable(text)}\n")
         self._progress.flush()
 
 
@@ -187,7 +187,8 @@ class LiveView:
     def __call__(self, event: Event) -> None:
         self._board(event)
         if isinstance(event, AdapterEnded) and event.error:
-            self.live.console.print(Text(f"{event.adapter} failed: {event.error}", style="red"))
+            error = printable(event.error)
+            self.live.console.print(Text(f"{event.adapter} failed: {error}", style="red"))
         if isinstance(event, RunEnded):
             self.live.stop()
             print_closing(event, Console(file=self._out, width=closing_width(self._out)))

@@ -147,6 +147,12 @@ def test_rates_and_remaining_time_follow_the_last_seconds():
     assert Rate(clock).per_second() is None
 
 
+def test_an_error_cannot_steer_the_terminal():
+    view, progress, _ = plain()
+    view(AdapterEnded("a", "failed", 1, "DataError: \x1b[2Jgone\nsecond line"))
+    assert "\x1b" not in progress.getvalue() and "\\x1b[2Jgone\nsecond" in progress.getvalue()
+
+
 def test_figures_are_short():
     assert [short(v) for v in (None, 0.123456, 12.0)] == ["–", "0.1235", "12"]
     assert [clock_text(v) for v in (None, 5, 65, 3723)] == ["–", "0:05", "1:05", "1:02:03"]
