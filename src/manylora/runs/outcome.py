@@ -1,9 +1,12 @@
 """How an adapter ended."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from manylora.runs.events import Status, finite
+from manylora.runs.layout import AdapterPaths, is_completed, read_json
+from manylora.runs.metrics import read_metrics
 
 
 @dataclass(slots=True)
@@ -38,6 +41,23 @@ class Outcome:
         entry = asdict(self)
         del entry["trained_here"], entry["skipped"]
         return dict(finite(entry))
+
+    @classmethod
+    def earlier(cls, paths: AdapterPaths) -> "Outcome":
+        """What an earlier attempt has left: a finished adapter, or how far one came."""
+        if is_completed(paths):
+            result = read_json(paths.result)
+            names = {field.name for field in fields(cls)}
+            return cls(**{k: v for k, v in result.items() if k in names}, skipped=True)
+        outcome = cls()
+        outcome.count_rows(read_metrics(paths.metrics))
+        return outcome
+
+    def count_rows(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add the steps of a metrics file."""
+        for row in rows:
+            self.steps = row["step"]
+            self.count(row["tokens"], row["trained_tokens"], row["seconds"], row["loss"])
 
     def count(self, tokens: int, trained: int, seconds: float, loss: float | None) -> None:
         """Add one step."""

@@ -94,7 +94,8 @@ class AdapterRun:
 
     async def run(self) -> Outcome:
         """Train to the end. Never raises: whatever goes wrong is this adapter's outcome."""
-        if self._finished_before():
+        if is_completed(self._paths):
+            self.outcome = Outcome.earlier(self._paths)
             self._end("completed")
             return self.outcome
         try:
@@ -107,15 +108,6 @@ class AdapterRun:
         finally:
             await self._release()
         return self.outcome
-
-    def _finished_before(self) -> bool:
-        if not is_completed(self._paths):
-            return False
-        result = read_json(self._paths.result)
-        known = {name: result[name] for name in self.outcome.to_dict() if name in result}
-        self.outcome = Outcome(**known)
-        self.outcome.skipped = True
-        return True
 
     # ------------------------------------------------------------------ the course of a run
 
@@ -166,9 +158,10 @@ class AdapterRun:
                 self._door.restore, job.name, state, spec=job.spec
             )
         outcome.num_params = self._adapter.num_params
-        outcome.steps = outcome.resumed_from = self._saved_step = int(client.get("step", 0))
+        outcome.resumed_from = self._saved_step = int(client.get("step", 0))
         outcome.eval_before = client.get("eval_before")
-        self._count_rows(cut_back(self._paths.metrics, outcome.steps))
+        outcome.count_rows(cut_back(self._paths.metrics, outcome.resumed_from))
+        outcome.steps = outcome.resumed_from
         # A lost metrics file costs the curve, not these two.
         outcome.first_loss = client.get("first_loss", outcome.first_loss)
         outcome.last_loss = client.get("last_loss", outcome.last_loss)
@@ -330,21 +323,11 @@ class AdapterRun:
         self.outcome.error = {"type": type(error).__name__, "message": str(error)}
         self._end("failed")
 
-    def _count_rows(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            self.outcome.count(row["tokens"], row["trained_tokens"], row["seconds"], row["loss"])
-
-    def _recall(self) -> None:
-        """Ended before it was even opened: tell what an earlier attempt had reached."""
-        if self._adapter is None and self.outcome.steps == 0:
-            rows = read_metrics(self._paths.metrics)
-            self.outcome.steps = rows[-1]["step"] if rows else 0
-            self._count_rows(rows)
-
     def _end(self, status: Status) -> None:
         self.outcome.status = status
-        if status != "completed":
-            self._recall()
+        if self._adapter is None and status != "completed":
+            # Ended before it was even opened: tell what an earlier attempt had reached.
+            self.outcome.count_rows(read_metrics(self._paths.metrics))
         error = self.outcome.error
         text = f"{error['type']}: {error['message']}" if error else ""
         self._emit(

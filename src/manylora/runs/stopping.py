@@ -59,4 +59,6 @@ class Stopper:
         self._asked_at = now
         if self._loop is None or self._wish is None:
             raise KeyboardInterrupt
+        if self._loop.is_closed():
+            return  # training is over, and what is left to write is short
         self._loop.call_soon_threadsafe(self._wish, signal.Signals(number).name)

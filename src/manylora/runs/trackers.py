@@ -88,9 +88,9 @@ class TensorBoard:
     def __call__(self, event: Event) -> None:
         if isinstance(event, AdapterStarted):
             folder = self._paths.adapter(event.adapter).tensorboard
-            # Steps that were logged after the checkpoint are to be forgotten by the viewer.
-            purge = event.step + 1 if event.step else None
-            self._writers[event.adapter] = self._make(str(folder), purge_step=purge)
+            # The viewer is to forget what an earlier attempt logged after the checkpoint.
+            purge = event.step + 1 if event.step else 0
+            self._writers[event.adapter] = self._make(str(folder), purge_step=purge, flush_secs=10)
         elif isinstance(event, StepDone | EvalDone) and event.adapter in self._writers:
             for name, value in scalars(event).items():
                 self._writers[event.adapter].add_scalar(name, value, event.step)

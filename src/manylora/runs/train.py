@@ -186,8 +186,12 @@ class _Run:
         self._write_summary()
 
     def _cancel_all(self) -> None:
-        for outcome in self.outcomes.values():
+        """Interrupted before any adapter was opened."""
+        for job in self.jobs:
+            outcome = Outcome.earlier(self.paths.adapter(job.name))
+            outcome.total_steps = outcome.total_steps or job.steps
             outcome.status = outcome.status or "cancelled"
+            self.outcomes[job.name] = outcome
 
     def _end(self) -> int:
         summary = self._write_summary()

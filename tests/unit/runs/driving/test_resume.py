@@ -205,3 +205,22 @@ def test_an_attempt_that_fails_early_does_not_forget_what_was_reached(
     told = summary(run_file)["adapters"]["beta"]
     assert told["status"] == "failed"
     assert (told["steps"], told["tokens"]) == (before["steps"], before["tokens"])
+
+
+def test_interrupted_while_the_base_opens_is_told_without_forgetting_what_is_done(
+    run_file: RunFile,
+):
+    assert train(run_file) == 0
+    RunPaths(run_file.out).adapter("gamma").result.unlink()
+
+    class Slow(FakeDoor):
+        def __enter__(self) -> FakeDoor:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+            raise AssertionError("was not interrupted")
+
+    assert train(run_file, Slow()) == 130
+    told = summary(run_file)["adapters"]
+    assert (told["alpha"]["status"], told["alpha"]["steps"]) == ("completed", 6)
+    assert (told["gamma"]["status"], told["gamma"]["steps"]) == ("cancelled", 16)
+    assert train(run_file) == 0

@@ -1,5 +1,6 @@
 """Trackers get every adapter's figures under its own name, and cannot harm a run."""
 
+import shutil
 import sys
 from types import ModuleType
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from manylora.config import RunFile
+from manylora.runs.layout import RunPaths
 from tests.unit.runs.driving.conftest import metrics, train
 
 
@@ -72,3 +74,17 @@ def test_a_tracker_that_breaks_is_left_behind(
     run = RunFile.model_validate({**run_data, "trackio": {"project": "letters"}})
     assert train(run) == 0
     assert caplog.text.count("no network") == 1
+
+
+def test_tensorboard_forgets_what_is_made_again(run_data: dict[str, Any]):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = RunFile.model_validate({**run_data, "tensorboard": True})
+    assert train(run) == 0
+    folder = RunPaths(run.out).adapter("alpha")
+    folder.result.unlink()
+    shutil.rmtree(folder.state(6))
+    assert train(run) == 0  # from step 4
+    events = EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
