@@ -61,7 +61,7 @@ def prepare_sft(entry: AdapterEntry, door: Any, progress: Progress) -> Prepared:
     if sft.eval is not None:
         source = read_source(sft.eval)
         held_out = _encoded(source, door, progress, "evaluation data")
-        evals = eval_set(source, held_out)
+        evals = eval_set(source, held_out, door.tokenizer)
     return Prepared(steps, batch, adam, evals)
 
 
@@ -82,33 +82,41 @@ def _encoded(source: Source, door: Any, progress: Progress, what: str) -> list[D
     return data
 
 
-def eval_set(source: Source, data: Sequence[Datum]) -> EvalSet:
+def eval_set(source: Source, data: Sequence[Datum], tokenizer: Any) -> EvalSet:
     """Everything is measured by loss; the first examples that have an answer are also asked."""
     prompts: list[EvalPrompt] = []
     longest = 1
     if source.kind != "text":
-        for example, datum in list(zip(source.examples, data, strict=True))[:MAX_SAMPLES]:
-            start, length = _last_answer(datum)
-            text, expected = _prompt_and_answer(example)
-            prompts.append(EvalPrompt(text, datum.tokens[: start + 1].tolist(), expected))
-            longest = max(longest, length)
+        for example, datum in zip(source.examples[:MAX_SAMPLES], data, strict=False):
+            start, end = _last_answer(datum)
+            expected = (
+                example.texts[-1]
+                if example.texts
+                # A template may write more into a turn than its content; all of it is trained.
+                else tokenizer.decode(
+                    datum.loss_inputs["target_tokens"][start:end].tolist(),
+                    skip_special_tokens=True,
+                )
+            )
+            prompt = datum.tokens[: start + 1].tolist()
+            prompts.append(EvalPrompt(_prompt_text(example), prompt, expected))
+            longest = max(longest, end - start)
     return EvalSet(data, prompts, min(longest + EXTRA_TOKENS, MAX_ANSWER_TOKENS))
 
 
 def _last_answer(datum: Datum) -> tuple[int, int]:
-    """Position that predicts the first token of the last answer, and the answer's length.
+    """The positions, from and to, that predict the last answer.
 
     Prompts are cut out of what is trained, so they are tokenised exactly as it is.
     """
     trained = np.flatnonzero(datum.loss_inputs["weights"])
     gaps = np.flatnonzero(np.diff(trained) > 1)
     start = trained[gaps[-1] + 1] if len(gaps) else trained[0]
-    return int(start), int(trained[-1] - start + 1)
+    return int(start), int(trained[-1]) + 1
 
 
-def _prompt_and_answer(example: Example) -> tuple[str, str]:
+def _prompt_text(example: Example) -> str:
     if example.texts:
-        return example.texts[0], example.texts[-1]
+        return example.texts[0]
     last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
-    turns = [f"{message.role}: {message.content}" for message in example.messages[:last]]
-    return "\n".join(turns), example.messages[last].content
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in example.messages[:last])

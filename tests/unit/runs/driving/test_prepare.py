@@ -11,7 +11,7 @@ from manylora.runs.job import Prepared, mean_weights
 from manylora.runs.prepare import MAX_SAMPLES, prepare_sft
 from manylora.types import DataError, DatumTooLong, causal_datum
 from tests.unit.runs.driving.conftest import write_lines
-from tests.unit.runs.driving.fake_door import FakeDoor
+from tests.unit.runs.driving.fake_door import FakeDoor, FakeTokenizer
 
 
 def prepared(tmp_path: Path, rows: list[Any], door: FakeDoor | None = None, **sft: Any) -> Prepared:
@@ -77,3 +77,30 @@ def test_weights_of_a_batch_sum_to_one():
 def test_a_batch_without_anything_to_learn_is_refused():
     with pytest.raises(DataError, match="no token to train on"):
         mean_weights([causal_datum([1, 2], [0, 0])])
+
+
+class ChatTokenizer(FakeTokenizer):
+    """`<role|content|>`, and an answer begins with a thought that is not in the data."""
+
+    all_special_ids = (ord("|"),)
+    added_tokens_decoder: dict[int, str] = {}  # noqa: RUF012 - as the library has it
+    chat_template = "given by apply_chat_template"
+
+    def apply_chat_template(
+        self, turns: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        thought = {"assistant": "hm."}
+        text = "".join(f"<{t['role']}:{thought.get(t['role'], '')}{t['content']}|" for t in turns)
+        return text + ("<assistant:" if add_generation_prompt else "")
+
+
+def test_a_conversation_is_asked_for_its_last_answer(tmp_path: Path):
+    turns = [("user", "one?"), ("assistant", "1"), ("user", "two?"), ("assistant", "22")]
+    door = FakeDoor(context_length=99)
+    door.tokenizer = ChatTokenizer()
+    rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
+    (prompt,) = prepared(tmp_path, rows, door).evals.prompts
+    asked = "<user:one?|<assistant:hm.1|<user:two?|<assistant:"
+    assert bytes(prompt.tokens).decode() == asked
+    assert prompt.text == "user: one?\nassistant: 1\nuser: two?"
+    assert prompt.expected == "hm.22|"
