@@ -98,8 +98,8 @@ def test_a_write_that_fails_keeps_the_earlier_state(tmp_path: Path, num_bytes: i
     save(tmp_path / "a", 1)
     with small_files(num_bytes), pytest.raises(SaveFailed, match=str(tmp_path / "a")):
         save(tmp_path / "a", 2)
-    assert load_state(tmp_path / "a").state.step == 1
     assert names(tmp_path) == ["a"]
+    assert load_state(tmp_path / "a").state.step == 1
 
 
 @pytest.fixture
@@ -121,8 +121,8 @@ def test_a_full_disk_keeps_the_earlier_state(small_disk: Path):
     ballast.write_bytes(bytes(free - 8192))
     with pytest.raises(SaveFailed, match=r"(?i)no space left"):
         save(small_disk / "a", 2)
-    assert load_state(small_disk / "a").state.step == 1
     assert names(small_disk) == ["a", "ballast"]
+    assert load_state(small_disk / "a").state.step == 1
     ballast.unlink()
     save(small_disk / "a", 2)
     assert load_state(small_disk / "a").state.step == 2
@@ -150,8 +150,8 @@ def test_a_disk_that_cannot_flush_keeps_the_earlier_state(tmp_path: Path, monkey
             assert "the disk is broken" in str(error)
         else:
             break
+        assert names(tmp_path) == ["a"]  # before loading, which would clean up
         assert load_state(tmp_path / "a").state.step == 1
-        assert names(tmp_path) == ["a"]
         failures += 1
     # Three files, their folder, and the folder that holds it.
     assert failures == 5
