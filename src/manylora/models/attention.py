@@ -96,7 +96,9 @@ def _attend(
     whole = window is None or window >= length
     if softcap is not None:
         mask = _causal_mask(length, None if whole else window, q_nHLD.device)
-        return _softcapped(q_nHLD, k_nHLD, v_nHLD, mask, scale, softcap)
+        # One sequence at a time: a batched product's bits would depend on the run's length.
+        singles = zip(*(t.split(1) for t in (q_nHLD, k_nHLD, v_nHLD)), strict=True)
+        return torch.cat([_softcapped(q, k, v, mask, scale, softcap) for q, k, v in singles])
     if whole:
         return functional.scaled_dot_product_attention(
             q_nHLD, k_nHLD, v_nHLD, is_causal=True, scale=scale

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hub_logging
 
 from manylora.models import attention
 from manylora.models.stream import PackedStream, packed, padded_rows
@@ -71,8 +72,8 @@ class BaseModel:
         return output.last_hidden_state[0]
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
-        """Logits [T, V] in fp32, of the bare head."""
-        logits_TV = nn.functional.linear(hidden_TH, self.head.weight_VH, self.head.bias_V).float()
+        """Logits [T, V] in fp32; adapters act on the head if a routing table is open."""
+        logits_TV = self.model.get_output_embeddings()(hidden_TH).float()
         if self.head.softcap is not None:
             logits_TV = self.head.softcap * torch.tanh(logits_TV / self.head.softcap)
         return logits_TV
@@ -99,6 +100,7 @@ def open_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") ->
     """
     folder = resolve_base(name)
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    hub_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(

@@ -32,6 +32,7 @@ from manylora.types.errors import (
     TargetError,
     Unsupported,
 )
+from manylora.types.operations import ForwardBackward, OptimStep, Sample
 
 __all__ = [
     "ALL_LINEAR",
@@ -48,10 +49,13 @@ __all__ = [
     "DataError",
     "Datum",
     "DatumTooLong",
+    "ForwardBackward",
     "ForwardBackwardResult",
     "ManyloraError",
     "NotFinite",
+    "OptimStep",
     "OptimStepResult",
+    "Sample",
     "SampledSequence",
     "SamplingParams",
     "SaveFailed",

@@ -1,0 +1,11 @@
+"""The Python door: open a base, create adapters, train, sample, save, export.
+
+Owns: `Trainer` and the adapter handles, and the composition of one engine with one queue.
+Does not own: training recipes (runs), files' formats (checkpoint), tensors (engine).
+Talks to: scheduler, engine and checkpoint below; programs, runs and the command line use it.
+"""
+
+from manylora.api.handle import AdapterHandle, SnapshotHandle
+from manylora.api.trainer import Trainer
+
+__all__ = ["AdapterHandle", "SnapshotHandle", "Trainer"]

@@ -1,0 +1,169 @@
+"""Handles on an adapter and on a snapshot: every method queues an operation and returns a future."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manylora.types import (
+    AdamParams,
+    AdapterSpec,
+    Datum,
+    ForwardBackward,
+    ForwardBackwardResult,
+    OptimStep,
+    OptimStepResult,
+    Sample,
+    SampledSequence,
+    SamplingParams,
+)
+
+if TYPE_CHECKING:
+    from manylora.api.trainer import Trainer
+
+JSON = Any
+
+
+class AdapterHandle:
+    """One adapter of a `Trainer`.
+
+    Operations of one adapter run in the order in which they were called; those of different
+    adapters are merged into shared batches. Submit ahead, read later: a step's
+    `forward_backward` and `optim_step` can both be queued before either result is read.
+
+    Attributes:
+        name: unique among the trainer's adapters.
+        spec: its settings.
+        num_params: numbers in A and B together.
+    """
+
+    def __init__(self, trainer: Trainer, name: str, spec: AdapterSpec, num_params: int):
+        self._trainer = trainer
+        self.name = name
+        self.spec = spec
+        self.num_params = num_params
+
+    def __repr__(self) -> str:
+        return f"<adapter {self.name!r}: rank {self.spec.rank}, {self.num_params:,} parameters>"
+
+    def forward_backward(
+        self,
+        data: Sequence[Datum],
+        loss: str = "cross_entropy",
+        config: Mapping[str, float] | None = None,
+    ) -> Future[ForwardBackwardResult]:
+        """Add the gradient of the summed loss of `data` to what has accumulated.
+
+        Args:
+            data: any number of sequences; see `Datum` for what each loss needs.
+            loss: cross_entropy, importance_sampling, ppo, cispo or dro.
+            config: the loss's settings, e.g. {"clip_high_threshold": 1.3}.
+
+        Returns:
+            A future of log p(target) of every token and the summed loss. It raises DataError,
+            DatumTooLong or NotFinite; then the next `optim_step` is refused.
+        """
+        return self._work(data, loss, config, backward=True)
+
+    def forward(
+        self,
+        data: Sequence[Datum],
+        loss: str = "cross_entropy",
+        config: Mapping[str, float] | None = None,
+    ) -> Future[ForwardBackwardResult]:
+        """The same without gradients."""
+        return self._work(data, loss, config, backward=False)
+
+    def optim_step(self, params: AdamParams | None = None, **settings: float) -> Future[OptimStepResult]:
+        """One AdamW step on the accumulated gradient, which is then dropped.
+
+        Args:
+            params: hyper-parameters of this step, or give them as keywords: `lr=1e-3`,
+                `beta1`, `beta2`, `eps`, `weight_decay`, `clip_norm`.
+
+        Returns:
+            A future of the step's number and the gradient's norm before clipping. It raises
+            NotFinite (nothing was changed) or StepRefused (a forward_backward had failed).
+        """
+        params = AdamParams(**settings) if params is None else params
+        return self._trainer.submit(OptimStep(adapter=self.name, params=params))
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+    ) -> Future[list[SampledSequence]]:
+        """Continue each prompt (token ids) with the weights as they are at this point."""
+        params = params or SamplingParams()
+        return self._trainer.submit(Sample(adapter=self.name, prompts=prompts, params=params))
+
+    def snapshot(self) -> SnapshotHandle:
+        """A frozen copy of the weights at this point, for sampling while training goes on."""
+        return self._trainer.take_snapshot(self.name)
+
+    def save(self, folder: str | Path, client: Mapping[str, JSON] | None = None) -> Future[Path]:
+        """Write the complete training state, atomically.
+
+        Args:
+            folder: does not exist yet, or holds an earlier state, which is then replaced.
+            client: the caller's own JSON, given back by `Trainer.restore`.
+
+        Returns:
+            A future of the folder. It raises SaveFailed.
+        """
+        return self._trainer.save(self.name, Path(folder), dict(client or {}))
+
+    def export(self, folder: str | Path, *, merged: bool = False) -> Future[Path]:
+        """Write a PEFT folder, or with `merged` a whole model with the adapter added in.
+
+        Returns:
+            A future of the folder. It raises SaveFailed.
+        """
+        return self._trainer.export(self.name, Path(folder), merged=merged)
+
+    def unload(self) -> Future[None]:
+        """Forget the adapter after what is queued for it has run; its name is free again."""
+        return self._trainer.unload(self.name)
+
+    def _work(
+        self,
+        data: Sequence[Datum],
+        loss: str,
+        config: Mapping[str, float] | None,
+        *,
+        backward: bool,
+    ) -> Future[ForwardBackwardResult]:
+        return self._trainer.submit(
+            ForwardBackward(
+                adapter=self.name, data=data, loss=loss, config=config or {}, backward=backward
+            )
+        )
+
+
+class SnapshotHandle:
+    """An adapter's weights as they were when the snapshot was taken."""
+
+    def __init__(self, trainer: Trainer, adapter: str, name: str):
+        self._trainer = trainer
+        self.adapter = adapter
+        self.name = name
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+    ) -> Future[list[SampledSequence]]:
+        """Continue each prompt (token ids) with the frozen weights."""
+        request = Sample(
+            adapter=self.adapter,
+            prompts=prompts,
+            params=params or SamplingParams(),
+            snapshot=self.name,
+        )
+        return self._trainer.submit(request)
+
+    def drop(self) -> Future[None]:
+        """Free the copy."""
+        return self._trainer.drop_snapshot(self.adapter, self.name)

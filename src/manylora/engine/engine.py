@@ -1,0 +1,354 @@
+"""The engine's verbs: one base, many adapters, one packed batch.
+
+P parameters of an adapter, T tokens of a stream, H hidden size.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manylora.engine.head_loss import HeadLoss
+from manylora.engine.microbatch import MicroBatch, build
+from manylora.engine.plan import cut, pack
+from manylora.lora.adapter import Adapter, AdapterWeights, SiteIndex
+from manylora.lora.init import fresh_state
+from manylora.lora.layout import plan_layout
+from manylora.lora.linear import wrap_linears
+from manylora.lora.routing import RoutingTable, routing
+from manylora.lora.sites import Site, resolve_targets
+from manylora.lora.state import AdapterState
+from manylora.losses import Loss, Settings, get_loss
+from manylora.models import BaseModel, PackedStream, open_base, packed
+from manylora.models.base import checkpoint_activations
+from manylora.models.linears import find_linears
+from manylora.optim import adamw_step, clip_, gradient_norms
+from manylora.sampling.embedded import Request, generate
+from manylora.types import (
+    AdapterExists,
+    AdapterNotFound,
+    AdapterSpec,
+    DataError,
+    Datum,
+    DatumTooLong,
+    ForwardBackward,
+    ForwardBackwardResult,
+    ManyloraError,
+    NotFinite,
+    OptimStep,
+    OptimStepResult,
+    Sample,
+    SampledSequence,
+    StepRefused,
+)
+
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What came out of one micro-batch, still on the device."""
+
+    batch: MicroBatch
+    logprobs_T: Tensor
+    loss_T: Tensor
+
+
+class Engine:
+    """A base model and the adapters on it. One thread at a time; errors come back as values.
+
+    The verbs that take several operations return, for each, its result or the typed error that
+    concerns its adapter alone.
+    """
+
+    def __init__(
+        self,
+        base: str | Path,
+        *,
+        token_budget: int = 4096,
+        dtype: str = "auto",
+        device: str = "auto",
+        activation_checkpointing: bool = False,
+    ):
+        """Open the base.
+
+        Args:
+            base: `seedling`, a folder, or a hub id.
+            token_budget: tokens of one micro-batch; a longer datum runs alone.
+            dtype, device: see `manylora.models.open_base`.
+            activation_checkpointing: recompute each block in the backward.
+
+        Raises:
+            BaseModelError, Unsupported: see `manylora.models.open_base`.
+        """
+        self.base: BaseModel = open_base(base, dtype=dtype, device=device)
+        self.token_budget = token_budget
+        linears = find_linears(self.base)
+        self.sites = tuple(
+            Site(found.name, found.layer.in_features, found.layer.out_features, found.group, found.is_head)
+            for found in linears
+        )
+        self.index = SiteIndex(self.sites)
+        wrap_linears(self.base.model, self.index)
+        if activation_checkpointing:
+            checkpoint_activations(self.base)
+        self.head_loss = HeadLoss(self.base.head, self.sites[-1].group)
+        self.adapters: dict[str, Adapter] = {}
+        self.snapshots: dict[str, AdapterWeights] = {}
+
+    # -- adapters -------------------------------------------------------------------------------
+
+    def create(self, name: str, spec: AdapterSpec) -> Adapter:
+        """A new adapter that changes nothing yet.
+
+        Raises:
+            AdapterExists, TargetError
+        """
+        layout = plan_layout(spec, resolve_targets(spec, self.sites))
+        return self.restore(name, fresh_state(spec, layout))
+
+    def restore(self, name: str, state: AdapterState) -> Adapter:
+        """An adapter with the given state, whose layout must be this base's.
+
+        Raises:
+            AdapterExists
+        """
+        if name in self.adapters:
+            raise AdapterExists(f"an adapter named {name!r} exists already; choose another name")
+        self.adapters[name] = Adapter(state, self.index, self.base.device)
+        return self.adapters[name]
+
+    def base_weight(self, site: str) -> Tensor:
+        """The frozen weight [N, K] of a linear layer."""
+        weight = self.base.model.get_submodule(site).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().cpu()
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; its snapshots stay."""
+        self._adapter(name)
+        del self.adapters[name]
+
+    def state(self, name: str) -> AdapterState:
+        """A detached copy of everything that training the adapter needs."""
+        return self._adapter(name).state()
+
+    def snapshot(self, name: str, snapshot: str) -> None:
+        """Freeze a copy of the adapter's weights under the name `snapshot`."""
+        self.snapshots[snapshot] = self._adapter(name).weights.snapshot(self.index)
+
+    def drop_snapshot(self, snapshot: str) -> None:
+        """Forget a snapshot."""
+        self.snapshots.pop(snapshot, None)
+
+    # -- training -------------------------------------------------------------------------------
+
+    def forward_backward(
+        self, works: Sequence[ForwardBackward]
+    ) -> list[ForwardBackwardResult | ManyloraError]:
+        """Run the work of any number of adapters, merged into micro-batches.
+
+        Returns:
+            For each operation its result, or: DataError, DatumTooLong, AdapterNotFound,
+            NotFinite. After an error the adapter's pending gradients are refused by its next
+            optimizer step.
+        """
+        outcomes: list[ForwardBackwardResult | ManyloraError | None] = [None] * len(works)
+        losses: list[tuple[Loss, Settings] | None] = [None] * len(works)
+        for number, work in enumerate(works):
+            try:
+                losses[number] = self._check(work)
+            except ManyloraError as error:
+                outcomes[number] = error
+                self._poison(work, error)
+        for backward in (True, False):
+            runnable = [
+                (number, work)
+                for number, work in enumerate(works)
+                if losses[number] is not None and work.backward == backward
+            ]
+            pieces = [p for number, work in runnable for p in cut(number, work, self.token_budget)]
+            rows = [
+                self._run(
+                    build(batch, self.adapters, losses, backward=backward, device=self.base.device),  # type: ignore[arg-type]
+                    backward=backward,
+                )
+                for batch in pack(pieces, self.token_budget)
+            ]
+            for number, result in _results(rows, runnable):
+                outcomes[number] = self._finite(works[number], result)
+        return outcomes  # type: ignore[return-value]
+
+    def optim_step(self, steps: Sequence[OptimStep]) -> list[OptimStepResult | ManyloraError]:
+        """Step the adapters that are due; each by its own norm, clip and hyper-parameters.
+
+        Returns:
+            For each its result, or: StepRefused, NotFinite (weights and moments unchanged, the
+            gradient dropped), AdapterNotFound.
+        """
+        outcomes: list[OptimStepResult | ManyloraError | None] = [None] * len(steps)
+        due: list[tuple[int, OptimStep, Adapter]] = []
+        for number, step in enumerate(steps):
+            adapter = self.adapters.get(step.adapter)
+            if adapter is None:
+                outcomes[number] = self._missing(step.adapter)
+            elif adapter.poison is not None:
+                outcomes[number] = StepRefused(
+                    f"adapter {step.adapter!r}: this step's gradients were dropped: {adapter.poison}"
+                )
+                adapter.drop_grad()
+            else:
+                due.append((number, step, adapter))
+        norms = gradient_norms([adapter.require_grad() for *_, adapter in due]) if due else []
+        for (number, step, adapter), norm in zip(due, norms, strict=True):
+            outcomes[number] = _step(step, adapter, norm)
+        return outcomes  # type: ignore[return-value]
+
+    # -- sampling -------------------------------------------------------------------------------
+
+    def sample(self, requests: Sequence[Sample]) -> list[list[SampledSequence] | ManyloraError]:
+        """Continue the prompts of any number of adapters in one decode loop."""
+        outcomes: list[list[SampledSequence] | ManyloraError] = []
+        flat: list[Request] = []
+        for number, request in enumerate(requests):
+            try:
+                prompts = [self._prompt(prompt) for prompt in request.prompts]
+                weights = self._sampled_weights(request)
+                flat += [
+                    Request(number, prompt, weights, request.params, index)
+                    for index, prompt in enumerate(prompts)
+                ]
+                outcomes.append([])
+            except ManyloraError as error:
+                outcomes.append(error)
+        for request, sequence in zip(flat, generate(self.base, flat), strict=True):
+            answers = outcomes[request.owner]
+            assert isinstance(answers, list)
+            answers.append(sequence)
+        return outcomes
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _run(self, batch: MicroBatch, *, backward: bool) -> _Rows:
+        """Forward, loss and backward of one micro-batch."""
+        table = RoutingTable(batch.segments, training=backward)
+        stream = PackedStream(batch.lengths, batch.total)
+        with torch.set_grad_enabled(backward), routing(table), packed(stream):
+            hidden_TH = self.base.hidden(batch.tokens_T, batch.positions_T)
+            logprobs_T, loss_T, grad_TH = self.head_loss(
+                hidden_TH.detach(), batch, table, backward=backward
+            )
+            # Nothing to do below the head if only the head carries adapters.
+            if grad_TH is not None and hidden_TH.requires_grad:
+                hidden_TH.backward(grad_TH)
+        for piece in batch.pieces:
+            if backward:
+                self.adapters[piece.adapter].has_grad = True
+        return _Rows(batch, logprobs_T, loss_T)
+
+    def _check(self, work: ForwardBackward) -> tuple[Loss, Settings]:
+        self._adapter(work.adapter)
+        loss = get_loss(work.loss)
+        settings = loss.settings(work.config)
+        for number, datum in enumerate(work.data):
+            try:
+                loss.check(datum)
+                self._check_tokens(datum)
+            except DataError as error:
+                raise type(error)(f"adapter {work.adapter!r}, datum {number}: {error}") from error
+        return loss, settings
+
+    def _check_tokens(self, datum: Datum) -> None:
+        if len(datum) > self.base.context_length:
+            raise DatumTooLong(
+                f"{len(datum)} tokens; the context of base {self.base.name!r} is "
+                f"{self.base.context_length}: shorten or split it"
+            )
+        for name, tokens in (("tokens", datum.tokens), ("target_tokens", datum.loss_inputs["target_tokens"])):
+            if tokens.min() < 0 or tokens.max() >= self.base.vocab_size:
+                raise DataError(f"{name} has ids outside 0 … {self.base.vocab_size - 1}")
+
+    def _poison(self, work: ForwardBackward, error: ManyloraError) -> None:
+        adapter = self.adapters.get(work.adapter)
+        if adapter is not None and work.backward and adapter.poison is None:
+            adapter.poison = str(error)
+
+    def _finite(
+        self, work: ForwardBackward, result: ForwardBackwardResult
+    ) -> ForwardBackwardResult | ManyloraError:
+        if np.isfinite(result.loss):
+            return result
+        error = NotFinite(
+            f"adapter {work.adapter!r}: the loss is {result.loss}; lower the learning rate or look "
+            "at the data of this step"
+        )
+        self._poison(work, error)
+        return error
+
+    def _adapter(self, name: str) -> Adapter:
+        if name not in self.adapters:
+            raise self._missing(name)
+        return self.adapters[name]
+
+    def _missing(self, name: str) -> AdapterNotFound:
+        return AdapterNotFound(f"no adapter named {name!r}; there are: {sorted(self.adapters)}")
+
+    def _sampled_weights(self, request: Sample) -> AdapterWeights | None:
+        if request.snapshot is not None:
+            if request.snapshot not in self.snapshots:
+                raise AdapterNotFound(f"no snapshot named {request.snapshot!r}")
+            return self.snapshots[request.snapshot]
+        return None if request.adapter is None else self._adapter(request.adapter).weights
+
+    def _prompt(self, prompt: Iterable[int]) -> list[int]:
+        tokens = [int(token) for token in prompt]
+        if not tokens:
+            raise DataError("a prompt needs at least one token")
+        if len(tokens) >= self.base.context_length:
+            raise DatumTooLong(
+                f"a prompt of {len(tokens)} tokens leaves no room in a context of "
+                f"{self.base.context_length}"
+            )
+        if min(tokens) < 0 or max(tokens) >= self.base.vocab_size:
+            raise DataError(f"a prompt has token ids outside 0 … {self.base.vocab_size - 1}")
+        return tokens
+
+
+def _step(step: OptimStep, adapter: Adapter, norm: float) -> OptimStepResult | ManyloraError:
+    if not np.isfinite(norm):
+        adapter.drop_grad()
+        return NotFinite(
+            f"adapter {step.adapter!r}: the gradient's norm is {norm}; weights and moments are "
+            "unchanged. Lower the learning rate or look at the data of this step"
+        )
+    grad_P = adapter.require_grad()
+    clip_(grad_P, norm, step.params.clip_norm)
+    adamw_step(
+        adapter.master_P, grad_P, *adapter.require_moments(), adapter.step, step.params
+    )
+    adapter.step += 1
+    adapter.publish()
+    adapter.drop_grad()
+    return OptimStepResult(adapter.step, norm)
+
+
+def _results(
+    rows: Sequence[_Rows], runnable: Sequence[tuple[int, ForwardBackward]]
+) -> Iterable[tuple[int, ForwardBackwardResult]]:
+    """Cut the micro-batches' outputs up again by operation, in the order of its data."""
+    logprobs: dict[int, list[np.ndarray]] = {number: [] for number, _ in runnable}
+    losses: Mapping[int, list[float]] = {number: [] for number, _ in runnable}
+    for out in rows:
+        # One transfer a micro-batch, after all of them have been started.
+        logprobs_T, loss_T = torch.stack([out.logprobs_T, out.loss_T]).cpu().numpy()
+        for piece, start in zip(out.batch.pieces, out.batch.starts, strict=True):
+            ends = start + np.cumsum([len(datum) for datum in piece.data])
+            logprobs[piece.work] += np.split(logprobs_T[start : ends[-1]], ends[:-1] - start)
+            losses[piece.work].append(float(loss_T[start : ends[-1]].sum(dtype=np.float64)))
+    for number, _ in runnable:
+        total = float(sum(losses[number]))
+        yield number, ForwardBackwardResult(tuple(logprobs[number]), total, {"loss:sum": total})

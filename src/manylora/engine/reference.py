@@ -1,0 +1,133 @@
+"""The oracle: one adapter, one sequence at a time, plain modules, plain autograd, torch's AdamW.
+
+Nothing here is shared with the engine but the layout, so that the two can be compared.
+
+N tokens of a datum, K input features, N_out output features, R rank, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from manylora.lora.state import AdapterState
+from manylora.models.base import DTYPES, resolve_base
+from manylora.types import AdamParams, Datum
+
+
+class ReferenceLinear(nn.Module):
+    """y = x Wᵀ + scale · (x Aᵀ) Bᵀ, with A and B as ordinary parameters."""
+
+    def __init__(self, base: nn.Linear, a_RK: Tensor, b_NR: Tensor, scale: float):
+        super().__init__()
+        self.base = base
+        self.lora_a = nn.Parameter(a_RK.clone())
+        self.lora_b = nn.Parameter(b_NR.clone())
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta = (x.to(self.lora_a.dtype) @ self.lora_a.t()) @ self.lora_b.t()
+        return self.base(x) + (self.scale * delta).to(x.dtype)
+
+
+class ReferenceEngine:
+    """One adapter on its own copy of the base."""
+
+    def __init__(self, base: str | Path, state: AdapterState, dtype: str = "fp32"):
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            resolve_base(base), dtype=DTYPES[dtype], attn_implementation="eager"
+        )
+        self.model.eval().requires_grad_(False)
+        self.state = state
+        self.modules: dict[str, ReferenceLinear] = {}
+        for factor in state.layout.factors:
+            parent, _, leaf = factor.site.rpartition(".")
+            owner = self.model.get_submodule(parent)
+            linear = ReferenceLinear(
+                getattr(owner, leaf),
+                factor.a(state.weights),
+                factor.b_transposed(state.weights).t(),
+                factor.scale,
+            )
+            setattr(owner, leaf, linear)
+            self.modules[factor.site] = linear
+        parameters = [p for m in self.modules.values() for p in (m.lora_a, m.lora_b)]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1.0)
+
+    def logprobs(self, datum: Datum) -> Tensor:
+        """log p(target) [N] of one datum."""
+        logits_NV = self.model(input_ids=torch.from_numpy(datum.tokens)[None], use_cache=False).logits[0]
+        logprobs_NV = torch.log_softmax(logits_NV.float(), dim=-1)
+        targets_N1 = torch.from_numpy(datum.loss_inputs["target_tokens"])[:, None]
+        return logprobs_NV.gather(1, targets_N1)[:, 0]
+
+    def forward_backward(
+        self, data: Sequence[Datum], loss: str = "cross_entropy", config: Mapping[str, float] | None = None
+    ) -> tuple[list[Tensor], float]:
+        """Accumulate gradients; returns each datum's log-probabilities and the summed loss."""
+        logprobs, total = [], 0.0
+        for datum in data:
+            logprobs_N = self.logprobs(datum)
+            inputs = {k: torch.from_numpy(v) for k, v in datum.loss_inputs.items()}
+            value = reference_loss(loss, logprobs_N, inputs, config or {}).sum()
+            value.backward()
+            logprobs.append(logprobs_N.detach())
+            total += value.item()
+        return logprobs, total
+
+    def optim_step(self, params: AdamParams) -> float:
+        """Clip and step; returns the gradient's norm before clipping."""
+        group = self.optimizer.param_groups[0]
+        group.update(
+            lr=params.lr, betas=(params.beta1, params.beta2), eps=params.eps,
+            weight_decay=params.weight_decay,
+        )  # fmt: skip
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        limit = params.clip_norm if params.clip_norm > 0 else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(group["params"], limit).item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def weights(self) -> Tensor:
+        """All factors as one vector in the layout's order."""
+        return self._vector(lambda p: p)
+
+    def gradient(self) -> Tensor:
+        """All gradients as one vector in the layout's order."""
+        return self._vector(lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+
+    def _vector(self, read: Any) -> Tensor:
+        vector_P = torch.zeros(self.state.layout.num_params)
+        for factor in self.state.layout.factors:
+            module = self.modules[factor.site]
+            factor.a(vector_P).copy_(read(module.lora_a).detach())
+            factor.b_transposed(vector_P).copy_(read(module.lora_b).detach().t())
+        return vector_P
+
+
+def reference_loss(
+    name: str, logprobs_N: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]
+) -> Tensor:
+    """Each token's loss [N], written as the formulas stand, for autograd."""
+    if name == "cross_entropy":
+        return -inputs["weights"] * logprobs_N
+    advantages_N, sampler_N = inputs["advantages"], inputs["logprobs"]
+    ratio_N = torch.exp(logprobs_N - sampler_N)
+    low = config.get("clip_low_threshold", 0.0 if name == "cispo" else 0.8)
+    high = config.get("clip_high_threshold", 4.0 if name == "cispo" else 1.2)
+    if name == "importance_sampling":
+        return -(ratio_N * advantages_N)
+    if name == "ppo":
+        return -torch.minimum(ratio_N * advantages_N, ratio_N.clamp(low, high) * advantages_N)
+    if name == "cispo":
+        return -(ratio_N.clamp(low, high).detach() * logprobs_N * advantages_N)
+    if name == "dro":
+        distance_N = logprobs_N - sampler_N
+        return -(logprobs_N * advantages_N - 0.5 * config["beta"] * distance_N**2)
+    raise ValueError(f"no reference for loss {name!r}")

@@ -1,0 +1,13 @@
+"""Weighted cross-entropy: -w·l, with weights of either sign."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+def cross_entropy(
+    logprobs_T: Tensor, inputs: Mapping[str, Tensor], _settings: Mapping[str, float]
+) -> tuple[Tensor, Tensor]:
+    """Per-token loss -w·l [T] and its derivative by l, -w [T]."""
+    slope_T = -inputs["weights"]
+    return slope_T * logprobs_T, slope_T

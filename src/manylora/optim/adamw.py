@@ -1,0 +1,58 @@
+"""AdamW and clipping on flat fp32 vectors, one adapter each.
+
+P parameters of an adapter.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from manylora.types import AdamParams
+
+
+def gradient_norms(grads_P: Sequence[Tensor]) -> list[float]:
+    """L2 norm of each adapter's gradient, fetched from the device together."""
+    return torch.stack([torch.linalg.vector_norm(grad) for grad in grads_P]).tolist()
+
+
+def clip_(grad_P: Tensor, norm: float, limit: float) -> None:
+    """Scale the gradient down to `limit`, as `torch.nn.utils.clip_grad_norm_`; 0 = never."""
+    if limit > 0.0:
+        factor = limit / (norm + 1e-6)
+        if factor < 1.0:
+            grad_P.mul_(factor)
+
+
+def adamw_step(
+    weights_P: Tensor,
+    grad_P: Tensor,
+    exp_avg_P: Tensor,
+    exp_avg_sq_P: Tensor,
+    step: int,
+    params: AdamParams,
+) -> None:
+    """One step of torch's own fused AdamW over the whole vector, in place.
+
+    Args:
+        weights_P, grad_P, exp_avg_P, exp_avg_sq_P: fp32 [P].
+        step: steps made before this one.
+        params: this step's hyper-parameters.
+    """
+    adamw(
+        [weights_P],
+        [grad_P],
+        [exp_avg_P],
+        [exp_avg_sq_P],
+        [],
+        [torch.tensor(float(step), device=weights_P.device)],
+        fused=True,
+        amsgrad=False,
+        beta1=params.beta1,
+        beta2=params.beta2,
+        lr=params.lr,
+        weight_decay=params.weight_decay,
+        eps=params.eps,
+        maximize=False,
+    )
