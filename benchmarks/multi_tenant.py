@@ -33,11 +33,11 @@ TARGETS = {32: (1.45, 2.2), 128: (1.20, 1.4), 512: (1.08, 1.05)}
 
 
 def toy_llama(folder: Path) -> Path:
-    """Hidden 256, 4 layers, random weights from a fixed seed."""
+    """Hidden 256, MLP 1024, 4 layers, vocabulary 8192, random weights from a fixed seed."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=2048, max_position_embeddings=1024,
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=8192, max_position_embeddings=1024,
         tie_word_embeddings=False,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

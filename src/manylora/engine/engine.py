@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from manylora.engine.head_loss import HeadLoss
+from manylora.engine.host_memory import keep_freed_memory
 from manylora.engine.microbatch import MicroBatch, build
 from manylora.engine.plan import cut, pack
 from manylora.lora.adapter import Adapter, AdapterWeights, SiteIndex
@@ -86,6 +87,8 @@ class Engine:
             BaseModelError, Unsupported: see `manylora.models.open_base`.
         """
         self.base: BaseModel = open_base(base, dtype=dtype, device=device)
+        if self.base.device.type == "cpu":
+            keep_freed_memory()
         self.token_budget = token_budget
         linears = find_linears(self.base)
         self.sites = tuple(
