@@ -1,0 +1,172 @@
+"""Each segment's own A·B beside a shared base product: a loop over segments in plain PyTorch.
+
+T tokens of the stream, t tokens of one segment, K input features, N output features, R rank
+(summed over the members of an input group).
+
+For a segment with input x, and each member j of the group (q, k, v of a layer, say):
+
+    s = x Aᵀ                      one product for all members      [t, R]
+    y_j += scale_j · s_j Bᵀ_j                                      [t, N_j]
+
+and backward, with dy_j given:
+
+    ds_j  = scale_j · dy_j B_j                                     [t, R_j]
+    dBᵀ_j += scale_j · s_jᵀ dy_j                                   [R_j, N_j]
+    dA    += dsᵀ x                one product for all members      [R, K]
+    dx    += ds A                 one product for all members      [t, K]
+
+Every product reads rows of one segment only, so its bits do not depend on the neighbours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Member:
+    """One site's B in a block. `output` says which of the group's outputs it adds to."""
+
+    output: int
+    rank: int
+    scale: float
+    bt_RN: Tensor
+    b_NR: Tensor
+    grad_bt_RN: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Block:
+    """One adapter's factors for one input group; views of the adapter's vectors."""
+
+    a_RK: Tensor
+    a_KR: Tensor
+    members: tuple[Member, ...]
+    ranks: list[int]
+    grad_a_RK: Tensor | None = None
+
+
+@dataclass(slots=True)
+class SegmentWork:
+    """A block applied to one segment.
+
+    `segment` is the segment's number in the split of the stream; `seed` fixes the dropout mask.
+    """
+
+    segment: int
+    block: Block
+    dropout: float = 0.0
+    seed: int = 0
+
+
+def shrink_expand(
+    x_TK: Tensor, ys: Sequence[Tensor], sizes: list[int], work: Sequence[SegmentWork]
+) -> list[Tensor]:
+    """Add every segment's low-rank term to the base's outputs, in place.
+
+    Args:
+        x_TK: the group's shared input.
+        ys: the base's output [T, N_j] of each member of the group; changed in place.
+        sizes: rows of each segment; they add up to T.
+        work: the segments that have an adapter on this group.
+
+    Returns:
+        s [t, R] of each item of `work`, which the backward needs.
+    """
+    xs = x_TK.split(sizes)
+    y_parts = [y.split(sizes) for y in ys]
+    shrunk = []
+    for item in work:
+        block, segment = item.block, item.segment
+        s_tR = _matmul(_dropped(xs[segment], item), block.a_KR)
+        shrunk.append(s_tR)
+        for member, s_tr in zip(block.members, _columns(s_tR, block), strict=True):
+            _add_matmul(y_parts[member.output][segment], s_tr, member.bt_RN, member.scale)
+    return shrunk
+
+
+def shrink_expand_backward(
+    x_TK: Tensor,
+    dys: Sequence[Tensor | None],
+    dx_TK: Tensor | None,
+    sizes: list[int],
+    work: Sequence[SegmentWork],
+    shrunk: Sequence[Tensor],
+) -> None:
+    """Accumulate the gradients of every segment's factors and of the shared input, in place.
+
+    Args:
+        x_TK: the group's shared input, as in the forward.
+        dys: gradient [T, N_j] of each output; None where nothing used the output.
+        dx_TK: gradient of the input so far, added to in place; None if nobody needs it.
+        sizes, work: as in the forward.
+        shrunk: what the forward returned.
+    """
+    xs = x_TK.split(sizes)
+    dy_parts = [None if dy is None else dy.split(sizes) for dy in dys]
+    dx_parts = None if dx_TK is None else dx_TK.split(sizes)
+    for item, s_tR in zip(work, shrunk, strict=True):
+        block, segment = item.block, item.segment
+        ds_tR = torch.empty_like(s_tR)
+        columns = zip(block.members, _columns(s_tR, block), _columns(ds_tR, block), strict=True)
+        for member, s_tr, ds_tr in columns:
+            parts = dy_parts[member.output]
+            if parts is None:
+                ds_tr.zero_()
+                continue
+            dy_tN = parts[segment]
+            _write_matmul(ds_tr, dy_tN, member.b_NR, member.scale)
+            assert member.grad_bt_RN is not None
+            _add_matmul(member.grad_bt_RN, s_tr.t(), dy_tN, member.scale)
+        assert block.grad_a_RK is not None
+        _add_matmul(block.grad_a_RK, ds_tR.t(), _dropped(xs[segment], item))
+        if dx_parts is not None:
+            _add_input_gradient(dx_parts[segment], ds_tR, item)
+
+
+def _columns(s_tR: Tensor, block: Block) -> Sequence[Tensor]:
+    return (s_tR,) if len(block.ranks) == 1 else s_tR.split(block.ranks, dim=1)
+
+
+def _add_input_gradient(dx_tK: Tensor, ds_tR: Tensor, item: SegmentWork) -> None:
+    if item.dropout == 0.0:
+        _add_matmul(dx_tK, ds_tR, item.block.a_RK)
+    else:
+        dx_tK.add_(_matmul(ds_tR, item.block.a_RK) * _keep_mask(dx_tK, item))
+
+
+def _dropped(x_tK: Tensor, item: SegmentWork) -> Tensor:
+    return x_tK if item.dropout == 0.0 else x_tK * _keep_mask(x_tK, item)
+
+
+def _keep_mask(x_tK: Tensor, item: SegmentWork) -> Tensor:
+    """0 or 1/(1-p) for each element; made again in the backward rather than stored."""
+    keep = 1.0 - item.dropout
+    generator = torch.Generator(x_tK.device).manual_seed(item.seed)
+    return torch.empty_like(x_tK).bernoulli_(keep, generator=generator).div_(keep)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the wider of the two dtypes."""
+    if a.dtype == b.dtype:
+        return a @ b
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _add_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+    """out += alpha · a @ b, in one pass where the dtypes allow it."""
+    if out.dtype == a.dtype == b.dtype:
+        out.addmm_(a, b, alpha=alpha)
+    else:
+        out.add_(_matmul(a, b), alpha=alpha)
+
+
+def _write_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """out = alpha · a @ b."""
+    if out.dtype == a.dtype == b.dtype:
+        torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
+    else:
+        out.copy_(_matmul(a, b)).mul_(alpha)

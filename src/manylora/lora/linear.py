@@ -1,0 +1,139 @@
+"""Linear layers that add each token's own adapter to the frozen base.
+
+T tokens, K input features, N output features.
+
+The layers that read one tensor (q, k and v; gate and up) form an input group. The first member
+that is called computes the outputs of all of them, the others pick theirs up, and one backward
+serves the group: the frozen weights' input gradients and the low-rank terms are summed into one
+buffer, in a fixed order, so the result does not depend on which adapters are present.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from manylora.kernels import shrink_expand, shrink_expand_backward
+from manylora.lora.adapter import SiteIndex
+from manylora.lora.routing import RoutingTable, current_table
+from manylora.types import Unsupported
+
+
+class InputGroup:
+    """The frozen linear layers that read one tensor."""
+
+    def __init__(self, number: int, layers: list[nn.Linear]):
+        self.number = number
+        self.layers = layers
+        # A leaf that makes autograd visit the group although neither its input nor any
+        # registered parameter asks for a gradient, as in the first layer.
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    def outputs(self, x: Tensor, table: RoutingTable) -> list[Tensor | None]:
+        """The output of every member, base and adapters together."""
+        if not torch.is_grad_enabled():
+            return list(self._forward(x, table)[0])
+        anchor = self.anchor if table.work(self.number) else None
+        return list(_GroupFunction.apply(x, anchor, self, table))
+
+    def _forward(self, x: Tensor, table: RoutingTable) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        ys = tuple(functional.linear(x, layer.weight, layer.bias) for layer in self.layers)
+        work = table.work(self.number)
+        if not work:
+            return ys, []
+        return ys, shrink_expand(
+            x.view(-1, x.shape[-1]), [y.view(-1, y.shape[-1]) for y in ys], table.sizes, work
+        )
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer that adds, to each row, the term of that row's adapter.
+
+    It holds no adapter weights: they are read from the routing table. Outside a stream it is
+    the base layer.
+    """
+
+    def __init__(self, base: nn.Linear, group: InputGroup, position: int):
+        super().__init__()
+        self.base = base
+        self.group = group
+        self.position = position
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = current_table()
+        if table is None:
+            return self.base(x)
+        if len(self.group.layers) == 1:
+            output = self.group.outputs(x, table)[0]
+            assert output is not None
+            return output
+        source, outputs = table.pending.get(self.group.number, (None, []))
+        if source is not x or outputs[self.position] is None:
+            outputs = self.group.outputs(x, table)
+            table.pending[self.group.number] = (x, outputs)
+        output, outputs[self.position] = outputs[self.position], None
+        assert output is not None
+        if not any(o is not None for o in outputs):
+            del table.pending[self.group.number]
+        return output
+
+
+class _GroupFunction(torch.autograd.Function):
+    """Base products and low-rank terms of one input group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor | None, group: InputGroup, table: RoutingTable
+    ) -> tuple[Tensor, ...]:
+        ys, shrunk = group._forward(x, table)
+        ctx.group, ctx.table = group, table
+        ctx.set_materialize_grads(False)
+        # Nothing but the low-rank gradients reads x again.
+        ctx.save_for_backward(*((x, *shrunk) if shrunk else ()))
+        ctx.in_shape = x.shape
+        return ys
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        group, table = ctx.group, ctx.table
+        flat = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        dx_TK: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            for dy_TN, layer in zip(flat, group.layers, strict=True):
+                if dy_TN is not None:
+                    dx_TK = dy_TN @ layer.weight if dx_TK is None else dx_TK.addmm_(dy_TN, layer.weight)
+        work = table.work(group.number)
+        if work:
+            x, *shrunk = ctx.saved_tensors
+            shrink_expand_backward(x.view(-1, x.shape[-1]), flat, dx_TK, table.sizes, work, shrunk)
+        return (None if dx_TK is None else dx_TK.view(ctx.in_shape)), None, None, None
+
+
+def wrap_linears(model: nn.Module, sites: SiteIndex) -> None:
+    """Put a `LoRALinear` around every site of `model`, once and for all.
+
+    Adapters come and go without touching the wrapping.
+
+    Raises:
+        Unsupported: a site is not a plain `nn.Linear`.
+    """
+    for number, members in sites.members.items():
+        layers = []
+        for site in members:
+            layer = model.get_submodule(site.name)
+            if type(layer) is not nn.Linear:
+                raise Unsupported(f"{site.name} is a {type(layer).__name__}; adapters need nn.Linear")
+            layers.append(layer)
+        group = InputGroup(number, layers)
+        for position, (site, layer) in enumerate(zip(members, layers, strict=True)):
+            parent, _, leaf = site.name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, LoRALinear(layer, group, position))

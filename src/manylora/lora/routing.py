@@ -1,0 +1,123 @@
+"""Which adapter each row of the stream belongs to, while a forward and its backward run.
+
+The table is opened by one writer around forward *and* backward, so that a layer recomputed under
+activation checkpointing sees the table of its first forward, and deep layers need no arguments.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from manylora.kernels import SegmentWork
+from manylora.lora.adapter import AdapterWeights
+
+
+@dataclass(slots=True)
+class Segment:
+    """Adjacent rows of the stream that one adapter (or none) acts on.
+
+    Attributes:
+        rows: how many.
+        weights: the adapter's factors; None for rows of the bare base and for padding.
+        draw: position in the adapter's random stream; each piece of work has its own.
+    """
+
+    rows: int
+    weights: AdapterWeights | None
+    draw: int = 0
+
+
+@dataclass(slots=True)
+class RoutingTable:
+    """The segments of one stream, and what each input group has to do for them.
+
+    Attributes:
+        segments: they cover the stream from its first row to its last.
+        training: whether dropout applies.
+        pending: outputs that an input group has computed for members not called yet.
+    """
+
+    segments: Sequence[Segment]
+    training: bool
+    sizes: list[int] = field(init=False)
+    pending: dict[int, tuple[Tensor, list[Tensor | None]]] = field(default_factory=dict)
+    _work: dict[int, list[SegmentWork]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sizes = [segment.rows for segment in self.segments]
+
+    def work(self, group: int) -> list[SegmentWork]:
+        """The segments whose adapter acts on this input group; worked out once per stream."""
+        if group not in self._work:
+            self._work[group] = self._resolve(group)
+        return self._work[group]
+
+    def rows(self, start: int, stop: int, group: int) -> tuple[list[int], list[SegmentWork]]:
+        """Sizes and work of one group for the rows [start, stop) only.
+
+        The caller cuts at piece boundaries (or inside a single piece), so each row range belongs
+        to the pieces it covers whatever else is in the stream.
+        """
+        sizes: list[int] = []
+        work: list[SegmentWork] = []
+        by_segment = {item.segment: item for item in self.work(group)}
+        offset = 0
+        for number, segment in enumerate(self.segments):
+            overlap = min(stop, offset + segment.rows) - max(start, offset)
+            if overlap > 0:
+                if number in by_segment:
+                    item = by_segment[number]
+                    within = max(start - offset, 0)
+                    seed = _mix(item.seed, within) if item.dropout else 0
+                    work.append(SegmentWork(len(sizes), item.block, item.dropout, seed))
+                sizes.append(overlap)
+            offset += segment.rows
+        return sizes, work
+
+    def _resolve(self, group: int) -> list[SegmentWork]:
+        work = []
+        for number, segment in enumerate(self.segments):
+            weights = segment.weights
+            if weights is None or segment.rows == 0:
+                continue
+            block = weights.blocks.get(group)
+            if block is None:
+                continue
+            dropout = weights.spec.dropout if self.training else 0.0
+            seed = _mix(weights.spec.seed, segment.draw, group) if dropout else 0
+            work.append(SegmentWork(number, block, dropout, seed))
+        return work
+
+
+_current: RoutingTable | None = None
+
+
+@contextmanager
+def routing(table: RoutingTable) -> Iterator[RoutingTable]:
+    """Make `table` the one that every adapted layer reads."""
+    global _current  # noqa: PLW0603 - one writer, on the thread that owns the engine
+    assert _current is None, "a stream is already running"
+    _current = table
+    try:
+        yield table
+    finally:
+        _current = None
+        table.pending.clear()
+
+
+def current_table() -> RoutingTable | None:
+    """The table of the stream that is running, if any."""
+    return _current
+
+
+def _mix(*numbers: int) -> int:
+    """A 62-bit hash of a few numbers (splitmix64's finaliser, folded over them)."""
+    mask = (1 << 64) - 1
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state ^ (number & mask)) * 0xBF58476D1CE4E5B9 & mask
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & mask
+        state ^= state >> 31
+    return state >> 2

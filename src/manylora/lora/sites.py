@@ -1,0 +1,112 @@
+"""Where adapters can act: the linear layers of a base, and which of them an adapter names.
+
+K input features, N output features.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from manylora.types import ALL_LINEAR, AdapterSpec, TargetError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One linear layer of the base that can carry adapters.
+
+    Attributes:
+        name: its module path, as in the base's own state dict (`model.layers.0.mlp.up_proj`).
+        in_features: K.
+        out_features: N.
+        group: number of its input group: the sites that read the very same tensor (q, k and v of
+            a layer, say), which share one pass over it.
+        is_head: whether it is the output head.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    group: int
+    is_head: bool = False
+
+    @property
+    def leaf(self) -> str:
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A site that an adapter acts on, with the rank and alpha that hold there."""
+
+    site: Site
+    rank: int
+    alpha: float
+
+
+def resolve_targets(spec: AdapterSpec, sites: Sequence[Site]) -> tuple[Target, ...]:
+    """The sites that `spec` names, in the order of `sites`.
+
+    A leaf name matches a module path's end, a regular expression the whole path, and a pattern of
+    `rank_pattern` / `alpha_pattern` the path's end, all as in PEFT.
+
+    Raises:
+        TargetError: a name or pattern matches nothing; the message lists what could match.
+    """
+    chosen = [site for site in sites if _is_target(spec.targets, site)]
+    names = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
+    for name in names:
+        if not any(_is_target(name if isinstance(spec.targets, str) else (name,), s) for s in sites):
+            raise TargetError(
+                f"target {name!r} matches no linear layer of this base; {_candidates(sites)}"
+            )
+    for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        for pattern in patterns:
+            if not any(_ends_in(pattern, site.name, field) for site in chosen):
+                raise TargetError(
+                    f"{field} {pattern!r} matches none of the targeted layers; {_candidates(chosen)}"
+                )
+    return tuple(
+        Target(
+            site,
+            _override(spec.rank_pattern, site.name, spec.rank, "rank_pattern"),
+            _override(spec.alpha_pattern, site.name, spec.alpha, "alpha_pattern"),
+        )
+        for site in chosen
+    )
+
+
+def _is_target(targets: str | Iterable[str], site: Site) -> bool:
+    if targets == ALL_LINEAR:
+        return not site.is_head
+    if isinstance(targets, str):
+        return _compiled(targets, "targets").fullmatch(site.name) is not None
+    return any(site.name == t or site.name.endswith(f".{t}") for t in targets)
+
+
+def _override(patterns: Mapping[str, Value], name: str, default: Value, field: str) -> Value:
+    for pattern, value in patterns.items():
+        if _ends_in(pattern, name, field):
+            return value
+    return default
+
+
+def _ends_in(pattern: str, name: str, field: str) -> bool:
+    return _compiled(rf"(.*\.)?({pattern})", field).fullmatch(name) is not None
+
+
+def _compiled(pattern: str, field: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise TargetError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _candidates(sites: Sequence[Site]) -> str:
+    leaves = Counter(site.leaf for site in sites)
+    listed = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items())
+    example = f"; full names look like {sites[0].name}" if sites else ""
+    return f"there are: {listed}{example}"

@@ -1,0 +1,12 @@
+"""Base models: frozen, opened from a folder or a hub id, run on packed streams.
+
+Owns: opening and checking a base, its linear layers (sites) and output head, packed attention,
+the key-value cache; the `seedling` model's files.
+Does not own: adapters (lora wraps the layers), losses, sampling policy.
+Talks to: transformers and torch; lora, sampling and engine use it.
+"""
+
+from manylora.models.base import BaseModel, Head, open_base, resolve_base
+from manylora.models.stream import KVCache, PackedStream, packed
+
+__all__ = ["BaseModel", "Head", "KVCache", "PackedStream", "open_base", "packed", "resolve_base"]

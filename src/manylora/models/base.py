@@ -1,0 +1,238 @@
+"""Opening a base model: any Hugging Face causal LM, by folder, hub id or the name `seedling`.
+
+T tokens, H hidden size, V vocabulary.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from manylora.models import attention
+from manylora.models.stream import PackedStream, packed, padded_rows
+from manylora.types import BaseModelError, Unsupported
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SEEDLING = "seedling"
+
+# Rotary variants that choose their frequencies by the longest position in the batch: beyond the
+# original length one tenant's long sequence would change another's numbers.
+BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+@dataclass(slots=True)
+class Head:
+    """The frozen output head: logits = softcap·tanh((h Wᵀ + bias) / softcap), or without a cap."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+    name: str
+
+
+@dataclass(slots=True)
+class BaseModel:
+    """A frozen base, ready for packed streams.
+
+    Attributes:
+        name: as the user gave it; written into exported adapters.
+        folder: where its files are; the name itself for a hub id.
+        model: the whole causal LM. backbone: all of it but the head.
+        tokenizer: None if the folder has none.
+        context_length: longest sequence.
+        eos_token_ids: tokens that end an answer.
+        fingerprint: tells whether a checkpoint belongs to these weights.
+    """
+
+    name: str
+    folder: str
+    model: Any
+    backbone: nn.Module
+    head: Head
+    tokenizer: Any
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    device: torch.device
+    dtype: torch.dtype
+    fingerprint: str
+
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
+        """Last hidden states [T, H] of the stream that is open (see `packed`)."""
+        output = self.backbone(
+            input_ids=tokens_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False
+        )
+        return output.last_hidden_state[0]
+
+    def logits(self, hidden_TH: Tensor) -> Tensor:
+        """Logits [T, V] in fp32, of the bare head."""
+        logits_TV = nn.functional.linear(hidden_TH, self.head.weight_VH, self.head.bias_V).float()
+        if self.head.softcap is not None:
+            logits_TV = self.head.softcap * torch.tanh(logits_TV / self.head.softcap)
+        return logits_TV
+
+
+def resolve_base(name: str | Path) -> str:
+    """The folder (or hub id) behind a base's name."""
+    if str(name) == SEEDLING:
+        return str(files("manylora.models") / SEEDLING)
+    return str(name)
+
+
+def open_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> BaseModel:
+    """Load a base, freeze it, and check that packed streams give its own numbers.
+
+    Args:
+        name: `seedling`, a folder, or a hub id.
+        dtype: `auto` (as stored), `fp32`, `bf16` or `fp16`.
+        device: `auto` (CUDA if there is one), or a torch device.
+
+    Raises:
+        BaseModelError: not found, unreadable, or not a causal LM.
+        Unsupported: an architecture whose numbers a packed stream would change.
+    """
+    folder = resolve_base(name)
+    place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES.get(dtype, dtype), attn_implementation=attention.NAME
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"cannot open base {str(name)!r}: {error}. Name `{SEEDLING}`, a folder with config.json "
+            "and safetensors, or a hub id"
+        ) from error
+    model.to(place).eval().requires_grad_(False)
+    _silence_dropout(model)
+    text_config = config.get_text_config()
+    head = _head(model, text_config)
+    base = BaseModel(
+        name=str(name),
+        folder=folder,
+        model=model,
+        backbone=model.base_model,
+        head=head,
+        tokenizer=_tokenizer(folder),
+        context_length=_context_length(text_config),
+        eos_token_ids=_eos(model),
+        vocab_size=head.weight_VH.shape[0],
+        device=place,
+        dtype=head.weight_VH.dtype,
+        fingerprint=fingerprint(model),
+    )
+    _check(base)
+    return base
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every parameter's name, shape, dtype and some of its values.
+
+    It reads a few hundred values of each tensor, so it costs milliseconds at any size.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict(keep_vars=True).items()):
+        flat = value.detach().reshape(-1)
+        stride = max(1, flat.numel() // 256)
+        sample = flat[::stride][:257].float().cpu().numpy().tobytes()
+        digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
+        digest.update(sample)
+    return digest.hexdigest()
+
+
+def checkpoint_activations(base: BaseModel) -> None:
+    """Recompute each block in the backward instead of storing its activations.
+
+    Raises:
+        Unsupported: the architecture has no checkpointing in transformers.
+    """
+    if not getattr(base.model, "supports_gradient_checkpointing", False):
+        raise Unsupported(f"base {base.name!r} has no activation checkpointing in transformers")
+    base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in base.backbone.modules():
+        # The block itself asks `self.training`; its children must stay in evaluation mode.
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
+def _silence_dropout(model: nn.Module) -> None:
+    # The base is frozen: its own dropout must not act when a block runs in training mode.
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _head(model: Any, config: Any) -> Head:
+    layer = model.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        raise Unsupported(f"the output head is a {type(layer).__name__}; only nn.Linear is supported")
+    name = next(n for n, module in model.named_modules() if module is layer)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, layer.bias, None if softcap is None else float(softcap), name)
+
+
+def _context_length(config: Any) -> int:
+    longest = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    variants = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
+    for variant in variants:
+        if variant.get("rope_type") in BATCH_DEPENDENT_ROPE:
+            original = variant.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            longest = min(longest, int(original or longest))
+    return longest
+
+
+def _tokenizer(folder: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _eos(model: Any) -> tuple[int, ...]:
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = model.config.eos_token_id
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+
+
+@torch.no_grad()
+def _check(base: BaseModel) -> None:
+    """Compare a packed stream with transformers' own forward, sequence by sequence."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [n for n in (5, 3) if n <= base.context_length]
+    sequences = [
+        torch.randint(base.vocab_size, (n,), generator=generator).to(base.device) for n in lengths
+    ]
+    stock = []
+    base.model.set_attn_implementation("eager")
+    for tokens in sequences:
+        stock.append(base.model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0].float())
+    base.model.set_attn_implementation(attention.NAME)
+    total = padded_rows(sum(lengths))
+    tokens_T = torch.zeros(total, dtype=torch.long, device=base.device)
+    positions_T = torch.zeros_like(tokens_T)
+    tokens_T[: sum(lengths)] = torch.cat(sequences)
+    positions_T[: sum(lengths)] = torch.cat([torch.arange(n, device=base.device) for n in lengths])
+    with packed(PackedStream(lengths, total)):
+        ours = base.logits(base.hidden(tokens_T, positions_T))[: sum(lengths)]
+    expected = torch.cat(stock)
+    tolerance = 1e-3 if base.dtype == torch.float32 else 0.1
+    error = ((ours - expected).abs().max() / expected.abs().max().clamp_min(1.0)).item()
+    if not error <= tolerance:
+        raise Unsupported(
+            f"base {base.name!r} ({type(base.model).__name__}): a packed stream gives other logits "
+            f"than the model alone (relative difference {error:.1e}); this architecture is not supported"
+        )

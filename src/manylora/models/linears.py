@@ -1,0 +1,59 @@
+"""Finding the linear layers of a base, and which of them read the same tensor.
+
+The architecture is not looked up in a table: a short stream runs once, and the layers that were
+given the very same tensor form an input group.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manylora.models.base import BaseModel
+from manylora.models.stream import PackedStream, packed, padded_rows
+
+
+@dataclass(frozen=True, slots=True)
+class FoundLinear:
+    """A linear layer of the base and the number of its input group."""
+
+    name: str
+    layer: nn.Linear
+    group: int
+    is_head: bool
+
+
+@torch.no_grad()
+def find_linears(base: BaseModel) -> list[FoundLinear]:
+    """Every linear layer that a token passes, in the order of the first call, the head last."""
+    names = {module: name for name, module in base.backbone.named_modules(prefix=_prefix(base))}
+    called: list[tuple[nn.Linear, Tensor]] = []
+
+    def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(module, nn.Linear)
+        called.append((module, inputs[0]))
+
+    hooks = [
+        module.register_forward_pre_hook(record) for module in names if isinstance(module, nn.Linear)
+    ]
+    try:
+        zeros_T = torch.zeros(padded_rows(1), dtype=torch.long, device=base.device)
+        with packed(PackedStream([1], len(zeros_T))):
+            base.hidden(zeros_T, zeros_T)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # `called` holds every input alive, so an id names one tensor.
+    groups: dict[int, int] = {}
+    found: dict[str, FoundLinear] = {}
+    for layer, x in called:
+        group = groups.setdefault(id(x), len(groups))
+        found.setdefault(names[layer], FoundLinear(names[layer], layer, group, False))
+    head = base.model.get_output_embeddings()
+    ordered = sorted(found.values(), key=lambda linear: linear.group)
+    return [*ordered, FoundLinear(base.head.name, head, len(groups), True)]
+
+
+def _prefix(base: BaseModel) -> str:
+    return next(name for name, module in base.model.named_modules() if module is base.backbone)

@@ -1,0 +1,62 @@
+"""The words that all rooms share: adapter settings, data, results, errors.
+
+Owns: small frozen classes that cross room boundaries, and the one error tree.
+Does not own: database rows, wire messages, tensors.
+Talks to: nobody; every room may import it. No torch.
+"""
+
+from manylora.types.adapter import ALL_LINEAR, AdamParams, AdapterSpec
+from manylora.types.data import (
+    Datum,
+    ForwardBackwardResult,
+    OptimStepResult,
+    SampledSequence,
+    SamplingParams,
+    causal_datum,
+)
+from manylora.types.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    BaseModelError,
+    Cancelled,
+    CheckpointDamaged,
+    CheckpointError,
+    CheckpointMismatch,
+    ConfigError,
+    DataError,
+    DatumTooLong,
+    ManyloraError,
+    NotFinite,
+    SaveFailed,
+    StepRefused,
+    TargetError,
+    Unsupported,
+)
+
+__all__ = [
+    "ALL_LINEAR",
+    "AdamParams",
+    "AdapterExists",
+    "AdapterNotFound",
+    "AdapterSpec",
+    "BaseModelError",
+    "Cancelled",
+    "CheckpointDamaged",
+    "CheckpointError",
+    "CheckpointMismatch",
+    "ConfigError",
+    "DataError",
+    "Datum",
+    "DatumTooLong",
+    "ForwardBackwardResult",
+    "ManyloraError",
+    "NotFinite",
+    "OptimStepResult",
+    "SampledSequence",
+    "SamplingParams",
+    "SaveFailed",
+    "StepRefused",
+    "TargetError",
+    "Unsupported",
+    "causal_datum",
+]

@@ -1,0 +1,93 @@
+"""Every error that manylora raises on purpose, as one small tree.
+
+    ManyloraError
+    ├── ConfigError (ValueError)          a run file, an option or an adapter's settings
+    │   └── TargetError                   a target pattern that matches no linear layer
+    ├── DataError (ValueError)            a line of a data file, or a datum
+    │   └── DatumTooLong                  longer than the base model's context
+    ├── BaseModelError                    a base model that cannot be opened
+    ├── Unsupported                       known, and refused by name
+    ├── AdapterNotFound (KeyError)        no adapter of that name
+    ├── AdapterExists (ValueError)        the name is taken
+    ├── NotFinite (ArithmeticError)       NaN or Inf in one adapter's loss or gradient
+    ├── StepRefused                       an optimizer step whose gradients were dropped
+    ├── Cancelled                         an operation that was dropped before it ran
+    └── CheckpointError                   files of an adapter
+        ├── CheckpointDamaged             torn, truncated or altered
+        ├── CheckpointMismatch            of another rank, alpha, layout or base
+        └── SaveFailed (OSError)          could not be written
+
+A message says what is wrong, where (file, field or adapter), and what would be right. An error
+concerns one adapter; it never harms another.
+"""
+
+
+class ManyloraError(Exception):
+    """Base of every error raised on purpose."""
+
+    def __str__(self) -> str:
+        # KeyError would print the repr of its message.
+        return str(self.args[0]) if len(self.args) == 1 else super().__str__()
+
+
+class ConfigError(ManyloraError, ValueError):
+    """A run file, an option or an adapter's settings are wrong."""
+
+
+class TargetError(ConfigError):
+    """A target pattern matches no linear layer of the base."""
+
+
+class DataError(ManyloraError, ValueError):
+    """A line of a data file, or a datum, is wrong."""
+
+
+class DatumTooLong(DataError):
+    """A datum is longer than the base model's context."""
+
+
+class BaseModelError(ManyloraError):
+    """The base model cannot be opened."""
+
+
+class Unsupported(ManyloraError):
+    """Something known that manylora does not do."""
+
+
+class AdapterNotFound(ManyloraError, KeyError):
+    """No adapter of that name exists."""
+
+
+class AdapterExists(ManyloraError, ValueError):
+    """An adapter of that name exists already."""
+
+
+class NotFinite(ManyloraError, ArithmeticError):
+    """NaN or Inf in one adapter's loss or gradient."""
+
+
+class StepRefused(ManyloraError):
+    """An optimizer step was refused because gradients of that step were dropped."""
+
+
+class Cancelled(ManyloraError):
+    """The operation was dropped before it ran."""
+
+
+class CheckpointError(ManyloraError):
+    """Files of an adapter cannot be read or written."""
+
+
+class CheckpointDamaged(CheckpointError):
+    """Files are torn, truncated or altered."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """Files belong to another rank, alpha, layout or base."""
+
+
+class SaveFailed(CheckpointError, OSError):
+    """Files could not be written."""
+
+    def __str__(self) -> str:
+        return ManyloraError.__str__(self)
