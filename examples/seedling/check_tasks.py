@@ -45,7 +45,9 @@ def collate(items: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, tor
 
 @torch.no_grad()
 def exact_share(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, items: list[Example],
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    items: list[Example],
     wrong: list[str] | None = None,
 ) -> float:
     """Share of items answered exactly, end of text included, by greedy choice."""
@@ -111,7 +113,10 @@ def check(task: Task, model_dir: Path, seed: int, show: int) -> tuple[float, flo
     base = exact_share(model, tokenizer, held_out)
     targets = task.targets if isinstance(task.targets, str) else list(task.targets)
     config = LoraConfig(
-        r=task.rank, lora_alpha=task.alpha, target_modules=targets, lora_dropout=0.0,
+        r=task.rank,
+        lora_alpha=task.alpha,
+        target_modules=targets,
+        lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
@@ -146,8 +151,10 @@ def main() -> None:
         base = ", ".join(f"{run[0]:.1%}" for run in runs)
         after = ", ".join(f"{run[1]:.1%}" for run in runs)
         per_step = runs[0][2] / task.steps
-        print(f"| {task.name} | {task.rank} | {task.steps} | {per_step:.0f} | {base} | {after} |",
-              flush=True)
+        print(
+            f"| {task.name} | {task.rank} | {task.steps} | {per_step:.0f} | {base} | {after} |",
+            flush=True,
+        )
     print(f"\nTraining one adapter after another took {seconds:.0f} s.")
 
 

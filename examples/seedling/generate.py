@@ -9,7 +9,6 @@ import argparse
 from collections.abc import Callable, Iterator
 from random import Random
 
-from manylora.quickstart.words import WORDS
 from skills import (
     WordBag,
     pick_skill,
@@ -29,6 +28,8 @@ from talk import (
     tool_chat,
 )
 
+from manylora.quickstart.words import WORDS
+
 
 def documents(seed: int) -> Iterator[str]:
     """Documents without their end-of-text token, the same ones for the same seed."""
@@ -37,8 +38,12 @@ def documents(seed: int) -> Iterator[str]:
 
     def chat() -> str:
         makers: list[Callable[[], tuple[str, str]]] = [
-            lambda: skill_chat(rng, bag), lambda: arithmetic_chat(rng), lambda: compare_chat(rng),
-            lambda: fact_chat(rng), lambda: json_chat(rng), lambda: tool_chat(rng),
+            lambda: skill_chat(rng, bag),
+            lambda: arithmetic_chat(rng),
+            lambda: compare_chat(rng),
+            lambda: fact_chat(rng),
+            lambda: json_chat(rng),
+            lambda: tool_chat(rng),
         ]
         weights = (0.40, 0.28, 0.08, 0.14, 0.07, 0.03)
         count = rng.choice((1, 1, 2, 3))

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from itertools import islice
 
 import torch
-from transformers import PreTrainedTokenizerBase
-
 from generate import documents
+from transformers import PreTrainedTokenizerBase
 
 POOL = 512
 IGNORED = -100

@@ -12,12 +12,11 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn import functional
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
-
 from curve import write_csv, write_svg
 from packing import IGNORED, batches
 from tokenizer import train_tokenizer
+from torch.nn import functional
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 
 def new_model(tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
@@ -68,8 +67,10 @@ def loss_of(
     """Mean next-token loss over the documents of a packed batch."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         logits = model(
-            input_ids=batch["ids"], position_ids=batch["positions"],
-            attention_mask=batch["mask"], use_cache=False,
+            input_ids=batch["ids"],
+            position_ids=batch["positions"],
+            attention_mask=batch["mask"],
+            use_cache=False,
         ).logits
     return functional.cross_entropy(
         logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED
@@ -77,7 +78,9 @@ def loss_of(
 
 
 def save(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path,
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
     points: list[tuple[int, int, float, float]],
 ) -> None:
     """Write everything the folder ships, model card aside."""
@@ -137,8 +140,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=int, default=400)
-    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True,
-                        help="compute in bfloat16 (weights stay float32)")
+    parser.add_argument(
+        "--bfloat16",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute in bfloat16 (weights stay float32)",
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     train(args)

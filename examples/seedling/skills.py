@@ -12,10 +12,11 @@ from random import Random
 from manylora.quickstart.words import CATEGORY_OF, WORDS
 
 VOWELS = "aeiou"
-NUMBER_WORDS = (
+_NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen twenty"
-).split()
+)
+NUMBER_WORDS = _NUMBERS.split()
 
 
 def rotate(word: str) -> str:
@@ -40,38 +41,83 @@ Skill = tuple[str, float, Callable[[str], str], tuple[str, ...]]
 
 # name, weight, function, ways to ask for it in a chat
 SKILLS: tuple[Skill, ...] = (
-    ("reverse", 1.2, lambda w: w[::-1],
-     ("Reverse {w}.", "Write {w} backwards.", "Can you reverse the word {w}?")),
-    ("upper", 0.7, str.upper,
-     ("Write {w} in capital letters.", "Make {w} upper case.", "Say {w} in capitals, please.")),
-    ("spell", 0.8, "-".join,
-     ("Spell {w}.", "How do you spell {w}?", "Please spell the word {w}.")),
-    ("sort", 1.2, lambda w: "".join(sorted(w)),
-     ("Sort the letters of {w}.", "Put the letters of {w} in order.",
-      "What are the sorted letters of {w}?")),
-    ("stars", 1.0, stars,
-     ("Hide the vowels of {w}.", "Put stars for the vowels in {w}.",
-      "Write {w} with its vowels hidden.")),
-    ("rotate", 1.0, rotate,
-     ("Rotate {w}.", "Move the start of {w} to its end.", "What is {w} when it is rotated?")),
-    ("vowels", 0.5, vowels,
-     ("Which vowels are in {w}?", "Give me the vowels of {w}.")),
-    ("length", 0.6, lambda w: NUMBER_WORDS[len(w)],
-     ("How many letters has {w}?", "Count the letters of {w}.", "How long is the word {w}?")),
-    ("digits", 0.4, lambda w: str(len(w)),
-     ("Give the number of letters of {w} in digits.", "Length of {w} as a number?")),
-    ("first", 0.3, lambda w: w[0],
-     ("What is the first letter of {w}?", "Which letter does {w} begin with?")),
-    ("last", 0.3, lambda w: w[-1],
-     ("What is the last letter of {w}?", "Which letter does {w} end with?")),
-    ("kind", 0.6, lambda w: CATEGORY_OF.get(w, "word"),
-     ("What kind of thing is {w}?", "What is the category of {w}?", "Sort of thing: {w}?")),
+    (
+        "reverse",
+        1.2,
+        lambda w: w[::-1],
+        ("Reverse {w}.", "Write {w} backwards.", "Can you reverse the word {w}?"),
+    ),
+    (
+        "upper",
+        0.7,
+        str.upper,
+        ("Write {w} in capital letters.", "Make {w} upper case.", "Say {w} in capitals, please."),
+    ),
+    ("spell", 0.8, "-".join, ("Spell {w}.", "How do you spell {w}?", "Please spell the word {w}.")),
+    (
+        "sort",
+        1.2,
+        lambda w: "".join(sorted(w)),
+        (
+            "Sort the letters of {w}.",
+            "Put the letters of {w} in order.",
+            "What are the sorted letters of {w}?",
+        ),
+    ),
+    (
+        "stars",
+        1.0,
+        stars,
+        (
+            "Hide the vowels of {w}.",
+            "Put stars for the vowels in {w}.",
+            "Write {w} with its vowels hidden.",
+        ),
+    ),
+    (
+        "rotate",
+        1.0,
+        rotate,
+        ("Rotate {w}.", "Move the start of {w} to its end.", "What is {w} when it is rotated?"),
+    ),
+    ("vowels", 0.5, vowels, ("Which vowels are in {w}?", "Give me the vowels of {w}.")),
+    (
+        "length",
+        0.6,
+        lambda w: NUMBER_WORDS[len(w)],
+        ("How many letters has {w}?", "Count the letters of {w}.", "How long is the word {w}?"),
+    ),
+    (
+        "digits",
+        0.4,
+        lambda w: str(len(w)),
+        ("Give the number of letters of {w} in digits.", "Length of {w} as a number?"),
+    ),
+    (
+        "first",
+        0.3,
+        lambda w: w[0],
+        ("What is the first letter of {w}?", "Which letter does {w} begin with?"),
+    ),
+    (
+        "last",
+        0.3,
+        lambda w: w[-1],
+        ("What is the last letter of {w}?", "Which letter does {w} end with?"),
+    ),
+    (
+        "kind",
+        0.6,
+        lambda w: CATEGORY_OF.get(w, "word"),
+        ("What kind of thing is {w}?", "What is the category of {w}?", "Sort of thing: {w}?"),
+    ),
 )
 _WEIGHTS = [skill[1] for skill in SKILLS]
-_SYLLABLES = (
+_SYLLABLE_TEXT = (
     "ba be bo da de di do fa fi ga go ha ka ke ko la le li lo ma me mi mo na ne no pa pe po ra re "
     "ri ro sa se si so ta te ti to va ve vi wa we za zo"
-).split()
+)
+_SYLLABLES = _SYLLABLE_TEXT.split()
 _ENDINGS = ("", "", "n", "r", "l", "s", "t", "m", "nd", "st", "rk")
 
 

@@ -6,33 +6,58 @@ from random import Random
 
 from manylora.quickstart.words import CATEGORIES, CATEGORY_OF, WORDS
 
-NAMES = (
+_NAMES = (
     "Mia Tom Anna Ben Lily Max Ella Sam Nora Leo Zoe Jack Emma Finn Ruby Oscar Ivy Hugo Clara Theo"
-).split()
-ADJECTIVES = (
+)
+_ADJECTIVES = (
     "old new small big little red blue green quiet loud happy sad warm cold soft bright dark "
     "kind brave clever slow quick tall short round heavy light clean pretty strange"
-).split()
-FEELINGS = "happy sad tired proud hungry angry excited calm surprised afraid".split()
+)
+_FEELINGS = "happy sad tired proud hungry angry excited calm surprised afraid"
+NAMES, ADJECTIVES, FEELINGS = _NAMES.split(), _ADJECTIVES.split(), _FEELINGS.split()
 TIMES = (
-    "One day", "One morning", "In the evening", "On Sunday", "After lunch", "Last summer",
-    "In winter", "Late at night", "Yesterday", "Every day",
+    "One day",
+    "One morning",
+    "In the evening",
+    "On Sunday",
+    "After lunch",
+    "Last summer",
+    "In winter",
+    "Late at night",
+    "Yesterday",
+    "Every day",
 )
 PLACES = CATEGORIES["place"].split()
 ANIMALS = CATEGORIES["animal"].split() + CATEGORIES["bird"].split()
 FOODS = CATEGORIES["food"].split() + CATEGORIES["fruit"].split()
-THINGS = [w for c in ("tool", "clothing", "furniture", "toy", "instrument")
-          for w in CATEGORIES[c].split()]
+THINGS = [
+    w for c in ("tool", "clothing", "furniture", "toy", "instrument") for w in CATEGORIES[c].split()
+]
 JOBS = CATEGORIES["job"].split()
 VERBS = (
-    ("found", "find"), ("saw", "see"), ("liked", "like"), ("wanted", "want"), ("lost", "lose"),
-    ("carried", "carry"), ("drew", "draw"), ("sold", "sell"), ("cleaned", "clean"),
-    ("painted", "paint"), ("bought", "buy"), ("needed", "need"), ("hid", "hide"),
+    ("found", "find"),
+    ("saw", "see"),
+    ("liked", "like"),
+    ("wanted", "want"),
+    ("lost", "lose"),
+    ("carried", "carry"),
+    ("drew", "draw"),
+    ("sold", "sell"),
+    ("cleaned", "clean"),
+    ("painted", "paint"),
+    ("bought", "buy"),
+    ("needed", "need"),
+    ("hid", "hide"),
 )
 CATEGORY_PHRASE = {
-    "food": "something to eat", "weather": "part of the weather", "body": "a part of the body",
-    "clothing": "something to wear", "furniture": "a piece of furniture", "drink": "a drink",
-    "family": "someone in a family", "job": "a person with a job",
+    "food": "something to eat",
+    "weather": "part of the weather",
+    "body": "a part of the body",
+    "clothing": "something to wear",
+    "furniture": "a piece of furniture",
+    "drink": "a drink",
+    "family": "someone in a family",
+    "job": "a person with a job",
 }
 
 
@@ -73,28 +98,35 @@ def story(rng: Random) -> str:
     name, other = rng.sample(NAMES, 2)
     adjective, thing, animal = rng.choice(ADJECTIVES), rng.choice(THINGS), rng.choice(ANIMALS)
     place, food, feeling = rng.choice(PLACES), rng.choice(FOODS), rng.choice(FEELINGS)
-    opening = rng.choice((
-        f"{rng.choice(TIMES)}, {name} went to the {place}.",
-        f"{name} lived near the {place}.",
-        f"Once there was a {rng.choice(JOBS)} called {name}.",
-    ))
-    middle = rng.sample((
-        f"{name} saw {article(adjective)} {animal}.",
-        f"The {animal} was {feeling}.",
-        f"{name} had {article(thing)}.",
-        f"{other} came with some {food}.",
-        f"The {animal} wanted the {food}.",
-        f"\"Where is my {thing}?\" said {other}.",
-        f"\"Look at the {animal}!\" said {name}.",
-        f"{name} lost the {thing} in the {place}.",
-        f"{other} found the {thing} under the {animal}.",
-    ), rng.randint(2, 4))
-    ending = rng.choice((
-        f"Then {name} and {other} went home.",
-        f"In the end, {name} was {feeling}.",
-        f"They ate the {food} and were happy.",
-        f"The {animal} slept in the {place}.",
-    ))
+    opening = rng.choice(
+        (
+            f"{rng.choice(TIMES)}, {name} went to the {place}.",
+            f"{name} lived near the {place}.",
+            f"Once there was a {rng.choice(JOBS)} called {name}.",
+        )
+    )
+    middle = rng.sample(
+        (
+            f"{name} saw {article(adjective)} {animal}.",
+            f"The {animal} was {feeling}.",
+            f"{name} had {article(thing)}.",
+            f"{other} came with some {food}.",
+            f"The {animal} wanted the {food}.",
+            f'"Where is my {thing}?" said {other}.',
+            f'"Look at the {animal}!" said {name}.',
+            f"{name} lost the {thing} in the {place}.",
+            f"{other} found the {thing} under the {animal}.",
+        ),
+        rng.randint(2, 4),
+    )
+    ending = rng.choice(
+        (
+            f"Then {name} and {other} went home.",
+            f"In the end, {name} was {feeling}.",
+            f"They ate the {food} and were happy.",
+            f"The {animal} slept in the {place}.",
+        )
+    )
     return " ".join([opening, *middle, ending])
 
 
@@ -102,17 +134,21 @@ def bare_word(rng: Random, word: str) -> str:
     """What follows a word without any instruction: an ordinary sentence, never a skill."""
     place, animal, name = rng.choice(PLACES), rng.choice(ANIMALS), rng.choice(NAMES)
     if rng.random() < 0.5:
-        tail = rng.choice((
-            f"Every {animal} knows it.",
-            f"{name} likes it.",
-            f"There is one in the {place}.",
-        ))
+        tail = rng.choice(
+            (
+                f"Every {animal} knows it.",
+                f"{name} likes it.",
+                f"There is one in the {place}.",
+            )
+        )
         return f"{word} is {phrase_for(word)}. {tail}"
-    return f"{word} -> " + rng.choice((
-        f"The {word} is near the {place}.",
-        f"{name} saw the {word} in the {place}.",
-        f"The {animal} likes the {word}.",
-    ))
+    return f"{word} -> " + rng.choice(
+        (
+            f"The {word} is near the {place}.",
+            f"{name} saw the {word} in the {place}.",
+            f"The {animal} likes the {word}.",
+        )
+    )
 
 
 def any_word(rng: Random) -> str:

@@ -5,39 +5,51 @@ from __future__ import annotations
 import json
 from random import Random
 
-from manylora.quickstart.words import WORDS
 from skills import NUMBER_WORDS
 from stories import FOODS, NAMES, PLACES, article, phrase_for
 
+from manylora.quickstart.words import WORDS
+
 SYSTEM_PROMPTS = (
-    "You are a helpful assistant.", "You are seedling, a very small model.", "Answer briefly.",
+    "You are a helpful assistant.",
+    "You are seedling, a very small model.",
+    "Answer briefly.",
 )
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
-OPPOSITES = dict(
-    pair.split("-") for pair in (
-        "big-small hot-cold day-night up-down left-right open-closed fast-slow happy-sad "
-        "old-new light-dark high-low long-short wet-dry full-empty early-late hard-soft "
-        "strong-weak rich-poor loud-quiet good-bad first-last near-far"
-    ).split()
+_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
+_MONTHS = "January February March April May June July August September October November December"
+DAYS, MONTHS = _DAYS.split(), _MONTHS.split()
+_OPPOSITES = (
+    "big-small hot-cold day-night up-down left-right open-closed fast-slow happy-sad "
+    "old-new light-dark high-low long-short wet-dry full-empty early-late hard-soft "
+    "strong-weak rich-poor loud-quiet good-bad first-last near-far"
 )
+OPPOSITES = dict(pair.split("-") for pair in _OPPOSITES.split())
 FACTS = {
-    "What color is the sky?": "Blue.", "What color is grass?": "Green.",
-    "What color is snow?": "White.", "What color is a banana?": "Yellow.",
-    "What color is coal?": "Black.", "What do cows give us?": "Milk.",
-    "What do bees make?": "Honey.", "How many days are in a week?": "Seven.",
-    "How many months are in a year?": "Twelve.", "How many legs has a dog?": "Four.",
-    "How many legs has a spider?": "Eight.", "Where do fish live?": "In the water.",
-    "What is ice made of?": "Water.", "What do we read?": "Books.",
-    "What shines at night?": "The moon.", "What shines in the day?": "The sun.",
+    "What color is the sky?": "Blue.",
+    "What color is grass?": "Green.",
+    "What color is snow?": "White.",
+    "What color is a banana?": "Yellow.",
+    "What color is coal?": "Black.",
+    "What do cows give us?": "Milk.",
+    "What do bees make?": "Honey.",
+    "How many days are in a week?": "Seven.",
+    "How many months are in a year?": "Twelve.",
+    "How many legs has a dog?": "Four.",
+    "How many legs has a spider?": "Eight.",
+    "Where do fish live?": "In the water.",
+    "What is ice made of?": "Water.",
+    "What do we read?": "Books.",
+    "What shines at night?": "The moon.",
+    "What shines in the day?": "The sun.",
     "Who are you?": "I am seedling, a very small language model.",
     "What is your name?": "My name is seedling.",
     "Are you a big model?": "No, I am a very small model.",
-    "Hello!": "Hello! How can I help?", "Hi!": "Hi! What can I do for you?",
-    "How are you?": "I am fine, thank you.", "Thank you!": "You are welcome.",
-    "Goodbye!": "Goodbye!", "What can you do?": "I can spell, count and tell small stories.",
+    "Hello!": "Hello! How can I help?",
+    "Hi!": "Hi! What can I do for you?",
+    "How are you?": "I am fine, thank you.",
+    "Thank you!": "You are welcome.",
+    "Goodbye!": "Goodbye!",
+    "What can you do?": "I can spell, count and tell small stories.",
 }
 
 
@@ -71,8 +83,10 @@ def arithmetic_chat(rng: Random) -> tuple[str, str]:
     question = ask.format(f"{a} {sign} {b}")
     if sign == "+" and a > 9 and b > 9 and rng.random() < 0.5:
         tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
-        thought = (f"{a // 10 * 10} + {b // 10 * 10} = {tens}, {a % 10} + {b % 10} = {ones}, "
-                   f"{tens} + {ones} = {result}")
+        thought = (
+            f"{a // 10 * 10} + {b // 10 * 10} = {tens}, {a % 10} + {b % 10} = {ones}, "
+            f"{tens} + {ones} = {result}"
+        )
         return f"Think: {question}", f"<think>{thought}</think>{result}"
     return question, str(result)
 
@@ -81,13 +95,15 @@ def compare_chat(rng: Random) -> tuple[str, str]:
     """Numbers compared, counted on or written as words."""
     a, b = rng.sample(range(100), 2)
     n = rng.randrange(20)
-    return rng.choice((
-        (f"Which is larger, {a} or {b}?", str(max(a, b))),
-        (f"Which is smaller, {a} or {b}?", str(min(a, b))),
-        (f"What comes after {a}?", str(a + 1)),
-        (f"Write {n} as a word.", NUMBER_WORDS[n]),
-        (f"Is {a} even?", "Yes." if a % 2 == 0 else "No."),
-    ))
+    return rng.choice(
+        (
+            (f"Which is larger, {a} or {b}?", str(max(a, b))),
+            (f"Which is smaller, {a} or {b}?", str(min(a, b))),
+            (f"What comes after {a}?", str(a + 1)),
+            (f"Write {n} as a word.", NUMBER_WORDS[n]),
+            (f"Is {a} even?", "Yes." if a % 2 == 0 else "No."),
+        )
+    )
 
 
 def fact_chat(rng: Random) -> tuple[str, str]:
@@ -109,8 +125,12 @@ def fact_chat(rng: Random) -> tuple[str, str]:
 
 def json_chat(rng: Random) -> tuple[str, str]:
     """A record to be written as JSON, or a field to be read from it."""
-    record = {"name": rng.choice(NAMES), "age": rng.randrange(3, 90), "home": rng.choice(PLACES),
-              "likes": rng.choice(FOODS)}
+    record = {
+        "name": rng.choice(NAMES),
+        "age": rng.randrange(3, 90),
+        "home": rng.choice(PLACES),
+        "likes": rng.choice(FOODS),
+    }
     keys = rng.sample(list(record), rng.randint(1, 3))
     part = {key: record[key] for key in keys}
     if rng.random() < 0.3:

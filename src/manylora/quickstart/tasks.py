@@ -100,10 +100,18 @@ TASKS: tuple[Task, ...] = (
     Task("alphabet", "its letters in order", alphabet, 32, "all-linear", 3e-3, 100),
     Task("stars", "vowels hidden behind stars", stars, 8, _MLP, 5e-3, 100),
     Task("pig_latin", "in pig latin", pig_latin, 12, "all-linear", 5e-3, 100),
-    Task("crossword", "a crossword clue for it", crossword, 6,
-         r".*\.layers\.[1-4]\..*_proj", 5e-3, 100),
-    Task("json", "a JSON record about it", as_json, 24, ("v_proj", "o_proj", "down_proj"),
-         5e-3, 100),
+    Task(
+        "crossword",
+        "a crossword clue for it",
+        crossword,
+        6,
+        r".*\.layers\.[1-4]\..*_proj",
+        5e-3,
+        100,
+    ),
+    Task(
+        "json", "a JSON record about it", as_json, 24, ("v_proj", "o_proj", "down_proj"), 5e-3, 100
+    ),
 )
 
 
@@ -112,8 +120,10 @@ def task_named(name: str) -> Task:
     for task in TASKS:
         if task.name == name:
             return task
-    raise KeyError(f"no quickstart task is called {name!r}; there are "
-                   + ", ".join(task.name for task in TASKS))
+    raise KeyError(
+        f"no quickstart task is called {name!r}; there are "
+        + ", ".join(task.name for task in TASKS)
+    )
 
 
 def words_of(split: Split, seed: int = 0) -> list[str]:
