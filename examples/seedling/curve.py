@@ -16,6 +16,13 @@ def write_csv(path: Path, points: list[tuple[int, int, float, float]]) -> None:
         writer.writerows((s, t, f"{loss:.4f}", f"{rate:.6f}") for s, t, loss, rate in points)
 
 
+def read_csv(path: Path) -> list[tuple[int, int, float, float]]:
+    """The points that `write_csv` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[1:]
+    return [(int(s), int(t), float(loss), float(rate)) for s, t, loss, rate in rows]
+
+
 def write_svg(path: Path, points: list[tuple[int, int, float, float]]) -> None:
     """The loss over the steps, with axes and a grid."""
     last = max(points[-1][0], 1)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import tempfile
 import time
 from pathlib import Path
 
 import torch
-from curve import write_csv, write_svg
+from curve import read_csv, write_csv, write_svg
 from packing import IGNORED, batches
-from tokenizer import train_tokenizer
+from tokenizer import save_tokenizer, train_tokenizer
+from torch import distributed, multiprocessing
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
@@ -61,10 +64,10 @@ def rate_at(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def loss_of(
+def summed_loss(
     model: Qwen3ForCausalLM, batch: dict[str, torch.Tensor], *, bfloat16: bool
 ) -> torch.Tensor:
-    """Mean next-token loss over the documents of a packed batch."""
+    """Next-token loss summed over the documents of a packed batch."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         logits = model(
             input_ids=batch["ids"],
@@ -73,8 +76,31 @@ def loss_of(
             use_cache=False,
         ).logits
     return functional.cross_entropy(
-        logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED
+        logits.float().flatten(0, 1),
+        batch["labels"].flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
     )
+
+
+def join(worker: int, workers: int, meeting: str) -> None:
+    """Let the workers find each other; they meet in a file and talk on this machine only."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=worker, world_size=workers
+    )
+
+
+def share(model: Qwen3ForCausalLM, loss: torch.Tensor) -> float:
+    """Add up gradients and loss over all workers; returns the whole loss."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([loss.detach().reshape(1), *(g.flatten() for g in gradients)])
+    distributed.all_reduce(flat)
+    at = 1
+    for gradient in gradients:
+        gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
+        at += gradient.numel()
+    return float(flat[0])
 
 
 def save(
@@ -85,36 +111,47 @@ def save(
 ) -> None:
     """Write everything the folder ships, model card aside."""
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     write_csv(out / "training_curve.csv", points)
     write_svg(out / "training_curve.svg", points)
 
 
-def train(args: argparse.Namespace) -> None:
-    """The whole run, from the tokenizer to the last weights."""
+def train(worker: int, args: argparse.Namespace, meeting: str) -> None:
+    """The whole run, from the tokenizer to the last weights; each worker takes part of a batch."""
+    if args.workers > 1:
+        join(worker, args.workers, meeting)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     tokenizer = train_tokenizer(args.vocab_size, args.seed)
-    model = new_model(tokenizer)
+    model, points = new_model(tokenizer), []
+    if args.start_from:
+        model = Qwen3ForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
+        points = read_csv(args.start_from / "training_curve.csv")
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary")
     optimizer = optimizer_for(model, args.rate)
-    stream = batches(tokenizer, args.seed + 1, args.rows, args.row)
-    points: list[tuple[int, int, float, float]] = []
+    stream = batches(tokenizer, args.data_seed, args.rows, args.row)
+    before, tokens_before = points[-1][:2] if points else (0, 0)
     begin, tokens, recent = time.monotonic(), 0, []
-    for step in range(args.steps):
+    for step in range(args.stop_after or args.steps):
         rate = rate_at(step, args.steps, args.rate, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = next(stream)
-        loss = loss_of(model, batch, bfloat16=args.bfloat16)
+        count = int((batch["labels"] != IGNORED).sum())
+        part = {name: tensor[worker :: args.workers] for name, tensor in batch.items()}
+        loss = summed_loss(model, part, bfloat16=args.bfloat16) / count
         loss.backward()
+        recent.append(share(model, loss) if args.workers > 1 else loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        tokens += int((batch["labels"] != IGNORED).sum())
-        recent.append(loss.item())
+        tokens += count
+        if worker > 0:
+            continue
         if (step + 1) % 20 == 0 or step + 1 == args.steps:
-            points.append((step + 1, tokens, sum(recent) / len(recent), rate))
+            points.append(
+                (before + step + 1, tokens_before + tokens, sum(recent) / len(recent), rate)
+            )
             recent = []
             spent = time.monotonic() - begin
             left = spent / (step + 1) * (args.steps - step - 1)
@@ -136,9 +173,13 @@ def main() -> None:
     parser.add_argument("--row", type=int, default=256, help="tokens in a row")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=200)
+    parser.add_argument("--stop-after", type=int, help="stop early, the schedule unchanged")
+    parser.add_argument("--start-from", type=Path, help="folder of an earlier phase to go on from")
     parser.add_argument("--vocab-size", type=int, default=2816)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and tokenizer")
+    parser.add_argument("--data-seed", type=int, default=1, help="of the text; one for each phase")
+    parser.add_argument("--threads", type=int, default=1, help="of each worker")
+    parser.add_argument("--workers", type=int, default=2, help="processes that share a batch")
     parser.add_argument("--save-every", type=int, default=400)
     parser.add_argument(
         "--bfloat16",
@@ -148,7 +189,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    train(args)
+    if args.workers == 1:
+        train(0, args, "")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = str(Path(folder) / "meeting")
+        multiprocessing.spawn(train, args=(args, meeting), nprocs=args.workers)
 
 
 if __name__ == "__main__":

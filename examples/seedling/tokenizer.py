@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from generate import tokenizer_text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL = (
     "<|endoftext|>",
@@ -67,6 +68,17 @@ def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
     return fast
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save with the two names that older and newer releases of transformers both understand."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("backend", None)
+    config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Train the tokenizer and save it to a folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -74,7 +86,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=2816)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train_tokenizer(args.vocab_size, args.seed).save_pretrained(args.out)
+    save_tokenizer(train_tokenizer(args.vocab_size, args.seed), args.out)
 
 
 if __name__ == "__main__":
