@@ -132,7 +132,8 @@ def train(worker: int, args: argparse.Namespace, meeting: str) -> None:
     stream = batches(tokenizer, args.data_seed, args.rows, args.row)
     before, tokens_before = points[-1][:2] if points else (0, 0)
     begin, tokens, recent = time.monotonic(), 0, []
-    for step in range(args.stop_after or args.steps):
+    last = args.stop_after or args.steps
+    for step in range(last):
         rate = rate_at(step, args.steps, args.rate, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -148,19 +149,19 @@ def train(worker: int, args: argparse.Namespace, meeting: str) -> None:
         tokens += count
         if worker > 0:
             continue
-        if (step + 1) % 20 == 0 or step + 1 == args.steps:
+        if (step + 1) % 20 == 0 or step + 1 == last:
             points.append(
                 (before + step + 1, tokens_before + tokens, sum(recent) / len(recent), rate)
             )
             recent = []
             spent = time.monotonic() - begin
-            left = spent / (step + 1) * (args.steps - step - 1)
+            left = spent / (step + 1) * (last - step - 1)
             print(
                 f"step {step + 1}/{args.steps}  loss {points[-1][2]:.3f}  rate {rate:.2e}  "
                 f"{tokens / spent:,.0f} tokens/s  {spent / 60:.1f} min, {left / 60:.1f} left",
                 flush=True,
             )
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if (step + 1) % args.save_every == 0 or step + 1 == last:
             save(model, tokenizer, args.out, points)
 
 
