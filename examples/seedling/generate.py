@@ -30,9 +30,22 @@ from talk import (
 
 from manylora.quickstart.words import WORDS
 
+# Weights of the kinds of chat and of the kinds of document, in the order of `documents`.
+MIXTURES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "skills": (
+        (0.40, 0.28, 0.08, 0.14, 0.07, 0.03),
+        (0.33, 0.16, 0.12, 0.12, 0.13, 0.07, 0.035, 0.035),
+    ),
+    "sums": (
+        (0.22, 0.48, 0.07, 0.13, 0.07, 0.03),
+        (0.29, 0.13, 0.10, 0.16, 0.12, 0.14, 0.03, 0.03),
+    ),
+}
 
-def documents(seed: int) -> Iterator[str]:
+
+def documents(seed: int, mixture: str = "skills") -> Iterator[str]:
     """Documents without their end-of-text token, the same ones for the same seed."""
+    chat_weights, weights = MIXTURES[mixture]
     rng = Random(seed)
     bag = WordBag(rng)
 
@@ -45,23 +58,21 @@ def documents(seed: int) -> Iterator[str]:
             lambda: json_chat(rng),
             lambda: tool_chat(rng),
         ]
-        weights = (0.40, 0.28, 0.08, 0.14, 0.07, 0.03)
         count = rng.choice((1, 1, 2, 3))
-        return in_template(rng, [make() for make in rng.choices(makers, weights, k=count)])
+        return in_template(rng, [make() for make in rng.choices(makers, chat_weights, k=count)])
 
-    kinds: list[tuple[float, Callable[[], str]]] = [
-        (0.33, lambda: skill_line(rng, bag)),
-        (0.16, lambda: same_skill_list(rng, bag)),
-        (0.12, lambda: same_word_list(rng, bag)),
-        (0.12, chat),
-        (0.13, lambda: bare_word(rng, any_word(rng))),
-        (0.07, lambda: arithmetic(rng)),
-        (0.035, lambda: " ".join(sentence(rng) for _ in range(rng.randint(1, 4)))),
-        (0.035, lambda: story(rng)),
+    kinds: list[Callable[[], str]] = [
+        lambda: skill_line(rng, bag),
+        lambda: same_skill_list(rng, bag),
+        lambda: same_word_list(rng, bag),
+        chat,
+        lambda: bare_word(rng, any_word(rng)),
+        lambda: arithmetic(rng),
+        lambda: " ".join(sentence(rng) for _ in range(rng.randint(1, 4))),
+        lambda: story(rng),
     ]
-    weights = [weight for weight, _ in kinds]
     while True:
-        yield rng.choices(kinds, weights)[0][1]()
+        yield rng.choices(kinds, weights)[0]()
 
 
 def tokenizer_text(seed: int, count: int = 20_000) -> Iterator[str]:
@@ -90,8 +101,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--documents", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mixture", choices=MIXTURES, default="skills")
     args = parser.parse_args()
-    stream = documents(args.seed)
+    stream = documents(args.seed, args.mixture)
     for _ in range(args.documents):
         print(next(stream), end="\n---\n")
 

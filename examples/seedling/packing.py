@@ -13,18 +13,22 @@ POOL = 512
 IGNORED = -100
 
 
-def _tokenised(tokenizer: PreTrainedTokenizerBase, seed: int, row: int) -> Iterator[list[int]]:
+def _tokenised(
+    tokenizer: PreTrainedTokenizerBase, seed: int, row: int, mixture: str
+) -> Iterator[list[int]]:
     """Endless documents as token ids, each with its end-of-text token, none above a row."""
-    stream = documents(seed)
+    stream = documents(seed, mixture)
     while True:
         for ids in tokenizer(list(islice(stream, 4096)))["input_ids"]:
             if len(ids) < row:
                 yield [*ids, tokenizer.eos_token_id]
 
 
-def _rows(tokenizer: PreTrainedTokenizerBase, seed: int, row: int) -> Iterator[list[list[int]]]:
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, seed: int, row: int, mixture: str
+) -> Iterator[list[list[int]]]:
     """Lists of documents that together fill a row nearly or fully."""
-    stream = _tokenised(tokenizer, seed, row)
+    stream = _tokenised(tokenizer, seed, row, mixture)
     pool = list(islice(stream, POOL))
     while True:
         chosen: list[list[int]] = []
@@ -41,10 +45,10 @@ def _rows(tokenizer: PreTrainedTokenizerBase, seed: int, row: int) -> Iterator[l
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerBase, seed: int, rows: int, row: int
+    tokenizer: PreTrainedTokenizerBase, seed: int, rows: int, row: int, mixture: str
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of ids, positions, labels (already shifted) and a block-causal mask."""
-    stream = _rows(tokenizer, seed, row)
+    stream = _rows(tokenizer, seed, row, mixture)
     causal = torch.ones(row, row, dtype=torch.bool).tril()
     while True:
         ids = torch.full((rows, row), tokenizer.eos_token_id)

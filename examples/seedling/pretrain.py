@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from curve import read_csv, write_csv, write_svg
+from generate import MIXTURES
 from packing import IGNORED, batches
 from tokenizer import save_tokenizer, train_tokenizer
 from torch import distributed, multiprocessing
@@ -129,7 +130,7 @@ def train(worker: int, args: argparse.Namespace, meeting: str) -> None:
         points = read_csv(args.start_from / "training_curve.csv")
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary")
     optimizer = optimizer_for(model, args.rate)
-    stream = batches(tokenizer, args.data_seed, args.rows, args.row)
+    stream = batches(tokenizer, args.data_seed, args.rows, args.row, args.mixture)
     before, tokens_before = points[-1][:2] if points else (0, 0)
     begin, tokens, recent = time.monotonic(), 0, []
     last = args.stop_after or args.steps
@@ -178,6 +179,7 @@ def main() -> None:
     parser.add_argument("--start-from", type=Path, help="folder of an earlier phase to go on from")
     parser.add_argument("--vocab-size", type=int, default=2816)
     parser.add_argument("--seed", type=int, default=0, help="of weights and tokenizer")
+    parser.add_argument("--mixture", choices=MIXTURES, default="skills", help="of the text")
     parser.add_argument("--data-seed", type=int, default=1, help="of the text; one for each phase")
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
     parser.add_argument("--workers", type=int, default=2, help="processes that share a batch")

@@ -95,7 +95,7 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 
 TASKS: tuple[Task, ...] = (
     Task("reverse", "the word backwards", reverse, 16, "all-linear", 5e-3, 100),
-    Task("shout", "capitals and an exclamation mark", shout, 2, ("q_proj", "v_proj"), 1e-2, 100),
+    Task("shout", "capitals and an exclamation mark", shout, 2, "all-linear", 1e-2, 100),
     Task("spell", "letter by letter", spell, 4, _ATTENTION, 5e-3, 100),
     Task("alphabet", "its letters in order", alphabet, 32, "all-linear", 3e-3, 100),
     Task("stars", "vowels hidden behind stars", stars, 8, _MLP, 5e-3, 100),
