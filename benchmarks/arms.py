@@ -138,10 +138,10 @@ class SequentialPeft:
     left out, gradients set to None."""
 
     def __init__(self, load: Load):
-        from peft import LoraConfig, get_peft_model  # noqa: PLC0415
-        from transformers import AutoModelForCausalLM  # noqa: PLC0415
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
 
-        from manylora.models import resolve_base  # noqa: PLC0415
+        from manylora.models import resolve_base
 
         model: Any = AutoModelForCausalLM.from_pretrained(
             resolve_base(load.base), dtype=torch.float32, attn_implementation="sdpa"

@@ -96,7 +96,12 @@ def machine() -> dict[str, str | int]:
         ),
         platform.processor(),
     )
-    return {"cpu": model, "torch": torch.__version__, "python": platform.python_version(), "threads": 1}
+    return {
+        "cpu": model,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": 1,
+    }
 
 
 def show(row: dict[str, Any]) -> None:
@@ -115,7 +120,9 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--models", default="toy,seedling")
     parser.add_argument("--tokens", default="32,128,512")
@@ -124,7 +131,10 @@ def main() -> None:
     torch.set_num_threads(1)
     report: dict[str, Any] = {"machine": machine(), "ranks": RANKS, "rows": [], "memory": {}}
     print(json.dumps(report["machine"]))
-    print("model   tok/tenant  overhead (10–90 %, goal)  fwd+bwd  speed-up (10–90 %, goal)  batching × overhead   ms")
+    print(
+        "model   tok/tenant  overhead (10–90 %, goal)  fwd+bwd  speed-up (10–90 %, goal)  "
+        "batching × overhead   ms"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         bases: dict[str, Path | str] = {"toy": toy_llama(Path(scratch)), "seedling": "seedling"}
         for name in options.models.split(","):

@@ -29,4 +29,5 @@ def keep_freed_memory() -> bool:
         M_TRIM_THRESHOLD: (1 << 31) - 1,
         M_TOP_PAD: 64 << 20,
     }
-    return all([mallopt(parameter, value) == 1 for parameter, value in wanted.items()])
+    accepted = [mallopt(parameter, value) == 1 for parameter, value in wanted.items()]
+    return all(accepted)

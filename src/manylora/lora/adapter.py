@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manylora.kernels import Block, Member
-from manylora.lora.layout import Layout
+from manylora.lora.layout import Factor, Layout
 from manylora.lora.sites import Site
 from manylora.lora.state import AdapterState
 from manylora.types import AdapterSpec
@@ -135,18 +135,16 @@ class Adapter:
         return sum(v.numel() * v.element_size() for v in vectors if v is not None)
 
 
-def _block(factors: tuple, vector_P: Tensor, sites: SiteIndex) -> Block:
+def _block(factors: tuple[Factor, ...], vector_P: Tensor, sites: SiteIndex) -> Block:
     a_RK = _a_rows(factors, vector_P)
     members = []
     for factor in factors:
         bt_RN = factor.b_transposed(vector_P)
-        members.append(
-            Member(sites.output_of[factor.site], factor.rank, factor.scale, bt_RN)
-        )
+        members.append(Member(sites.output_of[factor.site], factor.rank, factor.scale, bt_RN))
     return Block(a_RK, tuple(members), [factor.rank for factor in factors])
 
 
-def _a_rows(factors: tuple, vector_P: Tensor) -> Tensor:
+def _a_rows(factors: tuple[Factor, ...], vector_P: Tensor) -> Tensor:
     """The adjacent A factors of one input group as one [R, K] view."""
     rank, in_features = sum(f.rank for f in factors), factors[0].in_features
     return vector_P.narrow(0, factors[0].a_start, rank * in_features).view(rank, in_features)
