@@ -125,7 +125,7 @@ class _NoAdapters(dict[str, Any]):
 
 
 class _NoAdapter:
-    weights = None
+    weights: None = None
     draws = 0
 
 
@@ -146,13 +146,14 @@ class SequentialPeft:
         model: Any = AutoModelForCausalLM.from_pretrained(
             resolve_base(load.base), dtype=torch.float32, attn_implementation="sdpa"
         )
-        self.model: Any = None
-        for name, rank in zip(load.data, RANKS, strict=True):
-            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-            if self.model is None:
-                self.model = get_peft_model(model, config, adapter_name=name)
-            else:
-                self.model.add_adapter(name, config)
+        configs = {
+            name: LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+            for name, rank in zip(load.data, RANKS, strict=True)
+        }
+        (first, config), *others = configs.items()
+        self.model: Any = get_peft_model(model, config, adapter_name=first)
+        for name, config in others:
+            self.model.add_adapter(name, config)
         self.model.train()
         self.batches: dict[str, tuple[Tensor, Tensor]] = {}
         self.optimizers: dict[str, torch.optim.AdamW] = {}

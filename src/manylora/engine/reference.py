@@ -73,7 +73,8 @@ class ReferenceEngine:
         config: Mapping[str, float] | None = None,
     ) -> tuple[list[Tensor], float]:
         """Accumulate gradients; returns each datum's log-probabilities and the summed loss."""
-        logprobs, total = [], 0.0
+        logprobs: list[Tensor] = []
+        total = 0.0
         for datum in data:
             logprobs_N = self.logprobs(datum)
             inputs = {k: torch.from_numpy(v) for k, v in datum.loss_inputs.items()}

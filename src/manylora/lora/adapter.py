@@ -80,7 +80,8 @@ class Adapter:
         self.exp_avg_sq_P = _copied(state.exp_avg_sq, device)
         self.grad_P: Tensor | None = None
         self.step, self.draws = state.step, state.draws
-        self.has_grad, self.poison = False, None  # type: bool, str | None
+        self.has_grad = False
+        self.poison: str | None = None
         if state.grad is not None:
             self.require_grad().copy_(state.grad)
             self.has_grad = True
@@ -119,7 +120,7 @@ class Adapter:
         return AdapterState(
             spec=self.spec,
             layout=self.layout,
-            weights=_copied(self.master_P, torch.device("cpu")),
+            weights=self.master_P.detach().to("cpu", copy=True),
             exp_avg=_copied(self.exp_avg_P, torch.device("cpu")),
             exp_avg_sq=_copied(self.exp_avg_sq_P, torch.device("cpu")),
             grad=_copied(self.grad_P, torch.device("cpu")) if self.has_grad else None,
