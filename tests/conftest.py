@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 # No test may wait for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads that wait should sleep: a spinning one takes the core that the other needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 THREADS = 1
 

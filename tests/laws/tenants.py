@@ -135,7 +135,7 @@ def train(
                 traces[tenant.name] = Trace(engine.state(tenant.name))
         _round(engine, tenants, number, traces, vocab)
         for tenant in tenants:
-            if number + 1 == (tenant.leave or rounds):
+            if number + 1 == min(tenant.leave or rounds, rounds):
                 traces[tenant.name].end = engine.state(tenant.name)
                 engine.unload(tenant.name)
     return traces

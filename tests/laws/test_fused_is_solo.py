@@ -82,39 +82,47 @@ def leaf(family: str) -> str:
     return "qkv_proj" if family == "phi3" else "q_proj"
 
 
-@BOTH_THREADS
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(tiny, family: str):
     assert_alone_as_together(tiny(family), crowd(leaf(family)), token_budget=192)
 
 
-@BOTH_THREADS
-@pytest.mark.parametrize("budget", [1, 40, 4096])
+@pytest.mark.parametrize("threads", [2], indirect=True)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_two_threads(tiny, family: str):
+    assert_alone_as_together(tiny(family), crowd(leaf(family)), token_budget=192)
+
+
+@pytest.mark.parametrize(
+    ("budget", "threads"), [(1, 1), (40, 2), (4096, 1)], indirect=["threads"]
+)
 def test_every_budget(tiny, budget: int):
     """From one datum a piece and a piece a micro-batch to everything in one."""
     assert_alone_as_together(tiny("qwen3"), crowd(), token_budget=budget)
 
 
-@BOTH_THREADS
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pytest.mark.parametrize(
+    ("family", "threads"), [("qwen2", 1), ("gemma2", 1), ("llama", 2)], indirect=["threads"]
+)
 def test_a_half_precision_base(tiny, family: str):
     assert_alone_as_together(tiny(family), crowd(), token_budget=192, dtype="bf16")
 
 
-@BOTH_THREADS
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize(
+    ("family", "threads"),
+    [("llama", 1), ("llama", 2), ("mistral", 2), ("gemma2", 1)],
+    indirect=["threads"],
+)
 def test_equal_lengths_across_neighbours(tiny, family: str):
     """Attention merges neighbouring sequences of one length, also those of different adapters."""
     tenants = [replace(tenant, lengths=(11, 12)) for tenant in crowd()]
     assert_alone_as_together(tiny(family), tenants)
 
 
-@BOTH_THREADS
 def test_a_tied_head(tiny):
     assert_alone_as_together(tiny("qwen3", tie_word_embeddings=True), crowd(), token_budget=192)
 
 
-@BOTH_THREADS
 def test_odd_sizes(tiny):
     """Rows that do not begin on a cache line."""
     base = tiny("llama", vocab_size=151, hidden_size=60, intermediate_size=75, head_dim=14)
