@@ -76,40 +76,36 @@ def test_idle_adapters_cost_no_operation(tiny):
     assert alone > operations(engine, lambda: one_step(engine, ["a"]))  # the watch does see
 
 
-def flops(engine: Engine, names: list[str]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        one_step(engine, names)
+def _addmm(_out: Any, a: Any, b: Any, **_: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def flops(run: Callable[[], Any]) -> int:
+    """Of all matrix products, those that add in place included."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm}) as counter:
+        run()
     return counter.get_total_flops()
 
 
 def test_low_rank_flops_follow_true_ranks(tiny):
-    """Each adapter adds 2·t·(K+N)·r forward and twice that backward, for its own r, to the base.
-
-    A target below which nothing is trained has no gradient of its input: the first layer's q_proj.
-    """
-    ranks = {"one": 1, "three": 3, "large": 33}
+    """An adapter adds 2·t·(K+N)·r forward and twice that backward, for its own rank r."""
     engine = Engine(tiny("llama"))
-    engine.create("none", AdapterSpec(rank=1, targets=("q_proj",)))
-    for name, rank in ranks.items():
+    for name, rank in {"one": 1, "three": 3, "large": 33}.items():
         engine.create(name, AdapterSpec(rank=rank, targets=("q_proj", "down_proj")))
     length = 64
     tokens = np.arange(length) + 2
     data = [Datum(tokens, {"target_tokens": tokens, "weights": np.ones(length)})]
+    one, three, large = (flops(lambda n=n: one_step(engine, [n], data)) for n in ("one", "three", "large"))
 
-    def added(name: str) -> int:
-        with FlopCounterMode(display=False) as counter:
-            one_step(engine, [name], data)
-        return counter.get_total_flops()
-
-    per_rank = (added("large") - added("one")) / 32
-    k_and_n = sum(f.in_features + f.out_features for f in engine.adapters["one"].layout.factors)
-    without_dx = 2 * length * 64  # the first q_proj's dx is not needed
-    assert per_rank == 6 * length * k_and_n - without_dx
-    assert added("three") - added("one") == 2 * per_rank
-    # Together: the base's product over all rows, and each adapter's own rank.
-    assert flops(engine, ["one", "large"]) - flops(engine, ["one", "one"]) == pytest.approx(
-        flops(engine, ["three", "large"]) - flops(engine, ["three", "one"])
-    )
+    factors = engine.adapters["one"].layout.factors
+    # Nothing is trained below the first q_proj, so nobody needs the gradient of its input.
+    without_dx = 2 * length * factors[0].in_features
+    per_rank = 6 * length * sum(f.in_features + f.out_features for f in factors) - without_dx
+    assert three - one == 2 * per_rank
+    assert large - one == 32 * per_rank
+    # Together each pays for its own rank: no maximum, no padding.
+    together = flops(lambda: one_step(engine, ["one", "three", "large"], data))
+    assert together == one + three + large
 
 
 def test_flops_follow_tokens(tiny):
@@ -122,13 +118,9 @@ def test_flops_follow_tokens(tiny):
         ForwardBackward(adapter="long", data=random_data(rng, 1, lengths=(96, 97))),
         ForwardBackward(adapter="short", data=random_data(rng, 8, lengths=(4, 5))),
     ]
-
-    def cost(chosen: list[ForwardBackward]) -> int:
-        with FlopCounterMode(display=False) as counter:
-            must(engine.forward_backward(chosen))
-        return counter.get_total_flops()
-
-    assert cost(works) == cost(works[:1]) + cost(works[1:])
+    together = flops(lambda: must(engine.forward_backward(works)))
+    apart = [flops(lambda w=w: must(engine.forward_backward([w]))) for w in works]
+    assert together == sum(apart)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "lm_head")])
