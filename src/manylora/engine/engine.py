@@ -252,14 +252,16 @@ class Engine:
 
     def _check(self, work: ForwardBackward) -> tuple[Loss, Settings]:
         self._adapter(work.adapter)
-        loss = get_loss(work.loss)
-        settings = loss.settings(work.config)
-        for number, datum in enumerate(work.data):
-            try:
+        where = f"adapter {work.adapter!r}"
+        try:
+            loss = get_loss(work.loss)
+            settings = loss.settings(work.config)
+            for number, datum in enumerate(work.data):
+                where = f"adapter {work.adapter!r}, datum {number}"
                 loss.check(datum)
                 self._check_tokens(datum)
-            except DataError as error:
-                raise type(error)(f"adapter {work.adapter!r}, datum {number}: {error}") from error
+        except DataError as error:
+            raise type(error)(f"{where}: {error}") from error
         return loss, settings
 
     def _check_tokens(self, datum: Datum) -> None:
