@@ -1,26 +1,26 @@
 """Train many LoRA adapters at once on one shared base model.
 
-    with manylora.Trainer("seedling") as trainer:
-        adapter = trainer.create("reverse", rank=8)
-        data = [manylora.causal_datum(tokens, weights)]
-        adapter.forward_backward(data)
-        adapter.optim_step(lr=1e-3).result()
-        adapter.export("out/reverse").result()
+with manylora.Trainer("seedling") as trainer:
+    adapter = trainer.create("reverse", rank=8)
+    data = [manylora.causal_datum(tokens, weights)]
+    adapter.forward_backward(data)
+    adapter.optim_step(lr=1e-3).result()
+    adapter.export("out/reverse").result()
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from manylora.types import (
-    AdamParams,
-    AdapterSpec,
-    Datum,
-    ManyloraError,
-    SamplingParams,
-    causal_datum,
-)
 
 if TYPE_CHECKING:
     from manylora.api import AdapterHandle, SnapshotHandle, Trainer
+    from manylora.types import (
+        AdamParams,
+        AdapterSpec,
+        Datum,
+        ManyloraError,
+        SamplingParams,
+        causal_datum,
+    )
 
 __version__ = "0.1.0"
 
@@ -37,10 +37,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # The door needs torch, which takes seconds to import; the command line's help must not.
-    if name in ("AdapterHandle", "SnapshotHandle", "Trainer"):
-        from manylora import api  # noqa: PLC0415
+_DOOR = ("AdapterHandle", "SnapshotHandle", "Trainer")
 
-        return getattr(api, name)
-    raise AttributeError(f"module 'manylora' has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    # The door needs torch, which takes seconds to import, and even the words of `types` need
+    # numpy; the command line's help must wait for neither.
+    if name not in __all__:
+        raise AttributeError(f"module 'manylora' has no attribute {name!r}")
+    value = getattr(import_module("manylora.api" if name in _DOOR else "manylora.types"), name)
+    globals()[name] = value
+    return value

@@ -58,6 +58,7 @@ def specs(family: str) -> dict[str, AdapterSpec]:
 
 
 CASES = [(family, name) for family in FAMILIES for name in specs(family)]
+MERGED = [(family, name) for family, name in CASES if name in ("head", "patterns", "all and head")]
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +216,7 @@ def test_factors_are_written_in_the_adapters_dtype(bases, tmp_path: Path, dtype)
     )
 
 
-@pytest.mark.parametrize(("family", "name"), CASES)
+@pytest.mark.parametrize(("family", "name"), MERGED)
 def test_a_merged_model_is_an_ordinary_one(bases, tmp_path: Path, family: str, name: str):
     base, spec = bases[family], specs(family)[name]
     layout, weights_P = adapter(spec, base)
@@ -227,7 +228,7 @@ def test_a_merged_model_is_an_ordinary_one(bases, tmp_path: Path, family: str, n
     assert_same(logits_of(merged), summed_logits(base, layout, weights_P))
     has_head = any(factor.site == "lm_head" for factor in layout.factors)
     tied = merged.lm_head.weight is merged.model.embed_tokens.weight
-    assert tied == (family == "qwen3" and not has_head)
+    assert tied == merged.config.tie_word_embeddings == (family == "qwen3" and not has_head)
 
 
 def test_the_merge_keeps_the_bases_dtype(bases, tmp_path: Path):

@@ -4,7 +4,7 @@ Owns: what an adapter looks like as files, folders that are whole or not there, 
 is refused when files are read.
 Does not own: the adapter's vectors and layout (lora), the base model (models), when to save and
 what to delete (engine and runs).
-Talks to: lora and types below; engine, sampling and the doors use it.
+Talks to: lora, models and types below; engine, sampling and the doors use it.
 """
 
 from manylora.checkpoint.atomic import clean_strays, write_folder

@@ -44,14 +44,17 @@ def export_merged(
     """
     from transformers import AutoModelForCausalLM
 
+    from manylora.models.base import resolve_base
+
     if weights_P.shape != (layout.num_params,):
         raise CheckpointMismatch(
             f"weights have shape {list(weights_P.shape)}, the layout needs [{layout.num_params}]"
         )
     weights_P = weights_P.detach().to("cpu", torch.float32)
+    source = resolve_base(base)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(base), dtype="auto", local_files_only=True, trust_remote_code=False
+            source, dtype="auto", local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"base model {base} cannot be opened: {error}") from error
@@ -61,7 +64,7 @@ def export_merged(
     about: dict[str, JSON] = {"base_name": str(base), "base_fingerprint": base_fingerprint}
     with write_folder(folder, kind=KIND, about=about, manifest_name=SIDECAR) as partial:
         model.save_pretrained(partial)
-        _save_tokenizer(base, partial)
+        _save_tokenizer(source, partial)
 
 
 def _untie_head(model: "PreTrainedModel", layout: Layout) -> None:
@@ -69,7 +72,7 @@ def _untie_head(model: "PreTrainedModel", layout: Layout) -> None:
     names = [name for name, module in model.named_modules() if module is head]
     if not any(factor.site in names for factor in layout.factors):
         return
-    weight_VK = head.get_parameter("weight")
+    weight_VK = model.get_parameter(f"{names[0]}.weight")
     if weight_VK is embedding.weight:
         head.weight = torch.nn.Parameter(weight_VK.detach().clone(), requires_grad=False)
         for config in (model.config, model.config.get_text_config()):
@@ -100,12 +103,12 @@ def _add(model: "PreTrainedModel", factor: Factor, weights_P: torch.Tensor) -> N
     linear.weight.copy_(rounded_NK)
 
 
-def _save_tokenizer(base: str | Path, partial: Path) -> None:
+def _save_tokenizer(base: str, partial: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(base), local_files_only=True, trust_remote_code=False
+            base, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         logger.warning("%s has no tokenizer that can be copied: %s", base, error)

@@ -15,7 +15,9 @@ and backward, with dy_j given:
     dA    += dsᵀ x                one product for all members      [R, K]
     dx    += ds A                 one product for all members      [t, K]
 
-Every product reads rows of one segment only, so its bits do not depend on the neighbours.
+Every product reads rows of one segment only, so its bits do not depend on the neighbours. The
+small matrices are kept rank-major (sᵀ and dsᵀ, as A and Bᵀ are): BLAS is up to 1.8 times faster
+with the rank as the number of rows of a product than as its number of columns.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
 
 CACHE_LINE = 64
 
@@ -36,7 +37,6 @@ class Member:
     rank: int
     scale: float
     bt_RN: Tensor
-    b_NR: Tensor
     grad_bt_RN: Tensor | None = None
 
 
@@ -45,7 +45,6 @@ class Block:
     """One adapter's factors for one input group; views of the adapter's vectors."""
 
     a_RK: Tensor
-    a_KR: Tensor
     members: tuple[Member, ...]
     ranks: list[int]
     grad_a_RK: Tensor | None = None
@@ -76,17 +75,17 @@ def shrink_expand(
         work: the segments that have an adapter on this group.
 
     Returns:
-        s [t, R] of each item of `work`, which the backward needs.
+        sᵀ [R, t] of each item of `work`, which the backward needs.
     """
     xs = _segments(x_TK, sizes)
     y_parts = [y.split(sizes) for y in ys]
     shrunk = []
     for item in work:
         block, segment = item.block, item.segment
-        s_tR = _matmul(_dropped(xs[segment], item), block.a_KR)
-        shrunk.append(s_tR)
-        for member, s_tr in zip(block.members, _columns(s_tR, block), strict=True):
-            _add_matmul(y_parts[member.output][segment], s_tr, member.bt_RN, member.scale)
+        s_Rt = _matmul(block.a_RK, _dropped(xs[segment], item).t())
+        shrunk.append(s_Rt)
+        for member, s_rt in zip(block.members, _rows(s_Rt, block), strict=True):
+            _add_matmul(y_parts[member.output][segment], s_rt.t(), member.bt_RN, member.scale)
     return shrunk
 
 
@@ -110,23 +109,23 @@ def shrink_expand_backward(
     xs = _segments(x_TK, sizes)
     dy_parts = [None if dy is None else _segments(dy, sizes) for dy in dys]
     dx_parts = None if dx_TK is None else dx_TK.split(sizes)
-    for item, s_tR in zip(work, shrunk, strict=True):
+    for item, s_Rt in zip(work, shrunk, strict=True):
         block, segment = item.block, item.segment
-        ds_tR = torch.empty_like(s_tR)
-        columns = zip(block.members, _columns(s_tR, block), _columns(ds_tR, block), strict=True)
-        for member, s_tr, ds_tr in columns:
+        ds_Rt = torch.empty_like(s_Rt)
+        rows = zip(block.members, _rows(s_Rt, block), _rows(ds_Rt, block), strict=True)
+        for member, s_rt, ds_rt in rows:
             parts = dy_parts[member.output]
             if parts is None:
-                ds_tr.zero_()
+                ds_rt.zero_()
                 continue
             dy_tN = parts[segment]
-            _write_matmul(ds_tr, dy_tN, member.b_NR, member.scale)
+            _write_matmul(ds_rt, member.bt_RN, dy_tN.t(), member.scale)
             assert member.grad_bt_RN is not None
-            _add_matmul(member.grad_bt_RN, s_tr.t(), dy_tN, member.scale)
+            _add_matmul(member.grad_bt_RN, s_rt, dy_tN, member.scale)
         assert block.grad_a_RK is not None
-        _add_matmul(block.grad_a_RK, ds_tR.t(), _dropped(xs[segment], item))
+        _add_matmul(block.grad_a_RK, ds_Rt, _dropped(xs[segment], item))
         if dx_parts is not None:
-            _add_input_gradient(dx_parts[segment], ds_tR, item)
+            _add_input_gradient(dx_parts[segment], ds_Rt, item)
 
 
 def _segments(rows_TK: Tensor, sizes: list[int]) -> Sequence[Tensor]:
@@ -141,15 +140,16 @@ def _segments(rows_TK: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     return parts
 
 
-def _columns(s_tR: Tensor, block: Block) -> Sequence[Tensor]:
-    return (s_tR,) if len(block.ranks) == 1 else s_tR.split(block.ranks, dim=1)
+def _rows(s_Rt: Tensor, block: Block) -> Sequence[Tensor]:
+    """The rows of each member."""
+    return (s_Rt,) if len(block.ranks) == 1 else s_Rt.split(block.ranks)
 
 
-def _add_input_gradient(dx_tK: Tensor, ds_tR: Tensor, item: SegmentWork) -> None:
+def _add_input_gradient(dx_tK: Tensor, ds_Rt: Tensor, item: SegmentWork) -> None:
     if item.dropout == 0.0:
-        _add_matmul(dx_tK, ds_tR, item.block.a_RK)
+        _add_matmul(dx_tK, ds_Rt.t(), item.block.a_RK)
     else:
-        dx_tK.add_(_matmul(ds_tR, item.block.a_RK) * _keep_mask(dx_tK, item))
+        dx_tK.add_(_matmul(ds_Rt.t(), item.block.a_RK) * _keep_mask(dx_tK, item))
 
 
 def _dropped(x_tK: Tensor, item: SegmentWork) -> Tensor:

@@ -141,9 +141,9 @@ def _block(factors: tuple, vector_P: Tensor, sites: SiteIndex) -> Block:
     for factor in factors:
         bt_RN = factor.b_transposed(vector_P)
         members.append(
-            Member(sites.output_of[factor.site], factor.rank, factor.scale, bt_RN, bt_RN.t())
+            Member(sites.output_of[factor.site], factor.rank, factor.scale, bt_RN)
         )
-    return Block(a_RK, a_RK.t(), tuple(members), [factor.rank for factor in factors])
+    return Block(a_RK, tuple(members), [factor.rank for factor in factors])
 
 
 def _a_rows(factors: tuple, vector_P: Tensor) -> Tensor:

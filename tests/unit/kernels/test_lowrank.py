@@ -31,8 +31,8 @@ def block(outputs: dict[int, tuple[int, float]], dtype: torch.dtype, seed: int) 
     for output, (rank, scale) in outputs.items():
         bt_RN = torch.randn(rank, WIDTHS[output], generator=generator).to(dtype)
         grad = torch.zeros(rank, WIDTHS[output])
-        members.append(Member(output, rank, scale, bt_RN, bt_RN.t(), grad))
-    return Block(a_RK, a_RK.t(), tuple(members), ranks, torch.zeros(sum(ranks), K))
+        members.append(Member(output, rank, scale, bt_RN, grad))
+    return Block(a_RK, tuple(members), ranks, torch.zeros(sum(ranks), K))
 
 
 def all_work(dtype: torch.dtype, dropout: float = 0.0) -> list[SegmentWork]:
@@ -137,8 +137,8 @@ def test_gradients_add_up_and_the_inputs_may_be_unwanted():
 def one_segment(rows: int, features: int, dropout: float, seed: int) -> tuple[Tensor, SegmentWork]:
     """A = identity, so that y shows the dropped input itself."""
     eye = torch.eye(features)
-    member = Member(0, features, 1.0, eye, eye.t(), torch.zeros(features, features))
-    item = SegmentWork(0, Block(eye, eye.t(), (member,), [features], torch.zeros_like(eye)), dropout, seed)
+    member = Member(0, features, 1.0, eye, torch.zeros(features, features))
+    item = SegmentWork(0, Block(eye, (member,), [features], torch.zeros_like(eye)), dropout, seed)
     return torch.ones(rows, features), item
 
 
@@ -184,8 +184,8 @@ def test_a_segments_bits_do_not_depend_on_its_place(features: int):
         padded_TK = torch.cat([torch.randn(before, features), rows_TK])
         a_RK = torch.randn(3, features, generator=torch.Generator().manual_seed(1))
         bt_RN = torch.randn(3, features, generator=torch.Generator().manual_seed(2))
-        member = Member(0, 3, 2.0, bt_RN, bt_RN.t(), torch.zeros_like(bt_RN))
-        item = SegmentWork(1, Block(a_RK, a_RK.t(), (member,), [3], torch.zeros_like(a_RK)))
+        member = Member(0, 3, 2.0, bt_RN, torch.zeros_like(bt_RN))
+        item = SegmentWork(1, Block(a_RK, (member,), [3], torch.zeros_like(a_RK)))
         y_TN, dx_TK = torch.zeros_like(padded_TK), torch.zeros_like(padded_TK)
         shrunk = shrink_expand(padded_TK, [y_TN], [before, 9], [item])
         shrink_expand_backward(padded_TK, [padded_TK], dx_TK, [before, 9], [item], shrunk)

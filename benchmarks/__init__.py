@@ -1,0 +1,1 @@
+"""Whole-step measurements; each prints a table and, with --out, writes it down."""

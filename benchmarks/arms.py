@@ -1,0 +1,190 @@
+"""The arms of the multi-tenant benchmark: the same tokens, four ways.
+
+T tokens of the stream, H hidden size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manylora.engine import Engine
+from manylora.engine.head_loss import HeadLoss
+from manylora.engine.microbatch import build
+from manylora.engine.plan import Piece, cut, pack
+from manylora.lora.routing import RoutingTable, routing
+from manylora.losses import get_loss
+from manylora.models import PackedStream, open_base, packed
+from manylora.types import (
+    AdamParams,
+    AdapterSpec,
+    Datum,
+    ForwardBackward,
+    ManyloraError,
+    OptimStep,
+    causal_datum,
+)
+
+RANKS = (4, 8, 16, 32, 4, 8, 16, 32)
+SEQUENCE = 32  # tokens of a sequence; equal lengths, so that the sequential arm needs no padding
+ADAM = AdamParams(lr=1e-4, clip_norm=1.0)
+
+
+@dataclass(slots=True)
+class Load:
+    """Every tenant's data for one step."""
+
+    base: Path | str
+    tokens: int
+    data: dict[str, list[Datum]]
+    budget: int
+
+
+def make_load(base: Path | str, vocab: int, tokens: int) -> Load:
+    """`tokens` per tenant for one tenant per entry of RANKS, random ids from a fixed seed."""
+    rng = np.random.default_rng(0)
+    data = {}
+    for number in range(len(RANKS)):
+        rows = rng.integers(0, vocab, (tokens // SEQUENCE, SEQUENCE + 1))
+        data[f"tenant{number}"] = [causal_datum(row, np.ones(SEQUENCE + 1)) for row in rows]
+    return Load(base, tokens, data, budget=max(4096, tokens * len(RANKS)))
+
+
+def _checked(outcomes: list[Any]) -> None:
+    for outcome in outcomes:
+        if isinstance(outcome, ManyloraError):
+            raise outcome
+
+
+class Fused:
+    """All tenants in one packed batch: the product."""
+
+    def __init__(self, load: Load):
+        self.engine = Engine(load.base, token_budget=load.budget)
+        self.load = load
+        for name, rank in zip(load.data, RANKS, strict=True):
+            self.engine.create(name, AdapterSpec(rank=rank, alpha=2 * rank))
+        self.works = [ForwardBackward(adapter=n, data=d) for n, d in load.data.items()]
+        self.steps = [OptimStep(adapter=n, params=ADAM) for n in load.data]
+
+    def forward_backward(self) -> None:
+        _checked(self.engine.forward_backward(self.works))
+
+    def step(self) -> None:
+        self.forward_backward()
+        _checked(self.engine.optim_step(self.steps))
+
+
+class Bare:
+    """The same packed batches on the base alone; the embedding's output asks for a gradient, so
+    every product of the backward runs."""
+
+    def __init__(self, load: Load):
+        self.base = open_base(load.base)
+        self.head = HeadLoss(self.base.head, group=-1)
+        self.loss = (get_loss("cross_entropy"), get_loss("cross_entropy").settings({}))
+        works = [ForwardBackward(adapter=n, data=d) for n, d in load.data.items()]
+        pieces = [p for n, w in enumerate(works) for p in cut(n, w, load.budget)]
+        self.together = pack(pieces, load.budget)
+        self.apart = [[p for p in pieces if p.adapter == name] for name in load.data]
+        self.count = len(works)
+        embedding = self.base.model.get_input_embeddings()
+        embedding.register_forward_hook(lambda _m, _i, out: out.requires_grad_())
+
+    def fused(self) -> None:
+        """One batch of all tenants' tokens."""
+        for batch in self.together:
+            self._run(batch)
+
+    def sequential(self) -> None:
+        """One batch a tenant."""
+        for batch in self.apart:
+            self._run(batch)
+
+    def _run(self, pieces: list[Piece]) -> None:
+        batch = build(
+            pieces, _NoAdapters(), [self.loss] * self.count, backward=False, device=self.base.device
+        )
+        table = RoutingTable(batch.segments, training=False)
+        with routing(table), packed(PackedStream(batch.lengths, batch.total)):
+            hidden_TH = self.base.hidden(batch.tokens_T, batch.positions_T)
+            logprobs_T, loss_T, grad_TH = self.head(hidden_TH.detach(), batch, table, backward=True)
+            hidden_TH.backward(grad_TH)
+        torch.stack([logprobs_T, loss_T]).numpy()
+
+
+class _NoAdapters(dict[str, Any]):
+    """Every name is the bare base."""
+
+    def __missing__(self, name: str) -> Any:
+        return _NO_ADAPTER
+
+
+class _NoAdapter:
+    weights = None
+    draws = 0
+
+
+_NO_ADAPTER = _NoAdapter()
+
+
+class SequentialPeft:
+    """One tenant after another with stock PEFT, as strong as we can make it: one model, adapters
+    switched by `set_adapter`, SDPA, no padding, fused AdamW, the first layer's input gradient
+    left out, gradients set to None."""
+
+    def __init__(self, load: Load):
+        from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+        from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+        from manylora.models import resolve_base  # noqa: PLC0415
+
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            resolve_base(load.base), dtype=torch.float32, attn_implementation="sdpa"
+        )
+        self.model: Any = None
+        for name, rank in zip(load.data, RANKS, strict=True):
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+            if self.model is None:
+                self.model = get_peft_model(model, config, adapter_name=name)
+            else:
+                self.model.add_adapter(name, config)
+        self.model.train()
+        self.batches: dict[str, tuple[Tensor, Tensor]] = {}
+        self.optimizers: dict[str, torch.optim.AdamW] = {}
+        for name, data in load.data.items():
+            tokens = torch.tensor(np.stack([d.tokens for d in data]))
+            targets = torch.tensor(np.stack([d.loss_inputs["target_tokens"] for d in data]))
+            self.batches[name] = (tokens, targets)
+            own = [p for n, p in self.model.named_parameters() if f".{name}." in n]
+            self.optimizers[name] = torch.optim.AdamW(own, lr=ADAM.lr, weight_decay=0.0, fused=True)
+
+    def step(self) -> None:
+        for name, optimizer in self.optimizers.items():
+            self.model.set_adapter(name)
+            tokens, targets = self.batches[name]
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), reduction="sum"
+            )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], ADAM.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()
+
+
+def arms(load: Load) -> dict[str, Callable[[], None]]:
+    """Name → one step of that arm."""
+    fused, bare, peft = Fused(load), Bare(load), SequentialPeft(load)
+    return {
+        "fused": fused.step,
+        "fused_fb": fused.forward_backward,
+        "bare": bare.fused,
+        "bare_sequential": bare.sequential,
+        "peft": peft.step,
+    }

@@ -1,0 +1,7 @@
+"""The `manylora` command.
+
+Owns: commands, their options and what they print; exit codes; turning errors into messages.
+Does not own: training, sampling or files: each command calls one room and shows what it gives.
+Talks to: quickstart, runs, the Python door, checkpoint and config below; nobody imports it.
+`--help` does not import torch.
+"""

@@ -1,0 +1,149 @@
+"""`manylora sample`."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from manylora.cli.adapters import AdapterFolder
+    from manylora.types import SamplingParams
+
+
+@click.command(
+    epilog="Example: manylora sample --adapter runs/quickstart/reverse --prompt 'reverse: abc'",
+    short_help="Let a base and any number of adapters answer a prompt, side by side.",
+)
+@click.option("--base", help="Base model; by default the one that the adapters name.")
+@click.option(
+    "--adapter",
+    "folders",
+    metavar="DIR",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A PEFT folder, a training state step-N, or an adapter's folder of a run. May be "
+    "repeated; without it the bare base answers.",
+)
+@click.option("--prompt", help="What to continue; - or nothing = read it from standard input.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0.0),
+    default=0.0,
+    show_default=True,
+    help="0 = always the likeliest token.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer.")
+def sample(
+    base: str | None,
+    folders: tuple[Path, ...],
+    prompt: str | None,
+    chat: bool,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Let a base and any number of adapters answer a prompt, side by side."""
+    from manylora.cli.adapters import common_base, find_adapter
+    from manylora.types import SamplingParams
+
+    adapters = [find_adapter(folder) for folder in folders]
+    name = common_base(adapters, base)
+    text = _prompt(prompt)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    click.echo(_shown(_answers(name, adapters, text, params, chat=chat), as_json=as_json))
+
+
+def _answers(
+    base: str,
+    adapters: Sequence["AdapterFolder"],
+    prompt: str,
+    params: "SamplingParams",
+    *,
+    chat: bool,
+) -> dict[str, str]:
+    """Each adapter's answer by its label; without adapters, the base's by its name."""
+    from manylora.api import Trainer
+    from manylora.cli.adapters import open_adapter
+
+    with Trainer(base) as trainer:
+        tokenizer = trainer.tokenizer
+        tokens = prompt_tokens(tokenizer, prompt, chat=chat)
+        labels = distinct([adapter.label for adapter in adapters])
+        doors = {
+            label: open_adapter(trainer, f"a{number}", adapter)
+            for number, (label, adapter) in enumerate(zip(labels, adapters, strict=True))
+        }
+        # All are asked before any is waited for, so that they share one decode loop.
+        futures = {
+            label: door.sample([tokens], params)
+            for label, door in (doors or {base: trainer}).items()
+        }
+        return {
+            label: tokenizer.decode(list(future.result()[0].tokens), skip_special_tokens=True)
+            for label, future in futures.items()
+        }
+
+
+def prompt_tokens(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
+    """The prompt as training would have seen it."""
+    from manylora.runs.encode import encode_prompt
+    from manylora.types import ConfigError, DataError
+
+    if tokenizer is None:
+        raise ConfigError("this base has no tokenizer")
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("this base has no chat template; leave --chat away")
+    tokens = encode_prompt(tokenizer, text, chat=chat)
+    if not tokens:
+        raise DataError("the prompt has no tokens; give some text")
+    return tokens
+
+
+def distinct(labels: list[str]) -> list[str]:
+    """Labels that differ, by a number behind the later ones."""
+    result: list[str] = []
+    for label in labels:
+        number, wanted = 2, label
+        while wanted in result:
+            wanted, number = f"{label} ({number})", number + 1
+        result.append(wanted)
+    return result
+
+
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal: a model may write anything."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+def _prompt(given: str | None) -> str:
+    if given is not None and given != "-":
+        return given
+    if given is None and sys.stdin.isatty():
+        raise click.UsageError("give --prompt, or text on standard input")
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _shown(answers: Mapping[str, str], *, as_json: bool) -> str:
+    if as_json:
+        return "\n".join(
+            json.dumps({"adapter": label, "answer": answer}, ensure_ascii=False)
+            for label, answer in answers.items()
+        )
+    answers = {label: printable(answer) for label, answer in answers.items()}
+    if len(answers) == 1:
+        return next(iter(answers.values()))
+    width = max(map(len, answers))
+    indent = "\n" + " " * (width + 2)
+    return "\n".join(
+        f"{label.ljust(width)}  {answer.replace(chr(10), indent)}"
+        for label, answer in answers.items()
+    )

@@ -1,0 +1,89 @@
+"""`manylora train`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from manylora.runs.plan import RunPlan
+
+
+@click.command(
+    epilog="Example: manylora train run.yaml --set adapters.reverse.optimizer.lr=1e-3",
+    short_help="Train all adapters of a run file; goes on where it was stopped.",
+)
+@click.argument("run_file", metavar="RUN.yaml", type=click.Path(path_type=Path))
+@click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Change a setting, such as token_budget=2048 or adapters.NAME.sft.max_steps=5. "
+    "May be repeated.",
+)
+@click.option("--overwrite", is_flag=True, help="Delete what an earlier run left in `out`.")
+@click.option("--dry-run", is_flag=True, help="Show what would be trained, and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print events (or the plan) as JSON.")
+def train(
+    run_file: Path, overrides: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool
+) -> int:
+    """Train all adapters of a run file; goes on where it was stopped."""
+    from manylora.config import load_run_file
+
+    run = load_run_file(run_file, overrides)
+    if dry_run:
+        from manylora.runs.plan import plan_run
+
+        plan = plan_run(run)
+        click.echo(json.dumps(plan.to_json(), indent=2) if as_json else plan_text(plan))
+        for warning in plan.warnings():
+            click.echo(f"warning: {warning}", err=True)
+        return 0
+    from manylora.runs.train import train_run_file
+
+    return int(train_run_file(run, overwrite=overwrite, view="json" if as_json else "auto"))
+
+
+def plan_text(plan: "RunPlan") -> str:
+    """The plan as a table for people."""
+    context = f", context {plan.context_length}" if plan.context_length else ""
+    head = f"base {plan.base}: {plan.architecture}, {plan.base_params:,} parameters{context}"
+    titles = (
+        "adapter", "rank", "layers", "parameters", "memory", "examples", "eval", "batch", "steps",
+        "tokens", "longest",
+    )  # fmt: skip
+    rows = [
+        (
+            adapter.name,
+            "–".join(map(str, dict.fromkeys(adapter.rank))),
+            str(adapter.num_targets),
+            f"{adapter.num_params:,}",
+            size_text(adapter.num_bytes),
+            f"{adapter.num_examples:,}",
+            f"{adapter.num_eval_examples:,}",
+            f"{adapter.batch_size:,}",
+            f"{adapter.steps:,}",
+            f"{adapter.num_tokens:,}",
+            f"{adapter.longest:,}",
+        )
+        for adapter in plan.adapters
+    ]
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (titles, *rows)
+    ]
+    return "\n".join([head, "", *lines, "", f"out: {plan.out}"])
+
+
+def size_text(count: int) -> str:
+    """Bytes for people."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,313 @@
+"""The run file as pydantic models: names, defaults, limits, and what each setting means.
+
+An attribute's docstring is its description in the JSON schema.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeGuard
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from manylora.types import ALL_LINEAR, AdamParams, AdapterSpec
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+DATA_SUFFIXES = (".jsonl", ".parquet")
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_YAML_11_WORDS = {"yes": True, "on": True, "no": False, "off": False}
+
+
+def is_data_file(source: str) -> bool:
+    """Whether a data source is a local file (otherwise it is a hub id)."""
+    return source.lower().endswith(DATA_SUFFIXES)
+
+
+def _yaml_11_word(value: object) -> object:
+    """`shuffle: no` says false to most people, though YAML 1.2 reads a string."""
+    return _YAML_11_WORDS.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def is_name(value: object) -> TypeGuard[str]:
+    """Whether `value` may name an adapter, and so a folder."""
+    return (
+        isinstance(value, str)
+        and _NAME.fullmatch(value) is not None
+        and not value.startswith((".", "-"))
+        and len(value) <= 100
+    )
+
+
+def _problem(message: str, *within: str | int) -> PydanticCustomError:
+    """An error with our own words, at the key `within` the value that is being checked."""
+    # A message of its own would have its braces read as places for the context.
+    return PydanticCustomError("setting", "{message}", {"message": message, "within": within})
+
+
+def _check_regex(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise _problem(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+Flag = Annotated[bool, BeforeValidator(_yaml_11_word)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class LoraSettings(_Settings):
+    """Shape of one adapter."""
+
+    rank: Count = 16
+    """Rows of A: how much the adapter can change."""
+    alpha: Positive = 32.0
+    """The update is scaled by alpha / rank."""
+    targets: str | list[str] = ALL_LINEAR
+    """"all-linear", a list of leaf names such as [q_proj, v_proj], or a regular expression that
+    matches whole module names."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of dropping an element of A's input while training."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the factors; gradients, moments and master weights are always fp32."""
+    init_from: Annotated[Path | None, Field(strict=False)] = None
+    """An adapter folder to start from; relative to the run file's folder."""
+    rank_pattern: dict[str, Count] = Field(default_factory=dict)
+    """Regular expression → rank, for modules whose name ends in a match."""
+    alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
+    """Regular expression → alpha, for modules whose name ends in a match."""
+    use_rslora: Flag = False
+    """Scale by alpha / sqrt(rank) instead."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A starts; B starts at zero, so a new adapter changes nothing."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _check_targets(cls, value: object) -> object:
+        names = value if isinstance(value, list) else [value]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise _problem(
+                f"is {value!r}; write all-linear, a list of leaf names such as [q_proj, v_proj], "
+                "or a regular expression"
+            )
+        if isinstance(value, str):
+            _check_regex(value)
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _check_patterns(cls, value: dict[str, float]) -> dict[str, float]:
+        for pattern in value:
+            _check_regex(pattern)
+        return value
+
+    @field_validator("init_from", mode="before")
+    @classmethod
+    def _check_init_from(cls, value: object) -> object:
+        return _path(value, "an adapter folder")
+
+
+class OptimizerSettings(_Settings):
+    """AdamW and its learning rate over the run."""
+
+    lr: Positive = 2e-4
+    """Highest learning rate."""
+    schedule: Schedule = "linear"
+    """After the warm-up: stay (constant), or fall to 0 at the run's last step (linear, cosine)."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises evenly from lr / warmup_steps to lr."""
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled; weights are multiplied by 1 - lr · weight_decay."""
+    clip_norm: NotNegative = 1.0
+    """The adapter's gradient is scaled down to this L2 norm; 0 = never."""
+
+    def adam_params(self, lr: float) -> AdamParams:
+        """One step's parameters at learning rate `lr` (see `manylora.runs.schedule`)."""
+        return AdamParams(
+            lr=lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+        )
+
+
+class SftSettings(_Settings):
+    """Supervised fine-tuning: which data, how often."""
+
+    train: Text
+    """A .jsonl or .parquet file (relative to the run file's folder) or a hub id `org/name`,
+    optionally with `:split`."""
+    eval: Text | None = None
+    """Held-out data, in the same forms; null = no evaluation."""
+    batch_size: Count = 16
+    """Examples of one optimizer step."""
+    epochs: Count | None = None
+    """Passes over the data; 1 when max_steps is not given either."""
+    max_steps: Count | None = None
+    """Optimizer steps, in place of epochs."""
+    shuffle: Flag = True
+    """A new order for each epoch, fixed by the adapter's seed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if data.get("epochs") is not None and data.get("max_steps") is not None:
+            raise _problem("epochs is given too; keep one of them", "max_steps")
+        if data.get("epochs") is None and data.get("max_steps") is None:
+            return {**data, "epochs": 1}
+        return data
+
+    @field_validator("train", "eval")
+    @classmethod
+    def _check_source(cls, value: str | None) -> str | None:
+        if value is None or is_data_file(value) or _HUB_ID.fullmatch(value):
+            return value
+        raise _problem(
+            f"is {value!r}; name a .jsonl or .parquet file, or a hub id such as org/name or "
+            "org/name:split"
+        )
+
+
+class AdapterEntry(_Settings):
+    """One adapter and how it is trained."""
+
+    name: Text
+    """Letters, digits, and . _ - ; unique within the run; also the name of its output folder."""
+    lora: LoraSettings = Field(default_factory=LoraSettings)
+    """Shape of the adapter."""
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    """AdamW and its learning rate over the run."""
+    sft: SftSettings
+    """Supervised fine-tuning: which data, how often."""
+    save_every: Annotated[int, Field(ge=0)] = 100
+    """Steps between saved training states; 0 = only at the end."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the first factors, of dropout, and of the order of the data."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        if not is_name(value):
+            raise _problem(
+                f"is {value!r}; use up to 100 letters, digits and . _ - , beginning with neither "
+                ". nor -"
+            )
+        return value
+
+    def spec(self) -> AdapterSpec:
+        """The adapter's settings as the engine takes them."""
+        lora = self.lora
+        return AdapterSpec(
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets if isinstance(lora.targets, str) else tuple(lora.targets),
+            rank_pattern=dict(lora.rank_pattern),
+            alpha_pattern=dict(lora.alpha_pattern),
+            use_rslora=lora.use_rslora,
+            dropout=lora.dropout,
+            dtype=lora.dtype,
+            seed=self.seed,
+            init=lora.init,
+        )
+
+
+class WandbSettings(_Settings):
+    """Weights & Biases."""
+
+    project: Text
+    """Project that the runs appear in."""
+    entity: Text | None = None
+    """User or team; null = the account's own."""
+
+
+class TrackioSettings(_Settings):
+    """Trackio."""
+
+    project: Text
+    """Project that the runs appear in."""
+
+
+class RunFile(_Settings):
+    """A run: one base model and the adapters that are trained on it together."""
+
+    base: Text
+    """`seedling` (comes with the package), a hub id, or a folder. A folder that begins with ./ or
+    ../ is relative to the run file's folder."""
+    out: Annotated[Path, Field(strict=False)]
+    """Folder for everything that the run writes; relative to the current directory."""
+    token_budget: Count = 4096
+    """Tokens, of all adapters together, that go through the base at once."""
+    adapters: Annotated[list[AdapterEntry], Field(min_length=1)]
+    """The adapters, in any number and of any mixture of shapes."""
+    activation_checkpointing: Flag = False
+    """Compute activations twice to hold fewer of them in memory."""
+    dtype: Literal["fp32", "bf16", "auto"] = "auto"
+    """Of the base; auto = as its files say."""
+    device: Text = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: Count | None = None
+    """CPU threads; null = leave torch's choice."""
+    report: Flag = True
+    """Write report.html."""
+    tensorboard: Flag = True
+    """Write TensorBoard event files."""
+    wandb: WandbSettings | None = None
+    """Log to Weights & Biases."""
+    trackio: TrackioSettings | None = None
+    """Log to Trackio."""
+
+    @field_validator("out", mode="before")
+    @classmethod
+    def _check_out(cls, value: object) -> object:
+        return _path(value, "a folder such as runs/first")
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            return value
+        raise _problem(f"is {value!r}; write auto, cpu, cuda or cuda:N")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "RunFile":
+        seen: dict[str, str] = {}
+        for number, entry in enumerate(self.adapters):
+            # Without regard to case, because some file systems have none.
+            twin = seen.get(entry.name.lower())
+            if twin is not None:
+                raise _problem(
+                    f"{entry.name!r} is taken by an earlier adapter, {twin!r} (upper and lower "
+                    "case count as the same); names must differ",
+                    *("adapters", number, "name"),
+                )
+            seen[entry.name.lower()] = entry.name
+        return self
+
+
+def _path(value: object, expected: str) -> object:
+    if value is None or isinstance(value, Path) or (isinstance(value, str) and value):
+        return value
+    raise _problem(f"is {value!r}; write {expected}")

@@ -1,0 +1,167 @@
+"""What a run would do, found without loading a weight.
+
+The base is built on torch's meta device from its configuration alone; the data are read and
+tokenised, because only that tells the number of tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from manylora.config import AdapterEntry, RunFile
+from manylora.lora.layout import plan_layout
+from manylora.lora.sites import Site, resolve_targets
+from manylora.models import resolve_base
+from manylora.runs.encode import encode_source
+from manylora.runs.order import DataOrder, total_steps
+from manylora.runs.sources import read_source
+from manylora.types import BaseModelError, ConfigError, Datum, ManyloraError
+
+# Master weights, gradient and two moments, 4 bytes each; factors of another dtype are a copy.
+BYTES_PER_PARAM = {"fp32": 16, "bf16": 18, "fp16": 18}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterPlan:
+    """What one adapter's run would be.
+
+    Attributes:
+        rank: of its modules; smallest and largest differ with a `rank_pattern`.
+        num_targets: linear layers that it acts on.
+        num_bytes: weights, gradient and optimizer state; activations come on top.
+        num_tokens: that go through the base over all steps.
+        longest: tokens of the longest example, evaluation included.
+    """
+
+    name: str
+    rank: tuple[int, int]
+    num_targets: int
+    num_params: int
+    num_bytes: int
+    num_examples: int
+    num_eval_examples: int
+    batch_size: int
+    steps: int
+    num_tokens: int
+    longest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What a whole run would be."""
+
+    base: str
+    architecture: str
+    base_params: int
+    context_length: int | None
+    out: str
+    adapters: tuple[AdapterPlan, ...]
+
+    def warnings(self) -> list[str]:
+        """What would go wrong later."""
+        if self.context_length is None:
+            return []
+        return [
+            f"adapter {plan.name}: its longest example has {plan.longest} tokens; the base's "
+            f"context ends at {self.context_length}"
+            for plan in self.adapters
+            if plan.longest > self.context_length
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "warnings": self.warnings()}
+
+
+def plan_run(run: RunFile) -> RunPlan:
+    """Plan every adapter of a run.
+
+    Raises:
+        BaseModelError, ConfigError, DataError: whatever would stop the run at its start.
+    """
+    folder = resolve_base(run.base)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"cannot open base {run.base!r}: {error}") from error
+    sites = list_sites(model)
+    return RunPlan(
+        base=run.base,
+        architecture=type(model).__name__,
+        base_params=sum(parameter.numel() for parameter in model.parameters()),
+        context_length=getattr(config.get_text_config(), "max_position_embeddings", None),
+        out=str(run.out),
+        adapters=tuple(_plan_adapter(entry, sites, tokenizer) for entry in run.adapters),
+    )
+
+
+def list_sites(model: Any) -> list[Site]:
+    """The linear layers of a model. Their input groups cannot be told without running it, so each
+    is a group of its own; sizes do not depend on that."""
+    head = model.get_output_embeddings()
+    return [
+        Site(name, module.in_features, module.out_features, number, is_head=module is head)
+        for number, (name, module) in enumerate(model.named_modules())
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def _plan_adapter(entry: AdapterEntry, sites: Sequence[Site], tokenizer: Any) -> AdapterPlan:
+    spec = entry.spec()
+    try:
+        layout = plan_layout(spec, resolve_targets(spec, sites))
+    except ConfigError as error:
+        raise type(error)(f"adapter {entry.name}: {error}") from error
+    train = _encoded(entry, entry.sft.train, tokenizer)
+    held_out = _encoded(entry, entry.sft.eval, tokenizer) if entry.sft.eval else []
+    steps = total_steps(
+        len(train),
+        entry.sft.batch_size,
+        epochs=entry.sft.epochs,
+        max_steps=entry.sft.max_steps,
+    )
+    ranks = [factor.rank for factor in layout.factors]
+    return AdapterPlan(
+        name=entry.name,
+        rank=(min(ranks), max(ranks)),
+        num_targets=len(layout.factors),
+        num_params=layout.num_params,
+        num_bytes=layout.num_params * BYTES_PER_PARAM[entry.lora.dtype],
+        num_examples=len(train),
+        num_eval_examples=len(held_out),
+        batch_size=entry.sft.batch_size,
+        steps=steps,
+        num_tokens=_count_tokens(entry, train, steps),
+        longest=max(map(len, [*train, *held_out])),
+    )
+
+
+def _encoded(entry: AdapterEntry, source: str, tokenizer: Any) -> list[Datum]:
+    try:
+        return encode_source(read_source(source), tokenizer)
+    except ManyloraError as error:
+        raise type(error)(f"adapter {entry.name}: {error}") from error
+
+
+def _count_tokens(entry: AdapterEntry, train: Sequence[Datum], steps: int) -> int:
+    lengths = np.array([len(datum) for datum in train])
+    order = DataOrder(
+        size=len(train),
+        batch_size=entry.sft.batch_size,
+        seed=entry.seed,
+        shuffle=entry.sft.shuffle,
+    )
+    whole_epochs = steps // order.steps_per_epoch
+    begun = range(whole_epochs * order.steps_per_epoch, steps)
+    tokens = whole_epochs * lengths.sum() + sum(
+        lengths[order.batch_indices(step)].sum() for step in begun
+    )
+    return int(tokens)

@@ -1,0 +1,46 @@
+"""The learning rate of each step: a pure function of the step.
+
+With w warm-up steps and n steps in all, step s (from 0) has lr times
+
+    (s + 1) / w                          while s < w
+    1                                    constant
+    (n - s) / (n - w)                    linear
+    ½ (1 + cos(π (s - w) / (n - w)))     cosine
+
+From step w on these are the formulas of transformers' `get_*_schedule_with_warmup`. During the
+warm-up those have s / w, so that their first step has a learning rate of zero and moves nothing;
+ours is theirs of one step later.
+"""
+
+import math
+
+from manylora.config import OptimizerSettings, Schedule
+
+
+def learning_rate(
+    step: int, *, lr: float, schedule: Schedule, warmup_steps: int, total_steps: int
+) -> float:
+    """Learning rate of a step, from 0; zero from `total_steps` on unless it is constant."""
+    if step < 0:
+        raise ValueError(f"step is {step}; steps are counted from 0")
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return lr
+    if step >= total_steps:
+        return 0.0
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    if schedule == "linear":
+        return lr * (1.0 - progress)
+    return lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def scheduled_lr(optimizer: OptimizerSettings, step: int, total_steps: int) -> float:
+    """`learning_rate` with a run file's settings."""
+    return learning_rate(
+        step,
+        lr=optimizer.lr,
+        schedule=optimizer.schedule,
+        warmup_steps=optimizer.warmup_steps,
+        total_steps=total_steps,
+    )
