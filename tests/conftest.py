@@ -20,7 +20,7 @@ THREADS = 1
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> "TinyBases":
     """`tiny("qwen3", tie_word_embeddings=True)` → the folder of such a base."""
-    from tests.models import TinyBases  # noqa: PLC0415 - tests without torch need not load it
+    from tests.models import TinyBases
 
     return TinyBases(tmp_path_factory.mktemp("bases"))
 
@@ -31,7 +31,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
     Bits are compared between runs with the same number.
     """
-    import torch  # noqa: PLC0415
+    import torch
 
     before = torch.get_num_threads()
     number = int(getattr(request, "param", THREADS))

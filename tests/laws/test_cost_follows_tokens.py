@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("threads")
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations, and keeps the number of elements of the largest tensor that one made."""
+    """Counts operations, and the elements of the largest result whose last size is `last_dim`."""
 
     def __init__(self, last_dim: int | None = None):
         super().__init__()
@@ -26,14 +26,17 @@ class Watch(TorchDispatchMode):
         self.last_dim = last_dim
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         self.num_operations += 1
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.dim() > 0:
-                if self.last_dim in (None, tensor.shape[-1]):
-                    self.largest = max(self.largest, tensor.numel())
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.last_dim,):
+                self.largest = max(self.largest, tensor.numel())
         return out
 
 
@@ -95,7 +98,9 @@ def test_low_rank_flops_follow_true_ranks(tiny):
     length = 64
     tokens = np.arange(length) + 2
     data = [Datum(tokens, {"target_tokens": tokens, "weights": np.ones(length)})]
-    one, three, large = (flops(lambda n=n: one_step(engine, [n], data)) for n in ("one", "three", "large"))
+    one, three, large = (
+        flops(lambda n=n: one_step(engine, [n], data)) for n in ("one", "three", "large")
+    )
 
     factors = engine.adapters["one"].layout.factors
     # Nothing is trained below the first q_proj, so nobody needs the gradient of its input.

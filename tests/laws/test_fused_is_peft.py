@@ -62,7 +62,9 @@ def crowd(attention: str = "q_proj") -> list[Tenant]:
 
 def assert_agrees(tenant: Tenant, trace: Trace, oracle: Any, rounds: int) -> None:
     """Run the tenant's plan on the oracle and compare all that the engine gave."""
-    outputs, gradients, norms = (iter(part) for part in (trace.results, trace.gradients_P, trace.norms))
+    outputs, gradients, norms = (
+        iter(part) for part in (trace.results, trace.gradients_P, trace.norms)
+    )
     for number in range(rounds):
         for work in tenant.works(number):
             expected = _forward_backward(oracle, work)

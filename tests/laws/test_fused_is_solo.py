@@ -93,9 +93,7 @@ def test_two_threads(tiny, family: str):
     assert_alone_as_together(tiny(family), crowd(leaf(family)), token_budget=192)
 
 
-@pytest.mark.parametrize(
-    ("budget", "threads"), [(1, 1), (40, 2), (4096, 1)], indirect=["threads"]
-)
+@pytest.mark.parametrize(("budget", "threads"), [(1, 1), (40, 2), (4096, 1)], indirect=["threads"])
 def test_every_budget(tiny, budget: int):
     """From one datum a piece and a piece a micro-batch to everything in one."""
     assert_alone_as_together(tiny("qwen3"), crowd(), token_budget=budget)

@@ -74,7 +74,11 @@ def test_an_idle_adapter_keeps_every_bit(engine: Engine, pending: bool):
         backward(engine, ["guest"], number)
         engine.unload("guest")
         prompts = [[5, 6, 7]]
-        must(engine.sample([Sample(adapter="busy", prompts=prompts), Sample(adapter=None, prompts=prompts)]))
+        must(
+            engine.sample(
+                [Sample(adapter="busy", prompts=prompts), Sample(adapter=None, prompts=prompts)]
+            )
+        )
     assert (before.grad is not None) == pending
     assert_same_state(before, engine.state("idle"))
     assert engine.adapters["busy"].step == 3
@@ -112,7 +116,9 @@ def test_a_retired_name_starts_clean(tiny):
 
 
 def test_a_snapshot_goes_on_serving_old_weights(engine: Engine):
-    request = Sample(adapter="busy", prompts=[[5, 6, 7]], params=SamplingParams(max_tokens=6, stop=()))
+    request = Sample(
+        adapter="busy", prompts=[[5, 6, 7]], params=SamplingParams(max_tokens=6, stop=())
+    )
     frozen = replace(request, snapshot="frozen")
     engine.snapshot("busy", "frozen")
     before = must(engine.sample([request]))[0]

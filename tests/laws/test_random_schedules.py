@@ -132,7 +132,11 @@ class Schedules(RuleBasedStateMachine):
     def sample(self, crowd: list[str], seed: int, temperature: float) -> None:
         params = SamplingParams(max_tokens=3, temperature=temperature, seed=seed, stop=())
         requests = [
-            Sample(adapter=name if name in self.books else None, prompts=[[3 + seed, 4], [5]], params=params)
+            Sample(
+                adapter=name if name in self.books else None,
+                prompts=[[3 + seed, 4], [5]],
+                params=params,
+            )
             for name in crowd
         ]
         for request, found in zip(requests, must(self.crowd.sample(requests)), strict=True):
@@ -148,7 +152,10 @@ class Schedules(RuleBasedStateMachine):
         frozen = Sample(adapter=name, prompts=[[7, 8], [9]], params=params, snapshot=key)
         books = self.books[name]
         if key in books.snapshots:
-            assert tuple(s.tokens for s in must(self.crowd.sample([frozen]))[0]) == books.snapshots[key]
+            assert (
+                tuple(s.tokens for s in must(self.crowd.sample([frozen]))[0])
+                == books.snapshots[key]
+            )
         self.crowd.snapshot(name, key)
         answers = must(self.crowd.sample([replace(frozen, snapshot=None)]))[0]
         books.snapshots[key] = tuple(s.tokens for s in answers)

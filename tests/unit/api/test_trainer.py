@@ -43,7 +43,9 @@ def trainer(tiny):
 def learn(handle, rounds: int = 3) -> list[tuple[float, float]]:
     futures = []
     for number in range(rounds):
-        futures.append((handle.forward_backward(batch(number)), handle.optim_step(lr=1e-2, clip_norm=1.0)))
+        futures.append(
+            (handle.forward_backward(batch(number)), handle.optim_step(lr=1e-2, clip_norm=1.0))
+        )
     return [(f.result().loss, s.result().grad_norm) for f, s in futures]
 
 
@@ -52,7 +54,9 @@ def test_the_door_adds_nothing_of_its_own(trainer, tiny):
     engine = Engine(tiny("llama"), token_budget=128)
     engine.create("a", AdapterSpec(rank=4, seed=3))
     for number, (loss, norm) in enumerate(found):
-        (result,) = must(engine.forward_backward([ForwardBackward(adapter="a", data=batch(number))]))
+        (result,) = must(
+            engine.forward_backward([ForwardBackward(adapter="a", data=batch(number))])
+        )
         params = AdamParams(lr=1e-2, clip_norm=1.0)
         (step,) = must(engine.optim_step([OptimStep(adapter="a", params=params)]))
         assert (result.loss, step.grad_norm) == (loss, norm)

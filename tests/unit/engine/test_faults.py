@@ -76,7 +76,9 @@ def undisturbed(tiny) -> dict:
     """What the neighbours' next losses, steps and states are when nothing goes wrong."""
     engine = crowd(tiny)
     results = must(engine.forward_backward([good("left"), good("victim"), good("right", "ppo")]))
-    steps = must(engine.optim_step([OptimStep(adapter=n, params=PARAMS) for n in ("left", "right")]))
+    steps = must(
+        engine.optim_step([OptimStep(adapter=n, params=PARAMS) for n in ("left", "right")])
+    )
     states = {name: engine.state(name) for name in ("left", "right")}
     return {"results": [results[0], results[2]], "steps": steps, "states": states}
 
@@ -138,7 +140,9 @@ def test_a_gradient_that_is_not_finite_is_dropped(tiny):
     before = engine.state("victim")
     must(engine.forward_backward([good("victim"), good("left")]))
     engine.adapters["victim"].require_grad()[7] = float("inf")
-    error, fine = engine.optim_step([OptimStep(adapter=n, params=PARAMS) for n in ("victim", "left")])
+    error, fine = engine.optim_step(
+        [OptimStep(adapter=n, params=PARAMS) for n in ("victim", "left")]
+    )
     assert isinstance(error, NotFinite) and "'victim'" in str(error)
     assert isinstance(fine, OptimStepResult)
     after = engine.state("victim")
@@ -183,3 +187,29 @@ def test_nothing_to_do_is_no_fault(tiny):
     assert (empty.logprobs, empty.loss) == ((), 0.0)
     (step,) = must(engine.optim_step([OptimStep(adapter="left", params=PARAMS)]))
     assert step.grad_norm == 0.0
+
+
+def test_a_batch_that_raises_half_way_is_never_stepped(tiny, monkeypatch: pytest.MonkeyPatch):
+    """Of the micro-batches before the fault, gradients have been added; half a step is none."""
+    engine = crowd(tiny)
+    before = {name: engine.state(name) for name in ("left", "right")}
+    run, calls = engine._run, []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "_run", failing)
+    engine.token_budget = 16
+    with pytest.raises(RuntimeError):
+        engine.forward_backward([good("left"), good("right")])
+    assert engine.adapters["left"].require_grad().any()
+    steps = [OptimStep(adapter=name, params=PARAMS) for name in before]
+    for name, refused in zip(before, engine.optim_step(steps), strict=True):
+        assert isinstance(refused, StepRefused) and "out of memory" in str(refused)
+        after = engine.state(name)
+        assert_same_state(replace(before[name], draws=after.draws), after)
+    must(engine.forward_backward([good("left")]))
+    must(engine.optim_step(steps[:1]))

@@ -1,5 +1,7 @@
 """Cutting and packing: an adapter's pieces depend on its own work alone."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,5 +46,5 @@ def test_batches_hold_whole_pieces_sorted_by_adapter(crowd: list[list[int]], bud
     flat = [p for batch in batches for p in batch]
     for name in "abc":
         assert [p for p in flat if p.adapter == name] == [p for p in pieces if p.adapter == name]
-    changes = sum(a.adapter != b.adapter for a, b in zip(flat, flat[1:], strict=False))
+    changes = sum(a.adapter != b.adapter for a, b in pairwise(flat))
     assert changes == max(len({p.adapter for p in flat}) - 1, 0)

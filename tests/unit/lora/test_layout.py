@@ -3,6 +3,8 @@
 P parameters, K input features, N output features, R rank.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -12,18 +14,22 @@ from manylora.lora.layout import Layout, plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.types import AdapterSpec
 
-SITES = tuple(
-    Site(f"model.layers.{layer}.{name}", k, n, group=10 * layer + group)
-    for layer in range(2)
-    for name, k, n, group in [
-        ("attn.q_proj", 8, 12, 0),
-        ("attn.k_proj", 8, 4, 0),
-        ("attn.v_proj", 8, 4, 0),
-        ("attn.o_proj", 12, 8, 1),
-        ("mlp.up_proj", 8, 20, 2),
-        ("mlp.down_proj", 20, 8, 3),
-    ]
-) + (Site("lm_head", 8, 30, group=99, is_head=True),)
+LAYER = [
+    ("attn.q_proj", 8, 12, 0),
+    ("attn.k_proj", 8, 4, 0),
+    ("attn.v_proj", 8, 4, 0),
+    ("attn.o_proj", 12, 8, 1),
+    ("mlp.up_proj", 8, 20, 2),
+    ("mlp.down_proj", 20, 8, 3),
+]
+SITES = (
+    *(
+        Site(f"model.layers.{layer}.{name}", k, n, group=10 * layer + group)
+        for layer in range(2)
+        for name, k, n, group in LAYER
+    ),
+    Site("lm_head", 8, 30, group=99, is_head=True),
+)
 
 SPECS = [
     AdapterSpec(rank=3),
@@ -54,7 +60,7 @@ def test_a_groups_a_factors_are_one_matrix(spec: AdapterSpec):
     seen = []
     for group, factors in layout.groups():
         seen.append(group)
-        for left, right in zip(factors, factors[1:], strict=False):
+        for left, right in pairwise(factors):
             assert right.a_start == left.a_start + left.rank * left.in_features
         last = factors[-1]
         assert factors[0].b_start == last.a_start + last.rank * last.in_features

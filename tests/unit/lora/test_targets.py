@@ -63,7 +63,10 @@ def test_targets_keep_the_order_of_the_sites(sites):
         ({"targets": "q_proj"}, ["'q_proj'", "q_proj (3)"]),  # a string is a whole-name regex
         ({"targets": "(q_proj"}, ["targets", "is not a regular expression"]),
         ({"rank_pattern": {"query": 3}}, ["rank_pattern 'query'", "q_proj (3)"]),
-        ({"targets": ("q_proj",), "rank_pattern": {"k_proj": 3}}, ["'k_proj'", "there are: q_proj (3);"]),
+        (
+            {"targets": ("q_proj",), "rank_pattern": {"k_proj": 3}},
+            ["'k_proj'", "there are: q_proj (3);"],
+        ),
         ({"alpha_pattern": {"[": 3.0}}, ["alpha_pattern", "is not a regular expression"]),
     ],
 )

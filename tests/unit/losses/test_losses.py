@@ -115,5 +115,7 @@ def test_inputs_are_checked_by_name():
     with pytest.raises(DataError, match="'ppo' needs the input 'logprobs'"):
         get_loss("ppo").check(datum)
     both = Datum(tokens, {**datum.loss_inputs, "advantages": np.ones(2)})
-    with pytest.raises(DataError, match="has no input 'advantages'; it takes: target_tokens, weights"):
+    with pytest.raises(
+        DataError, match="has no input 'advantages'; it takes: target_tokens, weights"
+    ):
         get_loss("cross_entropy").check(both)

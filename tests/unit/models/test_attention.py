@@ -83,7 +83,9 @@ def test_decoding_from_the_cache_is_the_full_forward(tiny, family: str):
             break
         total = padded_rows(len(rows))
         tokens_T, positions_T = torch.zeros(2, total, dtype=torch.long)
-        tokens_T[: len(rows)] = torch.stack([whole[r][p] for r, p in zip(rows, places, strict=True)])
+        tokens_T[: len(rows)] = torch.stack(
+            [whole[r][p] for r, p in zip(rows, places, strict=True)]
+        )
         positions_T[: len(rows)] = torch.tensor(places)
         stream = PackedStream([1] * len(rows), total, cache, True, torch.tensor(places))
         with packed(stream):

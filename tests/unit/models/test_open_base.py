@@ -44,24 +44,27 @@ def test_linear_layers_are_grouped_by_the_tensor_they_read(tiny, family: str):
     assert found[0].name.startswith("model.layers.0.")
 
 
+ROPE = {"rope_theta": 1e4, "factor": 4.0}
 LONGROPE = {
     "rope_type": "longrope",
-    "rope_theta": 10000.0,
+    "rope_theta": 1e4,
     "original_max_position_embeddings": 32,
     "short_factor": [1.0] * 8,
     "long_factor": [4.0] * 8,
 }
+DYNAMIC = {**ROPE, "rope_type": "dynamic", "original_max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize(
     ("rope", "expected"),
     [
-        (LONGROPE, 32),  # beyond it one long sequence would change the others' frequencies
-        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}, 64),
-        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, 128),
+        # Beyond its original length, one long sequence would change the others' frequencies.
+        (LONGROPE, 32),
+        (DYNAMIC, 64),
+        ({**ROPE, "rope_type": "linear"}, 128),
         ({"rope_type": "default", "rope_theta": 1e4}, 128),
     ],
-)  # fmt: skip
+)
 def test_context_length(tiny, rope: dict, expected: int):
     assert open_base(tiny("llama", rope_parameters=rope)).context_length == expected
 
@@ -75,9 +78,9 @@ def test_a_model_whose_numbers_would_change_is_refused(tiny, monkeypatch: pytest
         )
         return out.transpose(1, 2), None
 
-    from transformers import AttentionInterface  # noqa: PLC0415
+    from transformers import AttentionInterface
 
-    from manylora.models import attention  # noqa: PLC0415
+    from manylora.models import attention
 
     AttentionInterface.register(attention.NAME, leaky)
     try:

@@ -113,10 +113,11 @@ def test_the_distribution_is_the_softmax(engine):
     """A thousand draws of one token, against its probabilities (χ² of the ten likeliest)."""
     count = 1000
     logprobs_V = torch.log_softmax(logits(engine, "all", [5, 5])[0] / 1.5, dim=-1)
+    params = SamplingParams(max_tokens=1, temperature=1.5, stop=())
     requests = [
-        Sample(adapter="all", prompts=[[5]], params=SamplingParams(max_tokens=1, temperature=1.5, seed=s, stop=()))
-        for s in range(count)
-    ]  # fmt: skip
+        Sample(adapter="all", prompts=[[5]], params=replace(params, seed=seed))
+        for seed in range(count)
+    ]
     drawn = Counter(answer[0].tokens[0] for answer in must(engine.sample(requests)))
     likeliest = logprobs_V.argsort(descending=True)[:10].tolist()
     expected = {t: count * float(logprobs_V[t].exp()) for t in likeliest}
@@ -129,10 +130,11 @@ def test_top_k_and_top_p_bound_the_support(engine):
     probs_V = torch.softmax(logits(engine, None, [5, 5])[0], dim=-1)
 
     def support(**limits: float) -> set[int]:
+        params = SamplingParams(max_tokens=1, temperature=1.0, stop=())
         requests = [
-            Sample(adapter=None, prompts=[[5]], params=SamplingParams(max_tokens=1, temperature=1.0, seed=s, stop=(), **limits))
-            for s in range(300)
-        ]  # fmt: skip
+            Sample(adapter=None, prompts=[[5]], params=replace(params, seed=seed, **limits))
+            for seed in range(300)
+        ]
         return {answer[0].tokens[0] for answer in must(engine.sample(requests))}
 
     assert support(top_k=1) == {order[0]}

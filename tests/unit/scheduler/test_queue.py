@@ -81,7 +81,7 @@ def test_training_and_sampling_take_turns():
 
 
 def test_one_batch_is_of_one_kind_within_the_budget():
-    """Random operations of random sizes: order within a lane, one kind, the budget, nothing lost."""
+    """Random operations of random sizes: order within a lane, one kind, nothing lost."""
     for seed in range(60):
         rng = random.Random(seed)
         queue = OperationQueue(BUDGET)

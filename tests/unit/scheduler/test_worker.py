@@ -58,7 +58,11 @@ def step(adapter: str) -> OptimStep:
 
 def test_every_kind_goes_to_its_verb_on_one_thread(rig):
     queue, recorder = rig
-    operations = [step("a"), ForwardBackward(adapter="a", data=[]), Sample(adapter=None, prompts=[])]
+    operations = [
+        step("a"),
+        ForwardBackward(adapter="a", data=[]),
+        Sample(adapter=None, prompts=[]),
+    ]
     futures = [queue.submit(operation) for operation in operations]
     called = queue.submit(Call(None, lambda: threading.current_thread().name))
     assert [future.result(WAIT) for future in futures] == operations
@@ -121,12 +125,18 @@ def test_order_within_an_adapter_under_many_threads(rig):
     for number in range(4):
         own = [op for op in recorder.seen if op.adapter == f"own-{number}"]
         assert [type(op) for op in own] == [ForwardBackward, OptimStep] * 50
-        assert [op.config["i"] for op in own[::2]] == [op.params.lr for op in own[1::2]] == list(range(50))
+        assert (
+            [op.config["i"] for op in own[::2]]
+            == [op.params.lr for op in own[1::2]]
+            == list(range(50))
+        )
 
 
 def test_the_thread_prepares_itself_first():
     queue, started = OperationQueue(1), []
-    worker = Worker(queue, Recorder(), on_start=lambda: started.append(threading.current_thread().name))
+    worker = Worker(
+        queue, Recorder(), on_start=lambda: started.append(threading.current_thread().name)
+    )
     assert queue.submit(Call(None, lambda: list(started))).result(WAIT) == ["manylora-engine"]
     queue.close()
     worker.join()
