@@ -24,7 +24,7 @@ def peft_config(spec: AdapterSpec) -> LoraConfig:
     targets = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
     return LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.alpha,
+        lora_alpha=spec.alpha,  # pyrefly: ignore[bad-argument-type] - PEFT takes floats too
         target_modules=targets,
         rank_pattern=dict(spec.rank_pattern),
         alpha_pattern=dict(spec.alpha_pattern),

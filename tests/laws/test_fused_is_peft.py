@@ -14,6 +14,7 @@ import torch
 from manylora.engine import Engine
 from manylora.engine.reference import ReferenceEngine
 from manylora.types import AdamParams, AdapterSpec
+from manylora.types.adapter import DType
 from tests.laws.stock_peft import StockPeft
 from tests.laws.tenants import Tenant, Trace, train
 from tests.models import FAMILIES
@@ -62,9 +63,7 @@ def crowd(attention: str = "q_proj") -> list[Tenant]:
 
 def assert_agrees(tenant: Tenant, trace: Trace, oracle: Any, rounds: int) -> None:
     """Run the tenant's plan on the oracle and compare all that the engine gave."""
-    outputs, gradients, norms = (
-        iter(part) for part in (trace.results, trace.gradients_P, trace.norms)
-    )
+    outputs, gradients_P, norms = iter(trace.results), iter(trace.gradients_P), iter(trace.norms)
     for number in range(rounds):
         for work in tenant.works(number):
             expected = _forward_backward(oracle, work)
@@ -73,7 +72,7 @@ def assert_agrees(tenant: Tenant, trace: Trace, oracle: Any, rounds: int) -> Non
             for a, b in zip(expected, result.logprobs, strict=True):
                 np.testing.assert_allclose(b, a.numpy(), rtol=0, atol=LOGPROBS)
         if tenant.steps(number):
-            expected_P, found_P = oracle.gradient(), next(gradients)
+            expected_P, found_P = oracle.gradient(), next(gradients_P)
             error = float((found_P - expected_P).norm() / expected_P.norm())
             # Later gradients are taken at weights that differ a little.
             assert error < GRADIENT * (1 if number < 2 else 100), f"{tenant.name}, round {number}"
@@ -121,7 +120,7 @@ def test_a_tied_head(tiny):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_factors_follow_their_fp32_master(tiny, dtype: str):
+def test_half_precision_factors_follow_their_fp32_master(tiny, dtype: DType):
     """PEFT keeps no master copy, so the oracle is PEFT at the rounded weights, one step."""
     tenant = Tenant(name="half", spec=AdapterSpec(rank=8, dtype=dtype, seed=1))
     trace = train(Engine(tiny("llama")), [tenant], 1)["half"]

@@ -82,21 +82,10 @@ def leaf(family: str) -> str:
     return "qkv_proj" if family == "phi3" else "q_proj"
 
 
+@BOTH_THREADS
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(tiny, family: str):
     assert_alone_as_together(tiny(family), crowd(leaf(family)), token_budget=192)
-
-
-@pytest.mark.parametrize("threads", [2], indirect=True)
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
-def test_two_threads(tiny, family: str):
-    assert_alone_as_together(tiny(family), crowd(leaf(family)), token_budget=192)
-
-
-@pytest.mark.parametrize(("budget", "threads"), [(1, 1), (40, 2), (4096, 1)], indirect=["threads"])
-def test_every_budget(tiny, budget: int):
-    """From one datum a piece and a piece a micro-batch to everything in one."""
-    assert_alone_as_together(tiny("qwen3"), crowd(), token_budget=budget)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,9 @@ def test_unloading_frees_every_tensor(engine: Engine):
     must(engine.sample([Sample(adapter="busy", prompts=[[5, 6]])]))
     adapter = engine.adapters["busy"]
     grad_P, moments = adapter.require_grad(), adapter.require_moments()
-    gone = [weakref.ref(tensor) for tensor in (adapter.master_P, grad_P, *moments)]
+    gone: list[weakref.ref] = [
+        weakref.ref(tensor) for tensor in (adapter.master_P, grad_P, *moments)
+    ]
     gone.append(weakref.ref(adapter))
     del adapter, grad_P, moments
     engine.unload("busy")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from manylora.types import (
     Datum,
     DatumTooLong,
     ForwardBackward,
+    ForwardBackwardResult,
     ManyloraError,
     NotFinite,
     OptimStep,
@@ -43,7 +45,7 @@ def datum(length: int = 4, token: int = 1, target: int = 1, **inputs: float) -> 
     return Datum(np.full(length, token), {"target_tokens": targets, **arrays})
 
 
-def bad(*data: Datum, **settings: object) -> Callable[[str], ForwardBackward]:
+def bad(*data: Datum, **settings: Any) -> Callable[[str], ForwardBackward]:
     return lambda name: replace(good(name), data=[*good(name).data, *data], **settings)
 
 
@@ -101,6 +103,7 @@ def test_a_fault_in_the_middle_of_a_batch(tiny, undisturbed: dict, fault: str):
     assert_same_state(replace(before, draws=after.draws), after)
     # The neighbours have lost no bit.
     for found, expected in zip((left, right), undisturbed["results"], strict=True):
+        assert isinstance(found, ForwardBackwardResult)
         assert found.loss == expected.loss
         assert all(map(np.array_equal, found.logprobs, expected.logprobs))
     assert [left_step, right_step] == undisturbed["steps"]

@@ -13,6 +13,7 @@ from manylora.lora.init import fresh_state
 from manylora.lora.layout import Layout, plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.types import AdapterSpec
+from manylora.types.adapter import Init
 
 LAYER = [
     ("attn.q_proj", 8, 12, 0),
@@ -97,7 +98,7 @@ def test_scale_follows_rank_and_alpha_of_the_module():
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
-def test_first_values(init: str):
+def test_first_values(init: Init):
     sites = [Site("wide", 400, 300, 0)]
     spec = AdapterSpec(rank=50, targets=("wide",), init=init)
     state = fresh_state(spec, plan_layout(spec, resolve_targets(spec, sites)))

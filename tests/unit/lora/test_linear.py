@@ -118,6 +118,6 @@ def test_a_group_is_computed_once_for_one_input():
 
 def test_only_plain_linear_layers_are_wrapped():
     block = Block()
-    block.q = nn.Bilinear(2, 2, 2)
+    setattr(block, "q", nn.Bilinear(2, 2, 2))  # noqa: B010 - of another type than declared
     with pytest.raises(Unsupported, match="q is a Bilinear"):
         wrap_linears(block, SiteIndex(SITES))

@@ -62,6 +62,7 @@ def test_norms_come_in_order():
 
 def test_one_fused_step_of_zero_gradient_only_decays():
     weights_P = torch.ones(P)
-    zeros = [torch.zeros(P) for _ in range(3)]
-    adamw_step(weights_P, *zeros, 0, AdamParams(lr=0.1, weight_decay=0.5))
+    grad_P, exp_avg_P, exp_avg_sq_P = torch.zeros(3, P)
+    params = AdamParams(lr=0.1, weight_decay=0.5)
+    adamw_step(weights_P, grad_P, exp_avg_P, exp_avg_sq_P, 0, params)
     torch.testing.assert_close(weights_P, torch.full((P,), 0.95))

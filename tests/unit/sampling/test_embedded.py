@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def logits(engine: Engine, name: str | None, tokens: list[int]) -> torch.Tensor:
     if name is None and "none" not in engine.adapters:
         engine.create("none", AdapterSpec(rank=1))  # B = 0 changes nothing
     count = len(tokens)
-    data = [Datum(tokens, inputs(np.full(count, v))) for v in range(VOCAB)]
+    data = [Datum(np.array(tokens), inputs(np.full(count, v))) for v in range(VOCAB)]
     work = ForwardBackward(adapter=spare, data=data, backward=False)
     (result,) = must(engine.forward_backward([work]))
     return torch.from_numpy(np.stack(result.logprobs, axis=1))
@@ -129,7 +130,7 @@ def test_top_k_and_top_p_bound_the_support(engine):
     order = logits(engine, None, [5, 5])[0].argsort(descending=True).tolist()
     probs_V = torch.softmax(logits(engine, None, [5, 5])[0], dim=-1)
 
-    def support(**limits: float) -> set[int]:
+    def support(**limits: Any) -> set[int]:
         params = SamplingParams(max_tokens=1, temperature=1.0, stop=())
         requests = [
             Sample(adapter=None, prompts=[[5]], params=replace(params, seed=seed, **limits))

@@ -89,8 +89,10 @@ def test_one_batch_is_of_one_kind_within_the_budget():
         batches = []
         for _ in range(40):
             name = rng.choice("aaabcd")
-            make = rng.choice([work, work, sample, step])
-            operation = make(name) if make is step else make(name, rng.randint(2, 150))
+            size = rng.randint(2, 150)
+            operation = rng.choice(
+                [work(name, size), work(name, size), sample(name, size), step(name)]
+            )
             queue.submit(operation)
             submitted[name].append(operation)
             if rng.random() < 0.3:

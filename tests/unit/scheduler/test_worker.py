@@ -39,7 +39,14 @@ class Recorder:
                 raise RuntimeError("out of memory")
         return [DataError("bad data") if op.adapter == "bad-data" else op for op in operations]
 
-    forward_backward = optim_step = sample = _run
+    def forward_backward(self, works: Sequence[ForwardBackward]) -> list[Any]:
+        return self._run(works)
+
+    def optim_step(self, steps: Sequence[OptimStep]) -> list[Any]:
+        return self._run(steps)
+
+    def sample(self, requests: Sequence[Sample]) -> list[Any]:
+        return self._run(requests)
 
 
 @pytest.fixture

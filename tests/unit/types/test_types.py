@@ -98,7 +98,8 @@ def test_data(tokens: list, inputs: dict, message: str):
 
 
 def test_data_are_converted_once():
-    datum = Datum(np.array([1, 2], np.int32), {"target_tokens": [2, 3], "weights": [1, 0]})
+    given = {"target_tokens": np.array([2, 3], np.uint8), "weights": np.array([1, 0])}
+    datum = Datum(np.array([1, 2], np.int32), given)
     assert datum.tokens.dtype == datum.loss_inputs["target_tokens"].dtype == np.int64
     assert datum.loss_inputs["weights"].dtype == np.float32
     assert len(datum) == 2
