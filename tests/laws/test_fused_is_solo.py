@@ -88,6 +88,12 @@ def test_every_family(tiny, family: str):
     assert_alone_as_together(tiny(family), crowd(leaf(family)), token_budget=192)
 
 
+@pytest.mark.parametrize(("budget", "threads"), [(1, 1), (40, 2), (4096, 1)], indirect=["threads"])
+def test_every_budget(tiny, budget: int):
+    """From one datum a piece and a piece a micro-batch to everything in one."""
+    assert_alone_as_together(tiny("qwen3"), crowd(), token_budget=budget)
+
+
 @pytest.mark.parametrize(
     ("family", "threads"), [("qwen2", 1), ("gemma2", 1), ("llama", 2)], indirect=["threads"]
 )
