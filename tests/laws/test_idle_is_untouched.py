@@ -99,10 +99,12 @@ def test_reading_does_not_change_what_is_read(engine: Engine):
     assert_same_state(before, engine.state("idle"))
 
 
-def test_a_retired_name_starts_clean(tiny):
+@pytest.mark.parametrize("same_shape", [True, False])
+def test_a_retired_name_starts_clean(tiny, same_shape: bool):
     """The second life of a name has the numbers of a first."""
     tenant = Tenant(name="again", spec=AdapterSpec(rank=5, dropout=0.1, seed=9))
-    other = replace(tenant, spec=AdapterSpec(rank=2, targets=("q_proj", "lm_head"), seed=4))
+    shape = {} if same_shape else {"rank": 2, "targets": ("q_proj", "lm_head")}
+    other = replace(tenant, spec=replace(tenant.spec, seed=4, **shape))
     fresh = train(Engine(tiny("llama")), [tenant], 3)["again"]
     used = Engine(tiny("llama"))
     train(used, [other], 2)
