@@ -125,7 +125,7 @@ class _NoAdapters(dict[str, Any]):
 
 
 class _NoAdapter:
-    weights = None
+    weights: None = None
     draws = 0
 
 
@@ -138,21 +138,22 @@ class SequentialPeft:
     left out, gradients set to None."""
 
     def __init__(self, load: Load):
-        from peft import LoraConfig, get_peft_model  # noqa: PLC0415
-        from transformers import AutoModelForCausalLM  # noqa: PLC0415
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
 
-        from manylora.models import resolve_base  # noqa: PLC0415
+        from manylora.models import resolve_base
 
         model: Any = AutoModelForCausalLM.from_pretrained(
             resolve_base(load.base), dtype=torch.float32, attn_implementation="sdpa"
         )
-        self.model: Any = None
-        for name, rank in zip(load.data, RANKS, strict=True):
-            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-            if self.model is None:
-                self.model = get_peft_model(model, config, adapter_name=name)
-            else:
-                self.model.add_adapter(name, config)
+        configs = {
+            name: LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+            for name, rank in zip(load.data, RANKS, strict=True)
+        }
+        (first, config), *others = configs.items()
+        self.model: Any = get_peft_model(model, config, adapter_name=first)
+        for name, config in others:
+            self.model.add_adapter(name, config)
         self.model.train()
         self.batches: dict[str, tuple[Tensor, Tensor]] = {}
         self.optimizers: dict[str, torch.optim.AdamW] = {}

@@ -32,7 +32,11 @@ class PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        before = {
+            t.untyped_storage()._cdata
+            for t in tree_iter((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -63,9 +67,15 @@ def loss_memory(base: Path | str, tokens: int = 4096) -> dict[str, int]:
     batch = build(pieces, stand_in, [(loss, {})], backward=False, device=opened.device)
     hidden_TH = torch.randn(batch.total, opened.head.weight_VH.shape[1])
     with PeakBytes() as chunked:
-        HeadLoss(opened.head, -1)(hidden_TH, batch, RoutingTable(batch.segments, False), backward=True)
+        HeadLoss(opened.head, -1)(
+            hidden_TH, batch, RoutingTable(batch.segments, False), backward=True
+        )
     hidden_TH.requires_grad_()
     with PeakBytes() as whole:
         logits_TV = opened.logits(hidden_TH)
         torch.nn.functional.cross_entropy(logits_TV, batch.targets_T, reduction="sum").backward()
-    return {"loss_peak_bytes": chunked.peak, "whole_logits_peak_bytes": whole.peak, "tokens": tokens}
+    return {
+        "loss_peak_bytes": chunked.peak,
+        "whole_logits_peak_bytes": whole.peak,
+        "tokens": tokens,
+    }

@@ -33,11 +33,11 @@ TARGETS = {32: (1.45, 2.2), 128: (1.20, 1.4), 512: (1.08, 1.05)}
 
 
 def toy_llama(folder: Path) -> Path:
-    """Hidden 256, 4 layers, random weights from a fixed seed."""
+    """Hidden 256, MLP 1024, 4 layers, vocabulary 8192, random weights from a fixed seed."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=2048, max_position_embeddings=1024,
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=8192, max_position_embeddings=1024,
         tie_word_embeddings=False,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -96,7 +96,12 @@ def machine() -> dict[str, str | int]:
         ),
         platform.processor(),
     )
-    return {"cpu": model, "torch": torch.__version__, "python": platform.python_version(), "threads": 1}
+    return {
+        "cpu": model,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": 1,
+    }
 
 
 def show(row: dict[str, Any]) -> None:
@@ -115,7 +120,9 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--models", default="toy,seedling")
     parser.add_argument("--tokens", default="32,128,512")
@@ -124,7 +131,10 @@ def main() -> None:
     torch.set_num_threads(1)
     report: dict[str, Any] = {"machine": machine(), "ranks": RANKS, "rows": [], "memory": {}}
     print(json.dumps(report["machine"]))
-    print("model   tok/tenant  overhead (10–90 %, goal)  fwd+bwd  speed-up (10–90 %, goal)  batching × overhead   ms")
+    print(
+        "model   tok/tenant  overhead (10–90 %, goal)  fwd+bwd  speed-up (10–90 %, goal)  "
+        "batching × overhead   ms"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         bases: dict[str, Path | str] = {"toy": toy_llama(Path(scratch)), "seedling": "seedling"}
         for name in options.models.split(","):

@@ -78,6 +78,7 @@ def summed_logits(base: PreTrainedModel, layout: Layout, weights_P: torch.Tensor
     """
     model = copy.deepcopy(base)
     head = model.get_output_embeddings()
+    assert head is not None
     head.weight = torch.nn.Parameter(head.weight.clone())  # untied: the embedding stays
     for f in layout.factors:
         a_RK = weights_P[f.a_start :][: f.rank * f.in_features].reshape(f.rank, f.in_features)

@@ -1,12 +1,13 @@
-"""Handles on an adapter and on a snapshot: every method queues an operation and returns a future."""
+"""Handles on adapters and snapshots: every method queues an operation and returns a future."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from manylora.scheduler import Operation
 from manylora.types import (
     AdamParams,
     AdapterSpec,
@@ -20,10 +21,23 @@ from manylora.types import (
     SamplingParams,
 )
 
-if TYPE_CHECKING:
-    from manylora.api.trainer import Trainer
-
 JSON = Any
+
+
+class Door(Protocol):
+    """What the handles need of a `Trainer`."""
+
+    def submit(self, operation: Operation) -> Future[Any]: ...
+
+    def save(self, name: str, folder: Path, client: Mapping[str, JSON]) -> Future[Path]: ...
+
+    def export(self, name: str, folder: Path, *, merged: bool) -> Future[Path]: ...
+
+    def unload(self, name: str) -> Future[None]: ...
+
+    def take_snapshot(self, name: str) -> SnapshotHandle: ...
+
+    def drop_snapshot(self, name: str, snapshot: str) -> Future[None]: ...
 
 
 class AdapterHandle:
@@ -39,8 +53,8 @@ class AdapterHandle:
         num_params: numbers in A and B together.
     """
 
-    def __init__(self, trainer: Trainer, name: str, spec: AdapterSpec, num_params: int):
-        self._trainer = trainer
+    def __init__(self, door: Door, name: str, spec: AdapterSpec, num_params: int):
+        self._door = door
         self.name = name
         self.spec = spec
         self.num_params = num_params
@@ -76,7 +90,9 @@ class AdapterHandle:
         """The same without gradients."""
         return self._work(data, loss, config, backward=False)
 
-    def optim_step(self, params: AdamParams | None = None, **settings: float) -> Future[OptimStepResult]:
+    def optim_step(
+        self, params: AdamParams | None = None, **settings: float
+    ) -> Future[OptimStepResult]:
         """One AdamW step on the accumulated gradient, which is then dropped.
 
         Args:
@@ -88,7 +104,7 @@ class AdapterHandle:
             NotFinite (nothing was changed) or StepRefused (a forward_backward had failed).
         """
         params = AdamParams(**settings) if params is None else params
-        return self._trainer.submit(OptimStep(adapter=self.name, params=params))
+        return self._door.submit(OptimStep(adapter=self.name, params=params))
 
     def sample(
         self,
@@ -97,11 +113,11 @@ class AdapterHandle:
     ) -> Future[list[SampledSequence]]:
         """Continue each prompt (token ids) with the weights as they are at this point."""
         params = params or SamplingParams()
-        return self._trainer.submit(Sample(adapter=self.name, prompts=prompts, params=params))
+        return self._door.submit(Sample(adapter=self.name, prompts=prompts, params=params))
 
     def snapshot(self) -> SnapshotHandle:
         """A frozen copy of the weights at this point, for sampling while training goes on."""
-        return self._trainer.take_snapshot(self.name)
+        return self._door.take_snapshot(self.name)
 
     def save(self, folder: str | Path, client: Mapping[str, JSON] | None = None) -> Future[Path]:
         """Write the complete training state, atomically.
@@ -113,7 +129,7 @@ class AdapterHandle:
         Returns:
             A future of the folder. It raises SaveFailed.
         """
-        return self._trainer.save(self.name, Path(folder), dict(client or {}))
+        return self._door.save(self.name, Path(folder), dict(client or {}))
 
     def export(self, folder: str | Path, *, merged: bool = False) -> Future[Path]:
         """Write a PEFT folder, or with `merged` a whole model with the adapter added in.
@@ -121,11 +137,11 @@ class AdapterHandle:
         Returns:
             A future of the folder. It raises SaveFailed.
         """
-        return self._trainer.export(self.name, Path(folder), merged=merged)
+        return self._door.export(self.name, Path(folder), merged=merged)
 
     def unload(self) -> Future[None]:
         """Forget the adapter after what is queued for it has run; its name is free again."""
-        return self._trainer.unload(self.name)
+        return self._door.unload(self.name)
 
     def _work(
         self,
@@ -135,7 +151,7 @@ class AdapterHandle:
         *,
         backward: bool,
     ) -> Future[ForwardBackwardResult]:
-        return self._trainer.submit(
+        return self._door.submit(
             ForwardBackward(
                 adapter=self.name, data=data, loss=loss, config=config or {}, backward=backward
             )
@@ -145,8 +161,8 @@ class AdapterHandle:
 class SnapshotHandle:
     """An adapter's weights as they were when the snapshot was taken."""
 
-    def __init__(self, trainer: Trainer, adapter: str, name: str):
-        self._trainer = trainer
+    def __init__(self, door: Door, adapter: str, name: str):
+        self._door = door
         self.adapter = adapter
         self.name = name
 
@@ -162,8 +178,8 @@ class SnapshotHandle:
             params=params or SamplingParams(),
             snapshot=self.name,
         )
-        return self._trainer.submit(request)
+        return self._door.submit(request)
 
     def drop(self) -> Future[None]:
         """Free the copy."""
-        return self._trainer.drop_snapshot(self.adapter, self.name)
+        return self._door.drop_snapshot(self.adapter, self.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from manylora.api.handle import JSON, AdapterHandle, SnapshotHandle
 from manylora.checkpoint import export_merged, export_peft, import_peft, load_state, save_state
 from manylora.engine import Engine
+from manylora.lora.adapter import TORCH_DTYPES
 from manylora.lora.layout import Factor, plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.lora.state import AdapterState
@@ -174,11 +176,13 @@ class Trainer:
         Raises:
             CheckpointDamaged, CheckpointMismatch, AdapterExists
         """
-        layout = None if spec is None else plan_layout(spec, resolve_targets(spec, self.sites))
-        saved = load_state(
-            Path(folder), layout=layout, spec=spec, base_fingerprint=self.fingerprint
-        )
-        new = self._call(None, lambda: self._engine.restore(name, saved.state)).result()
+        saved = load_state(Path(folder), spec=spec, base_fingerprint=self.fingerprint)
+        # Planned anew, because input groups are numbered by the base that is open.
+        layout = plan_layout(saved.state.spec, resolve_targets(saved.state.spec, self.sites))
+        if {_term(f) for f in layout.factors} != {_term(f) for f in saved.state.layout.factors}:
+            raise CheckpointMismatch(f"{folder}: its layers are not those of {self.base_name!r}")
+        state = dataclasses.replace(saved.state, layout=layout)
+        new = self._call(None, lambda: self._engine.restore(name, state)).result()
         return self._handle(name, new.spec, new.layout.num_params), dict(saved.client)
 
     def sample(
@@ -216,7 +220,12 @@ class Trainer:
         def run() -> Path:
             state = self._engine.state(name)
             if merged:
-                export_merged(folder, self._engine.base.folder, state.layout, state.weights)
+                # As the layers read them, which in half precision is not the master copy.
+                weights_P = state.weights.to(TORCH_DTYPES[state.spec.dtype]).float()
+                export_merged(
+                    folder, self._engine.base.folder, state.layout, weights_P,
+                    base_fingerprint=self.fingerprint,
+                )  # fmt: skip
             else:
                 export_peft(
                     folder, state.spec, state.layout, state.weights,
@@ -265,7 +274,7 @@ class Trainer:
         if found != wanted:
             only = sorted(found ^ wanted)[:3]
             raise CheckpointMismatch(
-                f"{folder} does not fit the adapter's settings (site, rank, scale differ at {only}); "
+                f"{folder} does not fit the adapter's settings (site, rank or scale of {only}); "
                 "give the rank, alpha and targets that it was trained with, or leave them out"
             )
         return AdapterState(spec, layout, imported.weights_P)

@@ -74,6 +74,7 @@ def _untie_head(model: "PreTrainedModel", layout: Layout) -> None:
         return
     weight_VK = model.get_parameter(f"{names[0]}.weight")
     if weight_VK is embedding.weight:
+        assert head is not None
         head.weight = torch.nn.Parameter(weight_VK.detach().clone(), requires_grad=False)
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False

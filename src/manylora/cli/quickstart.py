@@ -7,7 +7,7 @@ import click
 
 @click.command(
     epilog="Example: manylora quickstart --out runs/quickstart",
-    short_help="Train a few small adapters on the seedling base, on any laptop.",
+    short_help="Train eight small adapters together on the seedling base, on any laptop.",
 )
 @click.option(
     "--out",
@@ -19,8 +19,9 @@ import click
 @click.option(
     "--steps", type=click.IntRange(min=1), help="Optimizer steps per adapter, in place of its own."
 )
-def quickstart(out: Path, steps: int | None) -> int:
-    """Train a few small adapters on the seedling base, on any laptop."""
+@click.option("--overwrite", is_flag=True, help="Start afresh where an earlier run has written.")
+def quickstart(out: Path, steps: int | None, overwrite: bool) -> int:
+    """Train eight small adapters together on the seedling base, on any laptop."""
     from manylora.quickstart.run import main
 
-    return int(main(out=out, steps=steps) or 0)
+    return int(main(out=out, steps=steps, overwrite=overwrite) or 0)

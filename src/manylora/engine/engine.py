@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from manylora.engine.head_loss import HeadLoss
+from manylora.engine.host_memory import keep_freed_memory
 from manylora.engine.microbatch import MicroBatch, build
 from manylora.engine.plan import cut, pack
 from manylora.lora.adapter import Adapter, AdapterWeights, SiteIndex
@@ -86,10 +87,18 @@ class Engine:
             BaseModelError, Unsupported: see `manylora.models.open_base`.
         """
         self.base: BaseModel = open_base(base, dtype=dtype, device=device)
+        if self.base.device.type == "cpu":
+            keep_freed_memory()
         self.token_budget = token_budget
         linears = find_linears(self.base)
         self.sites = tuple(
-            Site(found.name, found.layer.in_features, found.layer.out_features, found.group, found.is_head)
+            Site(
+                found.name,
+                found.layer.in_features,
+                found.layer.out_features,
+                found.group,
+                found.is_head,
+            )
             for found in linears
         )
         self.index = SiteIndex(self.sites)
@@ -190,7 +199,8 @@ class Engine:
                 outcomes[number] = self._missing(step.adapter)
             elif adapter.poison is not None:
                 outcomes[number] = StepRefused(
-                    f"adapter {step.adapter!r}: this step's gradients were dropped: {adapter.poison}"
+                    f"adapter {step.adapter!r}: gradients of this step were dropped: "
+                    f"{adapter.poison}"
                 )
                 adapter.drop_grad()
             else:
@@ -287,7 +297,10 @@ class Engine:
                 f"{len(datum)} tokens; the context of base {self.base.name!r} is "
                 f"{self.base.context_length}: shorten or split it"
             )
-        for name, tokens in (("tokens", datum.tokens), ("target_tokens", datum.loss_inputs["target_tokens"])):
+        for name, tokens in (
+            ("tokens", datum.tokens),
+            ("target_tokens", datum.loss_inputs["target_tokens"]),
+        ):
             if tokens.min() < 0 or tokens.max() >= self.base.vocab_size:
                 raise DataError(f"{name} has ids outside 0 … {self.base.vocab_size - 1}")
 
@@ -346,9 +359,7 @@ def _step(step: OptimStep, adapter: Adapter, norm: float) -> OptimStepResult | M
         )
     grad_P = adapter.require_grad()
     clip_(grad_P, norm, step.params.clip_norm)
-    adamw_step(
-        adapter.master_P, grad_P, *adapter.require_moments(), adapter.step, step.params
-    )
+    adamw_step(adapter.master_P, grad_P, *adapter.require_moments(), adapter.step, step.params)
     adapter.step += 1
     adapter.publish()
     adapter.drop_grad()

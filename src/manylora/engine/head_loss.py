@@ -47,7 +47,9 @@ class HeadLoss:
         loss_T = torch.empty_like(logprobs_T)
         grad_TH = torch.empty_like(hidden_TH) if backward else None
         for start, stop in self._chunks(batch, table):
-            grad_cH = self._chunk(hidden_TH, batch, table, start, stop, logprobs_T, loss_T, backward)
+            grad_cH = self._chunk(
+                hidden_TH, batch, table, start, stop, logprobs_T, loss_T, backward
+            )
             if grad_TH is not None and grad_cH is not None:
                 grad_TH[start:stop] = grad_cH[: stop - start]
         return logprobs_T, loss_T, grad_TH

@@ -76,7 +76,9 @@ def build(
     names = sorted({name for piece in pieces for name in losses[piece.work][0].inputs})
     columns = {
         name: [
-            datum.loss_inputs[name] if name in datum.loss_inputs else np.zeros(len(datum), np.float32)
+            datum.loss_inputs[name]
+            if name in datum.loss_inputs
+            else np.zeros(len(datum), np.float32)
             for datum in data
         ]
         for name in names

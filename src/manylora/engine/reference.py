@@ -59,16 +59,22 @@ class ReferenceEngine:
 
     def logprobs(self, datum: Datum) -> Tensor:
         """log p(target) [N] of one datum."""
-        logits_NV = self.model(input_ids=torch.from_numpy(datum.tokens)[None], use_cache=False).logits[0]
+        logits_NV = self.model(
+            input_ids=torch.from_numpy(datum.tokens)[None], use_cache=False
+        ).logits[0]
         logprobs_NV = torch.log_softmax(logits_NV.float(), dim=-1)
         targets_N1 = torch.from_numpy(datum.loss_inputs["target_tokens"])[:, None]
         return logprobs_NV.gather(1, targets_N1)[:, 0]
 
     def forward_backward(
-        self, data: Sequence[Datum], loss: str = "cross_entropy", config: Mapping[str, float] | None = None
+        self,
+        data: Sequence[Datum],
+        loss: str = "cross_entropy",
+        config: Mapping[str, float] | None = None,
     ) -> tuple[list[Tensor], float]:
         """Accumulate gradients; returns each datum's log-probabilities and the summed loss."""
-        logprobs, total = [], 0.0
+        logprobs: list[Tensor] = []
+        total = 0.0
         for datum in data:
             logprobs_N = self.logprobs(datum)
             inputs = {k: torch.from_numpy(v) for k, v in datum.loss_inputs.items()}

@@ -5,6 +5,12 @@ Does not own: which token belongs to which adapter (lora), autograd, the base's 
 Talks to: nobody; `lora` calls it.
 """
 
-from manylora.kernels.lowrank import Block, Member, SegmentWork, shrink_expand, shrink_expand_backward
+from manylora.kernels.lowrank import (
+    Block,
+    Member,
+    SegmentWork,
+    shrink_expand,
+    shrink_expand_backward,
+)
 
 __all__ = ["Block", "Member", "SegmentWork", "shrink_expand", "shrink_expand_backward"]

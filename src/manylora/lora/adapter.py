@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manylora.kernels import Block, Member
-from manylora.lora.layout import Layout
+from manylora.lora.layout import Factor, Layout
 from manylora.lora.sites import Site
 from manylora.lora.state import AdapterState
 from manylora.types import AdapterSpec
@@ -80,7 +80,8 @@ class Adapter:
         self.exp_avg_sq_P = _copied(state.exp_avg_sq, device)
         self.grad_P: Tensor | None = None
         self.step, self.draws = state.step, state.draws
-        self.has_grad, self.poison = False, None  # type: bool, str | None
+        self.has_grad = False
+        self.poison: str | None = None
         if state.grad is not None:
             self.require_grad().copy_(state.grad)
             self.has_grad = True
@@ -119,7 +120,7 @@ class Adapter:
         return AdapterState(
             spec=self.spec,
             layout=self.layout,
-            weights=_copied(self.master_P, torch.device("cpu")),
+            weights=self.master_P.detach().to("cpu", copy=True),
             exp_avg=_copied(self.exp_avg_P, torch.device("cpu")),
             exp_avg_sq=_copied(self.exp_avg_sq_P, torch.device("cpu")),
             grad=_copied(self.grad_P, torch.device("cpu")) if self.has_grad else None,
@@ -135,18 +136,16 @@ class Adapter:
         return sum(v.numel() * v.element_size() for v in vectors if v is not None)
 
 
-def _block(factors: tuple, vector_P: Tensor, sites: SiteIndex) -> Block:
+def _block(factors: tuple[Factor, ...], vector_P: Tensor, sites: SiteIndex) -> Block:
     a_RK = _a_rows(factors, vector_P)
     members = []
     for factor in factors:
         bt_RN = factor.b_transposed(vector_P)
-        members.append(
-            Member(sites.output_of[factor.site], factor.rank, factor.scale, bt_RN)
-        )
+        members.append(Member(sites.output_of[factor.site], factor.rank, factor.scale, bt_RN))
     return Block(a_RK, tuple(members), [factor.rank for factor in factors])
 
 
-def _a_rows(factors: tuple, vector_P: Tensor) -> Tensor:
+def _a_rows(factors: tuple[Factor, ...], vector_P: Tensor) -> Tensor:
     """The adjacent A factors of one input group as one [R, K] view."""
     rank, in_features = sum(f.rank for f in factors), factors[0].in_features
     return vector_P.narrow(0, factors[0].a_start, rank * in_features).view(rank, in_features)

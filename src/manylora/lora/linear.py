@@ -76,10 +76,10 @@ class LoRALinear(nn.Module):
             output = self.group.outputs(x, table)[0]
             assert output is not None
             return output
-        source, outputs = table.pending.get(self.group.number, (None, []))
-        if source is not x or outputs[self.position] is None:
-            outputs = self.group.outputs(x, table)
-            table.pending[self.group.number] = (x, outputs)
+        waiting = table.pending.get(self.group.number)
+        if waiting is None or waiting[0] is not x or waiting[1][self.position] is None:
+            waiting = table.pending[self.group.number] = (x, self.group.outputs(x, table))
+        outputs = waiting[1]
         output, outputs[self.position] = outputs[self.position], None
         assert output is not None
         if not any(o is not None for o in outputs):
@@ -91,7 +91,7 @@ class _GroupFunction(torch.autograd.Function):
     """Base products and low-rank terms of one input group."""
 
     @staticmethod
-    def forward(
+    def forward(  # pyrefly: ignore[bad-override]
         ctx: Any, x: Tensor, anchor: Tensor | None, group: InputGroup, table: RoutingTable
     ) -> tuple[Tensor, ...]:
         ys, shrunk = group._forward(x, table)
@@ -110,7 +110,9 @@ class _GroupFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for dy_TN, layer in zip(flat, group.layers, strict=True):
                 if dy_TN is not None:
-                    dx_TK = dy_TN @ layer.weight if dx_TK is None else dx_TK.addmm_(dy_TN, layer.weight)
+                    dx_TK = (
+                        dy_TN @ layer.weight if dx_TK is None else dx_TK.addmm_(dy_TN, layer.weight)
+                    )
         work = table.work(group.number)
         if work:
             x, *shrunk = ctx.saved_tensors
@@ -131,7 +133,9 @@ def wrap_linears(model: nn.Module, sites: SiteIndex) -> None:
         for site in members:
             layer = model.get_submodule(site.name)
             if type(layer) is not nn.Linear:
-                raise Unsupported(f"{site.name} is a {type(layer).__name__}; adapters need nn.Linear")
+                raise Unsupported(
+                    f"{site.name} is a {type(layer).__name__}; adapters need nn.Linear"
+                )
             layers.append(layer)
         group = InputGroup(number, layers)
         for position, (site, layer) in enumerate(zip(members, layers, strict=True)):

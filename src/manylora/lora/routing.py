@@ -97,7 +97,7 @@ _current: RoutingTable | None = None
 @contextmanager
 def routing(table: RoutingTable) -> Iterator[RoutingTable]:
     """Make `table` the one that every adapted layer reads."""
-    global _current  # noqa: PLW0603 - one writer, on the thread that owns the engine
+    global _current
     assert _current is None, "a stream is already running"
     _current = table
     try:

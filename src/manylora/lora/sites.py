@@ -59,15 +59,21 @@ def resolve_targets(spec: AdapterSpec, sites: Sequence[Site]) -> tuple[Target, .
     chosen = [site for site in sites if _is_target(spec.targets, site)]
     names = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
     for name in names:
-        if not any(_is_target(name if isinstance(spec.targets, str) else (name,), s) for s in sites):
+        if not any(
+            _is_target(name if isinstance(spec.targets, str) else (name,), s) for s in sites
+        ):
             raise TargetError(
                 f"target {name!r} matches no linear layer of this base; {_candidates(sites)}"
             )
-    for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+    for field, patterns in (
+        ("rank_pattern", spec.rank_pattern),
+        ("alpha_pattern", spec.alpha_pattern),
+    ):
         for pattern in patterns:
             if not any(_ends_in(pattern, site.name, field) for site in chosen):
                 raise TargetError(
-                    f"{field} {pattern!r} matches none of the targeted layers; {_candidates(chosen)}"
+                    f"{field} {pattern!r} matches none of the targeted layers; "
+                    f"{_candidates(chosen)}"
                 )
     return tuple(
         Target(

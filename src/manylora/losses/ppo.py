@@ -12,7 +12,7 @@ from torch import Tensor
 def ppo(
     logprobs_T: Tensor, inputs: Mapping[str, Tensor], settings: Mapping[str, float]
 ) -> tuple[Tensor, Tensor]:
-    """Per-token loss [T] and its derivative by l [T]: zero where the clipped term is the smaller."""
+    """Per-token loss [T] and its derivative by l [T], zero where the clipped term is smaller."""
     advantages_T = inputs["advantages"]
     ratio_T = torch.exp(logprobs_T - inputs["logprobs"])
     clipped_T = ratio_T.clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])

@@ -56,7 +56,9 @@ class Loss:
                 listed = ", ".join(sorted(known)) or "none"
                 raise DataError(f"loss {self.name!r} has no setting {name!r}; it takes: {listed}")
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise DataError(f"setting {name!r} of loss {self.name!r} is {value!r}, not a number")
+                raise DataError(
+                    f"setting {name!r} of loss {self.name!r} is {value!r}, not a number"
+                )
         for name in self.required:
             if name not in given:
                 raise DataError(f"loss {self.name!r} needs the setting {name!r}; it has no default")
@@ -71,7 +73,9 @@ class Loss:
         given = set(datum.loss_inputs) - {"target_tokens"}
         for name in self.inputs:
             if name not in given:
-                raise DataError(f"loss {self.name!r} needs the input {name!r}, one number per token")
+                raise DataError(
+                    f"loss {self.name!r} needs the input {name!r}, one number per token"
+                )
         for name in sorted(given - set(self.inputs)):
             takes = ", ".join(("target_tokens", *self.inputs))
             raise DataError(f"loss {self.name!r} has no input {name!r}; it takes: {takes}")
@@ -82,9 +86,7 @@ _LOSSES = {
     for loss in (
         Loss("cross_entropy", ("weights",), cross_entropy),
         Loss("importance_sampling", POLICY_INPUTS, importance_sampling),
-        Loss(
-            "ppo", POLICY_INPUTS, ppo, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
-        ),
+        Loss("ppo", POLICY_INPUTS, ppo, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}),
         Loss(
             "cispo", POLICY_INPUTS, cispo, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}
         ),

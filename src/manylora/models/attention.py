@@ -75,7 +75,9 @@ def _per_run(
     parts = zip(*(t[0].split(sizes, dim=1) for t in (query, key, value)), strict=True)
     outputs = []
     for (count, length), (q, k, v) in zip(runs, parts, strict=False):
-        q_nHLD, k_nHLD, v_nHLD = (t.unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v))
+        q_nHLD, k_nHLD, v_nHLD = (
+            t.unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v)
+        )
         out_nHLD = _attend(q_nHLD, k_nHLD, v_nHLD, scale, window, softcap)
         outputs.append(out_nHLD.transpose(1, 2).flatten(0, 1))
     if stream.num_padding:
@@ -189,7 +191,7 @@ def _varlen(
     window: int | None,
 ) -> Tensor:
     # Here, because the module needs a CUDA build's operators.
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
+    from torch.nn.attention.varlen import varlen_attn
 
     groups = query.shape[1] // key.shape[1]
     if groups > 1:

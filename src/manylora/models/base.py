@@ -5,6 +5,7 @@ T tokens, H hidden size, V vocabulary.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -100,7 +101,9 @@ def open_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") ->
         Unsupported: an architecture whose numbers a packed stream would change.
     """
     folder = resolve_base(name)
-    place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device(
+        device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     hub_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -109,8 +112,8 @@ def open_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") ->
         )
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
-            f"cannot open base {str(name)!r}: {error}. Name `{SEEDLING}`, a folder with config.json "
-            "and safetensors, or a hub id"
+            f"cannot open base {str(name)!r}: {error}. Name `{SEEDLING}`, a folder with "
+            "config.json and safetensors, or a hub id"
         ) from error
     model.to(place).eval().requires_grad_(False)
     _silence_dropout(model)
@@ -176,7 +179,9 @@ def _silence_dropout(model: nn.Module) -> None:
 def _head(model: Any, config: Any) -> Head:
     layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear:
-        raise Unsupported(f"the output head is a {type(layer).__name__}; only nn.Linear is supported")
+        raise Unsupported(
+            f"the output head is a {type(layer).__name__}; only nn.Linear is supported"
+        )
     name = next(n for n, module in model.named_modules() if module is layer)
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(layer.weight, layer.bias, None if softcap is None else float(softcap), name)
@@ -212,7 +217,7 @@ def _eos(model: Any) -> tuple[int, ...]:
         eos = model.config.eos_token_id
     if eos is None:
         return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+    return tuple(eos) if isinstance(eos, Sequence) else (int(eos),)
 
 
 @torch.no_grad()
@@ -241,5 +246,5 @@ def _check(base: BaseModel) -> None:
     if not error <= tolerance:
         raise Unsupported(
             f"base {base.name!r} ({type(base.model).__name__}): a packed stream gives other logits "
-            f"than the model alone (relative difference {error:.1e}); this architecture is not supported"
+            f"than the model alone (relative difference {error:.1e}); it is not supported"
         )

@@ -35,7 +35,9 @@ def find_linears(base: BaseModel) -> list[FoundLinear]:
         called.append((module, inputs[0]))
 
     hooks = [
-        module.register_forward_pre_hook(record) for module in names if isinstance(module, nn.Linear)
+        module.register_forward_pre_hook(record)
+        for module in names
+        if isinstance(module, nn.Linear)
     ]
     try:
         zeros_T = torch.zeros(padded_rows(1), dtype=torch.long, device=base.device)

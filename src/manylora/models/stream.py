@@ -97,7 +97,7 @@ _current: PackedStream | None = None
 @contextmanager
 def packed(stream: PackedStream) -> Iterator[PackedStream]:
     """Make `stream` the one that attention reads; held around forward and backward."""
-    global _current  # noqa: PLW0603 - one writer, on the thread that owns the engine
+    global _current
     assert _current is None, "a stream is already running"
     _current = stream
     try:

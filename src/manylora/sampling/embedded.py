@@ -25,7 +25,7 @@ MAX_CACHED_TOKENS = 1 << 16
 
 @dataclass(slots=True)
 class Request:
-    """One prompt to continue. `owner` and `index` tell which operation, and which of its prompts."""
+    """One prompt to continue; `owner` and `index` tell whose, and which of the owner's."""
 
     owner: int
     prompt: list[int]
@@ -68,8 +68,12 @@ def _open(base: BaseModel, request: Request) -> _Sequence:
     params = request.params
     limit = min(params.max_tokens, base.context_length - len(request.prompt))
     stop = frozenset(base.eos_token_ids if params.stop is None else params.stop)
-    generator = torch.Generator().manual_seed((params.seed * 1_000_003 + request.index) & ((1 << 63) - 1))
-    return _Sequence(request, limit, stop, torch.rand(limit, generator=generator, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(
+        (params.seed * 1_000_003 + request.index) & ((1 << 63) - 1)
+    )
+    return _Sequence(
+        request, limit, stop, torch.rand(limit, generator=generator, dtype=torch.float64)
+    )
 
 
 def _batches(sequences: Sequence[_Sequence]) -> Iterator[list[_Sequence]]:
@@ -82,7 +86,8 @@ def _batches(sequences: Sequence[_Sequence]) -> Iterator[list[_Sequence]]:
             len(batch) == MAX_SEQUENCES or longest_if * (len(batch) + 1) > MAX_CACHED_TOKENS
         ):
             yield batch
-            batch, longest_if = [], length
+            batch = list[_Sequence]()
+            longest_if = length
         batch.append(sequence)
         longest = longest_if
     if batch:
@@ -188,7 +193,9 @@ def _draw(logprobs_SV: Tensor, batch: Sequence[_Sequence]) -> Tensor:
     probs_SV = probs_SV * ((rank_V < top_k_S1) & ((before_SV < top_p_S1) | (rank_V == 0)))
     cumulative_SV = probs_SV.cumsum(-1)
     draw_S1 = torch.tensor(
-        [[float(s.draws[len(s.tokens)])] for s in batch], device=probs_SV.device, dtype=torch.float64
+        [[float(s.draws[len(s.tokens)])] for s in batch],
+        device=probs_SV.device,
+        dtype=torch.float64,
     )
     place_S1 = (cumulative_SV <= draw_S1 * cumulative_SV[:, -1:]).sum(-1, keepdim=True)
     return tokens_SV.gather(1, place_S1.clamp_max(vocab - 1)).squeeze(1)

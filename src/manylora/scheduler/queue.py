@@ -51,7 +51,7 @@ class OperationQueue:
     """The one queue behind every door. Thread-safe."""
 
     def __init__(self, token_budget: int):
-        """`token_budget`: tokens that one batch takes together (one larger operation may exceed it)."""
+        """`token_budget`: tokens of one batch (a larger operation runs alone)."""
         self.token_budget = token_budget
         self._lanes: OrderedDict[str, _Lane] = OrderedDict()
         self._changed = threading.Condition()

@@ -33,7 +33,8 @@ class Datum:
         tokens = np.ascontiguousarray(self.tokens)
         if tokens.ndim != 1 or len(tokens) == 0 or tokens.dtype.kind not in "iu":
             raise DataError(
-                f"tokens must be a non-empty one-dimensional integer array, not {tokens.dtype} {tokens.shape}"
+                "tokens must be a non-empty one-dimensional integer array, "
+                f"not {tokens.dtype} {tokens.shape}"
             )
         object.__setattr__(self, "tokens", tokens.astype(np.int64, copy=False))
         inputs: dict[str, Array] = {}
@@ -68,7 +69,8 @@ def causal_datum(tokens: Sequence[int] | Array, weights: Sequence[float] | Array
     tokens_M, weights_M = np.asarray(tokens, dtype=np.int64), np.asarray(weights, dtype=np.float32)
     if len(tokens_M) < 2 or tokens_M.shape != weights_M.shape:
         raise DataError(
-            f"a sequence needs two tokens or more and one weight each; got {len(tokens_M)} and {len(weights_M)}"
+            "a sequence needs two tokens or more and one weight each; "
+            f"got {len(tokens_M)} and {len(weights_M)}"
         )
     return Datum(tokens_M[:-1], {"target_tokens": tokens_M[1:], "weights": weights_M[1:]})
 

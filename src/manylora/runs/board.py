@@ -1,0 +1,151 @@
+"""What the views show, kept from the events: one row per adapter, and the rate of all."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from manylora.runs.events import (
+    AdapterEnded,
+    AdapterStarted,
+    EvalDone,
+    Event,
+    Phase,
+    RunStarted,
+    StepDone,
+    Stopping,
+)
+
+Clock = Callable[[], float]
+# Rates and times are of the last seconds: they follow neighbours that come and go.
+WINDOW_SECONDS = 10.0
+
+
+@dataclass(slots=True)
+class Rate:
+    """Amount per second over a sliding window."""
+
+    clock: Clock
+    marks: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def add(self, amount: int, seconds: float = 0.0) -> None:
+        """Something was done just now; if it is the first, `seconds` tells how long it took."""
+        now = self.clock()
+        if not self.marks and seconds:
+            self.marks.append((now - seconds, 0))
+        self.marks.append((now, amount))
+        while len(self.marks) > 2 and self.marks[0][0] < now - WINDOW_SECONDS:
+            self.marks.popleft()
+
+    def per_second(self) -> float | None:
+        """None until two marks lie apart."""
+        if len(self.marks) < 2:
+            return None
+        span = self.marks[-1][0] - self.marks[0][0]
+        # What the first mark tells of was done before the span began.
+        done = sum(amount for _, amount in self.marks) - self.marks[0][1]
+        return done / span if span > 0 else None
+
+
+@dataclass(slots=True)
+class Row:
+    """One adapter as it stands."""
+
+    name: str
+    tokens: Rate
+    steps_done: Rate
+    step: int = 0
+    steps: int = 0
+    first_loss: float | None = None
+    loss: float | None = None
+    status: str = "waiting"
+    phase: str = ""
+    done: int = 0
+    total: int = 0
+    error: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self.status in ("completed", "failed", "cancelled")
+
+    def eta(self) -> float | None:
+        """Seconds until the last step."""
+        rate = self.steps_done.per_second()
+        return (self.steps - self.step) / rate if rate and self.steps > self.step else None
+
+
+class Board:
+    """Rows by adapter; updated by every event."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self.rows: dict[str, Row] = {}
+        self.tokens = Rate(clock)
+        self.base = self.out = self.phase = ""
+        self.stopping = ""
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self.base, self.out = event.base, event.out
+                for name, steps in event.adapters.items():
+                    self.row(name).steps = steps
+            case Phase(adapter=""):
+                self.phase = event.text
+            case Phase():
+                row = self.row(event.adapter)
+                row.status, row.phase = "working", event.text
+                row.done, row.total = event.done, event.total
+            case AdapterStarted():
+                row = self.row(event.adapter)
+                row.step, row.steps, row.status, row.phase = event.step, event.steps, "ready", ""
+            case StepDone():
+                self._step(event)
+            case EvalDone():
+                self.row(event.adapter).phase = ""
+            case AdapterEnded():
+                row = self.row(event.adapter)
+                row.status, row.error, row.phase = event.status, event.error, ""
+                row.step = event.step
+            case Stopping():
+                self.stopping = event.reason
+
+    def row(self, name: str) -> Row:
+        """The row of an adapter, made on first use."""
+        if name not in self.rows:
+            self.rows[name] = Row(name, Rate(self._clock), Rate(self._clock))
+        return self.rows[name]
+
+    def _step(self, event: StepDone) -> None:
+        row = self.row(event.adapter)
+        row.step, row.steps, row.loss = event.step, event.steps, event.loss
+        row.first_loss = event.loss if row.first_loss is None else row.first_loss
+        row.status, row.phase = "training", ""
+        row.tokens.add(event.tokens, event.seconds)
+        row.steps_done.add(1, event.seconds)
+        self.tokens.add(event.tokens, event.seconds)
+
+
+def short(value: float | None) -> str:
+    """A figure for people: four significant digits, or a dash."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def printable(text: str) -> str:
+    """The text without characters that would steer a terminal; lines and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def rate(value: float | None) -> str:
+    """Tokens per second for people."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def clock_text(seconds: float | None) -> str:
+    """`1:05`, `2:03:04`, or a dash."""
+    if seconds is None:
+        return "–"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,178 @@
+"""May this run file write into this folder? Only if it is the run that the folder is of."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from manylora.config import AdapterEntry, RunFile, is_data_file, load_run_file, resolved_yaml
+from manylora.runs.layout import RunPaths, read_json, write_json, write_text
+from manylora.types import ConfigError
+
+# Settings that change what is shown, or where files lie, but no weight.
+_FREE = {"out", "report", "tensorboard", "wandb", "trackio"}
+_SHOWN = 8
+# Reading as many takes long enough to be worth telling.
+ANNOUNCED_BYTES = 2**30
+
+Inputs = dict[str, dict[str, str | None]]
+Hashing = Callable[[str], None]
+
+
+def claim(
+    run: RunFile, paths: RunPaths, *, overwrite: bool = False, hashing: Hashing = lambda _: None
+) -> None:
+    """Make OUT this run's: begin it, take it up again, or refuse.
+
+    Args:
+        overwrite: delete what another run wrote there (that, and nothing else).
+        hashing: told of each big data file that is about to be read through.
+
+    Raises:
+        ConfigError: OUT holds another run, or something that is no run.
+    """
+    names = [entry.name for entry in run.adapters]
+    reserved = {path.name.lower() for path in _files(paths)}
+    for name in names:
+        if name.lower() in reserved:
+            raise ConfigError(
+                f"adapter name {name!r} is the name of a file of the run; choose another"
+            )
+    inputs = data_hashes(run, hashing)
+    if paths.run_yaml.exists():
+        if overwrite:
+            paths.delete(sorted({*names, *_names_in(paths.run_yaml)}))
+        else:
+            inputs = _same_run(run, paths, inputs)
+    else:
+        _refuse_strange_folders(paths, names)
+    write_json(paths.inputs, inputs)
+    write_text(paths.run_yaml, resolved_yaml(run))
+
+
+def data_hashes(run: RunFile, hashing: Hashing = lambda _: None) -> Inputs:
+    """SHA-256 of each adapter's data files; None = there is no such file, or it is on a hub."""
+    known: dict[str, str | None] = {}
+
+    def digest(source: str | None) -> str | None:
+        if source is None or not is_data_file(source):
+            return None
+        if source not in known:
+            if _size(source) > ANNOUNCED_BYTES:
+                hashing(source)
+            known[source] = _sha256(Path(source))
+        return known[source]
+
+    return {
+        entry.name: {source: digest(source) for source in _sources(entry)} for entry in run.adapters
+    }
+
+
+def _files(paths: RunPaths) -> tuple[Path, ...]:
+    return (paths.run_yaml, paths.inputs, paths.summary, paths.report)
+
+
+def _sources(entry: AdapterEntry) -> list[str]:
+    return [source for source in (entry.sft.train, entry.sft.eval) if source is not None]
+
+
+def _size(source: str) -> int:
+    try:
+        return Path(source).stat().st_size
+    except OSError:
+        return 0
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None  # the adapter that needs it will say so
+
+
+def _names_in(run_yaml: Path) -> list[str]:
+    try:
+        data = yaml.safe_load(run_yaml.read_text(encoding="utf-8"))
+        names = [entry["name"] for entry in data["adapters"]]
+    except (OSError, yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError):
+        return []
+    # A name is used as a path here, and the file may have been edited.
+    return [name for name in names if isinstance(name, str) and Path(name).name == name]
+
+
+def _refuse_strange_folders(paths: RunPaths, names: list[str]) -> None:
+    for name in names:
+        folder = paths.adapter(name).root
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(
+                f"{folder} exists, and {paths.root} holds no run (there is no run.yaml); "
+                "choose another out"
+            )
+
+
+def _same_run(run: RunFile, paths: RunPaths, inputs: Inputs) -> Inputs:
+    """The inputs to note down, if OUT is of this run; ConfigError otherwise."""
+    try:
+        before = load_run_file(paths.run_yaml)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{paths.run_yaml} cannot be read, so it is not known whether it is this run; choose "
+            f"another out, or overwrite it with --overwrite ({error})"
+        ) from error
+    differences = list(_differences(_comparable(before), _comparable(run)))
+    noted = read_json(paths.inputs)
+    noted = noted if isinstance(noted, dict) else {}
+    if not differences:
+        differences = list(_changed_data(paths, noted, inputs))
+    if differences:
+        shown = "".join(f"\n  {line}" for line in differences[:_SHOWN])
+        more = len(differences) - _SHOWN
+        raise ConfigError(
+            f"{paths.root} holds another run:{shown}"
+            + (f"\n  and {more} more" if more > 0 else "")
+            + "\nchoose another out, or start afresh with --overwrite"
+        )
+    return {
+        name: {source: digest or noted.get(name, {}).get(source) for source, digest in of.items()}
+        for name, of in inputs.items()
+    }
+
+
+def _comparable(run: RunFile) -> dict[str, Any]:
+    data = run.model_dump(mode="json")
+    # By name: their order in the file changes nothing.
+    adapters = {entry["name"]: entry for entry in data.pop("adapters")}
+    return {"adapters": adapters, **{k: v for k, v in data.items() if k not in _FREE}}
+
+
+def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys([*before, *now]):
+            path = f"{where}.{key}" if where else str(key)
+            if key not in now:
+                yield f"{path} is not in this run file"
+            elif key not in before:
+                yield f"{path} is not in that run"
+            else:
+                yield from _differences(before[key], now[key], path)
+    elif before != now:
+        yield f"{where}: {before!r} there, {now!r} here"
+
+
+def _changed_data(paths: RunPaths, noted: Mapping[str, Any], inputs: Inputs) -> Iterator[str]:
+    """Data files that an adapter has been trained on and that have changed since.
+
+    An adapter that failed before its first checkpoint has nothing to mix up: its data may be
+    mended.
+    """
+    for name, of in inputs.items():
+        folder = paths.adapter(name)
+        if not folder.checkpoints.is_dir() and not folder.final.is_dir():
+            continue
+        for source, digest in of.items():
+            old = noted.get(name, {}).get(source)
+            if old and digest and old != digest:
+                yield f"data of adapter {name}: {source} has changed since"

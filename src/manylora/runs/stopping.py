@@ -1,0 +1,64 @@
+"""Ctrl-C and SIGTERM: the first asks the run to stop, the second ends it at once."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+EXIT_INTERRUPTED = 130
+ECHO_SECONDS = 0.2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopper:
+    """Signal handlers for as long as a run lasts.
+
+    Before the loop is there (hashing, opening the base) nothing has been trained, so the signal
+    is an ordinary KeyboardInterrupt. From then on it is a wish, which adapters look at between
+    operations.
+    """
+
+    def __init__(self, *, last_words: Callable[[], None] = lambda: None) -> None:
+        self._last_words = last_words
+        self._before: dict[int, Any] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wish: Callable[[str], None] | None = None
+        self._asked_at: float | None = None
+
+    def __enter__(self) -> Self:
+        # Python only lets the main thread do this; elsewhere the caller owns the signals.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def heed(self, loop: asyncio.AbstractEventLoop, wish: Callable[[str], None]) -> None:
+        """From now on a signal calls `wish(name of the signal)` within the loop."""
+        self._loop, self._wish = loop, wish
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._asked_at is not None:
+            # Launchers pass on a Ctrl-C that the terminal has already sent to everybody.
+            if now - self._asked_at < ECHO_SECONDS:
+                return
+            self._last_words()
+            os._exit(EXIT_INTERRUPTED)
+        self._asked_at = now
+        if self._loop is None or self._wish is None:
+            raise KeyboardInterrupt
+        if self._loop.is_closed():
+            return  # training is over, and what is left to write is short
+        self._loop.call_soon_threadsafe(self._wish, signal.Signals(number).name)

@@ -1,0 +1,137 @@
+"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio.
+
+A tracker is a listener; if it fails in the middle of a run, the run goes on without it.
+"""
+
+import importlib
+import sys
+from contextlib import redirect_stdout
+from types import ModuleType
+from typing import Any, Protocol
+
+from manylora.config import RunFile
+from manylora.runs.events import AdapterEnded, AdapterStarted, EvalDone, Event, StepDone
+from manylora.runs.layout import RunPaths
+from manylora.types import ConfigError
+
+
+class Tracker(Protocol):
+    """A listener that has something to close."""
+
+    def __call__(self, event: Event) -> None: ...
+
+    def close(self) -> None:
+        """Hand over everything; called once, however the run ends."""
+
+
+def open_trackers(run: RunFile, paths: RunPaths) -> list[Tracker]:
+    """The trackers that the run file asks for.
+
+    Raises:
+        ConfigError: a package that one of them needs is not installed.
+    """
+    trackers: list[Tracker] = []
+    if run.tensorboard:
+        trackers.append(TensorBoard(paths))
+    if run.wandb is not None:
+        settings = {
+            "project": run.wandb.project,
+            "entity": run.wandb.entity,
+            "group": run.out.name,
+            "reinit": "create_new",  # several runs at once, none of them "the current one"
+        }
+        trackers.append(RunPerAdapter(_package("wandb"), settings, run))
+    if run.trackio is not None:
+        settings = {"project": run.trackio.project}
+        trackers.append(RunPerAdapter(_package("trackio"), settings, run))
+    return trackers
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"the run file asks for {name}, which is not installed; "
+            f"install it with: pip install 'manylora[{name}]'"
+        ) from error
+
+
+def scalars(event: StepDone | EvalDone) -> dict[str, float]:
+    """The figures of an event by the names that trackers show."""
+    if isinstance(event, EvalDone):
+        found = {"eval/loss": event.loss, "eval/exact_match": event.exact_match}
+        return {name: value for name, value in found.items() if value is not None}
+    return {
+        "train/loss": event.loss,
+        "train/lr": event.lr,
+        "train/grad_norm": event.grad_norm,
+        "train/tokens": float(event.tokens),
+        "train/tokens_per_second": event.tokens / event.seconds if event.seconds else 0.0,
+    }
+
+
+class TensorBoard:
+    """Event files below each adapter's own folder; `tensorboard --logdir OUT` compares them."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "tensorboard is not installed; install it with: pip install tensorboard, "
+                "or write tensorboard: false in the run file"
+            ) from error
+        self._make, self._paths = SummaryWriter, paths
+        self._writers: dict[str, Any] = {}
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, AdapterStarted):
+            folder = self._paths.adapter(event.adapter).tensorboard
+            # The viewer is to forget what an earlier attempt logged after the checkpoint.
+            purge = event.step + 1 if event.step else 0
+            self._writers[event.adapter] = self._make(str(folder), purge_step=purge, flush_secs=10)
+        elif isinstance(event, StepDone | EvalDone) and event.adapter in self._writers:
+            for name, value in scalars(event).items():
+                self._writers[event.adapter].add_scalar(name, value, event.step)
+        elif isinstance(event, AdapterEnded) and event.adapter in self._writers:
+            self._writers.pop(event.adapter).close()
+
+    def close(self) -> None:
+        """Close what is still open."""
+        while self._writers:
+            self._writers.popitem()[1].close()
+
+
+class RunPerAdapter:
+    """Weights & Biases or Trackio, which share an interface: one of their runs per adapter.
+
+    Metrics go through the run object that `init` returns, never through the package's idea of the
+    one current run, because several are open at once.
+    """
+
+    def __init__(self, package: Any, settings: dict[str, Any], run: RunFile) -> None:
+        self._package, self._settings = package, settings
+        self._configs = {entry.name: entry.model_dump(mode="json") for entry in run.adapters}
+        self._runs: dict[str, Any] = {}
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, AdapterStarted):
+            # They greet on stdout, which may be for machines.
+            with redirect_stdout(sys.stderr):
+                self._runs[event.adapter] = self._package.init(
+                    name=event.adapter, config=self._configs.get(event.adapter), **self._settings
+                )
+        elif isinstance(event, StepDone | EvalDone) and event.adapter in self._runs:
+            self._runs[event.adapter].log(scalars(event), step=event.step)
+        elif isinstance(event, AdapterEnded) and event.adapter in self._runs:
+            self._finish(event.adapter)
+
+    def close(self) -> None:
+        """Finish what is still open."""
+        for name in list(self._runs):
+            self._finish(name)
+
+    def _finish(self, name: str) -> None:
+        with redirect_stdout(sys.stderr):
+            self._runs.pop(name).finish()

@@ -1,0 +1,264 @@
+"""A run file from beginning to end: claim the folder, open the base, run every adapter, report."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from manylora.config import RunFile
+from manylora.runs.events import Listeners, Phase, RunEnded, RunStarted, Stopping
+from manylora.runs.job import Job
+from manylora.runs.layout import RunPaths, held, is_completed, read_json, write_json
+from manylora.runs.machine import hardware, versions
+from manylora.runs.outcome import Outcome
+from manylora.runs.prepare import plan_job
+from manylora.runs.report import write_report
+from manylora.runs.resume import claim
+from manylora.runs.sft import AdapterRun, NewestState
+from manylora.runs.stopping import EXIT_INTERRUPTED, Stopper
+from manylora.runs.trackers import open_trackers
+from manylora.runs.view import open_view
+from manylora.types import SaveFailed
+
+ViewKind = Literal["auto", "plain", "json"]
+OpenDoor = Callable[[RunFile], AbstractContextManager[Any]]
+
+EXIT_FAILED = 1
+
+log = logging.getLogger(__name__)
+
+
+def open_trainer(run: RunFile) -> AbstractContextManager[Any]:
+    """The Python door on the run file's base."""
+    from manylora.api import Trainer
+
+    return Trainer(
+        run.base,
+        token_budget=run.token_budget,
+        dtype=run.dtype,
+        device=run.device,
+        activation_checkpointing=run.activation_checkpointing,
+        threads=run.threads,
+    )
+
+
+def newest_state(parent: Path) -> Path | None:
+    """The newest whole training state in a folder."""
+    from manylora.checkpoint import newest_state as newest
+
+    return newest(parent)
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What a run reaches for outside of this room; tests put small ones in their place."""
+
+    open_door: OpenDoor = open_trainer
+    newest_state: NewestState = newest_state
+
+
+def train_run_file(
+    run: RunFile,
+    *,
+    overwrite: bool = False,
+    view: ViewKind = "auto",
+    outside: Outside | None = None,
+) -> int:
+    """Train every adapter of a run file, or go on where an earlier attempt was interrupted.
+
+    Args:
+        overwrite: start afresh; delete what an earlier run wrote to the same folder.
+        view: how progress is shown; auto = live on a terminal, plain lines elsewhere.
+
+    Returns:
+        The exit code: 0 when all adapters are completed, 1 when one failed, 130 when the run was
+        interrupted.
+
+    Raises:
+        ConfigError: the folder holds another run, or a tracker's package is missing.
+        BaseModelError: the base cannot be opened.
+    """
+    return _Run(run, overwrite, view, outside or Outside()).go()
+
+
+@dataclass(slots=True)
+class _Run:
+    """One call of `train_run_file`."""
+
+    run: RunFile
+    overwrite: bool
+    view_kind: ViewKind
+    outside: Outside
+    paths: RunPaths = field(init=False)
+    emit: Listeners = field(default_factory=Listeners)
+    jobs: list[Job] = field(init=False)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    # Of the training itself: without opening the base, with evaluations.
+    seconds: float = 0.0
+    nothing_to_do: bool = False
+
+    def __post_init__(self) -> None:
+        self.paths = RunPaths(self.run.out)
+        self.jobs = [plan_job(entry) for entry in self.run.adapters]
+        self.outcomes = {job.name: Outcome(total_steps=job.steps) for job in self.jobs}
+
+    def go(self) -> int:
+        with ExitStack() as stack:
+            stack.enter_context(held(self.paths))
+            view = stack.enter_context(open_view(self.view_kind))
+            self.emit.add(view)
+            stopper = stack.enter_context(Stopper(last_words=view.last_words))
+            try:
+                self._begin(stack)
+            except KeyboardInterrupt:
+                return EXIT_INTERRUPTED  # the folder may be another run's; nothing is written
+            try:
+                self._train(stopper)
+            except KeyboardInterrupt:
+                self._cancel_all()
+            return self._end()
+
+    def _begin(self, stack: ExitStack) -> None:
+        try:
+            claim(
+                self.run,
+                self.paths,
+                overwrite=self.overwrite,
+                hashing=lambda source: self.emit(Phase("", f"checking {Path(source).name}")),
+            )
+        except OSError as error:
+            raise SaveFailed(f"{self.paths.root}: {error.strerror or error}") from error
+        for tracker in open_trackers(self.run, self.paths):
+            self.emit.add(tracker)
+            stack.callback(tracker.close)
+        steps = {job.name: job.steps for job in self.jobs}
+        self.emit(RunStarted(str(self.paths.root), self.run.base, steps))
+
+    def _train(self, stopper: Stopper) -> None:
+        self.nothing_to_do = all(is_completed(self.paths.adapter(j.name)) for j in self.jobs)
+        if self.nothing_to_do:
+            asyncio.run(self._all(None, stopper))  # each says that it is; no base is needed
+            return
+        self.emit(Phase("", f"opening {self.run.base}"))
+        with _quiet_loading(), self.outside.open_door(self.run) as door:
+            self.emit(Phase("", ""))
+            begun = time.perf_counter()
+            try:
+                asyncio.run(self._all(door, stopper))
+            finally:
+                self.seconds = time.perf_counter() - begun
+
+    async def _all(self, door: Any, stopper: Stopper) -> None:
+        """One task per adapter; none of them raises."""
+        stop, preparing = asyncio.Event(), asyncio.Lock()
+
+        def wish(reason: str) -> None:
+            stop.set()
+            self.emit(Stopping(reason))
+
+        stopper.heed(asyncio.get_running_loop(), wish)
+        runs = [
+            AdapterRun(
+                door,
+                job,
+                self.paths.adapter(job.name),
+                emit=self.emit,
+                stop=stop,
+                preparing=preparing,
+                newest_state=self.outside.newest_state,
+            )
+            for job in self.jobs
+        ]
+        self.outcomes = {job.name: run.outcome for job, run in zip(self.jobs, runs, strict=True)}
+        await asyncio.gather(
+            *(self._one(job.name, run) for job, run in zip(self.jobs, runs, strict=True))
+        )
+
+    async def _one(self, name: str, run: AdapterRun) -> None:
+        self.outcomes[name] = await run.run()
+        # After each adapter, so that a killed run has told what it knew.
+        self._write_summary()
+
+    def _cancel_all(self) -> None:
+        """Interrupted before any adapter was opened."""
+        for job in self.jobs:
+            outcome = Outcome.earlier(self.paths.adapter(job.name))
+            outcome.total_steps = outcome.total_steps or job.steps
+            outcome.status = outcome.status or "cancelled"
+            self.outcomes[job.name] = outcome
+
+    def _end(self) -> int:
+        summary = self._write_summary()
+        if self.run.report:
+            self.emit(Phase("", "writing report.html", 0, 1))
+            try:
+                write_report(self.paths)
+            except OSError as error:
+                log.error("report.html: %s", error)
+        code = _exit_code(self.outcomes.values())
+        self.emit(RunEnded(str(self.paths.root), code, summary))
+        return code
+
+    def _write_summary(self) -> dict[str, Any]:
+        summary = self._summary()
+        if self.nothing_to_do:
+            # What the run itself told stays.
+            return read_json(self.paths.summary) or summary
+        try:
+            write_json(self.paths.summary, summary)
+        except OSError as error:  # a full disk must not cost the adapters that still train
+            log.error("summary.json: %s", error)
+        return summary
+
+    def _summary(self) -> dict[str, Any]:
+        tokens = sum(outcome.trained_here for outcome in self.outcomes.values())
+        statuses = [outcome.status for outcome in self.outcomes.values()]
+        return {
+            "status": _overall(statuses),
+            "base": self.run.base,
+            "started": self.started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(self.seconds, 3),
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / self.seconds, 1) if self.seconds else None,
+            "versions": versions(),
+            "hardware": hardware(),
+            "adapters": {
+                name: {**outcome.to_dict(), "status": outcome.status or "running"}
+                for name, outcome in self.outcomes.items()
+            },
+        }
+
+
+def _overall(statuses: Sequence[str | None]) -> str:
+    for status in (None, "cancelled", "failed"):
+        if status in statuses:
+            return status or "running"
+    return "completed"
+
+
+def _exit_code(outcomes: Iterable[Outcome]) -> int:
+    statuses = {outcome.status for outcome in outcomes}
+    if "cancelled" in statuses:
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if "failed" in statuses else 0
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bars of other libraries in the middle of ours."""
+    from transformers.utils import logging as hub_logging
+
+    shown = hub_logging.is_progress_bar_enabled()
+    hub_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hub_logging.enable_progress_bar()

@@ -1,0 +1,271 @@
+"""How a run shows itself: live on a terminal, plain lines elsewhere, JSON lines for machines.
+
+Progress goes to stderr; what the run has to say in the end goes to stdout.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, Protocol, TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from manylora.runs.board import Board, Clock, Row, clock_text, printable, rate, short
+from manylora.runs.closing import print_closing
+from manylora.runs.events import (
+    AdapterEnded,
+    AdapterStarted,
+    EvalDone,
+    Event,
+    Phase,
+    RunEnded,
+    RunStarted,
+    StepDone,
+    Stopping,
+    event_dict,
+)
+
+PLAIN_SECONDS = 5.0
+PHASE_SECONDS = 2.0
+STYLES = {
+    "completed": "green",
+    "failed": "bold red",
+    "cancelled": "yellow",
+    "training": "cyan",
+    "waiting": "dim",
+}
+
+
+class View(Protocol):
+    """A listener that a person or a machine reads."""
+
+    def __call__(self, event: Event) -> None: ...
+
+    def last_words(self) -> None:
+        """Leave the terminal as it was; the process is about to end at once."""
+
+
+@contextmanager
+def open_view(kind: Literal["auto", "plain", "json"]) -> Iterator[View]:
+    """The view of this kind, for as long as the run lasts."""
+    if kind == "json":
+        yield JsonView(sys.stdout)
+    elif kind == "auto" and sys.stderr.isatty():
+        view = LiveView(Console(stderr=True), sys.stdout)
+        with view.live:
+            yield view
+    else:
+        yield PlainView(sys.stderr, sys.stdout)
+
+
+class JsonView:
+    """One JSON object per line on stdout."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def __call__(self, event: Event) -> None:
+        self._out.write(json.dumps(event_dict(event), ensure_ascii=False) + "\n")
+        self._out.flush()
+
+    def last_words(self) -> None:
+        """Nothing to tidy up."""
+
+
+class PlainView:
+    """Lines, few enough for a log file: begin, end, and in between one per five seconds."""
+
+    def __init__(self, progress: TextIO, out: TextIO, clock: Clock = time.monotonic) -> None:
+        self._progress, self._out, self._clock = progress, out, clock
+        self._board = Board(clock)
+        self._shown: dict[str, float] = {}
+        self._phases: dict[str, str] = {}
+
+    def __call__(self, event: Event) -> None:
+        self._board(event)
+        match event:
+            case RunStarted():
+                steps = len(event.adapters)
+                self._say("", f"{steps} adapter{'s' * (steps != 1)} on {event.base} → {event.out}")
+            case Phase():
+                self._phase(event)
+            case AdapterStarted():
+                after = f", resumed after step {event.step}" if event.step else ""
+                self._say(
+                    event.adapter,
+                    f"{event.num_params:,} parameters, {event.steps:,} steps{after}",
+                )
+            case StepDone() if self._due(event):
+                self._say(event.adapter, step_text(self._board.row(event.adapter)))
+            case EvalDone():
+                self._say(event.adapter, eval_text(event))
+            case AdapterEnded():
+                again = " before; nothing to do" if event.skipped else ""
+                error = f": {event.error}" if event.error else f" at step {event.step:,}"
+                self._say(event.adapter, f"{event.status}{again or error}")
+            case Stopping():
+                self._say("", f"{event.reason}: saving every adapter; once more to exit at once")
+            case RunEnded():
+                print_closing(event, Console(file=self._out, width=closing_width(self._out)))
+
+    def last_words(self) -> None:
+        """Nothing to tidy up."""
+
+    def _due(self, event: StepDone) -> bool:
+        now = self._clock()
+        last = self._shown.get(event.adapter)
+        if last is None or event.step == event.steps or now - last >= PLAIN_SECONDS:
+            self._shown[event.adapter] = now
+            return True
+        return False
+
+    def _phase(self, event: Phase) -> None:
+        now = self._clock()
+        if self._phases.get(event.adapter) != event.text:
+            self._phases[event.adapter] = event.text
+            self._shown[f"phase {event.adapter}"] = now
+            # Work that counts is usually short; it has a line when it turns out not to be.
+            if event.text and not event.total:
+                self._say(event.adapter, f"{event.text} …")
+        elif now - self._shown[f"phase {event.adapter}"] >= PHASE_SECONDS:
+            self._shown[f"phase {event.adapter}"] = now
+            self._say(event.adapter, f"{event.text} {event.done:,}/{event.total:,} …")
+
+    def _say(self, adapter: str, text: str) -> None:
+        width = max((len(name) for name in self._board.rows), default=0)
+        name = f"{adapter:<{width}}  " if adapter else ""
+        self._progress.write(f"{name}{printable(text)}\n")
+        self._progress.flush()
+
+
+def closing_width(out: TextIO) -> int | None:
+    """As wide as the terminal; in a file, wide enough for long names."""
+    return None if out.isatty() else 120
+
+
+def step_text(row: Row) -> str:
+    """A step as one plain line."""
+    return (
+        f"step {row.step:>{len(str(row.steps))}}/{row.steps}  loss {short(row.loss)}  "
+        f"{rate(row.tokens.per_second())} tokens/s  eta {clock_text(row.eta())}"
+    )
+
+
+def eval_text(event: EvalDone) -> str:
+    """An evaluation as one plain line."""
+    parts = [f"{event.when} training"]
+    if event.loss is not None:
+        parts.append(f"eval loss {short(event.loss)}")
+    if event.exact_match is not None:
+        parts.append(f"exact match {event.exact_match:.0%} of {event.samples}")
+    return "  ".join(parts)
+
+
+class LiveView:
+    """A table that is drawn anew several times a second, by a thread of its own."""
+
+    def __init__(self, console: Console, out: TextIO) -> None:
+        self._console, self._out = console, out
+        self._board = Board()
+        self._spinner = Spinner("dots", style="cyan")
+        self.live = Live(
+            get_renderable=self._render,
+            console=console,
+            refresh_per_second=4,
+            transient=True,
+            redirect_stdout=False,
+        )
+
+    def __call__(self, event: Event) -> None:
+        self._board(event)
+        if isinstance(event, AdapterEnded) and event.error:
+            error = printable(event.error)
+            self.live.console.print(Text(f"{event.adapter} failed: {error}", style="red"))
+        if isinstance(event, RunEnded):
+            self.live.stop()
+            print_closing(event, Console(file=self._out, width=closing_width(self._out)))
+
+    def last_words(self) -> None:
+        """Give the cursor back."""
+        self._console.show_cursor(True)
+
+    def _render(self) -> RenderableType:
+        board = self._board
+        rows = list(board.rows.values())
+        room = max(3, self._console.height - 5)
+        shown, hidden = self._fitting(rows, room)
+        lines: list[RenderableType] = [self._head(rows)]
+        if shown:
+            lines.append(self._table(shown))
+        if hidden:
+            lines.append(Text(f"  … and {len(hidden)} more", style="dim"))
+        if board.stopping:
+            word = "saving every adapter; once more to exit at once"
+            lines.append(Text(f"{board.stopping}: {word}", style="yellow"))
+        return Group(*lines)
+
+    @staticmethod
+    def _fitting(rows: list[Row], room: int) -> tuple[list[Row], list[Row]]:
+        if len(rows) <= room:
+            return rows, []
+        # Those at work first; their order in the file stays.
+        chosen = sorted(rows, key=lambda row: (row.ended, row.status == "waiting"))[: room - 1]
+        names = {row.name for row in chosen}
+        return [r for r in rows if r.name in names], [r for r in rows if r.name not in names]
+
+    def _head(self, rows: list[Row]) -> RenderableType:
+        board = self._board
+        if board.phase:
+            self._spinner.update(text=Text(f" {board.phase} …"))
+            return self._spinner
+        if not rows:
+            return Text(" manylora ", style="bold reverse")
+        ended = sum(row.ended for row in rows)
+        return Text.assemble(
+            (" manylora ", "bold reverse"),
+            f"  {board.base}  ",
+            (f"{ended}/{len(rows)} done  ", "dim"),
+            (f"{rate(board.tokens.per_second())} tokens/s", "bold"),
+        )
+
+    @staticmethod
+    def _table(rows: list[Row]) -> Table:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, expand=False)
+        table.add_column("adapter", no_wrap=True, max_width=28, overflow="ellipsis")
+        table.add_column("", width=18)
+        for name in ("step", "loss", "tokens/s", "eta"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("status", no_wrap=True, max_width=40, overflow="ellipsis")
+        for row in rows:
+            running = row.status == "training"
+            table.add_row(
+                row.name,
+                ProgressBar(total=max(row.steps, 1), completed=row.step, width=18),
+                f"{row.step:,}/{row.steps:,}" if row.steps else "–",
+                loss_text(row),
+                rate(row.tokens.per_second()) if running else "–",
+                clock_text(row.eta()) if running else "–",
+                Text(status_text(row), style=STYLES.get(row.status, "")),
+            )
+        return table
+
+
+def loss_text(row: Row) -> Text:
+    """The loss now; green when it is below the first."""
+    better = row.loss is not None and row.first_loss is not None and row.loss < row.first_loss
+    return Text(short(row.loss), style="green" if better else "")
+
+
+def status_text(row: Row) -> str:
+    """What the adapter is doing, in few words."""
+    if not row.phase:
+        return row.status
+    return f"{row.phase} {row.done:,}/{row.total:,}" if row.total else row.phase
