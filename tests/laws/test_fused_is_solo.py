@@ -1,4 +1,9 @@
-"""Law 1, first half: training together gives each adapter the bits that it gets alone."""
+"""Law 1, first half: training together gives each adapter the bits that it gets alone.
+
+Faults that were planted and seen to fail here: a neighbour's A, streams without padding, chunk
+boundaries off by one, the head's pieces cut on a common grid, rows that begin off a cache line,
+dropout drawn from a stream that all adapters share.
+"""
 
 from dataclasses import replace
 from pathlib import Path
