@@ -3,6 +3,10 @@
 Two oracles: our reference engine, and stock PEFT itself. Gradients agree within 1e-5 of their norm
 (fp32 sums in another order); weights within 1e-4 after 20 steps, because AdamW divides small
 differences by small moments.
+
+Faults that were planted and seen to fail here: x detached where several layers share it, the final
+softcap left out of the gradient, gradients kept after a step, half-precision factors not published,
+or stepped without their master.
 """
 
 from typing import Any
