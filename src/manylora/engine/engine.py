@@ -164,7 +164,7 @@ class Engine:
         Returns:
             For each operation its result, or: DataError, DatumTooLong, AdapterNotFound,
             NotFinite. After an error the adapter's pending gradients are refused by its next
-            optimizer step.
+            optimizer step; after an exception, those of every adapter of the call.
         """
         outcomes: list[ForwardBackwardResult | ManyloraError | None] = [None] * len(works)
         losses: list[tuple[Loss, Settings] | None] = [None] * len(works)
@@ -174,22 +174,14 @@ class Engine:
             except ManyloraError as error:
                 outcomes[number] = error
                 self._poison(work, error)
-        for backward in (True, False):
-            runnable = [
-                (number, work)
-                for number, work in enumerate(works)
-                if losses[number] is not None and work.backward == backward
-            ]
-            pieces = [p for number, work in runnable for p in cut(number, work, self.token_budget)]
-            rows = [
-                self._run(
-                    build(batch, self.adapters, losses, backward=backward, device=self.base.device),  # type: ignore[arg-type]
-                    backward=backward,
-                )
-                for batch in pack(pieces, self.token_budget)
-            ]
-            for number, result in _results(rows, runnable):
-                outcomes[number] = self._finite(works[number], result)
+        try:
+            for backward in (True, False):
+                self._run_all(works, losses, outcomes, backward=backward)
+        except Exception as error:
+            # Some micro-batches may have added their gradients already.
+            for work in works:
+                self._poison(work, error)
+            raise
         return outcomes  # type: ignore[return-value]
 
     def optim_step(self, steps: Sequence[OptimStep]) -> list[OptimStepResult | ManyloraError]:
@@ -243,6 +235,31 @@ class Engine:
 
     # -- inside ---------------------------------------------------------------------------------
 
+    def _run_all(
+        self,
+        works: Sequence[ForwardBackward],
+        losses: Sequence[tuple[Loss, Settings] | None],
+        outcomes: list[ForwardBackwardResult | ManyloraError | None],
+        *,
+        backward: bool,
+    ) -> None:
+        """Run the sound operations of one kind; their outcomes are filled in."""
+        runnable = [
+            (number, work)
+            for number, work in enumerate(works)
+            if losses[number] is not None and work.backward == backward
+        ]
+        pieces = [p for number, work in runnable for p in cut(number, work, self.token_budget)]
+        rows = [
+            self._run(
+                build(batch, self.adapters, losses, backward=backward, device=self.base.device),  # type: ignore[arg-type]
+                backward=backward,
+            )
+            for batch in pack(pieces, self.token_budget)
+        ]
+        for number, result in _results(rows, runnable):
+            outcomes[number] = self._finite(works[number], result)
+
     def _run(self, batch: MicroBatch, *, backward: bool) -> _Rows:
         """Forward, loss and backward of one micro-batch."""
         table = RoutingTable(batch.segments, training=backward)
@@ -262,14 +279,16 @@ class Engine:
 
     def _check(self, work: ForwardBackward) -> tuple[Loss, Settings]:
         self._adapter(work.adapter)
-        loss = get_loss(work.loss)
-        settings = loss.settings(work.config)
-        for number, datum in enumerate(work.data):
-            try:
+        where = f"adapter {work.adapter!r}"
+        try:
+            loss = get_loss(work.loss)
+            settings = loss.settings(work.config)
+            for number, datum in enumerate(work.data):
+                where = f"adapter {work.adapter!r}, datum {number}"
                 loss.check(datum)
                 self._check_tokens(datum)
-            except DataError as error:
-                raise type(error)(f"adapter {work.adapter!r}, datum {number}: {error}") from error
+        except DataError as error:
+            raise type(error)(f"{where}: {error}") from error
         return loss, settings
 
     def _check_tokens(self, datum: Datum) -> None:
@@ -285,7 +304,7 @@ class Engine:
             if tokens.min() < 0 or tokens.max() >= self.base.vocab_size:
                 raise DataError(f"{name} has ids outside 0 … {self.base.vocab_size - 1}")
 
-    def _poison(self, work: ForwardBackward, error: ManyloraError) -> None:
+    def _poison(self, work: ForwardBackward, error: Exception) -> None:
         adapter = self.adapters.get(work.adapter)
         if adapter is not None and work.backward and adapter.poison is None:
             adapter.poison = str(error)

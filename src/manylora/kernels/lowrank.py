@@ -26,6 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CACHE_LINE = 64
+
 
 @dataclass(slots=True)
 class Member:
@@ -75,7 +77,7 @@ def shrink_expand(
     Returns:
         sᵀ [R, t] of each item of `work`, which the backward needs.
     """
-    xs = x_TK.split(sizes)
+    xs = _segments(x_TK, sizes)
     y_parts = [y.split(sizes) for y in ys]
     shrunk = []
     for item in work:
@@ -104,8 +106,8 @@ def shrink_expand_backward(
         sizes, work: as in the forward.
         shrunk: what the forward returned.
     """
-    xs = x_TK.split(sizes)
-    dy_parts = [None if dy is None else dy.split(sizes) for dy in dys]
+    xs = _segments(x_TK, sizes)
+    dy_parts = [None if dy is None else _segments(dy, sizes) for dy in dys]
     dx_parts = None if dx_TK is None else dx_TK.split(sizes)
     for item, s_Rt in zip(work, shrunk, strict=True):
         block, segment = item.block, item.segment
@@ -124,6 +126,18 @@ def shrink_expand_backward(
         _add_matmul(block.grad_a_RK, ds_Rt, _dropped(xs[segment], item))
         if dx_parts is not None:
             _add_input_gradient(dx_parts[segment], ds_Rt, item)
+
+
+def _segments(rows_TK: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """The rows of each segment, to be read only.
+
+    The vendor's products may round otherwise where an operand does not begin on a cache line. If
+    rows are no whole number of those, a segment's place in the stream would show in its bits.
+    """
+    parts = rows_TK.split(sizes)
+    if rows_TK.device.type == "cpu" and rows_TK.shape[1] * rows_TK.element_size() % CACHE_LINE:
+        return [part.clone() for part in parts]
+    return parts
 
 
 def _rows(s_Rt: Tensor, block: Block) -> Sequence[Tensor]:

@@ -22,6 +22,7 @@ from manylora.types import BaseModelError, Unsupported
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEEDLING = "seedling"
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 # Rotary variants that choose their frequencies by the longest position in the batch: beyond the
 # original length one tenant's long sequence would change another's numbers.
@@ -200,6 +201,10 @@ def _context_length(config: Any) -> int:
 
 
 def _tokenizer(folder: str) -> Any:
+    # transformers makes up an empty tokenizer of the model's family where there are no files.
+    place = Path(folder)
+    if place.is_dir() and not any(any(place.glob(name)) for name in TOKENIZER_FILES):
+        return None
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError):

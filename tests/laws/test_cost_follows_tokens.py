@@ -1,0 +1,156 @@
+"""Law 7: memory and time follow active tokens and true ranks, not what is merely registered."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from manylora.engine import Engine
+from manylora.types import AdamParams, AdapterSpec, Datum, ForwardBackward, OptimStep
+from tests.laws.tenants import must, random_data
+
+pytestmark = pytest.mark.usefixtures("threads")
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations, and the elements of the largest result whose last size is `last_dim`."""
+
+    def __init__(self, last_dim: int | None = None):
+        super().__init__()
+        self.num_operations = 0
+        self.largest = 0
+        self.last_dim = last_dim
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.num_operations += 1
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.last_dim,):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def one_step(engine: Engine, names: list[str], data: list[Datum] | None = None) -> None:
+    data = data or random_data(np.random.default_rng(0), 3)
+    must(engine.forward_backward([ForwardBackward(adapter=name, data=data) for name in names]))
+    params = AdamParams(lr=1e-3, clip_norm=1.0)
+    must(engine.optim_step([OptimStep(adapter=name, params=params) for name in names]))
+
+
+@pytest.mark.parametrize("rank", [1, 33])
+def test_bytes_of_an_adapter(tiny, rank: int):
+    """Four fp32 vectors of its true length once it has stepped; two more bytes in bf16."""
+    engine = Engine(tiny("llama"))
+    adapter = engine.create("a", AdapterSpec(rank=rank, rank_pattern={"q_proj": 7}))
+    params = sum(f.rank * (f.in_features + f.out_features) for f in adapter.layout.factors)
+    assert adapter.num_bytes() == 4 * params  # no gradient, no moments before they are needed
+    one_step(engine, ["a"])
+    assert adapter.num_bytes() == 16 * params
+    engine.create("b", AdapterSpec(rank=rank, rank_pattern={"q_proj": 7}, dtype="bf16"))
+    one_step(engine, ["b"])
+    assert engine.adapters["b"].num_bytes() == 18 * params
+
+
+def operations(engine: Engine, run: Callable[[], None]) -> int:
+    run()  # first use makes gradients and moments
+    with Watch() as watch:
+        run()
+    return watch.num_operations
+
+
+def test_idle_adapters_cost_no_operation(tiny):
+    engine = Engine(tiny("llama"))
+    for name in ("a", "b"):
+        engine.create(name, AdapterSpec(rank=4))
+    alone = operations(engine, lambda: one_step(engine, ["a", "b"]))
+    for i in range(58):
+        engine.create(f"idle-{i}", AdapterSpec(rank=64))
+    assert operations(engine, lambda: one_step(engine, ["a", "b"])) == alone
+    assert alone > operations(engine, lambda: one_step(engine, ["a"]))  # the watch does see
+
+
+def _addmm(_out: Any, a: Any, b: Any, **_: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def flops(run: Callable[[], Any]) -> int:
+    """Of all matrix products, those that add in place included."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_low_rank_flops_follow_true_ranks(tiny):
+    """An adapter adds 2·t·(K+N)·r forward and twice that backward, for its own rank r."""
+    engine = Engine(tiny("llama"))
+    for name, rank in {"one": 1, "three": 3, "large": 33}.items():
+        engine.create(name, AdapterSpec(rank=rank, targets=("q_proj", "down_proj")))
+    length = 64
+    tokens = np.arange(length) + 2
+    data = [Datum(tokens, {"target_tokens": tokens, "weights": np.ones(length)})]
+    one, three, large = (
+        flops(lambda n=n: one_step(engine, [n], data)) for n in ("one", "three", "large")
+    )
+
+    factors = engine.adapters["one"].layout.factors
+    # Nothing is trained below the first q_proj, so nobody needs the gradient of its input.
+    without_dx = 2 * length * factors[0].in_features
+    per_rank = 6 * length * sum(f.in_features + f.out_features for f in factors) - without_dx
+    assert three - one == 2 * per_rank
+    assert large - one == 32 * per_rank
+    # Together each pays for its own rank: no maximum, no padding.
+    together = flops(lambda: one_step(engine, ["one", "three", "large"], data))
+    assert together == one + three + large
+
+
+def test_flops_follow_tokens(tiny):
+    """A short neighbour is not padded to a long one."""
+    engine = Engine(tiny("llama"))
+    for name in ("long", "short"):
+        engine.create(name, AdapterSpec(rank=8))
+    rng = np.random.default_rng(0)
+    works = [
+        ForwardBackward(adapter="long", data=random_data(rng, 1, lengths=(96, 97))),
+        ForwardBackward(adapter="short", data=random_data(rng, 8, lengths=(4, 5))),
+    ]
+    together = flops(lambda: must(engine.forward_backward(works)))
+    apart = [flops(lambda w=w: must(engine.forward_backward([w]))) for w in works]
+    assert together == sum(apart)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "lm_head")])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_logits_exist_for_one_chunk_at_a_time(tiny, monkeypatch, family: str, targets: Any):
+    vocab, chunk = 331, 64  # a size that no other tensor has
+    monkeypatch.setattr("manylora.engine.head_loss.CHUNK_ELEMENTS", vocab * chunk)
+    engine = Engine(tiny(family, vocab_size=vocab))
+    engine.create("a", AdapterSpec(rank=4, targets=targets))
+    engine.create("b", AdapterSpec(rank=4))
+    data = random_data(np.random.default_rng(0), 20, lengths=(20, 40))
+    assert sum(map(len, data)) > 8 * chunk
+    with Watch(last_dim=vocab) as watch:
+        one_step(engine, ["a", "b"], data)
+    assert vocab * 32 <= watch.largest <= vocab * chunk
+
+
+def test_chunks_change_nothing(tiny, monkeypatch):
+    """The same numbers from one chunk as from many, up to the order of sums."""
+    gradients = []
+    data = random_data(np.random.default_rng(0), 6, lengths=(20, 60))
+    for elements in (1 << 22, 1):
+        monkeypatch.setattr("manylora.engine.head_loss.CHUNK_ELEMENTS", elements)
+        engine = Engine(tiny("gemma2"))
+        engine.create("a", AdapterSpec(rank=4, targets=("q_proj", "lm_head")))
+        must(engine.forward_backward([ForwardBackward(adapter="a", data=data)]))
+        gradients.append(engine.adapters["a"].require_grad())
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6 * float(gradients[0].abs().max()))

@@ -1,0 +1,218 @@
+"""A fault belongs to one adapter: typed errors as values, and neighbours that keep every bit."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from manylora.engine import Engine
+from manylora.types import (
+    AdamParams,
+    AdapterExists,
+    AdapterNotFound,
+    AdapterSpec,
+    DataError,
+    Datum,
+    DatumTooLong,
+    ForwardBackward,
+    ForwardBackwardResult,
+    ManyloraError,
+    NotFinite,
+    OptimStep,
+    OptimStepResult,
+    Sample,
+    SamplingParams,
+    StepRefused,
+)
+from tests.laws.tenants import assert_same_state, must, perturb, random_data
+from tests.models import VOCAB
+
+pytestmark = pytest.mark.usefixtures("threads")
+PARAMS = AdamParams(lr=1e-3, weight_decay=0.1, clip_norm=1.0)
+
+
+def good(name: str, loss: str = "cross_entropy") -> ForwardBackward:
+    data = random_data(np.random.default_rng(len(name)), 3, loss)
+    return ForwardBackward(adapter=name, data=data, loss=loss)
+
+
+def datum(length: int = 4, token: int = 1, target: int = 1, **inputs: float) -> Datum:
+    arrays = {name: np.full(length, value) for name, value in (inputs or {"weights": 1.0}).items()}
+    targets = np.full(length, target)
+    return Datum(np.full(length, token), {"target_tokens": targets, **arrays})
+
+
+def bad(*data: Datum, **settings: Any) -> Callable[[str], ForwardBackward]:
+    return lambda name: replace(good(name), data=[*good(name).data, *data], **settings)
+
+
+FAULTS: dict[str, tuple[Callable[[str], ForwardBackward], type[ManyloraError], list[str]]] = {
+    "too long": (bad(datum(129)), DatumTooLong, ["datum 3", "129 tokens", "is 128"]),
+    "unknown loss": (bad(loss="kl"), DataError, ["'kl'", "cross_entropy"]),
+    "unknown setting": (bad(config={"beta": 1.0}), DataError, ["'beta'"]),
+    "missing input": (bad(datum(advantages=1.0)), DataError, ["datum 3", "'weights'"]),
+    "unknown input": (bad(datum(weights=1.0, extra=1.0)), DataError, ["datum 3", "'extra'"]),
+    "token out of range": (bad(datum(token=VOCAB)), DataError, ["tokens", "0 … 159"]),
+    "negative token": (bad(datum(token=-1)), DataError, ["tokens", "0 … 159"]),
+    "target out of range": (bad(datum(target=VOCAB)), DataError, ["target_tokens", "0 … 159"]),
+    "NaN weight": (bad(datum(weights=float("nan"))), NotFinite, ["the loss is nan"]),
+    "infinite weight": (bad(datum(weights=float("inf"))), NotFinite, ["the loss is inf"]),
+}
+
+
+def crowd(tiny) -> Engine:
+    engine = Engine(tiny("llama"), token_budget=64)
+    for seed, name in enumerate(("victim", "left", "right")):
+        engine.create(name, AdapterSpec(rank=3 + seed, seed=seed))
+        perturb(engine, name)
+    must(engine.forward_backward([good("victim"), good("left")]))
+    must(engine.optim_step([OptimStep(adapter=n, params=PARAMS) for n in ("victim", "left")]))
+    return engine
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny) -> dict:
+    """What the neighbours' next losses, steps and states are when nothing goes wrong."""
+    engine = crowd(tiny)
+    results = must(engine.forward_backward([good("left"), good("victim"), good("right", "ppo")]))
+    steps = must(
+        engine.optim_step([OptimStep(adapter=n, params=PARAMS) for n in ("left", "right")])
+    )
+    states = {name: engine.state(name) for name in ("left", "right")}
+    return {"results": [results[0], results[2]], "steps": steps, "states": states}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_middle_of_a_batch(tiny, undisturbed: dict, fault: str):
+    make, error_type, words = FAULTS[fault]
+    engine = crowd(tiny)
+    before = engine.state("victim")
+    works = [good("left"), make("victim"), good("right", "ppo")]
+    left, error, right = engine.forward_backward(works)
+    assert type(error) is error_type
+    assert all(word in str(error) for word in ["'victim'", *words]), str(error)
+    steps = [OptimStep(adapter=n, params=PARAMS) for n in ("left", "victim", "right")]
+    left_step, refused, right_step = engine.optim_step(steps)
+
+    # The victim is as before; its step is refused by the fault's own words, once.
+    assert isinstance(refused, StepRefused) and str(error) in str(refused)
+    after = engine.state("victim")
+    assert_same_state(replace(before, draws=after.draws), after)
+    # The neighbours have lost no bit.
+    for found, expected in zip((left, right), undisturbed["results"], strict=True):
+        assert isinstance(found, ForwardBackwardResult)
+        assert found.loss == expected.loss
+        assert all(map(np.array_equal, found.logprobs, expected.logprobs))
+    assert [left_step, right_step] == undisturbed["steps"]
+    for name in ("left", "right"):
+        assert_same_state(engine.state(name), undisturbed["states"][name])
+    # And the victim trains on.
+    must(engine.forward_backward([good("victim")]))
+    (step,) = must(engine.optim_step([OptimStep(adapter="victim", params=PARAMS)]))
+    assert step.step == before.step + 1
+
+
+def test_one_bad_call_spoils_the_whole_step(tiny):
+    """Gradients of good calls before and after it are dropped with it."""
+    engine = crowd(tiny)
+    before = engine.state("victim")
+    must(engine.forward_backward([good("victim")]))
+    engine.forward_backward([FAULTS["unknown loss"][0]("victim")])
+    must(engine.forward_backward([good("victim")]))
+    (refused,) = engine.optim_step([OptimStep(adapter="victim", params=PARAMS)])
+    assert isinstance(refused, StepRefused)
+    assert engine.state("victim").grad is None
+    assert torch.equal(engine.state("victim").weights, before.weights)
+
+
+def test_a_bad_forward_spoils_nothing(tiny):
+    engine = crowd(tiny)
+    must(engine.forward_backward([good("victim")]))
+    (error,) = engine.forward_backward([replace(good("victim"), loss="kl", backward=False)])
+    assert isinstance(error, DataError)
+    (step,) = must(engine.optim_step([OptimStep(adapter="victim", params=PARAMS)]))
+    assert isinstance(step, OptimStepResult)
+
+
+def test_a_gradient_that_is_not_finite_is_dropped(tiny):
+    """The loss may be finite where its gradient is not."""
+    engine = crowd(tiny)
+    before = engine.state("victim")
+    must(engine.forward_backward([good("victim"), good("left")]))
+    engine.adapters["victim"].require_grad()[7] = float("inf")
+    error, fine = engine.optim_step(
+        [OptimStep(adapter=n, params=PARAMS) for n in ("victim", "left")]
+    )
+    assert isinstance(error, NotFinite) and "'victim'" in str(error)
+    assert isinstance(fine, OptimStepResult)
+    after = engine.state("victim")
+    assert_same_state(replace(before, draws=after.draws), after)
+
+
+def test_names(tiny):
+    engine = crowd(tiny)
+    with pytest.raises(AdapterExists, match="'left' exists already"):
+        engine.create("left", AdapterSpec())
+    for outcome in (
+        engine.forward_backward([good("nobody")])[0],
+        engine.optim_step([OptimStep(adapter="nobody", params=PARAMS)])[0],
+        engine.sample([Sample(adapter="nobody", prompts=[[1]])])[0],
+    ):
+        assert isinstance(outcome, AdapterNotFound)
+        assert "'nobody'" in str(outcome)
+    for call in (engine.unload, engine.state):
+        with pytest.raises(AdapterNotFound, match="there are:"):
+            call("nobody")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error_type"),
+    [([], DataError), ([1] * 128, DatumTooLong), ([VOCAB], DataError), ([-1], DataError)],
+)
+def test_a_bad_prompt_fails_alone(tiny, prompt: list[int], error_type: type[ManyloraError]):
+    engine = crowd(tiny)
+    params = SamplingParams(max_tokens=3, stop=())
+    fine = Sample(adapter="left", prompts=[[5, 6]], params=params)
+    expected = must(engine.sample([fine]))[0]
+    error, found = engine.sample([replace(fine, prompts=[[5], prompt]), fine])
+    assert type(error) is error_type
+    assert not isinstance(found, ManyloraError)
+    assert [s.tokens for s in found] == [s.tokens for s in expected]
+
+
+def test_nothing_to_do_is_no_fault(tiny):
+    engine = crowd(tiny)
+    assert engine.forward_backward([]) == engine.optim_step([]) == engine.sample([]) == []
+    (empty,) = must(engine.forward_backward([replace(good("left"), data=[])]))
+    assert (empty.logprobs, empty.loss) == ((), 0.0)
+    (step,) = must(engine.optim_step([OptimStep(adapter="left", params=PARAMS)]))
+    assert step.grad_norm == 0.0
+
+
+def test_a_batch_that_raises_half_way_is_never_stepped(tiny, monkeypatch: pytest.MonkeyPatch):
+    """Of the micro-batches before the fault, gradients have been added; half a step is none."""
+    engine = crowd(tiny)
+    before = {name: engine.state(name) for name in ("left", "right")}
+    run, calls = engine._run, []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "_run", failing)
+    engine.token_budget = 16
+    with pytest.raises(RuntimeError):
+        engine.forward_backward([good("left"), good("right")])
+    assert engine.adapters["left"].require_grad().any()
+    steps = [OptimStep(adapter=name, params=PARAMS) for name in before]
+    for name, refused in zip(before, engine.optim_step(steps), strict=True):
+        assert isinstance(refused, StepRefused) and "out of memory" in str(refused)
+        after = engine.state(name)
+        assert_same_state(replace(before[name], draws=after.draws), after)
+    must(engine.forward_backward([good("left")]))
+    must(engine.optim_step(steps[:1]))
