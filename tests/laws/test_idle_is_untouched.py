@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_reading_does_not_change_what_is_read(engine: Engine):
 def test_a_retired_name_starts_clean(tiny, same_shape: bool):
     """The second life of a name has the numbers of a first."""
     tenant = Tenant(name="again", spec=AdapterSpec(rank=5, dropout=0.1, seed=9))
-    shape = {} if same_shape else {"rank": 2, "targets": ("q_proj", "lm_head")}
+    shape: dict[str, Any] = {} if same_shape else {"rank": 2, "targets": ("q_proj", "lm_head")}
     other = replace(tenant, spec=replace(tenant.spec, seed=4, **shape))
     fresh = train(Engine(tiny("llama")), [tenant], 3)["again"]
     used = Engine(tiny("llama"))

@@ -155,10 +155,10 @@ class Trainer:
         wanted = spec or (AdapterSpec(**settings) if settings or init_from is None else None)
         if init_from is None:
             assert wanted is not None
-            new = self._call(None, lambda: self._engine.create(name, wanted)).result()
+            new = self._call(name, lambda: self._engine.create(name, wanted)).result()
         else:
             state = self._warm_start(Path(init_from), wanted)
-            new = self._call(None, lambda: self._engine.restore(name, state)).result()
+            new = self._call(name, lambda: self._engine.restore(name, state)).result()
         return self._handle(name, new.spec, new.layout.num_params)
 
     def restore(
@@ -182,7 +182,7 @@ class Trainer:
         if {_term(f) for f in layout.factors} != {_term(f) for f in saved.state.layout.factors}:
             raise CheckpointMismatch(f"{folder}: its layers are not those of {self.base_name!r}")
         state = dataclasses.replace(saved.state, layout=layout)
-        new = self._call(None, lambda: self._engine.restore(name, state)).result()
+        new = self._call(name, lambda: self._engine.restore(name, state)).result()
         return self._handle(name, new.spec, new.layout.num_params), dict(saved.client)
 
     def sample(
