@@ -99,10 +99,10 @@ def test_quickstart_hands_on_its_options(manylora, monkeypatch):
     monkeypatch.setitem(sys.modules, "manylora.quickstart.run", module)
     monkeypatch.setitem(sys.modules, "manylora.quickstart", SimpleNamespace(run=module))
     assert manylora("quickstart")[0] == 0
-    assert manylora("quickstart", "--out", "x", "--steps", "2")[0] == 0
+    assert manylora("quickstart", "--out", "x", "--steps", "2", "--overwrite")[0] == 0
     assert calls == [
-        {"out": Path("runs/quickstart"), "steps": None},
-        {"out": Path("x"), "steps": 2},
+        {"out": Path("runs/quickstart"), "steps": None, "overwrite": False},
+        {"out": Path("x"), "steps": 2, "overwrite": True},
     ]
 
 
