@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from manylora.engine.microbatch import MicroBatch
-from manylora.kernels import shrink_expand, shrink_expand_backward
+from manylora.kernels import SegmentWork, shrink_expand, shrink_expand_backward
 from manylora.lora.routing import RoutingTable
 from manylora.models import Head
 from manylora.models.stream import ROW_MULTIPLE, padded_rows
@@ -83,31 +83,46 @@ class HeadLoss:
         head, rows = self.head, stop - start
         h_cH = _padded(hidden_TH, start, stop)
         targets_c1 = _padded(batch.targets_T, start, stop).unsqueeze(1)
-        raw_cV = functional.linear(h_cH, head.weight_VH, head.bias_V)
         sizes, work = table.rows(start, stop, self.group)
         sizes = [*sizes, len(h_cH) - rows]
-        shrunk = shrink_expand(h_cH, [raw_cV], sizes, work) if work else []
+        raw_cV, shrunk = self._logits(h_cH, sizes, work)
         logits_cV = raw_cV.float()
         if head.softcap is not None:
             logits_cV = head.softcap * torch.tanh(logits_cV / head.softcap)
-        lse_c1 = torch.logsumexp(logits_cV, dim=-1, keepdim=True)
-        logprobs_c = (logits_cV.gather(1, targets_c1) - lse_c1).squeeze(1)
+        cap_cV = 1.0 - (logits_cV / head.softcap) ** 2 if head.softcap is not None else None
+        # One exponential serves the normaliser, the log-probabilities and the gradient.
+        logits_cV = logits_cV.sub_(logits_cV.amax(dim=1, keepdim=True))
+        target_c1 = logits_cV.gather(1, targets_c1)
+        exp_cV = logits_cV.exp_()
+        sum_c1 = exp_cV.sum(dim=1, keepdim=True)
+        logprobs_c = (target_c1 - sum_c1.log()).squeeze(1)
         loss_c, slope_c = _losses(batch, start, stop, logprobs_c)
         logprobs_T[start:stop] = logprobs_c[:rows]
         loss_T[start:stop] = loss_c[:rows]
         if not backward:
             return None
         # d loss / d logits = slope · (onehot(target) - softmax)
-        capped_cV = logits_cV.clone() if head.softcap is not None else None
-        grad_cV = logits_cV.sub_(lse_c1).exp_().mul_(-slope_c.unsqueeze(1))
-        grad_cV.scatter_add_(1, targets_c1, slope_c.unsqueeze(1))
-        if capped_cV is not None and head.softcap is not None:
-            grad_cV.mul_(1.0 - (capped_cV / head.softcap) ** 2)
+        slope_c1 = slope_c.unsqueeze(1)
+        grad_cV = exp_cV.mul_(-slope_c1 / sum_c1).scatter_add_(1, targets_c1, slope_c1)
+        if cap_cV is not None:
+            grad_cV.mul_(cap_cV)
         grad_cV = grad_cV.to(raw_cV.dtype)
-        grad_cH = grad_cV @ head.weight_VH
-        if work:
-            shrink_expand_backward(h_cH, [grad_cV], grad_cH, sizes, work, shrunk)
-        return grad_cH
+        if not work:
+            return grad_cV @ head.weight_VH
+        grad_cH = torch.empty_like(h_cH)
+        shrink_expand_backward(h_cH, [grad_cV], grad_cH, sizes, work, shrunk)
+        return grad_cH.addmm_(grad_cV, head.weight_VH)
+
+    def _logits(
+        self, h_cH: Tensor, sizes: list[int], work: list[SegmentWork]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Uncapped logits [c, V] with the adapters on the head, and what their backward needs."""
+        head = self.head
+        if not work:
+            return functional.linear(h_cH, head.weight_VH, head.bias_V), []
+        raw_cV = h_cH.new_empty(len(h_cH), head.weight_VH.shape[0])
+        shrunk = shrink_expand(h_cH, [raw_cV], [head.bias_V], sizes, work)
+        return raw_cV.addmm_(h_cH, head.weight_VH.t()), shrunk
 
 
 def _losses(batch: MicroBatch, start: int, stop: int, logprobs_c: Tensor) -> tuple[Tensor, Tensor]:

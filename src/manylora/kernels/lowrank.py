@@ -1,4 +1,4 @@
-"""Each segment's own A·B beside a shared base product: a loop over segments in plain PyTorch.
+"""Each segment's own A·B under a shared base product: a loop over segments in plain PyTorch.
 
 T tokens of the stream, t tokens of one segment, K input features, N output features, R rank
 (summed over the members of an input group).
@@ -6,14 +6,18 @@ T tokens of the stream, t tokens of one segment, K input features, N output feat
 For a segment with input x, and each member j of the group (q, k, v of a layer, say):
 
     s = x Aᵀ                      one product for all members      [t, R]
-    y_j += scale_j · s_j Bᵀ_j                                      [t, N_j]
+    y_j = bias_j + scale_j · s_j Bᵀ_j                              [t, N_j]
 
 and backward, with dy_j given:
 
     ds_j  = scale_j · dy_j B_j                                     [t, R_j]
     dBᵀ_j += scale_j · s_jᵀ dy_j                                   [R_j, N_j]
     dA    += dsᵀ x                one product for all members      [R, K]
-    dx    += ds A                 one product for all members      [t, K]
+    dx    = ds A                  one product for all members      [t, K]
+
+The low-rank terms come first and the caller adds the base's products on top of them
+(y_j += x W_jᵀ, dx += dy_j W_j): a large product that accumulates costs no more than one that
+overwrites, while a small one that accumulates would read all of y again.
 
 Every product reads rows of one segment only, so its bits do not depend on the neighbours. The
 small matrices are kept rank-major (sᵀ and dsᵀ, as A and Bᵀ are): BLAS is up to 1.8 times faster
@@ -64,28 +68,44 @@ class SegmentWork:
 
 
 def shrink_expand(
-    x_TK: Tensor, ys: Sequence[Tensor], sizes: list[int], work: Sequence[SegmentWork]
+    x_TK: Tensor,
+    ys: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    sizes: list[int],
+    work: Sequence[SegmentWork],
 ) -> list[Tensor]:
-    """Add every segment's low-rank term to the base's outputs, in place.
+    """Write bias and low-rank term of every row into `ys`; the base's product is still to be added.
 
     Args:
         x_TK: the group's shared input.
-        ys: the base's output [T, N_j] of each member of the group; changed in place.
+        ys: for each member of the group a tensor [T, N_j] to be filled.
+        biases: [N_j] or None for each member.
         sizes: rows of each segment; they add up to T.
         work: the segments that have an adapter on this group.
 
     Returns:
         sᵀ [R, t] of each item of `work`, which the backward needs.
     """
+    for y, bias in zip(ys, biases, strict=True):
+        if bias is not None:
+            y.copy_(bias)
     xs = _segments(x_TK, sizes)
     y_parts = [y.split(sizes) for y in ys]
+    idle = [set(range(len(sizes))) if bias is None else set[int]() for bias in biases]
     shrunk = []
     for item in work:
         block, segment = item.block, item.segment
         s_Rt = _matmul(block.a_RK, _dropped(xs[segment], item).t())
         shrunk.append(s_Rt)
         for member, s_rt in zip(block.members, _rows(s_Rt, block), strict=True):
-            _add_matmul(y_parts[member.output][segment], s_rt.t(), member.bt_RN, member.scale)
+            y_tN = y_parts[member.output][segment]
+            if biases[member.output] is None:
+                idle[member.output].discard(segment)
+                _write_matmul(y_tN, s_rt.t(), member.bt_RN, member.scale)
+            else:
+                _add_matmul(y_tN, s_rt.t(), member.bt_RN, member.scale)
+    for parts, segments in zip(y_parts, idle, strict=True):
+        _zero(parts, segments)
     return shrunk
 
 
@@ -97,18 +117,20 @@ def shrink_expand_backward(
     work: Sequence[SegmentWork],
     shrunk: Sequence[Tensor],
 ) -> None:
-    """Accumulate the gradients of every segment's factors and of the shared input, in place.
+    """Add to the gradients of every segment's factors, and write the low-rank part of the input's.
 
     Args:
         x_TK: the group's shared input, as in the forward.
         dys: gradient [T, N_j] of each output; None where nothing used the output.
-        dx_TK: gradient of the input so far, added to in place; None if nobody needs it.
+        dx_TK: filled with the low-rank part of the input's gradient, to which the base's is still
+            to be added; None if nobody needs it.
         sizes, work: as in the forward.
         shrunk: what the forward returned.
     """
     xs = _segments(x_TK, sizes)
     dy_parts = [None if dy is None else _segments(dy, sizes) for dy in dys]
     dx_parts = None if dx_TK is None else dx_TK.split(sizes)
+    idle = set(range(len(sizes)))
     for item, s_Rt in zip(work, shrunk, strict=True):
         block, segment = item.block, item.segment
         ds_Rt = torch.empty_like(s_Rt)
@@ -124,8 +146,16 @@ def shrink_expand_backward(
             _add_matmul(member.grad_bt_RN, s_rt, dy_tN, member.scale)
         assert block.grad_a_RK is not None
         _add_matmul(block.grad_a_RK, ds_Rt, _dropped(xs[segment], item))
+        idle.discard(segment)
         if dx_parts is not None:
-            _add_input_gradient(dx_parts[segment], ds_Rt, item)
+            _write_input_gradient(dx_parts[segment], ds_Rt, item)
+    if dx_parts is not None:
+        _zero(dx_parts, idle)
+
+
+def _zero(parts: Sequence[Tensor], segments: set[int]) -> None:
+    for segment in segments:
+        parts[segment].zero_()
 
 
 def _segments(rows_TK: Tensor, sizes: list[int]) -> Sequence[Tensor]:
@@ -145,11 +175,10 @@ def _rows(s_Rt: Tensor, block: Block) -> Sequence[Tensor]:
     return (s_Rt,) if len(block.ranks) == 1 else s_Rt.split(block.ranks)
 
 
-def _add_input_gradient(dx_tK: Tensor, ds_Rt: Tensor, item: SegmentWork) -> None:
-    if item.dropout == 0.0:
-        _add_matmul(dx_tK, ds_Rt.t(), item.block.a_RK)
-    else:
-        dx_tK.add_(_matmul(ds_Rt.t(), item.block.a_RK) * _keep_mask(dx_tK, item))
+def _write_input_gradient(dx_tK: Tensor, ds_Rt: Tensor, item: SegmentWork) -> None:
+    _write_matmul(dx_tK, ds_Rt.t(), item.block.a_RK)
+    if item.dropout > 0.0:
+        dx_tK.mul_(_keep_mask(dx_tK, item))
 
 
 def _dropped(x_tK: Tensor, item: SegmentWork) -> Tensor:
@@ -179,7 +208,7 @@ def _add_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
         out.add_(_matmul(a, b), alpha=alpha)
 
 
-def _write_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+def _write_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
     """out = alpha · a @ b."""
     if out.dtype == a.dtype == b.dtype:
         torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)

@@ -8,6 +8,7 @@ serves the group: the frozen weights' input gradients and the low-rank terms are
 buffer, in a fixed order, so the result does not depend on which adapters are present.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,13 +39,24 @@ class InputGroup:
         return list(_GroupFunction.apply(x, anchor, self, table))
 
     def _forward(self, x: Tensor, table: RoutingTable) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        ys = tuple(functional.linear(x, layer.weight, layer.bias) for layer in self.layers)
         work = table.work(self.number)
         if not work:
-            return ys, []
-        return ys, shrink_expand(
-            x.view(-1, x.shape[-1]), [y.view(-1, y.shape[-1]) for y in ys], table.sizes, work
-        )
+            return tuple(functional.linear(x, one.weight, one.bias) for one in self.layers), []
+        x_TK = x.view(-1, x.shape[-1])
+        ys = [x_TK.new_empty(len(x_TK), layer.weight.shape[0]) for layer in self.layers]
+        shrunk = shrink_expand(x_TK, ys, [one.bias for one in self.layers], table.sizes, work)
+        for y_TN, layer in zip(ys, self.layers, strict=True):
+            y_TN.addmm_(x_TK, layer.weight.t())
+        return tuple(y_TN.view(*x.shape[:-1], -1) for y_TN in ys), shrunk
+
+    def _input_gradient(self, flat: Sequence[Tensor | None], dx_TK: Tensor | None) -> Tensor | None:
+        """Add the base's products to `dx_TK`, if there is one, always in the same order."""
+        for dy_TN, layer in zip(flat, self.layers, strict=True):
+            if dy_TN is not None and dx_TK is None:
+                dx_TK = dy_TN @ layer.weight
+            elif dy_TN is not None and dx_TK is not None:
+                dx_TK.addmm_(dy_TN, layer.weight)
+        return dx_TK
 
 
 class LoRALinear(nn.Module):
@@ -107,16 +119,14 @@ class _GroupFunction(torch.autograd.Function):
         group, table = ctx.group, ctx.table
         flat = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
         dx_TK: Tensor | None = None
-        if ctx.needs_input_grad[0]:
-            for dy_TN, layer in zip(flat, group.layers, strict=True):
-                if dy_TN is not None:
-                    dx_TK = (
-                        dy_TN @ layer.weight if dx_TK is None else dx_TK.addmm_(dy_TN, layer.weight)
-                    )
         work = table.work(group.number)
         if work:
             x, *shrunk = ctx.saved_tensors
-            shrink_expand_backward(x.view(-1, x.shape[-1]), flat, dx_TK, table.sizes, work, shrunk)
+            x_TK = x.view(-1, x.shape[-1])
+            dx_TK = torch.empty_like(x_TK) if ctx.needs_input_grad[0] else None
+            shrink_expand_backward(x_TK, flat, dx_TK, table.sizes, work, shrunk)
+        if ctx.needs_input_grad[0]:
+            dx_TK = group._input_gradient(flat, dx_TK)
         return (None if dx_TK is None else dx_TK.view(ctx.in_shape)), None, None, None
 
 
