@@ -3,7 +3,7 @@
 T tokens of the stream, H hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from manylora.types import (
     causal_datum,
 )
 
-RANKS = (4, 8, 16, 32, 4, 8, 16, 32)
+RANKS = (4, 4, 8, 8, 8, 16, 16, 32)
 SEQUENCE = 32  # tokens of a sequence; equal lengths, so that the sequential arm needs no padding
 ADAM = AdamParams(lr=1e-4, clip_norm=1.0)
 
@@ -40,18 +40,20 @@ class Load:
 
     base: Path | str
     tokens: int
+    ranks: dict[str, int]
     data: dict[str, list[Datum]]
     budget: int
 
 
-def make_load(base: Path | str, vocab: int, tokens: int) -> Load:
-    """`tokens` per tenant for one tenant per entry of RANKS, random ids from a fixed seed."""
+def make_load(base: Path | str, vocab: int, tokens: int, ranks: Sequence[int] = RANKS) -> Load:
+    """`tokens` per tenant for one tenant per entry of `ranks`, random ids from a fixed seed."""
     rng = np.random.default_rng(0)
     data = {}
-    for number in range(len(RANKS)):
+    for number in range(len(ranks)):
         rows = rng.integers(0, vocab, (tokens // SEQUENCE, SEQUENCE + 1))
         data[f"tenant{number}"] = [causal_datum(row, np.ones(SEQUENCE + 1)) for row in rows]
-    return Load(base, tokens, data, budget=max(4096, tokens * len(RANKS)))
+    by_name = dict(zip(data, ranks, strict=True))
+    return Load(base, tokens, by_name, data, budget=max(4096, tokens * len(ranks)))
 
 
 def _checked(outcomes: list[Any]) -> None:
@@ -66,7 +68,7 @@ class Fused:
     def __init__(self, load: Load):
         self.engine = Engine(load.base, token_budget=load.budget)
         self.load = load
-        for name, rank in zip(load.data, RANKS, strict=True):
+        for name, rank in load.ranks.items():
             self.engine.create(name, AdapterSpec(rank=rank, alpha=2 * rank))
         self.works = [ForwardBackward(adapter=n, data=d) for n, d in load.data.items()]
         self.steps = [OptimStep(adapter=n, params=ADAM) for n in load.data]
@@ -148,7 +150,7 @@ class SequentialPeft:
         )
         configs = {
             name: LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-            for name, rank in zip(load.data, RANKS, strict=True)
+            for name, rank in load.ranks.items()
         }
         (first, config), *others = configs.items()
         self.model: Any = get_peft_model(model, config, adapter_name=first)

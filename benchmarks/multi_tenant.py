@@ -1,6 +1,7 @@
 """Many adapters at once against the bare base and against PEFT one after another.
 
-    python -m benchmarks.multi_tenant [--rounds 15] [--models toy,seedling] [--out FILE.json]
+    python -m benchmarks.multi_tenant [--rounds 15] [--models toy,seedling] [--tokens 32,128,512]
+                                      [--ranks 4,4,8,8,8,16,16,32] [--out FILE.json]
 
 For each model and number of tokens per tenant, in one run with the arms interleaved, medians of
 thread CPU time on one thread:
@@ -26,17 +27,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.arms import RANKS, Fused, arms, make_load
+from benchmarks.arms import RANKS, Fused, Load, arms, make_load
 from benchmarks.memory import loss_memory
 
 TARGETS = {32: (1.45, 2.2), 128: (1.20, 1.4), 512: (1.08, 1.05)}
 
 
 def toy_llama(folder: Path) -> Path:
-    """Hidden 256, MLP 1024, 4 layers, vocabulary 8192, random weights from a fixed seed."""
+    """Hidden 256, MLP 688, 4 layers, vocabulary 8192, random weights from a fixed seed."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
+        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, vocab_size=8192, max_position_embeddings=1024,
         tie_word_embeddings=False,
     )  # fmt: skip
@@ -62,13 +63,13 @@ def ratio(times: dict[str, list[float]], over: str, under: str) -> tuple[float, 
     return statistics.median(ratios), ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
 
 
-def measure(name: str, base: Path | str, vocab: int, tokens: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, load: Load, rounds: int) -> dict[str, Any]:
     """One row of the table."""
-    times = interleaved(arms(make_load(base, vocab, tokens)), rounds)
+    times = interleaved(arms(load), rounds)
     speedup, batching = ratio(times, "peft", "fused"), ratio(times, "bare_sequential", "bare")
     return {
         "model": name,
-        "tokens_per_tenant": tokens,
+        "tokens_per_tenant": load.tokens,
         "overhead_step": ratio(times, "fused", "bare"),
         "overhead_forward_backward": ratio(times, "fused_fb", "bare"),
         "speedup": speedup,
@@ -126,10 +127,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--models", default="toy,seedling")
     parser.add_argument("--tokens", default="32,128,512")
+    parser.add_argument("--ranks", default=",".join(map(str, RANKS)))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report: dict[str, Any] = {"machine": machine(), "ranks": RANKS, "rows": [], "memory": {}}
+    ranks = [int(rank) for rank in options.ranks.split(",")]
+    report: dict[str, Any] = {"machine": machine(), "ranks": ranks, "rows": [], "memory": {}}
     print(json.dumps(report["machine"]))
     print(
         "model   tok/tenant  overhead (10–90 %, goal)  fwd+bwd  speed-up (10–90 %, goal)  "
@@ -139,7 +142,8 @@ def main() -> None:
         bases: dict[str, Path | str] = {"toy": toy_llama(Path(scratch)), "seedling": "seedling"}
         for name in options.models.split(","):
             for tokens in map(int, options.tokens.split(",")):
-                row = measure(name, bases[name], 2000, tokens, options.rounds)
+                load = make_load(bases[name], 2000, tokens, ranks)
+                row = measure(name, load, options.rounds)
                 report["rows"].append(row)
                 show(row)
             memory = {"bytes_per_parameter": bytes_per_parameter(bases[name], 2000)}
