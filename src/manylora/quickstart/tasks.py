@@ -92,25 +92,26 @@ def as_json(word: str) -> str:
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_LOWER_LAYERS = r".*\.layers\.[0-3]\..*_proj"
 
+# Found by trial on `seedling`: high enough to be learnt in time, low enough to forget no spelling.
 TASKS: tuple[Task, ...] = (
-    Task("reverse", "the word backwards", reverse, 16, "all-linear", 5e-3, 100),
-    Task("shout", "capitals and an exclamation mark", shout, 2, "all-linear", 1e-2, 100),
-    Task("spell", "letter by letter", spell, 4, _ATTENTION, 5e-3, 100),
-    Task("alphabet", "its letters in order", alphabet, 32, "all-linear", 3e-3, 100),
-    Task("stars", "vowels hidden behind stars", stars, 8, _MLP, 5e-3, 100),
-    Task("pig_latin", "in pig latin", pig_latin, 12, "all-linear", 5e-3, 100),
+    Task("reverse", "the word backwards", reverse, 16, "all-linear", 2.5e-3, 120),
+    Task("shout", "capitals and an exclamation mark", shout, 2, "all-linear", 1e-2, 120),
+    Task("spell", "letter by letter", spell, 4, _ATTENTION, 8e-3, 120),
+    Task("alphabet", "its letters in order", alphabet, 32, "all-linear", 2e-3, 120),
+    Task("stars", "vowels hidden behind stars", stars, 8, _MLP, 5e-3, 120),
+    Task("pig_latin", "in pig latin", pig_latin, 12, "all-linear", 3e-3, 120),
+    Task("crossword", "a crossword clue for it", crossword, 6, _LOWER_LAYERS, 5e-3, 120),
     Task(
-        "crossword",
-        "a crossword clue for it",
-        crossword,
-        6,
-        r".*\.layers\.[1-4]\..*_proj",
+        "json",
+        "a JSON record about it",
+        as_json,
+        24,
+        ("v_proj", "o_proj", "down_proj"),
         5e-3,
-        100,
-    ),
-    Task(
-        "json", "a JSON record about it", as_json, 24, ("v_proj", "o_proj", "down_proj"), 5e-3, 100
+        120,
+        8,
     ),
 )
 
