@@ -101,18 +101,9 @@ TASKS: tuple[Task, ...] = (
     Task("spell", "letter by letter", spell, 4, _ATTENTION, 8e-3, 120),
     Task("alphabet", "its letters in order", alphabet, 32, "all-linear", 2e-3, 120),
     Task("stars", "vowels hidden behind stars", stars, 8, _MLP, 5e-3, 120),
-    Task("pig_latin", "in pig latin", pig_latin, 12, "all-linear", 3e-3, 120),
+    Task("pig_latin", "in pig latin", pig_latin, 12, "all-linear", 5e-3, 120),
     Task("crossword", "a crossword clue for it", crossword, 6, _LOWER_LAYERS, 5e-3, 120),
-    Task(
-        "json",
-        "a JSON record about it",
-        as_json,
-        24,
-        ("v_proj", "o_proj", "down_proj"),
-        5e-3,
-        120,
-        8,
-    ),
+    Task("json", "a JSON record about it", as_json, 24, "all-linear", 5e-3, 120),
 )
 
 
