@@ -73,7 +73,7 @@ def exact_share(
             same = text == item["completion"] and bool(ended)
             right += same
             if not same and wrong is not None:
-                wrong.append(item["prompt"] + " ->" + text)
+                wrong.append(item["prompt"] + text)
     return right / len(items)
 
 
