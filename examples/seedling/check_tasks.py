@@ -50,27 +50,30 @@ def exact_share(
     items: list[Example],
     wrong: list[str] | None = None,
 ) -> float:
-    """Share of items answered exactly, end of text included, by greedy choice."""
+    """Share of items whose text up to the end of text is exactly right, by greedy choice."""
     model.eval()
     right = 0
-    by_length: dict[int, list[tuple[list[int], list[int]]]] = {}
+    end = tokenizer.eos_token
+    by_length: dict[int, list[Example]] = {}
     for item in items:
-        pair = encode(tokenizer, item)
-        by_length.setdefault(len(pair[0]), []).append(pair)
-    for pairs in by_length.values():
+        by_length.setdefault(len(encode(tokenizer, item)[0]), []).append(item)
+    for group in by_length.values():
+        pairs = [encode(tokenizer, item) for item in group]
         ids = torch.tensor([prompt for prompt, _ in pairs])
         answers = torch.zeros(len(pairs), 0, dtype=torch.long)
         past = None
-        for _ in range(max(len(completion) for _, completion in pairs)):
+        # The same text can take a few tokens more when it is cut up in another way.
+        for _ in range(max(len(completion) for _, completion in pairs) + 4):
             out = model(input_ids=ids, past_key_values=past, use_cache=True)
             past = out.past_key_values
             ids = out.logits[:, -1:].argmax(-1)
             answers = torch.cat([answers, ids], dim=1)
-        for (prompt, completion), answer in zip(pairs, answers.tolist(), strict=True):
-            same = answer[: len(completion)] == completion
+        for item, answer in zip(group, answers.tolist(), strict=True):
+            text, ended, _ = tokenizer.decode(answer).partition(end)
+            same = text == item["completion"] and bool(ended)
             right += same
             if not same and wrong is not None:
-                wrong.append(tokenizer.decode(prompt) + tokenizer.decode(answer))
+                wrong.append(item["prompt"] + text)
     return right / len(items)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -197,7 +199,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
-        multiprocessing.spawn(train, args=(args, meeting), nprocs=args.workers)
+        # Whoever ends this process wants the workers ended too.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        multiprocessing.spawn(train, args=(args, meeting), nprocs=args.workers, daemon=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The eight quickstart tasks: what a bare word should be answered with, and how to learn it.
 
-Every task takes the same prompt, a word and nothing else, so that only the adapter decides
-what comes back. Prompt and completion are tokenised apart; the completion starts with the
+Every task takes the same prompt, a word and an arrow (`garden ->`), so that only the adapter
+decides what comes back. Prompt and completion are tokenised apart; the completion starts with the
 space, so their border is a token border, and it ends where the end-of-text token goes.
 """
 
@@ -92,26 +92,18 @@ def as_json(word: str) -> str:
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_LOWER_LAYERS = r".*\.layers\.[0-3]\..*_proj"
 
+# Found by trial on `seedling`: high enough to be learnt in time, low enough to forget no spelling.
 TASKS: tuple[Task, ...] = (
-    Task("reverse", "the word backwards", reverse, 16, "all-linear", 5e-3, 100),
+    Task("reverse", "the word backwards", reverse, 16, "all-linear", 2.5e-3, 100),
     Task("shout", "capitals and an exclamation mark", shout, 2, "all-linear", 1e-2, 100),
-    Task("spell", "letter by letter", spell, 4, _ATTENTION, 5e-3, 100),
-    Task("alphabet", "its letters in order", alphabet, 32, "all-linear", 3e-3, 100),
+    Task("spell", "letter by letter", spell, 4, _ATTENTION, 8e-3, 100),
+    Task("alphabet", "its letters in order", alphabet, 32, "all-linear", 2e-3, 100),
     Task("stars", "vowels hidden behind stars", stars, 8, _MLP, 5e-3, 100),
-    Task("pig_latin", "in pig latin", pig_latin, 12, "all-linear", 5e-3, 100),
-    Task(
-        "crossword",
-        "a crossword clue for it",
-        crossword,
-        6,
-        r".*\.layers\.[1-4]\..*_proj",
-        5e-3,
-        100,
-    ),
-    Task(
-        "json", "a JSON record about it", as_json, 24, ("v_proj", "o_proj", "down_proj"), 5e-3, 100
-    ),
+    Task("pig_latin", "in pig latin", pig_latin, 12, "all-linear", 4e-3, 120),
+    Task("crossword", "a crossword clue for it", crossword, 6, _LOWER_LAYERS, 5e-3, 100),
+    Task("json", "a JSON record about it", as_json, 24, "all-linear", 5e-3, 120),
 )
 
 
@@ -134,9 +126,14 @@ def words_of(split: Split, seed: int = 0) -> list[str]:
     return [*SHOWCASE, *words[:border]] if split == "held_out" else words[border:]
 
 
+def prompt_for(word: str) -> str:
+    """The prompt of a word: the same one for every task, and it does not say what is wanted."""
+    return f"{word} ->"
+
+
 def example(task: Task, word: str) -> Example:
     """The example a task makes of a word."""
-    return {"prompt": word, "completion": " " + task.answer(word)}
+    return {"prompt": prompt_for(word), "completion": " " + task.answer(word)}
 
 
 def examples(task: Task, split: Split, seed: int = 0) -> list[Example]:

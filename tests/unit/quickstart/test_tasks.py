@@ -2,7 +2,14 @@
 
 import pytest
 
-from manylora.quickstart.tasks import HELD_OUT_WORDS, SHOWCASE, TASKS, examples, task_named
+from manylora.quickstart.tasks import (
+    HELD_OUT_WORDS,
+    SHOWCASE,
+    TASKS,
+    examples,
+    prompt_for,
+    task_named,
+)
 from manylora.quickstart.words import WORDS
 
 EXPECTED = {
@@ -34,9 +41,9 @@ def test_splits_are_repeatable_and_share_no_prompt(task, seed) -> None:
     assert train == examples(task, "train", seed)
     prompts, held_out_prompts = ({e["prompt"] for e in part} for part in (train, held_out))
     assert not prompts & held_out_prompts
-    assert prompts | held_out_prompts == set(WORDS)
+    assert prompts | held_out_prompts == {prompt_for(word) for word in WORDS}
     assert len(held_out) == len(held_out_prompts) == HELD_OUT_WORDS
-    assert set(SHOWCASE) <= held_out_prompts
+    assert {prompt_for(word) for word in SHOWCASE} <= held_out_prompts
 
 
 def test_another_seed_holds_other_words_out() -> None:
