@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manylora.config import load_run_file
-from manylora.quickstart.tasks import SHOWCASE, TASKS, Split, Task, examples
+from manylora.quickstart.tasks import SHOWCASE, TASKS, Split, Task, examples, prompt_for
 from manylora.runs.encode import encode_prompt
 from manylora.runs.train import train_run_file
 from manylora.types import SamplingParams
@@ -66,13 +66,14 @@ def show_side_by_side(out: Path, console: Console) -> None:
     from manylora.api import Trainer
 
     params = SamplingParams(max_tokens=24)
+    asked = [prompt_for(word) for word in SHOWN]
     with Trainer(BASE) as trainer:
-        prompts = [encode_prompt(trainer.tokenizer, word) for word in SHOWN]
+        prompts = [encode_prompt(trainer.tokenizer, prompt) for prompt in asked]
         answers = [("base", "no adapter", trainer.sample(prompts, params))]
         for task in TASKS:
             adapter = trainer.create(task.name, init_from=out / task.name / "final")
             answers.append((task.name, task.description, adapter.sample(prompts, params)))
-        table = Table("", *SHOWN, "the adapter was shown", box=SIMPLE_HEAD, pad_edge=False)
+        table = Table("", *asked, "the adapter was shown", box=SIMPLE_HEAD, pad_edge=False)
         for name, description, future in answers:
             texts = [_text(trainer.tokenizer, sequence.tokens) for sequence in future.result()]
             table.add_row(name, *map(Text, texts), Text(description, style="dim"))
