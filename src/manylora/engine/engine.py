@@ -214,7 +214,12 @@ class Engine:
     # -- sampling -------------------------------------------------------------------------------
 
     def sample(self, requests: Sequence[Sample]) -> list[list[SampledSequence] | ManyloraError]:
-        """Continue the prompts of any number of adapters in one decode loop."""
+        """Continue the prompts of any number of adapters in one decode loop.
+
+        Returns:
+            For each request one sequence a prompt, or: DataError, DatumTooLong, AdapterNotFound,
+            NotFinite (weights that have run away).
+        """
         outcomes: list[list[SampledSequence] | ManyloraError] = []
         flat: list[Request] = []
         for number, request in enumerate(requests):
@@ -230,8 +235,11 @@ class Engine:
                 outcomes.append(error)
         for request, sequence in zip(flat, generate(self.base, flat), strict=True):
             answers = outcomes[request.owner]
-            assert isinstance(answers, list)
-            answers.append(sequence)
+            if not np.isfinite(sequence.logprobs).all():
+                name = requests[request.owner].adapter or self.base.name
+                outcomes[request.owner] = NotFinite(f"{name!r}: the logits have NaN or Inf")
+            elif isinstance(answers, list):
+                answers.append(sequence)
         return outcomes
 
     # -- inside ---------------------------------------------------------------------------------

@@ -116,14 +116,18 @@ class Adapter:
             self.weights.weights_P.copy_(self.master_P)
 
     def state(self) -> AdapterState:
-        """A detached copy on the CPU of everything that training needs to go on."""
+        """A detached copy on the CPU of everything that training needs to go on.
+
+        Gradients that must not be used are left out, as the next step would have dropped them.
+        """
+        whole = self.has_grad and self.poison is None
         return AdapterState(
             spec=self.spec,
             layout=self.layout,
             weights=self.master_P.detach().to("cpu", copy=True),
             exp_avg=_copied(self.exp_avg_P, torch.device("cpu")),
             exp_avg_sq=_copied(self.exp_avg_sq_P, torch.device("cpu")),
-            grad=_copied(self.grad_P, torch.device("cpu")) if self.has_grad else None,
+            grad=_copied(self.grad_P, torch.device("cpu")) if whole else None,
             step=self.step,
             draws=self.draws,
         )

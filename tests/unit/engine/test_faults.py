@@ -216,3 +216,29 @@ def test_a_batch_that_raises_half_way_is_never_stepped(tiny, monkeypatch: pytest
         assert_same_state(replace(before[name], draws=after.draws), after)
     must(engine.forward_backward([good("left")]))
     must(engine.optim_step(steps[:1]))
+
+
+def test_weights_that_ran_away_answer_nobody(tiny):
+    """The adapter's own request fails; the base and its neighbour answer as before."""
+    engine = Engine(tiny("llama"))
+    for name in ("lost", "sound"):
+        engine.create(name, AdapterSpec(rank=2))
+        perturb(engine, name)
+    requests = [
+        Sample(adapter=name, prompts=[[3, 4]], params=SamplingParams(max_tokens=3, stop=()))
+        for name in ("lost", "sound", None)
+    ]
+    before = must(engine.sample(requests))
+    engine.adapters["lost"].master_P.fill_(torch.nan)
+    lost, *others = engine.sample(requests)
+    assert isinstance(lost, NotFinite) and "'lost'" in str(lost)
+    assert others == before[1:]
+
+
+def test_a_saved_state_holds_no_refused_gradient(tiny):
+    engine = Engine(tiny("llama"))
+    engine.create("a", AdapterSpec(rank=2))
+    must(engine.forward_backward([good("a")]))
+    assert engine.state("a").grad is not None
+    engine.forward_backward([bad(loss="kl")("a")])
+    assert engine.state("a").grad is None
