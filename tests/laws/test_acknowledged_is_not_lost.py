@@ -2,7 +2,7 @@
 
 `manylora train` is killed and started again with the same file. In the end weights, losses,
 evaluations and samples are those of a run that nobody disturbed. The quick test dies of an error
-that nothing catches; the slow ones run in a process of their own and are really killed.
+that nothing catches; the others run in a process of their own and are really killed.
 """
 
 import json
@@ -149,7 +149,6 @@ def test_a_run_that_dies_anywhere_goes_on_from_its_newest_states(
     assert ending(run) == ending(whole)
 
 
-@pytest.mark.slow
 def test_killed_once_in_the_middle(base: Path, undisturbed: dict[str, Any], tmp_path: Path):
     run = make_run(tmp_path, base, steps=STEPS)
     first = Process(run, tmp_path)
@@ -169,7 +168,6 @@ def test_killed_once_in_the_middle(base: Path, undisturbed: dict[str, Any], tmp_
     assert ending(run) == undisturbed
 
 
-@pytest.mark.slow
 def test_killed_at_random_points_until_done(
     base: Path, undisturbed: dict[str, Any], tmp_path: Path
 ):
@@ -185,7 +183,6 @@ def test_killed_at_random_points_until_done(
     assert ending(run) == undisturbed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_signal_saves_the_very_step(
     number: int, base: Path, undisturbed: dict[str, Any], tmp_path: Path
@@ -209,7 +206,6 @@ def test_a_polite_signal_saves_the_very_step(
     assert ending(run) == undisturbed
 
 
-@pytest.mark.slow
 def test_a_damaged_newest_state_falls_back_to_the_one_before(
     base: Path, undisturbed: dict[str, Any], tmp_path: Path
 ):
