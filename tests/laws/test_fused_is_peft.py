@@ -114,17 +114,6 @@ def test_together_as_each_in_the_reference_engine(tiny, family: str):
         assert_agrees(tenant, trace, ReferenceEngine(base, trace.start), ROUNDS)
 
 
-def test_long_segments_in_parts(tiny, monkeypatch: pytest.MonkeyPatch):
-    """The low-rank products of a piece are cut into parts of seven rows."""
-    monkeypatch.setattr("manylora.engine.engine.PART_ROWS", 7)
-    base = tiny("llama")
-    tenants = crowd()
-    traces = train(Engine(base), tenants, ROUNDS)
-    for tenant in tenants:
-        trace = traces[tenant.name]
-        assert_agrees(tenant, trace, ReferenceEngine(base, trace.start), ROUNDS)
-
-
 def test_a_tied_head(tiny):
     """An adapter on a tied head changes the logits and leaves the embedding alone."""
     base = tiny("qwen3", tie_word_embeddings=True)

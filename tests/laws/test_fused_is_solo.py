@@ -149,13 +149,6 @@ def test_small_chunks_of_the_head(tiny, monkeypatch: pytest.MonkeyPatch):
     assert_alone_as_together(tiny("llama"), tenants)
 
 
-def test_long_segments_in_parts(tiny, monkeypatch: pytest.MonkeyPatch):
-    """Low-rank products are cut into parts of seven rows, counted from each piece's own start."""
-    monkeypatch.setattr("manylora.engine.engine.PART_ROWS", 7)
-    tenants = [replace(tenant, lengths=(15, 50)) for tenant in crowd()]
-    assert_alone_as_together(tiny("llama"), tenants)
-
-
 def test_neighbours_of_its_own_kind(tiny):
     """Twenty adapters of one rank, of which each still gets its own numbers."""
     tenants = [

@@ -78,14 +78,3 @@ def test_one_table_at_a_time_and_none_after_an_error():
         raise RuntimeError("inside")
     assert current_table() is None
     assert table.pending == {}
-
-
-def test_long_segments_are_cut_from_their_own_first_row():
-    """Whatever stands before a segment, its parts are the same, each with masks of its own."""
-    one, two = adapter(seed=1, dropout=0.5), adapter(seed=2)
-    alone = RoutingTable([Segment(10, one)], training=True, max_rows=4)
-    beside = RoutingTable([Segment(3, two), Segment(10, one), Segment(9, None)], True, max_rows=4)
-    assert alone.sizes == [4, 4, 2]
-    assert beside.sizes == [3, 4, 4, 2, 9]
-    assert seeds(alone) == seeds(beside)[1:]
-    assert len(set(seeds(alone))) == 3
