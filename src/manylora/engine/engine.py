@@ -6,6 +6,7 @@ P parameters of an adapter, T tokens of a stream, H hidden size.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -46,9 +47,7 @@ from manylora.types import (
     StepRefused,
 )
 
-# Rows whose input, output and gradients stay in a CPU core's cache through all products of an
-# input group; see docs/decisions/0006.
-PART_ROWS = 256
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -271,8 +270,7 @@ class Engine:
 
     def _run(self, batch: MicroBatch, *, backward: bool) -> _Rows:
         """Forward, loss and backward of one micro-batch."""
-        max_rows = PART_ROWS if self.base.device.type == "cpu" else None
-        table = RoutingTable(batch.segments, training=backward, max_rows=max_rows)
+        table = RoutingTable(batch.segments, training=backward)
         stream = PackedStream(batch.lengths, batch.total)
         with torch.set_grad_enabled(backward), routing(table), packed(stream):
             hidden_TH = self.base.hidden(batch.tokens_T, batch.positions_T)

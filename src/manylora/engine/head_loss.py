@@ -46,7 +46,7 @@ class HeadLoss:
         logprobs_T = torch.empty(batch.total, dtype=torch.float32, device=hidden_TH.device)
         loss_T = torch.empty_like(logprobs_T)
         grad_TH = torch.empty_like(hidden_TH) if backward else None
-        for start, stop in self._chunks(table):
+        for start, stop in self._chunks(batch, table):
             grad_cH = self._chunk(
                 hidden_TH, batch, table, start, stop, logprobs_T, loss_T, backward
             )
@@ -54,13 +54,13 @@ class HeadLoss:
                 grad_TH[start:stop] = grad_cH[: stop - start]
         return logprobs_T, loss_T, grad_TH
 
-    def _chunks(self, table: RoutingTable) -> Iterator[tuple[int, int]]:
+    def _chunks(self, batch: MicroBatch, table: RoutingTable) -> Iterator[tuple[int, int]]:
         """Row ranges. A piece with an adapter on the head is cut on a grid of its own, so that
         its factors' gradients are summed the same way wherever the piece lies."""
         own = {item.segment for item in table.work(self.group)}
         offset, run_start = 0, 0
         ranges: list[tuple[int, int]] = []
-        for number, segment in enumerate(table.segments):
+        for number, segment in enumerate(batch.segments):
             if number in own:
                 ranges += [(run_start, offset), (offset, offset + segment.rows)]
                 run_start = offset + segment.rows

@@ -22,13 +22,11 @@ class Segment:
         rows: how many.
         weights: the adapter's factors; None for rows of the bare base and for padding.
         draw: position in the adapter's random stream; each piece of work has its own.
-        part: which part of a longer piece this is.
     """
 
     rows: int
     weights: AdapterWeights | None
     draw: int = 0
-    part: int = 0
 
 
 @dataclass(slots=True)
@@ -38,21 +36,16 @@ class RoutingTable:
     Attributes:
         segments: they cover the stream from its first row to its last.
         training: whether dropout applies.
-        max_rows: longer segments are cut into parts of this many rows, counted from their own
-            first row. On CPU a part's rows then stay in cache from one product to the next.
         pending: outputs that an input group has computed for members not called yet.
     """
 
     segments: Sequence[Segment]
     training: bool
-    max_rows: int | None = None
     sizes: list[int] = field(init=False)
     pending: dict[int, tuple[Tensor, list[Tensor | None]]] = field(default_factory=dict)
     _work: dict[int, list[SegmentWork]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.max_rows is not None:
-            self.segments = [p for s in self.segments for p in _parts(s, self.max_rows)]
         self.sizes = [segment.rows for segment in self.segments]
 
     def work(self, group: int) -> list[SegmentWork]:
@@ -93,18 +86,9 @@ class RoutingTable:
             if block is None:
                 continue
             dropout = weights.spec.dropout if self.training else 0.0
-            seed = _mix(weights.spec.seed, segment.draw, segment.part, group) if dropout else 0
+            seed = _mix(weights.spec.seed, segment.draw, group) if dropout else 0
             work.append(SegmentWork(number, block, dropout, seed))
         return work
-
-
-def _parts(segment: Segment, max_rows: int) -> Iterator[Segment]:
-    if segment.weights is None:
-        yield segment
-        return
-    for number, start in enumerate(range(0, segment.rows, max_rows)):
-        rows = min(max_rows, segment.rows - start)
-        yield Segment(rows, segment.weights, segment.draw, number)
 
 
 _current: RoutingTable | None = None
