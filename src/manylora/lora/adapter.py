@@ -23,8 +23,8 @@ class AdapterWeights:
 
     Attributes:
         weights_P: the vector, in the adapter's dtype.
+        spec, layout: the adapter's settings, and where its factors lie.
         blocks: input group → its factors, views of the vector.
-        dropout, seed: for the training forward.
     """
 
     def __init__(self, spec: AdapterSpec, layout: Layout, weights_P: Tensor, sites: "SiteIndex"):
