@@ -10,8 +10,6 @@ from manylora.types.data import (
     Datum,
     ForwardBackwardResult,
     OptimStepResult,
-    SampledSequence,
-    SamplingParams,
     causal_datum,
 )
 from manylora.types.errors import (
@@ -33,6 +31,14 @@ from manylora.types.errors import (
     Unsupported,
 )
 from manylora.types.operations import ForwardBackward, OptimStep, Sample
+from manylora.types.sampling import (
+    PromptScores,
+    SampledSequence,
+    SampleResult,
+    SamplingParams,
+    Scoring,
+    TopK,
+)
 
 __all__ = [
     "ALL_LINEAR",
@@ -55,12 +61,16 @@ __all__ = [
     "NotFinite",
     "OptimStep",
     "OptimStepResult",
+    "PromptScores",
     "Sample",
+    "SampleResult",
     "SampledSequence",
     "SamplingParams",
     "SaveFailed",
+    "Scoring",
     "StepRefused",
     "TargetError",
+    "TopK",
     "Unsupported",
     "causal_datum",
 ]

@@ -1,10 +1,15 @@
-"""What a client can ask of an adapter, as the scheduler queues it and the engine runs it."""
+"""What a client can ask of an adapter, as the scheduler queues it and the engine runs it.
+
+Every operation says whose it is (`tenant`, for fairness) and, where the client numbers its
+operations, which one it is (`seq`, for knowing what a saved state contains).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from manylora.types.adapter import AdamParams
-from manylora.types.data import Array, Datum, SamplingParams
+from manylora.types.data import Array, Datum
+from manylora.types.sampling import SamplingParams, Scoring
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +24,8 @@ class ForwardBackward:
     loss: str = "cross_entropy"
     config: Mapping[str, float] = field(default_factory=dict)
     backward: bool = True
+    tenant: str = ""
+    seq: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -31,23 +38,33 @@ class OptimStep:
 
     adapter: str
     params: AdamParams
+    tenant: str = ""
+    seq: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """Continue prompts with an adapter's weights as they are now.
+    """Continue prompts with an adapter's weights as they are now, or as a snapshot froze them.
 
     Attributes:
-        adapter: None = the bare base.
-        prompts: token ids of each prompt; every prompt is continued once.
-        snapshot: use this frozen copy instead of the adapter's current weights.
+        adapter: in whose order the request stands; None = in nobody's.
+        prompts: token ids of each prompt.
+        num_samples: continuations of each prompt; they differ in their random streams.
+        snapshot: use this frozen copy. Without it, the adapter's current weights, or the bare
+            base if there is no adapter either.
+        scoring: what to report beside the tokens.
     """
 
     adapter: str | None
     prompts: Sequence[Sequence[int] | Array]
     params: SamplingParams = field(default_factory=SamplingParams)
+    num_samples: int = 1
     snapshot: str | None = None
+    scoring: Scoring = field(default_factory=Scoring)
+    tenant: str = ""
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(prompt) + self.params.max_tokens for prompt in self.prompts)
+        return self.num_samples * sum(
+            len(prompt) + self.params.max_tokens for prompt in self.prompts
+        )
