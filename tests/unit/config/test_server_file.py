@@ -24,9 +24,9 @@ def test_paths_of_a_file_are_relative_to_it(tmp_path: Path) -> None:
 
 def test_every_problem_is_named(tmp_path: Path) -> None:
     file = tmp_path / "server.yaml"
-    file.write_text("base: seedling\ndata_dir: data\nprot: 1\nlimits: {rank: 0}\n")
+    file.write_text("base: seedling\ndata_dir: data\nhots: x\nlimits: {rank: 0}\n")
     with pytest.raises(ConfigError) as caught:
         load_server_file(file, ["port=99999"])
     text = str(caught.value)
-    assert f"{file}:3" in text and "did you mean port" in text
+    assert f"{file}:3" in text and "did you mean host" in text
     assert f"{file}:4" in text and "must be ≥ 1" in text and "≤ 65535" in text
