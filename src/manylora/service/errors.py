@@ -15,6 +15,7 @@ from manylora.types import (
     Cancelled,
     CheckpointDamaged,
     CheckpointError,
+    DataError,
     ManyloraError,
     SaveFailed,
 )
@@ -36,6 +37,14 @@ class Unauthenticated(ManyloraError):
     """The request carries no key, or none that is known."""
 
 
+class Malformed(DataError):
+    """A message does not have the form that its route takes; it names the fields."""
+
+
+class WrongEncoding(ManyloraError):
+    """A body in a content type or content encoding that its route does not take."""
+
+
 class TooLarge(ManyloraError):
     """A body, or something in it, is beyond a limit; the message says which."""
 
@@ -46,6 +55,11 @@ class QuotaExceeded(ManyloraError):
 
 class Backpressure(ManyloraError):
     """There is no room now; the client should come again in a moment."""
+
+
+def missing(what: str) -> NotFound:
+    """The error for an id that does not exist, and for one of another tenant: the same words."""
+    return NotFound(f"there is no such {what}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +78,8 @@ _STATUS: tuple[tuple[type[ManyloraError], int, Category], ...] = (
     (AdapterNotFound, 404, "user"),
     (Gone, 410, "user"),
     (TooLarge, 413, "user"),
+    (WrongEncoding, 415, "user"),
+    (Malformed, 422, "user"),
     (Backpressure, 429, "server"),
     (CheckpointDamaged, 400, "server"),
     (SaveFailed, 503, "server"),

@@ -80,3 +80,8 @@ class TinkerPath:
 
 def _matches(pattern: str, text: str, longest: int) -> bool:
     return len(text) <= longest and re.fullmatch(pattern.strip("^$"), text) is not None
+
+
+def is_identifier(text: str) -> bool:
+    """Whether a text can be an id at all; one that cannot is no id of anybody's."""
+    return _matches(IDENTIFIER, text, MAX_IDENTIFIER)
