@@ -16,7 +16,7 @@ from manylora.engine.host_memory import keep_freed_memory
 from manylora.engine.microbatch import MicroBatch, build
 from manylora.engine.plan import cut, pack
 from manylora.engine.results import Rows, results
-from manylora.lora.adapter import Adapter, AdapterWeights, SiteIndex
+from manylora.lora.adapter import TORCH_DTYPES, Adapter, AdapterWeights, SiteIndex
 from manylora.lora.init import fresh_state
 from manylora.lora.layout import plan_layout
 from manylora.lora.linear import wrap_linears
@@ -133,6 +133,12 @@ class Engine:
         self._adapter(name)
         del self.adapters[name]
 
+    def poison(self, name: str, reason: str) -> None:
+        """Have the adapter's next optimizer step refused, as after a failed forward_backward."""
+        adapter = self._adapter(name)
+        if adapter.poison is None:
+            adapter.poison = reason
+
     def state(self, name: str) -> AdapterState:
         """A detached copy of everything that training the adapter needs."""
         return self._adapter(name).state()
@@ -140,6 +146,17 @@ class Engine:
     def snapshot(self, name: str, snapshot: str) -> None:
         """Freeze a copy of the adapter's weights under the name `snapshot`."""
         self.snapshots[snapshot] = self._adapter(name).weights.snapshot(self.index)
+
+    def snapshot_state(self, snapshot: str) -> AdapterState:
+        """A snapshot as a state (CPU, fp32), for keeping it elsewhere."""
+        weights = self.snapshots[snapshot]
+        copied_P = weights.weights_P.to("cpu", torch.float32, copy=True)
+        return AdapterState(weights.spec, weights.layout, copied_P)
+
+    def install_snapshot(self, snapshot: str, state: AdapterState) -> None:
+        """Bring a snapshot back that `snapshot_state` gave."""
+        weights_P = state.weights.to(self.base.device, TORCH_DTYPES[state.spec.dtype])
+        self.snapshots[snapshot] = AdapterWeights(state.spec, state.layout, weights_P, self.index)
 
     def drop_snapshot(self, snapshot: str) -> None:
         """Forget a snapshot."""

@@ -62,6 +62,10 @@ def missing(what: str) -> NotFound:
     return NotFound(f"there is no such {what}")
 
 
+class NotReady(ManyloraError):
+    """The server is still starting."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a client is told of an error."""
@@ -83,6 +87,10 @@ _STATUS: tuple[tuple[type[ManyloraError], int, Category], ...] = (
     (Backpressure, 429, "server"),
     (CheckpointDamaged, 400, "server"),
     (SaveFailed, 503, "server"),
+    (NotReady, 503, "server"),
+    (Conflict, 400, "user"),
+    (CheckpointExists, 400, "user"),
+    (StoreError, 503, "server"),
     (BaseModelError, 503, "server"),
     (Cancelled, 503, "server"),
     (CheckpointError, 400, "user"),
