@@ -15,9 +15,12 @@ from manylora.types import (
     Cancelled,
     CheckpointDamaged,
     CheckpointError,
+    CheckpointExists,
+    Conflict,
     DataError,
     ManyloraError,
     SaveFailed,
+    StoreError,
 )
 
 Category = Literal["user", "server"]

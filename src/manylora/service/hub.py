@@ -86,7 +86,7 @@ class TinkerHub:
             ]
         )
 
-    # -- sessions -----------------------------------------------------------------------------------
+    # -- sessions ---------------------------------------------------
 
     async def create_session(self, tenant: str, request: CreateSessionRequest) -> str:
         return await self.sessions.create(tenant, request)
@@ -115,7 +115,7 @@ class TinkerHub:
             return
         await self.models.keep_last(model)
 
-    # -- making models ------------------------------------------------------------------------------
+    # -- making models ---------------------------------------------------
 
     async def create_model(self, tenant: str, request: CreateModelRequest) -> Submitted:
         await self.sessions.require(tenant, request.session_id)
@@ -194,7 +194,7 @@ class TinkerHub:
             model_name=row.base_model,
         )
 
-    # -- operations ---------------------------------------------------------------------------------
+    # -- operations ---------------------------------------------------
 
     async def forward_backward(self, tenant: str, submit: ForwardBackwardSubmit) -> Submitted:
         request = Request("forward_backward", submit, submit.num_tokens)
@@ -238,7 +238,7 @@ class TinkerHub:
                 tenant, model_id, seq_id, Request("refused", error), str(error).encode(), "refused"
             )
 
-    # -- sampling -----------------------------------------------------------------------------------
+    # -- sampling ---------------------------------------------------
 
     async def create_sampling_session(
         self, tenant: str, request: CreateSamplingSessionRequest, path: TinkerPath | None
@@ -252,12 +252,12 @@ class TinkerHub:
     async def sample(self, tenant: str, submit: SampleSubmit) -> Submitted:
         return await self.samplers.sample(tenant, submit)
 
-    # -- results ------------------------------------------------------------------------------------
+    # -- results ---------------------------------------------------
 
     async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
         return await self.parts.promises.outcome(tenant, request_id, timeout)
 
-    # -- training runs and checkpoints ----------------------------------------------------------------
+    # -- training runs and checkpoints ---------------------------------------------------
 
     async def training_run(self, tenant: str, model_id: str) -> TrainingRun:
         return await self._training_run(await self.models.row(tenant, model_id))
@@ -300,7 +300,7 @@ class TinkerHub:
     async def external_files(self, tenant: str, path: TinkerPath) -> Mapping[str, Path]:
         return await self.keeping.external_files(tenant, path)
 
-    # -- inside -------------------------------------------------------------------------------------
+    # -- inside ---------------------------------------------------
 
     async def _submit(
         self, tenant: str, kind: str, request: Numbered, digest: str | None = None

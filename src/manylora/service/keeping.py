@@ -46,7 +46,7 @@ class Keeping:
         self._folder = folder
         self._settings = settings
 
-    # -- making one (on the writer's thread) --------------------------------------------------------
+    # -- making one (on the writer's thread) ---------------------------------------------------
 
     def write(self, host: Host, order: Order, state: AdapterState) -> CheckpointRow:
         """Write an adapter's state as a checkpoint. A request that comes again changes nothing.
@@ -96,7 +96,7 @@ class Keeping:
         model = order.path.model_id.replace(":", "_")
         return f"checkpoints/{model}/{order.path.kind}/{order.path.name}@{order.seq}"
 
-    # -- using one ----------------------------------------------------------------------------------
+    # -- using one ---------------------------------------------------
 
     async def readable(self, tenant: str, path: TinkerPath, *kinds: PathKind) -> CheckpointRow:
         """A checkpoint that the tenant may read: its own, or a published one.
@@ -140,7 +140,7 @@ class Keeping:
         folder = self.folder_of(row)
         return {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
 
-    # -- lists and changes ----------------------------------------------------------------------------
+    # -- lists and changes ---------------------------------------------------
 
     async def get(self, tenant: str, path: TinkerPath) -> CheckpointRow:
         """The tenant's own checkpoint. Raises NotFound."""

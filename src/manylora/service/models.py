@@ -120,7 +120,7 @@ class Models:
             raise NotFound(f"there is no training run {model_id!r}")
         return row
 
-    # -- operations -------------------------------------------------------------------------------
+    # -- operations ---------------------------------------------------
 
     async def submit(
         self, tenant: str, model_id: str, seq: int, request: Request, body: bytes, digest: str
@@ -194,7 +194,7 @@ class Models:
         self._parts.journal.forget(model.id)
         self._open.pop(model.id, None)
 
-    # -- inside -----------------------------------------------------------------------------------
+    # -- inside ---------------------------------------------------
 
     def _run(self, model: Model, seq: int, request: Request, *, replayed: bool) -> None:
         request_id = f"{model.id}:{seq}"

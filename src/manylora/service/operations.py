@@ -96,7 +96,7 @@ class Operations:
         except ManyloraError as error:
             return self._refused(row, seq, error)
 
-    # -- training ---------------------------------------------------------------------------------
+    # -- training ---------------------------------------------------
 
     def _forward_backward(
         self, row: ModelRow, seq: int, submit: ForwardBackwardSubmit
@@ -131,7 +131,7 @@ class Operations:
 
         return self._call(row, seq, run), lambda _: _json(Reply())
 
-    # -- saving and loading -------------------------------------------------------------------------
+    # -- saving and loading ---------------------------------------------------
 
     def _save_weights(
         self, row: ModelRow, seq: int, request: SaveWeightsRequest
@@ -205,7 +205,7 @@ class Operations:
 
         return flattened(self._parts.host.call(row.id, run, tenant=row.tenant))
 
-    # -- inside -----------------------------------------------------------------------------------
+    # -- inside ---------------------------------------------------
 
     def _call(self, row: ModelRow, seq: int, run: Callable[[], Any]) -> Future[Any]:
         return self._parts.host.call(row.id, run, tenant=row.tenant, seq=seq)

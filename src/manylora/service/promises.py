@@ -44,7 +44,7 @@ class Promise:
 
 
 class Promises:
-    """All accepted requests of a server. Methods run on the event loop unless they say otherwise."""
+    """All accepted requests of a server. Methods run on the event loop unless they say else."""
 
     def __init__(self, results: Results):
         self.results = results
@@ -149,7 +149,7 @@ class Promises:
         """Finish storing what is known."""
         self._finisher.shutdown(wait=True)
 
-    # -- inside -----------------------------------------------------------------------------------
+    # -- inside ---------------------------------------------------
 
     def _finish(self, request_id: str, done: Future[Any], encode: Encode, then: Then) -> None:
         promise = self._open.get(request_id)

@@ -162,7 +162,7 @@ class Samplers:
         """Whether requests of the session are without an outcome."""
         return self._running[session_id] > 0
 
-    # -- inside -----------------------------------------------------------------------------------
+    # -- inside ---------------------------------------------------
 
     async def _operation(self, row: SamplerRow, request_id: str, submit: SampleSubmit) -> Sample:
         limits, context = self._parts.settings.limits, self._parts.host.engine.base.context_length
