@@ -21,7 +21,8 @@ from manylora.service.limits import BodyLimits
 from manylora.service.metrics import Metrics
 from manylora.service.server import LateHub, Service
 from manylora.service.wire.limits import WireLimits
-from manylora.store import Keys, Store
+from manylora.store import Store
+from manylora.store.access import Keys
 from manylora.types import ConfigError, SaveFailed
 
 log = logging.getLogger("manylora.service")
