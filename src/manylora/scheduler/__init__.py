@@ -1,12 +1,26 @@
 """The queue: each adapter's operations in order, different adapters' operations merged.
 
 Owns: per-adapter FIFOs, which operations run next (fairly, and never waiting for an absent
-tenant), and the thread that runs them.
-Does not own: tensors, the engine (it is handed one), clients.
+tenant), the thread that runs them, and the journal of those that were acknowledged.
+Does not own: tensors, the engine (it is handed one), clients, what a journalled record means.
 Talks to: types only; the api composes it with an engine. No torch.
 """
 
+from manylora.scheduler.journal import Journal
+from manylora.scheduler.journal_format import Record
+from manylora.scheduler.journal_recovery import Damage, Recovery
 from manylora.scheduler.queue import Call, Operation, OperationQueue, Pending
 from manylora.scheduler.worker import Runner, Worker
 
-__all__ = ["Call", "Operation", "OperationQueue", "Pending", "Runner", "Worker"]
+__all__ = [
+    "Call",
+    "Damage",
+    "Journal",
+    "Operation",
+    "OperationQueue",
+    "Pending",
+    "Record",
+    "Recovery",
+    "Runner",
+    "Worker",
+]
