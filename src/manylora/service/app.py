@@ -94,7 +94,8 @@ class _Application(FastAPI):
             components["securitySchemes"] = {
                 "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"}
             }
-            document["security"] = [{"key": []}]
+            no_scopes: list[str] = []
+            document["security"] = [{"key": no_scopes}]
             self.openapi_schema = document
         return self.openapi_schema or {}
 
