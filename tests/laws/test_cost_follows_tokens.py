@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manylora.engine import Engine
 from manylora.types import AdamParams, AdapterSpec, Datum, ForwardBackward, OptimStep
-from tests.laws.tenants import must, random_data
+from tests.laws.tenants import must, random_data, work_of
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -126,6 +126,29 @@ def test_flops_follow_tokens(tiny):
     together = flops(lambda: must(engine.forward_backward(works)))
     apart = [flops(lambda w=w: must(engine.forward_backward([w]))) for w in works]
     assert together == sum(apart)
+
+
+def test_only_what_a_loss_needs_is_paid_for(tiny, monkeypatch):
+    """Several targets take no product more, a sequence's ratio a second forward of the head, and
+    that only for the chunks that hold such sequences."""
+    monkeypatch.setattr("manylora.engine.head_loss.CHUNK_ELEMENTS", 1)  # chunks of 32 rows
+    engine = Engine(tiny("llama"))
+    for name in ("a", "b"):
+        engine.create(name, AdapterSpec(rank=4))
+
+    def cost(first: str, second: str) -> int:
+        works = [
+            work_of(name, loss, random_data(np.random.default_rng(0), 2, loss, (48, 49)))
+            for name, loss in {"a": first, "b": second}.items()
+        ]
+        return flops(lambda: must(engine.forward_backward(works)))
+
+    plain = cost("cross_entropy", "ppo")
+    assert cost("distillation", "ppo") == cost("distillation", "distillation") == plain
+    head = engine.base.head.weight_VH
+    # Rows 96 … 191 of 192, in chunks of 32.
+    assert cost("cross_entropy", "gspo") == plain + 2 * 96 * head.numel()
+    assert cost("gspo", "gspo") == plain + 2 * 192 * head.numel()
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "lm_head")])

@@ -3,8 +3,7 @@
 P parameters of an adapter, T tokens of a stream, H hidden size.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ from manylora.engine.head_loss import HeadLoss
 from manylora.engine.host_memory import keep_freed_memory
 from manylora.engine.microbatch import MicroBatch, build
 from manylora.engine.plan import cut, pack
+from manylora.engine.results import Rows, results
 from manylora.lora.adapter import Adapter, AdapterWeights, SiteIndex
 from manylora.lora.init import fresh_state
 from manylora.lora.layout import plan_layout
@@ -48,15 +48,6 @@ from manylora.types import (
 )
 
 Result = TypeVar("Result")
-
-
-@dataclass(slots=True)
-class _Rows:
-    """What came out of one micro-batch, still on the device."""
-
-    batch: MicroBatch
-    logprobs_T: Tensor
-    loss_T: Tensor
 
 
 class Engine:
@@ -265,25 +256,24 @@ class Engine:
             )
             for batch in pack(pieces, self.token_budget)
         ]
-        for number, result in _results(rows, runnable):
+        for number, result in results(rows, runnable):
             outcomes[number] = self._finite(works[number], result)
 
-    def _run(self, batch: MicroBatch, *, backward: bool) -> _Rows:
+    def _run(self, batch: MicroBatch, *, backward: bool) -> Rows:
         """Forward, loss and backward of one micro-batch."""
         table = RoutingTable(batch.segments, training=backward)
         stream = PackedStream(batch.lengths, batch.total)
         with torch.set_grad_enabled(backward), routing(table), packed(stream):
             hidden_TH = self.base.hidden(batch.tokens_T, batch.positions_T)
-            logprobs_T, loss_T, grad_TH = self.head_loss(
-                hidden_TH.detach(), batch, table, backward=backward
-            )
+            out = self.head_loss(hidden_TH.detach(), batch, table, backward=backward)
             # Nothing to do below the head if only the head carries adapters.
-            if grad_TH is not None and hidden_TH.requires_grad:
-                hidden_TH.backward(grad_TH)
+            if out.grad_TH is not None and hidden_TH.requires_grad:
+                hidden_TH.backward(out.grad_TH)
+            out.grad_TH = None  # the rest is kept until all micro-batches have been started
         for piece in batch.pieces:
             if backward:
                 self.adapters[piece.adapter].has_grad = True
-        return _Rows(batch, logprobs_T, loss_T)
+        return Rows(batch, out)
 
     def _check(self, work: ForwardBackward) -> tuple[Loss, Settings]:
         self._adapter(work.adapter)
@@ -372,21 +362,3 @@ def _step(step: OptimStep, adapter: Adapter, norm: float) -> OptimStepResult | M
     adapter.publish()
     adapter.drop_grad()
     return OptimStepResult(adapter.step, norm)
-
-
-def _results(
-    rows: Sequence[_Rows], runnable: Sequence[tuple[int, ForwardBackward]]
-) -> Iterable[tuple[int, ForwardBackwardResult]]:
-    """Cut the micro-batches' outputs up again by operation, in the order of its data."""
-    logprobs: dict[int, list[np.ndarray]] = {number: [] for number, _ in runnable}
-    losses: Mapping[int, list[float]] = {number: [] for number, _ in runnable}
-    for out in rows:
-        # One transfer a micro-batch, after all of them have been started.
-        logprobs_T, loss_T = torch.stack([out.logprobs_T, out.loss_T]).cpu().numpy()
-        for piece, start in zip(out.batch.pieces, out.batch.starts, strict=True):
-            ends = start + np.cumsum([len(datum) for datum in piece.data])
-            logprobs[piece.work] += np.split(logprobs_T[start : ends[-1]], ends[:-1] - start)
-            losses[piece.work].append(float(loss_T[start : ends[-1]].sum(dtype=np.float64)))
-    for number, _ in runnable:
-        total = float(sum(losses[number]))
-        yield number, ForwardBackwardResult(tuple(logprobs[number]), total, {"loss:sum": total})

@@ -7,6 +7,7 @@ Talks to: types only; the api composes it with an engine. No torch.
 """
 
 from manylora.scheduler.queue import Call, Operation, OperationQueue, Pending
+from manylora.scheduler.residency import Residency
 from manylora.scheduler.worker import Runner, Worker
 
-__all__ = ["Call", "Operation", "OperationQueue", "Pending", "Runner", "Worker"]
+__all__ = ["Call", "Operation", "OperationQueue", "Pending", "Residency", "Runner", "Worker"]
