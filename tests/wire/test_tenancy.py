@@ -130,8 +130,8 @@ ROUTES: dict[str, Request] = {
 
 
 def said(answer: httpx.Response, things: Things) -> tuple[int, str]:
-    """Status and body, the identifiers that were asked for taken out."""
-    text = answer.text
+    """Status and body, without the answer's own id and the identifiers that were asked for."""
+    text = answer.text.replace(answer.headers["x-request-id"], "<this request>")
     for name in ("state", "weights", "external", "future", "sampler", "model", "session"):
         text = text.replace(getattr(things, name), f"<{name}>")
     return answer.status_code, text

@@ -317,7 +317,10 @@ class Engine:
             ("target_tokens", datum.loss_inputs["target_tokens"]),
         ):
             if tokens.min() < 0 or tokens.max() >= self.base.vocab_size:
-                raise DataError(f"{name} has ids outside 0 … {self.base.vocab_size - 1}")
+                stray = tokens[(tokens < 0) | (tokens >= self.base.vocab_size)].flat[0]
+                raise DataError(
+                    f"{name} holds {stray}; token ids are 0 … {self.base.vocab_size - 1}"
+                )
 
     def _poison(self, work: ForwardBackward, error: Exception) -> None:
         adapter = self.adapters.get(work.adapter)
