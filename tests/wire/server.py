@@ -30,18 +30,24 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def create_key(folder: Path, tenant: str) -> str:
-    """A new key of `tenant`, as `manylora keys create` prints it."""
+def run_keys(folder: Path, *words: str) -> str:
+    """What `manylora keys …` prints."""
     done = subprocess.run(
-        [*_COMMAND, "keys", "create", tenant, "--data-dir", str(folder)],
+        [*_COMMAND, "keys", *words, "--data-dir", str(folder)],
         capture_output=True,
         text=True,
         check=False,
         env=_environment(),
     )
     assert done.returncode == 0, done.stderr
-    found = _KEY.search(done.stdout)
-    assert found, done.stdout
+    return done.stdout
+
+
+def create_key(folder: Path, tenant: str) -> str:
+    """A new key of `tenant`."""
+    printed = run_keys(folder, "create", tenant)
+    found = _KEY.search(printed)
+    assert found, printed
     return found.group()
 
 
@@ -113,10 +119,6 @@ class Server:
         """Kill it and start it again over the same data and on the same port."""
         self.kill()
         self.start()
-
-    def keys(self, *tenants: str) -> list[str]:
-        """A new key for each tenant."""
-        return [create_key(self.folder, tenant) for tenant in tenants]
 
     def __enter__(self) -> Self:
         return self.start()

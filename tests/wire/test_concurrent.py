@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from tests.wire.data import (
     to_sdk,
 )
 from tests.wire.oracle import Oracle
-from tests.wire.server import BASE_ALIAS, Server
+from tests.wire.server import BASE_ALIAS, DEVELOPER, Server, create_key
 
 PROBE = random_data(99, 3)
 ROUNDS = 4
@@ -84,11 +85,9 @@ def work(
 
 
 @pytest.mark.parametrize("same_tenant", [True, False], ids=["one tenant", "eight tenants"])
-def test_together_is_alone(serve, connect, same_tenant: bool):
+def test_together_is_alone(serve, connect, tmp_path: Path, same_tenant: bool):
+    keys = [DEVELOPER if same_tenant else create_key(tmp_path / "data", name) for name in PLANS]
     server: Server = serve()
-    keys = ["tml-test"] * len(PLANS) if same_tenant else server.keys(*PLANS)
-    if not same_tenant:
-        server.restart()
     base = Oracle(1, 0)
     seeds = range(len(PLANS))
     rounds = [batches(seed, plan, base) for seed, plan in enumerate(PLANS.values())]

@@ -67,7 +67,7 @@ def bad_data() -> dict[str, tuple[Any, str, Any, str]]:
             [sdk_datum(tokens, {"target_tokens": targets + VOCAB, "weights": weights})],
             "cross_entropy",
             None,
-            str(VOCAB),
+            str(VOCAB - 1),
         ),
         "too long": (
             [
