@@ -111,7 +111,7 @@ async def _serve(
             backlog=BACKLOG,
             timeout_keep_alive=75,
             server_header=False,
-        )  # fmt: skip
+        )
     )
     web = asyncio.create_task(server.serve(sockets=[listener]))
     try:
