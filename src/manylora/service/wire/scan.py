@@ -75,7 +75,7 @@ def peek_ids(prefix: bytes) -> tuple[str, int] | None:
                 break
     except (_Torn, UnicodeDecodeError):
         pass
-    if model_id is None or seq_id is None or seq_id >= 2**31:
+    if model_id is None or seq_id is None or not 1 <= seq_id < 2**31:
         return None
     return (model_id, seq_id) if re.fullmatch(IDENTIFIER, model_id) else None
 
