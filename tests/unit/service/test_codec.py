@@ -194,8 +194,8 @@ def test_losses_that_are_known_and_not_served_are_refused_by_name(name):
 def test_provenance_is_taken_and_not_read():
     """The recipes send it with every loss; only `stable_reinforce` would read it."""
     message, plain = plain_datum(), plain_datum()
-    message.model_input_spans.add().sampled_tokens.length = 3
-    message.loss_fn_input_spans.add().prompt_tokens.length = 3
+    for spans in (message.model_input_spans, message.loss_fn_input_spans):
+        spans.add()
     told, untold = (decode(request([one])).data[0] for one in (message, plain))
     assert np.array_equal(told.tokens, untold.tokens)
     assert told.loss_inputs.keys() == untold.loss_inputs.keys()
