@@ -18,6 +18,8 @@ else
 CREATED := $(shell $(PYTHON) -c '$(VERSION_STAMP)')
 $(if $(CREATED),,$(error cannot run the Python named by PYTHON=$(PYTHON)))
 endif
+# An older release of the Tinker SDK, put before the newest one by the tests that need it.
+OLD_SDK := 0.25.0
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 
@@ -25,7 +27,7 @@ DEV := $(VENV)/.dev-installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check slow bench clean
+.PHONY: help quickstart test check slow cookbook bench clean
 
 help: ## list the targets
 	@echo "usage: make <target> [PYTHON=python3.12] [PYTEST_FLAGS=...]"
@@ -51,6 +53,9 @@ check: $(DEV) ## lint, formatting, types, and which room may import which
 slow: $(DEV) ## run the tests marked slow
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
 
+cookbook: $(DEV) ## run every recipe of tinker-cookbook that is tested, against a server
+	$(BIN)/python -m pytest tests/cookbook -m "not slow" $(PYTEST_FLAGS)
+
 bench: $(DEV) ## measure many adapters at once against one after the other
 	$(BIN)/python -m benchmarks.multi_tenant
 
@@ -72,5 +77,8 @@ $(RUNTIME): pyproject.toml constraints.txt $(CREATED)
 
 $(DEV): pyproject.toml constraints.txt $(CREATED)
 	@echo "==> Installing manylora with its tests' tools (mostly PyTorch; a few minutes the first time)"
-	$(PIP_INSTALL) -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev,cookbook]'
+	$(PIP_INSTALL) --no-deps tinker-cookbook
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade \
+	  --target $(VENV)/sdk-$(OLD_SDK) tinker==$(OLD_SDK)
 	@touch $(RUNTIME) $@

@@ -114,9 +114,9 @@ class Bare:
         table = RoutingTable(batch.segments, training=False)
         with routing(table), packed(PackedStream(batch.lengths, batch.total)):
             hidden_TH = self.base.hidden(batch.tokens_T, batch.positions_T)
-            logprobs_T, loss_T, grad_TH = self.head(hidden_TH.detach(), batch, table, backward=True)
-            hidden_TH.backward(grad_TH)
-        torch.stack([logprobs_T, loss_T]).numpy()
+            out = self.head(hidden_TH.detach(), batch, table, backward=True)
+            hidden_TH.backward(out.grad_TH)
+        torch.stack([out.logprobs_T, out.loss_T]).numpy()
 
 
 class _NoAdapters(dict[str, Any]):

@@ -60,12 +60,13 @@ class StockPeft:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1.0)
 
     def forward_backward(self, work: ForwardBackward) -> list[Tensor]:
-        """Add the gradients of one operation; log p(target) [N] of each datum."""
+        """Add the gradients of one operation; log p(target) of each datum, as its targets are."""
         found = []
         for datum in work.data:
             logits_NV = self.model(input_ids=torch.from_numpy(datum.tokens)[None]).logits[0]
-            targets_N = torch.from_numpy(datum.loss_inputs["target_tokens"])
-            logprobs_N = -torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+            targets = torch.from_numpy(datum.loss_inputs["target_tokens"])
+            logprobs_NV = torch.log_softmax(logits_NV, dim=1)
+            logprobs_N = logprobs_NV.gather(1, targets.view(len(datum), -1)).view(targets.shape)
             inputs = {name: torch.from_numpy(value) for name, value in datum.loss_inputs.items()}
             reference_loss(work.loss, logprobs_N, inputs, work.config).sum().backward()
             found.append(logprobs_N.detach())

@@ -1,6 +1,6 @@
 """Tenants with fixed plans of work, and what came out of it for each.
 
-P parameters of an adapter, N tokens of a datum.
+P parameters of an adapter, N tokens of a datum, K targets of each position.
 """
 
 import zlib
@@ -24,12 +24,16 @@ from manylora.types import (
 )
 from tests.models import VOCAB
 
+# What a tenant may learn by, with the loss's settings. `distillation` is cross-entropy with several
+# targets for each position.
 LOSSES: dict[str, dict[str, float]] = {
     "cross_entropy": {},
     "importance_sampling": {},
     "ppo": {"clip_low_threshold": 0.7},
     "cispo": {"clip_high_threshold": 1.5},
     "dro": {"beta": 0.1},
+    "gspo": {"clip_low_threshold": 0.9, "clip_high_threshold": 1.4},
+    "distillation": {},
 }
 
 
@@ -48,11 +52,35 @@ def random_data(
         inputs: dict[str, Any] = {"target_tokens": tokens[1:]}
         if loss == "cross_entropy":
             inputs["weights"] = rng.normal(size=length)
+        elif loss == "distillation":
+            inputs |= _several_targets(rng, tokens[1:], vocab)
         else:
             inputs["logprobs"] = rng.normal(-5.0, 0.3, size=length)
             inputs["advantages"] = rng.normal(size=length)
+        if loss == "gspo":
+            mask = rng.integers(0, 2, size=length)
+            mask[rng.integers(length)] = 1
+            inputs["sequence_ratio_mask"] = mask
         data.append(Datum(tokens[:-1], inputs))
     return data
+
+
+def _several_targets(rng: np.random.Generator, targets: Any, vocab: int) -> dict[str, Any]:
+    """1 to 5 targets for each position, some named twice, some without weight; or one, plainly."""
+    count = int(rng.integers(0, 6))
+    if count == 0:
+        return {"target_tokens": targets, "weights": rng.normal(size=len(targets))}
+    targets_NK = rng.integers(0, vocab, (len(targets), count))
+    targets_NK[:, 0] = targets
+    targets_NK[:, 2:4] = targets_NK[:, :1]
+    weights_NK = rng.normal(size=targets_NK.shape) * rng.integers(0, 4, targets_NK.shape) / 4
+    return {"target_tokens": targets_NK, "weights": weights_NK}
+
+
+def work_of(adapter: str, loss: str, data: Sequence[Datum]) -> ForwardBackward:
+    """The operation of one of `LOSSES`."""
+    name = "cross_entropy" if loss == "distillation" else loss
+    return ForwardBackward(adapter=adapter, data=data, loss=name, config=LOSSES[loss])
 
 
 def must(outcomes: Iterable[Any]) -> list[Any]:
@@ -105,9 +133,7 @@ class Tenant:
         for call in range(self.calls):
             loss = self.losses[(number + call) % len(self.losses)]
             data = random_data(rng, self.num_data, loss, self.lengths, vocab)
-            works.append(
-                ForwardBackward(adapter=self.name, data=data, loss=loss, config=LOSSES[loss])
-            )
+            works.append(work_of(self.name, loss, data))
         return works
 
 
@@ -183,4 +209,4 @@ def assert_same_state(one: AdapterState, other: AdapterState, name: str = "") ->
         a, b = getattr(one, field_name), getattr(other, field_name)
         assert (a is None) == (b is None), f"{name}: {field_name}"
         assert a is None or torch.equal(a, b), f"{name}: {field_name}"
-    assert (one.step, one.draws) == (other.step, other.draws), name
+    assert (one.step, one.draws, one.poison) == (other.step, other.draws, other.poison), name

@@ -31,11 +31,16 @@ GRADIENT, WEIGHTS, LOGPROBS = 1e-5, 1e-4, 1e-4
 def crowd(attention: str = "q_proj") -> list[Tenant]:
     """Every loss, clipping, accumulation, odd rhythms; no dropout, whose masks are our own."""
     return [
-        Tenant(name="wide", spec=AdapterSpec(rank=8, alpha=16, seed=1), num_data=2),
+        Tenant(
+            name="wide",
+            spec=AdapterSpec(rank=8, alpha=16, seed=1),
+            losses=("cross_entropy", "distillation"),
+            num_data=2,
+        ),
         Tenant(
             name="policy",
             spec=AdapterSpec(rank=3, alpha=5, targets=(attention, "down_proj"), seed=2),
-            losses=("ppo", "cispo", "importance_sampling"),
+            losses=("ppo", "cispo", "importance_sampling", "gspo"),
             calls=2,
             num_data=1,
             params=AdamParams(lr=1e-3, clip_norm=0.3),
@@ -43,7 +48,7 @@ def crowd(attention: str = "q_proj") -> list[Tenant]:
         Tenant(
             name="head",
             spec=AdapterSpec(rank=33, alpha=20, targets=("o_proj", "lm_head"), seed=3),
-            losses=("dro", "cross_entropy"),
+            losses=("dro", "cross_entropy", "gspo", "distillation"),
             num_data=1,
             every=2,
             params=AdamParams(lr=2e-3, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1),

@@ -25,18 +25,23 @@ ROUNDS = 4
 def crowd(attention: str = "q_proj") -> list[Tenant]:
     """Different in everything that may differ; `attention` is a leaf of this family."""
     return [
-        Tenant(name="wide", spec=AdapterSpec(rank=8, alpha=16, seed=1), num_data=4),
+        Tenant(
+            name="wide",
+            spec=AdapterSpec(rank=8, alpha=16, seed=1),
+            losses=("cross_entropy", "distillation"),
+            num_data=4,
+        ),
         Tenant(
             name="leaves",
             spec=AdapterSpec(rank=3, alpha=5, targets=(attention, "down_proj"), seed=2),
-            losses=("ppo", "cispo"),
+            losses=("ppo", "gspo", "cispo"),
             calls=2,
             num_data=1,
         ),
         Tenant(
             name="head",
             spec=AdapterSpec(rank=33, alpha=20, targets=("o_proj", "lm_head"), seed=3),
-            losses=("dro", "cross_entropy"),
+            losses=("dro", "distillation", "gspo", "cross_entropy"),
             every=2,
             params=AdamParams(lr=3e-3, beta1=0.8, beta2=0.95, eps=1e-6),
         ),

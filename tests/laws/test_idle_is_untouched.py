@@ -1,4 +1,8 @@
-"""Law 2: an adapter without work keeps every bit; a retired one leaves nothing behind."""
+"""Law 2: an adapter without work keeps every bit; a retired one leaves nothing behind.
+
+Faults that were planted and seen to fail here: decay of idle weights or of idle moments when
+another adapter steps, a snapshot that shares the vector.
+"""
 
 import gc
 import weakref

@@ -29,12 +29,11 @@ from manylora.engine.reference import ReferenceEngine
 from manylora.types import (
     AdamParams,
     AdapterSpec,
-    ForwardBackward,
     OptimStep,
     Sample,
     SamplingParams,
 )
-from tests.laws.tenants import LOSSES, assert_same_state, must, perturb, random_data
+from tests.laws.tenants import LOSSES, assert_same_state, must, perturb, random_data, work_of
 from tests.models import TinyBases
 
 NAMES = ("a", "b", "c", "d")
@@ -100,7 +99,7 @@ class Schedules(RuleBasedStateMachine):
         for name, (loss, count, seed) in zip(crowd, draws, strict=False):
             if name in self.books:
                 data = random_data(np.random.default_rng(seed), count, loss, (1, 14))
-                work = ForwardBackward(adapter=name, data=data, loss=loss, config=LOSSES[loss])
+                work = work_of(name, loss, data)
                 works.append(replace(work, backward=backward or seed % 4 > 0))
         together = must(self.crowd.forward_backward(works))
         for work, result in zip(works, together, strict=True):

@@ -28,7 +28,7 @@ LONG_FUNCTIONS: dict[str, int] = {}
 # Rooms that have their place in the import contract before they have any code.
 ROOMS_TO_COME: set[str] = set()
 NO_ROOM_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
-LIGHT_ROOMS = ["types", "config", "scheduler", "cli"]
+LIGHT_ROOMS = ["types", "config", "scheduler", "store", "cli"]
 HEAVY_MODULES = ["torch", "transformers", "peft"]
 
 PICKLING_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve"}

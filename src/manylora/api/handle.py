@@ -73,7 +73,7 @@ class AdapterHandle:
 
         Args:
             data: any number of sequences; see `Datum` for what each loss needs.
-            loss: cross_entropy, importance_sampling, ppo, cispo or dro.
+            loss: cross_entropy, importance_sampling, ppo, cispo, dro or gspo.
             config: the loss's settings, e.g. {"clip_high_threshold": 1.3}.
 
         Returns:

@@ -2,7 +2,8 @@
 
     step-7/
         state.safetensors   weights, exp_avg, exp_avg_sq, grad: fp32 [P], absent ones left out
-        state.json          the adapter's settings, its counters, and the client's own notes
+        state.json          the adapter's settings, its counters, why its pending gradients are to
+                            be refused, and the client's own notes
         manifest.json       base, layout, and the SHA-256 of the two files above
 
 P parameters of the adapter.
@@ -79,6 +80,7 @@ def save_state(
         "spec": _spec_json(state.spec),
         "step": state.step,
         "draws": state.draws,
+        "poison": state.poison,
         "client": dict(client),
     }
     about: dict[str, JSON] = {
@@ -116,12 +118,20 @@ def load_state(
         saved_layout = _layout_of(manifest.about["layout"])
         saved_spec = _spec_of(settings["spec"])
         step, draws, client = settings["step"], settings["draws"], settings["client"]
+        poison = settings.get("poison")  # older states have none
         base_name = str(manifest.about["base_name"])
         fingerprint = str(manifest.about["base_fingerprint"])
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointDamaged(f"{folder}: a field is missing or wrong: {error}") from error
-    if not (isinstance(step, int) and isinstance(draws, int) and isinstance(client, dict)):
-        raise CheckpointDamaged(f"{folder / SETTINGS}: step, draws or client is of a wrong type")
+    if not (
+        isinstance(step, int)
+        and isinstance(draws, int)
+        and isinstance(client, dict)
+        and isinstance(poison, str | None)
+    ):
+        raise CheckpointDamaged(
+            f"{folder / SETTINGS}: step, draws, client or poison is of a wrong type"
+        )
     differences: list[str] = []
     if base_fingerprint not in (None, fingerprint):
         differences.append(
@@ -132,7 +142,9 @@ def load_state(
     if differences:
         raise CheckpointMismatch(f"{folder} does not fit: {_listed(differences)}")
     vectors = _read_vectors(folder / TENSORS, saved_layout.num_params)
-    state = AdapterState(saved_spec, layout or saved_layout, **vectors, step=step, draws=draws)
+    state = AdapterState(
+        saved_spec, layout or saved_layout, **vectors, step=step, draws=draws, poison=poison
+    )
     return SavedState(state, client, base_name, fingerprint)
 
 

@@ -6,14 +6,18 @@ import typing
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from manylora.config.overrides import apply_override
 from manylora.config.run_file import AdapterEntry, RunFile, is_data_file, is_name
+from manylora.config.server_file import ServerFile
 from manylora.config.yaml_text import Document, KeyPath, problems_error, read_document
 from manylora.types import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 _WANTED = {
     "int_type": "a whole number",
@@ -54,21 +58,46 @@ def load_run_file(path: str | PathLike[str], overrides: Sequence[str] = ()) -> R
     """
     file = Path(path)
     document = read_document(_read_text(file), str(path))
+    hint = "a run file has at least base, out, and adapters with name and sft.train"
+    run = _validate(RunFile, document, str(path), overrides, hint)
+    return _with_absolute_paths(run, file.resolve().parent)
+
+
+def load_server_file(path: str | PathLike[str] | None, overrides: Sequence[str] = ()) -> ServerFile:
+    """Read, override and check a server file.
+
+    Args:
+        path: a YAML file; None = every setting comes from `overrides` and the defaults.
+        overrides: texts `a.b=c`, applied in order; paths in them are relative to the current
+            directory, those in the file to the file's folder.
+
+    Raises:
+        ConfigError: all problems found, one per line.
+    """
+    name = "the server's settings" if path is None else str(path)
+    text = "{}" if path is None else _read_text(Path(path))
+    server = _validate(ServerFile, read_document(text, name), name, overrides, "name its base")
+    given = {override.partition("=")[0].strip() for override in overrides}
+    if path is None or "data_dir" in given:
+        return server
+    return server.model_copy(
+        update={"data_dir": _below(Path(path).resolve().parent, server.data_dir)}
+    )
+
+
+def _validate(
+    model: type[Model], document: Document, name: str, overrides: Sequence[str], hint: str
+) -> Model:
     for override in overrides:
         apply_override(document, override)
     if not isinstance(document.data, dict):
         found = "is empty" if document.data is None else "does not hold `key: value` lines"
-        raise ConfigError(
-            f"{file}: {found}; a run file has at least base, out, and adapters with name and "
-            "sft.train"
-        )
+        raise ConfigError(f"{name}: {found}; {hint}")
     try:
-        run = RunFile.model_validate(document.data)
+        return model.model_validate(document.data)
     except ValidationError as error:
         found = sorted(error.errors(include_url=False), key=lambda one: _line(one, document))
-        problems = [_describe(details, document) for details in found]
-        raise problems_error(str(path), problems) from error
-    return _with_absolute_paths(run, file.resolve().parent)
+        raise problems_error(name, [_describe(details, document) for details in found]) from error
 
 
 def _read_text(file: Path) -> str:

@@ -61,7 +61,7 @@ Text = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
@@ -71,7 +71,7 @@ class _Settings(BaseModel):
     )
 
 
-class LoraSettings(_Settings):
+class LoraSettings(Settings):
     """Shape of one adapter."""
 
     rank: Count = 16
@@ -122,7 +122,7 @@ class LoraSettings(_Settings):
         return _path(value, "an adapter folder")
 
 
-class OptimizerSettings(_Settings):
+class OptimizerSettings(Settings):
     """AdamW and its learning rate over the run."""
 
     lr: Positive = 2e-4
@@ -152,7 +152,7 @@ class OptimizerSettings(_Settings):
         )
 
 
-class SftSettings(_Settings):
+class SftSettings(Settings):
     """Supervised fine-tuning: which data, how often."""
 
     train: Text
@@ -191,7 +191,7 @@ class SftSettings(_Settings):
         )
 
 
-class AdapterEntry(_Settings):
+class AdapterEntry(Settings):
     """One adapter and how it is trained."""
 
     name: Text
@@ -234,7 +234,7 @@ class AdapterEntry(_Settings):
         )
 
 
-class WandbSettings(_Settings):
+class WandbSettings(Settings):
     """Weights & Biases."""
 
     project: Text
@@ -243,14 +243,14 @@ class WandbSettings(_Settings):
     """User or team; null = the account's own."""
 
 
-class TrackioSettings(_Settings):
+class TrackioSettings(Settings):
     """Trackio."""
 
     project: Text
     """Project that the runs appear in."""
 
 
-class RunFile(_Settings):
+class RunFile(Settings):
     """A run: one base model and the adapters that are trained on it together."""
 
     base: Text

@@ -3,8 +3,7 @@
 P parameters of an adapter, T tokens of a stream, H hidden size.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +16,8 @@ from manylora.engine.head_loss import HeadLoss
 from manylora.engine.host_memory import keep_freed_memory
 from manylora.engine.microbatch import MicroBatch, build
 from manylora.engine.plan import cut, pack
-from manylora.lora.adapter import Adapter, AdapterWeights, SiteIndex
+from manylora.engine.results import Rows, results
+from manylora.lora.adapter import TORCH_DTYPES, Adapter, AdapterWeights, SiteIndex
 from manylora.lora.init import fresh_state
 from manylora.lora.layout import plan_layout
 from manylora.lora.linear import wrap_linears
@@ -49,15 +49,6 @@ from manylora.types import (
 )
 
 Result = TypeVar("Result")
-
-
-@dataclass(slots=True)
-class _Rows:
-    """What came out of one micro-batch, still on the device."""
-
-    batch: MicroBatch
-    logprobs_T: Tensor
-    loss_T: Tensor
 
 
 class Engine:
@@ -145,6 +136,12 @@ class Engine:
         self._adapter(name)
         del self.adapters[name]
 
+    def poison(self, name: str, reason: str) -> None:
+        """Have the adapter's next optimizer step refused, as after a failed forward_backward."""
+        adapter = self._adapter(name)
+        if adapter.poison is None:
+            adapter.poison = reason
+
     def state(self, name: str) -> AdapterState:
         """A detached copy of everything that training the adapter needs."""
         return self._adapter(name).state()
@@ -152,6 +149,17 @@ class Engine:
     def snapshot(self, name: str, snapshot: str) -> None:
         """Freeze a copy of the adapter's weights under the name `snapshot`."""
         self.snapshots[snapshot] = self._adapter(name).weights.snapshot(self.index)
+
+    def snapshot_state(self, snapshot: str) -> AdapterState:
+        """A snapshot as a state (CPU, fp32), for keeping it elsewhere."""
+        weights = self.snapshots[snapshot]
+        copied_P = weights.weights_P.to("cpu", torch.float32, copy=True)
+        return AdapterState(weights.spec, weights.layout, copied_P)
+
+    def install_snapshot(self, snapshot: str, state: AdapterState) -> None:
+        """Bring a snapshot back that `snapshot_state` gave."""
+        weights_P = state.weights.to(self.base.device, TORCH_DTYPES[state.spec.dtype])
+        self.snapshots[snapshot] = AdapterWeights(state.spec, state.layout, weights_P, self.index)
 
     def drop_snapshot(self, snapshot: str) -> None:
         """Forget a snapshot."""
@@ -264,25 +272,24 @@ class Engine:
             )
             for batch in pack(pieces, self.token_budget)
         ]
-        for number, result in _results(rows, runnable):
+        for number, result in results(rows, runnable):
             outcomes[number] = self._finite(works[number], result)
 
-    def _run(self, batch: MicroBatch, *, backward: bool) -> _Rows:
+    def _run(self, batch: MicroBatch, *, backward: bool) -> Rows:
         """Forward, loss and backward of one micro-batch."""
         table = RoutingTable(batch.segments, training=backward)
         stream = PackedStream(batch.lengths, batch.total)
         with torch.set_grad_enabled(backward), routing(table), packed(stream):
             hidden_TH = self.base.hidden(batch.tokens_T, batch.positions_T)
-            logprobs_T, loss_T, grad_TH = self.head_loss(
-                hidden_TH.detach(), batch, table, backward=backward
-            )
+            out = self.head_loss(hidden_TH.detach(), batch, table, backward=backward)
             # Nothing to do below the head if only the head carries adapters.
-            if grad_TH is not None and hidden_TH.requires_grad:
-                hidden_TH.backward(grad_TH)
+            if out.grad_TH is not None and hidden_TH.requires_grad:
+                hidden_TH.backward(out.grad_TH)
+            out.grad_TH = None  # the rest is kept until all micro-batches have been started
         for piece in batch.pieces:
             if backward:
                 self.adapters[piece.adapter].has_grad = True
-        return _Rows(batch, logprobs_T, loss_T)
+        return Rows(batch, out)
 
     def _check(self, work: ForwardBackward) -> tuple[Loss, Settings]:
         self._adapter(work.adapter)
@@ -309,7 +316,10 @@ class Engine:
             ("target_tokens", datum.loss_inputs["target_tokens"]),
         ):
             if tokens.min() < 0 or tokens.max() >= self.base.vocab_size:
-                raise DataError(f"{name} has ids outside 0 … {self.base.vocab_size - 1}")
+                stray = tokens[(tokens < 0) | (tokens >= self.base.vocab_size)].flat[0]
+                raise DataError(
+                    f"{name} holds {stray}; token ids are 0 … {self.base.vocab_size - 1}"
+                )
 
     def _poison(self, work: ForwardBackward, error: Exception) -> None:
         adapter = self.adapters.get(work.adapter)
@@ -358,21 +368,3 @@ def _step(step: OptimStep, adapter: Adapter, norm: float) -> OptimStepResult | M
     adapter.publish()
     adapter.drop_grad()
     return OptimStepResult(adapter.step, norm)
-
-
-def _results(
-    rows: Sequence[_Rows], runnable: Sequence[tuple[int, ForwardBackward]]
-) -> Iterable[tuple[int, ForwardBackwardResult]]:
-    """Cut the micro-batches' outputs up again by operation, in the order of its data."""
-    logprobs: dict[int, list[np.ndarray]] = {number: [] for number, _ in runnable}
-    losses: Mapping[int, list[float]] = {number: [] for number, _ in runnable}
-    for out in rows:
-        # One transfer a micro-batch, after all of them have been started.
-        logprobs_T, loss_T = torch.stack([out.logprobs_T, out.loss_T]).cpu().numpy()
-        for piece, start in zip(out.batch.pieces, out.batch.starts, strict=True):
-            ends = start + np.cumsum([len(datum) for datum in piece.data])
-            logprobs[piece.work] += np.split(logprobs_T[start : ends[-1]], ends[:-1] - start)
-            losses[piece.work].append(float(loss_T[start : ends[-1]].sum(dtype=np.float64)))
-    for number, _ in runnable:
-        total = float(sum(losses[number]))
-        yield number, ForwardBackwardResult(tuple(logprobs[number]), total, {"loss:sum": total})

@@ -4,10 +4,12 @@ Logits exist for one chunk of rows at a time, so the memory of the loss does not
 stream. The head is frozen: it has no weight gradient, and the gradient of the hidden states is
 made in the same pass.
 
-T tokens, c rows of a chunk, H hidden size, V vocabulary.
+T tokens, c rows of a chunk, H hidden size, V vocabulary; M targets beyond the first of each row,
+m of them in a chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,11 +18,61 @@ from torch.nn import functional
 from manylora.engine.microbatch import MicroBatch
 from manylora.kernels import SegmentWork, shrink_expand, shrink_expand_backward
 from manylora.lora.routing import RoutingTable
+from manylora.losses.cross_entropy import cross_entropy
 from manylora.models import Head
 from manylora.models.stream import ROW_MULTIPLE, padded_rows
 
 # Logits of a chunk: at most this many elements (16 MiB in fp32).
 CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(slots=True)
+class HeadOutput:
+    """What the head gives back for a stream, in fp32 but for the gradient.
+
+    Attributes:
+        logprobs_T: log p(target); loss_T: loss of each token, by its first target.
+        grad_TH: gradient of the sum of all losses by the hidden states; None without a backward.
+        more_logprobs_M, more_loss_M: of the targets beyond the first; None where there are none.
+    """
+
+    logprobs_T: Tensor
+    loss_T: Tensor
+    grad_TH: Tensor | None
+    more_logprobs_M: Tensor | None = None
+    more_loss_M: Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Softmax:
+    """A chunk's forward: its input, what the adapters' backward needs, and exp(logits - max).
+
+    `cap_cV` is the derivative of the softcap, None where there is none.
+    """
+
+    h_cH: Tensor
+    targets_c1: Tensor
+    sizes: list[int]
+    work: list[SegmentWork]
+    shrunk: list[Tensor]
+    dtype: torch.dtype
+    cap_cV: Tensor | None
+    exp_cV: Tensor
+    sum_c1: Tensor
+    logprobs_c: Tensor
+    more: "_More | None"
+
+
+@dataclass(slots=True)
+class _More:
+    """A chunk's targets beyond the first: where in its logits, and how they fared."""
+
+    start: int
+    stop: int
+    cells_m: Tensor
+    weights_m: Tensor
+    weight_c1: Tensor
+    logprobs_m: Tensor
 
 
 class HeadLoss:
@@ -36,23 +88,42 @@ class HeadLoss:
     @torch.no_grad()
     def __call__(
         self, hidden_TH: Tensor, batch: MicroBatch, table: RoutingTable, *, backward: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Run the head over a whole stream.
-
-        Returns:
-            log p(target) [T] in fp32, loss of each token [T] in fp32, and, with `backward`, the
-            gradient of the sum of the losses by the hidden states [T, H].
-        """
+    ) -> HeadOutput:
+        """Run the head over a whole stream."""
+        chunks = list(self._chunks(batch, table))
+        inputs = {**batch.inputs, **self._sequence_inputs(hidden_TH, batch, table, chunks)}
         logprobs_T = torch.empty(batch.total, dtype=torch.float32, device=hidden_TH.device)
-        loss_T = torch.empty_like(logprobs_T)
-        grad_TH = torch.empty_like(hidden_TH) if backward else None
-        for start, stop in self._chunks(batch, table):
-            grad_cH = self._chunk(
-                hidden_TH, batch, table, start, stop, logprobs_T, loss_T, backward
-            )
-            if grad_TH is not None and grad_cH is not None:
-                grad_TH[start:stop] = grad_cH[: stop - start]
-        return logprobs_T, loss_T, grad_TH
+        out = HeadOutput(logprobs_T, torch.empty_like(logprobs_T), None)
+        if backward:
+            out.grad_TH = torch.empty_like(hidden_TH)
+        if batch.more is not None:
+            out.more_logprobs_M = torch.empty_like(batch.more.weights_M)
+            out.more_loss_M = torch.empty_like(batch.more.weights_M)
+        for start, stop in chunks:
+            self._chunk(hidden_TH, batch, inputs, table, start, stop, out)
+        return out
+
+    def _sequence_inputs(
+        self,
+        hidden_TH: Tensor,
+        batch: MicroBatch,
+        table: RoutingTable,
+        chunks: Sequence[tuple[int, int]],
+    ) -> dict[str, Tensor]:
+        """What losses need to know of whole data beforehand, by a forward of their rows."""
+        shares = [share for share in batch.losses if share.loss.sequence_inputs]
+        if not shares:
+            return {}
+        logprobs_T = torch.zeros(batch.total, dtype=torch.float32, device=hidden_TH.device)
+        for start, stop in chunks:
+            if any(share.within(start, stop) for share in shares):
+                logprobs_c = self._softmax(hidden_TH, batch, table, start, stop).logprobs_c
+                logprobs_T[start:stop] = logprobs_c[: stop - start]
+        return {
+            name: make(logprobs_T, batch.inputs, batch.lengths)
+            for share in shares
+            for name, make in share.loss.sequence_inputs.items()
+        }
 
     def _chunks(self, batch: MicroBatch, table: RoutingTable) -> Iterator[tuple[int, int]]:
         """Row ranges. A piece with an adapter on the head is cut on a grid of its own, so that
@@ -73,13 +144,26 @@ class HeadLoss:
         self,
         hidden_TH: Tensor,
         batch: MicroBatch,
+        inputs_T: Mapping[str, Tensor],
         table: RoutingTable,
         start: int,
         stop: int,
-        logprobs_T: Tensor,
-        loss_T: Tensor,
-        backward: bool,
-    ) -> Tensor | None:
+        out: HeadOutput,
+    ) -> None:
+        """Fill in the rows [start, stop) of `out`."""
+        rows = stop - start
+        chunk = self._softmax(hidden_TH, batch, table, start, stop)
+        loss_c, slope_c = _losses(batch, inputs_T, start, stop, chunk.logprobs_c)
+        out.logprobs_T[start:stop] = chunk.logprobs_c[:rows]
+        out.loss_T[start:stop] = loss_c[:rows]
+        slope_m = _more_losses(chunk.more, out)
+        if out.grad_TH is not None:
+            out.grad_TH[start:stop] = self._gradient(chunk, slope_c, slope_m)[:rows]
+
+    def _softmax(
+        self, hidden_TH: Tensor, batch: MicroBatch, table: RoutingTable, start: int, stop: int
+    ) -> _Softmax:
+        """The forward of the rows [start, stop)."""
         head, rows = self.head, stop - start
         h_cH = _padded(hidden_TH, start, stop)
         targets_c1 = _padded(batch.targets_T, start, stop).unsqueeze(1)
@@ -93,25 +177,48 @@ class HeadLoss:
         # One exponential serves the normaliser, the log-probabilities and the gradient.
         logits_cV = logits_cV.sub_(logits_cV.amax(dim=1, keepdim=True))
         target_c1 = logits_cV.gather(1, targets_c1)
+        more = _gathered(batch, start, stop, logits_cV)
         exp_cV = logits_cV.exp_()
         sum_c1 = exp_cV.sum(dim=1, keepdim=True)
-        logprobs_c = (target_c1 - sum_c1.log()).squeeze(1)
-        loss_c, slope_c = _losses(batch, start, stop, logprobs_c)
-        logprobs_T[start:stop] = logprobs_c[:rows]
-        loss_T[start:stop] = loss_c[:rows]
-        if not backward:
-            return None
-        # d loss / d logits = slope · (onehot(target) - softmax)
-        slope_c1 = slope_c.unsqueeze(1)
-        grad_cV = exp_cV.mul_(-slope_c1 / sum_c1).scatter_add_(1, targets_c1, slope_c1)
-        if cap_cV is not None:
-            grad_cV.mul_(cap_cV)
-        grad_cV = grad_cV.to(raw_cV.dtype)
-        if not work:
-            return grad_cV @ head.weight_VH
-        grad_cH = torch.empty_like(h_cH)
-        shrink_expand_backward(h_cH, [grad_cV], grad_cH, sizes, work, shrunk)
-        return grad_cH.addmm_(grad_cV, head.weight_VH)
+        log_c1 = sum_c1.log()
+        logprobs_c = (target_c1 - log_c1).squeeze(1)
+        if more is not None:
+            more.logprobs_m -= log_c1.view(-1)[more.cells_m // logits_cV.shape[1]]
+        return _Softmax(
+            h_cH=h_cH,
+            targets_c1=targets_c1,
+            sizes=sizes,
+            work=work,
+            shrunk=shrunk,
+            dtype=raw_cV.dtype,
+            cap_cV=cap_cV,
+            exp_cV=exp_cV,
+            sum_c1=sum_c1,
+            logprobs_c=logprobs_c,
+            more=more,
+        )
+
+    def _gradient(self, chunk: _Softmax, slope_c: Tensor, slope_m: Tensor | None) -> Tensor:
+        """The gradient of the chunk's hidden states [c, H]; uses up `exp_cV`."""
+        # d loss / d logits = sum over targets of slope · (onehot(target) - softmax)
+        slope_c1 = total_c1 = slope_c.unsqueeze(1)
+        if chunk.more is not None:
+            total_c1 = slope_c1 - chunk.more.weight_c1
+        grad_cV = chunk.exp_cV.mul_(-total_c1 / chunk.sum_c1)
+        grad_cV.scatter_add_(1, chunk.targets_c1, slope_c1)
+        if chunk.more is not None and slope_m is not None:
+            # One dimension is added up in order, also where a row names a token twice.
+            grad_cV.view(-1).scatter_add_(0, chunk.more.cells_m, slope_m)
+        if chunk.cap_cV is not None:
+            grad_cV.mul_(chunk.cap_cV)
+        grad_cV = grad_cV.to(chunk.dtype)
+        if not chunk.work:
+            return grad_cV @ self.head.weight_VH
+        grad_cH = torch.empty_like(chunk.h_cH)
+        shrink_expand_backward(
+            chunk.h_cH, [grad_cV], grad_cH, chunk.sizes, chunk.work, chunk.shrunk
+        )
+        return grad_cH.addmm_(grad_cV, self.head.weight_VH)
 
     def _logits(
         self, h_cH: Tensor, sizes: list[int], work: list[SegmentWork]
@@ -125,9 +232,11 @@ class HeadLoss:
         return raw_cV.addmm_(h_cH, head.weight_VH.t()), shrunk
 
 
-def _losses(batch: MicroBatch, start: int, stop: int, logprobs_c: Tensor) -> tuple[Tensor, Tensor]:
+def _losses(
+    batch: MicroBatch, inputs_T: Mapping[str, Tensor], start: int, stop: int, logprobs_c: Tensor
+) -> tuple[Tensor, Tensor]:
     """Loss and slope of each row under its own operation's loss."""
-    inputs = {name: _padded(value, start, stop) for name, value in batch.inputs.items()}
+    inputs = {name: _padded(value, start, stop) for name, value in inputs_T.items()}
     loss_c, slope_c = torch.zeros_like(logprobs_c), torch.zeros_like(logprobs_c)
     for share in batch.losses:
         own_loss_c, own_slope_c = share.loss.function(logprobs_c, inputs, share.settings)
@@ -137,6 +246,31 @@ def _losses(batch: MicroBatch, start: int, stop: int, logprobs_c: Tensor) -> tup
         loss_c = torch.where(rows_c, own_loss_c, loss_c)
         slope_c = torch.where(rows_c, own_slope_c, slope_c)
     return loss_c, slope_c
+
+
+def _gathered(batch: MicroBatch, start: int, stop: int, logits_cV: Tensor) -> _More | None:
+    """The shifted logits of a chunk's targets beyond the first, as `logprobs_m` to be completed."""
+    more = batch.more
+    first, last = batch.more_span(start, stop)
+    if more is None or first == last:
+        return None
+    rows_c = torch.arange(stop - start, device=logits_cV.device)
+    rows_m = rows_c.repeat_interleave(more.counts_T[start:stop], output_size=last - first)
+    cells_m = rows_m * logits_cV.shape[1] + more.targets_M[first:last]
+    weight_c1 = _padded(more.weight_T, start, stop).unsqueeze(1)
+    weights_m = more.weights_M[first:last]
+    return _More(first, last, cells_m, weights_m, weight_c1, logits_cV.view(-1)[cells_m])
+
+
+def _more_losses(more: _More | None, out: HeadOutput) -> Tensor | None:
+    """Fill in the chunk's share of `out`; the slope [m] of each target beyond the first."""
+    if more is None or out.more_logprobs_M is None or out.more_loss_M is None:
+        return None
+    # The only loss that takes several targets.
+    loss_m, slope_m = cross_entropy(more.logprobs_m, {"weights": more.weights_m}, {})
+    out.more_logprobs_M[more.start : more.stop] = more.logprobs_m
+    out.more_loss_M[more.start : more.stop] = loss_m
+    return slope_m
 
 
 def _padded(tensor_T: Tensor, start: int, stop: int) -> Tensor:

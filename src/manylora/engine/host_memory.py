@@ -1,4 +1,4 @@
-"""Keep the C allocator from giving a step's memory back to the system.
+"""Memory: how much is free, and keeping what a step has freed for the next one.
 
 A training step on CPU allocates and frees the same large tensors over and over. By default glibc
 returns the top of the heap after each, and the next step faults every page in again: on two cores
@@ -6,7 +6,11 @@ about a tenth of a step of the toy benchmark went there.
 """
 
 import ctypes
+import os
 import sys
+from pathlib import Path
+
+import torch
 
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
@@ -31,3 +35,15 @@ def keep_freed_memory() -> bool:
     }
     accepted = [mallopt(parameter, value) == 1 for parameter, value in wanted.items()]
     return all(accepted)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that could be taken on this device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(kibibytes) * 1024

@@ -2,7 +2,8 @@
 
 Nothing here is shared with the engine but the layout, so that the two can be compared.
 
-N tokens of a datum, K input features, N_out output features, R rank, V vocabulary.
+N tokens of a datum, K input features (or targets of each position), N_out output features, R rank,
+V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,13 +59,13 @@ class ReferenceEngine:
         self.optimizer = torch.optim.AdamW(parameters, lr=1.0)
 
     def logprobs(self, datum: Datum) -> Tensor:
-        """log p(target) [N] of one datum."""
+        """log p(target) of one datum, [N] or [N, K] as its targets are."""
         logits_NV = self.model(
             input_ids=torch.from_numpy(datum.tokens)[None], use_cache=False
         ).logits[0]
         logprobs_NV = torch.log_softmax(logits_NV.float(), dim=-1)
-        targets_N1 = torch.from_numpy(datum.loss_inputs["target_tokens"])[:, None]
-        return logprobs_NV.gather(1, targets_N1)[:, 0]
+        targets = torch.from_numpy(datum.loss_inputs["target_tokens"])
+        return logprobs_NV.gather(1, targets.view(len(datum), -1)).view(targets.shape)
 
     def forward_backward(
         self,
@@ -120,7 +121,7 @@ class ReferenceEngine:
 def reference_loss(
     name: str, logprobs_N: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]
 ) -> Tensor:
-    """Each token's loss [N], written as the formulas stand, for autograd."""
+    """Each token's loss [N] (or [N, K]) of a datum, written as the formulas stand, for autograd."""
     if name == "cross_entropy":
         return -inputs["weights"] * logprobs_N
     advantages_N, sampler_N = inputs["advantages"], inputs["logprobs"]
@@ -133,6 +134,11 @@ def reference_loss(
         return -torch.minimum(ratio_N * advantages_N, ratio_N.clamp(low, high) * advantages_N)
     if name == "cispo":
         return -(ratio_N.clamp(low, high).detach() * logprobs_N * advantages_N)
+    if name == "gspo":
+        mask_N = inputs["sequence_ratio_mask"]
+        ratio = torch.exp(((logprobs_N.detach() - sampler_N) * mask_N).sum() / mask_N.sum())
+        ratio_N = ratio * torch.exp(logprobs_N - logprobs_N.detach())
+        return -torch.minimum(ratio_N * advantages_N, ratio_N.clamp(low, high) * advantages_N)
     if name == "dro":
         distance_N = logprobs_N - sampler_N
         return -(logprobs_N * advantages_N - 0.5 * config["beta"] * distance_N**2)

@@ -81,7 +81,7 @@ class Adapter:
         self.grad_P: Tensor | None = None
         self.step, self.draws = state.step, state.draws
         self.has_grad = False
-        self.poison: str | None = None
+        self.poison = state.poison
         if state.grad is not None:
             self.require_grad().copy_(state.grad)
             self.has_grad = True
@@ -118,7 +118,8 @@ class Adapter:
     def state(self) -> AdapterState:
         """A detached copy on the CPU of everything that training needs to go on.
 
-        Gradients that must not be used are left out, as the next step would have dropped them.
+        Gradients that must not be used are left out, as the next step will be refused and drop
+        them; that it will be is part of the state.
         """
         whole = self.has_grad and self.poison is None
         return AdapterState(
@@ -130,6 +131,7 @@ class Adapter:
             grad=_copied(self.grad_P, torch.device("cpu")) if whole else None,
             step=self.step,
             draws=self.draws,
+            poison=self.poison,
         )
 
     def num_bytes(self) -> int:

@@ -23,6 +23,8 @@ class AdapterState:
         grad: fp32 [P], gradient accumulated since the last step; None when there is none.
         step: optimizer steps made.
         draws: pieces of work seen, the position in the adapter's random stream.
+        poison: why the gradients of this step must not be used, so that the next optimizer step is
+            refused; None when they may. `grad` is None then.
     """
 
     spec: AdapterSpec
@@ -33,3 +35,4 @@ class AdapterState:
     grad: torch.Tensor | None = None
     step: int = 0
     draws: int = 0
+    poison: str | None = None

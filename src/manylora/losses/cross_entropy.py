@@ -1,4 +1,8 @@
-"""Weighted cross-entropy: -w·l, with weights of either sign."""
+"""Weighted cross-entropy: -w·l, with weights of either sign.
+
+Where a position has K targets (distillation from a teacher's likeliest tokens), its loss is the sum
+over them.
+"""
 
 from collections.abc import Mapping
 

@@ -13,8 +13,14 @@ def ppo(
     logprobs_T: Tensor, inputs: Mapping[str, Tensor], settings: Mapping[str, float]
 ) -> tuple[Tensor, Tensor]:
     """Per-token loss [T] and its derivative by l [T], zero where the clipped term is smaller."""
-    advantages_T = inputs["advantages"]
     ratio_T = torch.exp(logprobs_T - inputs["logprobs"])
+    return clipped_objective(ratio_T, inputs["advantages"], settings)
+
+
+def clipped_objective(
+    ratio_T: Tensor, advantages_T: Tensor, settings: Mapping[str, float]
+) -> tuple[Tensor, Tensor]:
+    """The objective of a ratio [T] whose derivative by l is the ratio itself."""
     clipped_T = ratio_T.clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
     free_T, held_T = ratio_T * advantages_T, clipped_T * advantages_T
     loss_T = -torch.minimum(free_T, held_T)

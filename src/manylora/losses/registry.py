@@ -1,26 +1,31 @@
 """The losses by name, with the inputs and settings each one takes.
 
-T tokens.
+T tokens, N tokens of a datum, K targets of each position.
 
 Every loss is a plain sum over tokens and data (no mean, no normalisation): with
 l = log p(target) at temperature 1, q the sampling policy's log-probability, A the advantage and
 r = exp(l - q), a loss function returns each token's loss and its derivative by l.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from manylora.losses.cispo import cispo
 from manylora.losses.cross_entropy import cross_entropy
 from manylora.losses.dro import dro
+from manylora.losses.gspo import gspo, sequence_log_ratio
 from manylora.losses.importance_sampling import importance_sampling
 from manylora.losses.ppo import ppo
 from manylora.types import DataError, Datum
+from manylora.types.data import Array
 
 Settings = Mapping[str, float]
 LossFunction = Callable[[Tensor, Mapping[str, Tensor], Settings], tuple[Tensor, Tensor]]
+SequenceFunction = Callable[[Tensor, Mapping[str, Tensor], Sequence[int]], Tensor]
 
 POLICY_INPUTS = ("logprobs", "advantages")
 
@@ -35,6 +40,12 @@ class Loss:
         function: (logprobs [T], inputs, settings) → (loss [T], d loss / d logprobs [T]).
         defaults: settings and their default values.
         required: settings that have no default.
+        several: whether a datum may bring [N, K] targets and inputs; the function then sees them
+            one by one.
+        masks: inputs that are 0 or 1, and not 0 everywhere.
+        sequence_inputs: inputs that `function` reads and the engine makes, once the
+            log-probabilities of whole data are known: (logprobs [T], inputs, lengths of the
+            data) → [T].
     """
 
     name: str
@@ -42,12 +53,15 @@ class Loss:
     function: LossFunction
     defaults: Settings = field(default_factory=dict)
     required: tuple[str, ...] = ()
+    several: bool = False
+    masks: tuple[str, ...] = ()
+    sequence_inputs: Mapping[str, SequenceFunction] = field(default_factory=dict)
 
     def settings(self, config: Mapping[str, float] | None) -> Settings:
         """The complete settings.
 
         Raises:
-            DataError: a setting is unknown, missing or not a number.
+            DataError: a setting is unknown, missing or not a finite number.
         """
         given = dict(config or {})
         known = {*self.defaults, *self.required}
@@ -55,9 +69,9 @@ class Loss:
             if name not in known:
                 listed = ", ".join(sorted(known)) or "none"
                 raise DataError(f"loss {self.name!r} has no setting {name!r}; it takes: {listed}")
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if not _is_finite_number(value):
                 raise DataError(
-                    f"setting {name!r} of loss {self.name!r} is {value!r}, not a number"
+                    f"setting {name!r} of loss {self.name!r} is {value!r}, not a finite number"
                 )
         for name in self.required:
             if name not in given:
@@ -68,7 +82,8 @@ class Loss:
         """Refuse a datum whose inputs are not this loss's.
 
         Raises:
-            DataError: an input is missing or unknown; the message names it.
+            DataError: an input is missing, unknown, of a shape that this loss does not take, or
+                not finite; the message names it.
         """
         given = set(datum.loss_inputs) - {"target_tokens"}
         for name in self.inputs:
@@ -79,18 +94,54 @@ class Loss:
         for name in sorted(given - set(self.inputs)):
             takes = ", ".join(("target_tokens", *self.inputs))
             raise DataError(f"loss {self.name!r} has no input {name!r}; it takes: {takes}")
+        targets = datum.loss_inputs["target_tokens"]
+        if targets.ndim > 1 and not self.several:
+            raise DataError(
+                f"loss {self.name!r} takes one target per token; 'target_tokens' has shape "
+                f"{targets.shape}"
+            )
+        for name in self.inputs:
+            self._check_numbers(name, datum.loss_inputs[name])
+
+    def _check_numbers(self, name: str, values: Array) -> None:
+        finite = np.isfinite(values)
+        if not finite.all():
+            place = np.argwhere(~finite)[0].tolist()
+            raise DataError(f"input {name!r} is not finite: {values[tuple(place)]} at {place}")
+        if name in self.masks and not (((values == 0) | (values == 1)).all() and values.any()):
+            raise DataError(
+                f"input {name!r} of loss {self.name!r} must be 0 or 1 for each token, and 1 for "
+                "at least one"
+            )
+
+
+def _is_finite_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 _LOSSES = {
     loss.name: loss
     for loss in (
-        Loss("cross_entropy", ("weights",), cross_entropy),
+        Loss("cross_entropy", ("weights",), cross_entropy, several=True),
         Loss("importance_sampling", POLICY_INPUTS, importance_sampling),
         Loss("ppo", POLICY_INPUTS, ppo, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}),
         Loss(
             "cispo", POLICY_INPUTS, cispo, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}
         ),
         Loss("dro", POLICY_INPUTS, dro, required=("beta",)),
+        Loss(
+            "gspo",
+            (*POLICY_INPUTS, "sequence_ratio_mask"),
+            gspo,
+            required=("clip_low_threshold", "clip_high_threshold"),
+            masks=("sequence_ratio_mask",),
+            sequence_inputs={"sequence_log_ratio": sequence_log_ratio},
+        ),
     )
 }
 

@@ -36,7 +36,7 @@ class StopStrings:
             return True
         whole = fresh and not text.endswith(INCOMPLETE)
         if whole or len(self._tokens) - self._settled > LONGEST_WAIT:
-            self._tail = seen[len(seen) - self._keep :] if self._keep else ""
+            self._tail = seen[max(0, len(seen) - self._keep) :] if self._keep else ""
             self._tokens = self._tokens[self._settled :]
             self._settled = len(self._tokens)
             self._settled_text = self._text(self._tokens)

@@ -1,6 +1,6 @@
 """Training data as the engine takes it, and what it gives back.
 
-Shapes: N tokens of one datum.
+Shapes: N tokens of one datum, K targets of each position.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,10 @@ from manylora.types.errors import DataError
 
 Array = np.ndarray[Any, Any]
 
+# The inputs that may hold several numbers for each position, and how many at most.
+SEVERAL_TARGETS = ("target_tokens", "weights")
+MAX_TARGETS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Datum:
@@ -22,8 +26,10 @@ class Datum:
         tokens: int64 [N], what the model reads.
         loss_inputs: one array [N] each; position i belongs to the prediction made *at* token i.
             `target_tokens` (int64) is always there: the token that position i should predict.
-            `cross_entropy` takes `weights` (any sign); the policy-gradient losses take
-            `logprobs` (of the sampling policy) and `advantages`.
+            `cross_entropy` takes `weights` (any sign), and both may be [N, K]: K tokens that the
+            position should predict, each with its weight. The policy-gradient losses take
+            `logprobs` (of the sampling policy) and `advantages`; `gspo` a
+            `sequence_ratio_mask` (0 or 1) as well.
     """
 
     tokens: Array
@@ -40,19 +46,43 @@ class Datum:
         inputs: dict[str, Array] = {}
         for name, value in self.loss_inputs.items():
             array = np.ascontiguousarray(value)
-            if array.shape != tokens.shape:
-                raise DataError(
-                    f"loss input {name!r} has shape {array.shape}; tokens have {tokens.shape}"
+            _check_input(name, array, len(tokens))
+            with np.errstate(over="ignore"):  # an Inf is refused by the loss, with its place
+                inputs[name] = array.astype(
+                    np.int64 if name == "target_tokens" else np.float32, copy=False
                 )
-            inputs[name] = array.astype(
-                np.int64 if name == "target_tokens" else np.float32, copy=False
-            )
         if "target_tokens" not in inputs:
             raise DataError("loss input 'target_tokens' is missing")
+        shapes = {name: inputs[name].shape for name in SEVERAL_TARGETS if name in inputs}
+        if len(set(shapes.values())) > 1:
+            raise DataError(
+                f"loss input 'weights' has shape {shapes['weights']}; "
+                f"'target_tokens' has {shapes['target_tokens']}"
+            )
         object.__setattr__(self, "loss_inputs", inputs)
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of each position: K."""
+        targets = self.loss_inputs["target_tokens"]
+        return 1 if targets.ndim == 1 else targets.shape[1]
+
+
+def _check_input(name: str, array: Array, length: int) -> None:
+    several = name in SEVERAL_TARGETS and array.ndim == 2 and len(array) == length
+    if array.shape != (length,) and not several:
+        raise DataError(f"loss input {name!r} has shape {array.shape}; tokens have {(length,)}")
+    if several and not 1 <= array.shape[1] <= MAX_TARGETS:
+        raise DataError(
+            f"loss input {name!r} has shape {array.shape}; a position has 1 to {MAX_TARGETS} "
+            "targets"
+        )
+    if array.dtype.kind not in ("iu" if name == "target_tokens" else "biuf"):
+        kind = "whole numbers" if name == "target_tokens" else "numbers"
+        raise DataError(f"loss input {name!r} holds {array.dtype}, not {kind}")
 
 
 def causal_datum(tokens: Sequence[int] | Array, weights: Sequence[float] | Array) -> Datum:
@@ -80,8 +110,9 @@ class ForwardBackwardResult:
     """What `forward_backward` and `forward` give back for one operation.
 
     Attributes:
-        logprobs: per datum float32 [N], log p(target) at temperature 1.
-        loss: sum of the per-token losses over all tokens and data.
+        logprobs: per datum float32, log p(target) at temperature 1, of the shape of its
+            `target_tokens`: [N] or [N, K].
+        loss: sum of the losses over all targets, tokens and data.
         metrics: further figures, named `name:reduction`; `loss:sum` is always there.
     """
 

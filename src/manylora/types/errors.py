@@ -12,6 +12,10 @@
     ├── NotFinite (ArithmeticError)       NaN or Inf in one adapter's loss or gradient
     ├── StepRefused                       an optimizer step whose gradients were dropped
     ├── Cancelled                         an operation that was dropped before it ran
+    ├── StoreError                        the database, or a folder that only one process may write
+    │   ├── Conflict (ValueError)         an id that is taken by another request
+    │   ├── CheckpointExists (ValueError) the name is taken, and replacing it was not asked for
+    │   └── StoreTooNew                   written by a newer manylora
     └── CheckpointError                   files of an adapter
         ├── CheckpointDamaged             torn, truncated or altered
         ├── CheckpointMismatch            of another rank, alpha, layout or base
@@ -72,6 +76,22 @@ class StepRefused(ManyloraError):
 
 class Cancelled(ManyloraError):
     """The operation was dropped before it ran."""
+
+
+class StoreError(ManyloraError):
+    """The database failed, or a folder that only one process may write is in use."""
+
+
+class Conflict(StoreError, ValueError):
+    """The id is taken by another request."""
+
+
+class CheckpointExists(StoreError, ValueError):
+    """A checkpoint of that path exists, and replacing it was not asked for."""
+
+
+class StoreTooNew(StoreError):
+    """The database was written by a newer manylora."""
 
 
 class CheckpointError(ManyloraError):

@@ -31,7 +31,7 @@ def assert_same_state(found: AdapterState, saved: AdapterState) -> None:
         if one is not None:
             # As bits: -0.0, NaN and denormal numbers count too.
             assert torch.equal(one.view(torch.int32), other.view(torch.int32)), name
-    for name in ("spec", "layout", "step", "draws"):
+    for name in ("spec", "layout", "step", "draws", "poison"):
         assert getattr(found, name) == getattr(saved, name), name
 
 
@@ -66,6 +66,32 @@ def test_what_is_not_there_stays_away(tmp_path: Path, absent: list[str]):
         setattr(state, name, None)
     save(tmp_path / "a", state)
     assert_same_state(load_state(tmp_path / "a").state, state)
+
+
+def test_why_a_step_is_refused_comes_back(tmp_path: Path):
+    state = replace(state_of(), grad=None, poison="datum 3: ‘weights’ is not finite")
+    save(tmp_path / "a", state)
+    assert_same_state(load_state(tmp_path / "a").state, state)
+
+
+@pytest.mark.parametrize(("change", "poison"), [({}, None), ({"poison": 3}, CheckpointDamaged)])
+def test_an_older_state_refuses_nothing(tmp_path: Path, monkeypatch, change: dict, poison):
+    """Its settings do not have the field; one of a wrong type is refused."""
+    dumps = json.dumps
+
+    def older(settings: dict, **options) -> str:
+        settings.pop("poison", None)
+        return dumps({**settings, **change}, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("manylora.checkpoint.training_state.json.dumps", older)
+        save(tmp_path / "a", state_of())
+    assert ("poison" in json.loads((tmp_path / "a" / "state.json").read_text())) == bool(change)
+    if poison is not None:
+        with pytest.raises(poison, match="poison"):
+            load_state(tmp_path / "a")
+    else:
+        assert_same_state(load_state(tmp_path / "a").state, state_of())
 
 
 def test_a_loaded_state_has_its_own_memory(tmp_path: Path):

@@ -46,9 +46,32 @@ def datum(length: int = 4, token: int = 1, target: int = 1, **inputs: float) -> 
 
 
 def bad(*data: Datum, **settings: Any) -> Callable[[str], ForwardBackward]:
-    return lambda name: replace(good(name), data=[*good(name).data, *data], **settings)
+    """Good data, then `data`, unless `settings` bring their own."""
+
+    def make(name: str) -> ForwardBackward:
+        changes: dict[str, Any] = {"data": [*good(name).data, *data], **settings}
+        return replace(good(name), **changes)
+
+    return make
 
 
+def several(target: int = 1, weight: float = 1.0) -> Datum:
+    """Three targets, the last of which is `target`."""
+    targets, weights = np.array([[1, 2, target]]), np.array([[1.0, 0.0, weight]])
+    return Datum(np.array([1]), {"target_tokens": targets, "weights": weights})
+
+
+def policy(
+    loss: str, logprob: float, advantage: float, mask: float | None = None, **settings: Any
+) -> Callable[[str], ForwardBackward]:
+    inputs = {"logprobs": logprob, "advantages": advantage}
+    if mask is not None:
+        inputs["sequence_ratio_mask"] = mask
+    config = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2} if loss == "gspo" else {}
+    return bad(data=[datum(**inputs)], loss=loss, **{"config": config, **settings})
+
+
+nan = float("nan")
 FAULTS: dict[str, tuple[Callable[[str], ForwardBackward], type[ManyloraError], list[str]]] = {
     "too long": (bad(datum(129)), DatumTooLong, ["datum 3", "129 tokens", "is 128"]),
     "unknown loss": (bad(loss="kl"), DataError, ["'kl'", "cross_entropy"]),
@@ -58,8 +81,30 @@ FAULTS: dict[str, tuple[Callable[[str], ForwardBackward], type[ManyloraError], l
     "token out of range": (bad(datum(token=VOCAB)), DataError, ["tokens", "0 … 159"]),
     "negative token": (bad(datum(token=-1)), DataError, ["tokens", "0 … 159"]),
     "target out of range": (bad(datum(target=VOCAB)), DataError, ["target_tokens", "0 … 159"]),
-    "NaN weight": (bad(datum(weights=float("nan"))), NotFinite, ["the loss is nan"]),
-    "infinite weight": (bad(datum(weights=float("inf"))), NotFinite, ["the loss is inf"]),
+    "NaN weight": (bad(datum(weights=float("nan"))), DataError, ["datum 3", "'weights'", "nan"]),
+    "infinite weight": (bad(datum(weights=float("inf"))), DataError, ["datum 3", "'weights'"]),
+    "immense weight": (bad(datum(weights=3e38)), NotFinite, ["the loss is inf"]),
+    "a sampler's NaN": (policy("ppo", nan, 1), DataError, ["datum 0", "'logprobs'", "nan"]),
+    "ratio beyond bounds": (
+        policy("importance_sampling", -200, -1),
+        NotFinite,
+        ["the loss is inf"],
+    ),
+    "ratio of a sequence": (policy("gspo", -200, -1, 1), NotFinite, ["the loss is inf"]),
+    "empty mask": (policy("gspo", -1, 1, 0), DataError, ["datum 0", "'sequence_ratio_mask'"]),
+    "setting not given": (
+        policy("gspo", -1, 1, 1, config={}),
+        DataError,
+        ["'clip_low_threshold'", "no default"],
+    ),
+    "a setting's NaN": (policy("dro", -1, 1, config={"beta": nan}), DataError, ["'beta'", "nan"]),
+    "several targets": (
+        bad(loss="ppo", data=[several()]),
+        DataError,
+        ["datum 0", "needs the input 'logprobs'"],
+    ),
+    "several out of range": (bad(several(VOCAB)), DataError, ["target_tokens", "0 … 159"]),
+    "several weights, one NaN": (bad(several(weight=nan)), DataError, ["datum 3", "nan at [0, 2]"]),
 }
 
 
@@ -128,13 +173,32 @@ def test_one_bad_call_spoils_the_whole_step(tiny):
     assert torch.equal(engine.state("victim").weights, before.weights)
 
 
-def test_a_bad_forward_spoils_nothing(tiny):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_forward_spoils_nothing(tiny, fault: str):
+    make, error_type, _ = FAULTS[fault]
     engine = crowd(tiny)
     must(engine.forward_backward([good("victim")]))
-    (error,) = engine.forward_backward([replace(good("victim"), loss="kl", backward=False)])
-    assert isinstance(error, DataError)
+    before = engine.state("victim")
+    (error,) = engine.forward_backward([replace(make("victim"), backward=False)])
+    assert type(error) is error_type
+    assert before.grad is not None
+    assert_same_state(before, engine.state("victim"))
     (step,) = must(engine.optim_step([OptimStep(adapter="victim", params=PARAMS)]))
     assert isinstance(step, OptimStepResult)
+
+
+def test_a_forward_that_raises_spoils_nothing(tiny, monkeypatch: pytest.MonkeyPatch):
+    engine = crowd(tiny)
+    must(engine.forward_backward([good("left")]))
+
+    def failing(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_run", failing)
+        with pytest.raises(RuntimeError):
+            engine.forward_backward([replace(good("left"), backward=False)])
+    must(engine.optim_step([OptimStep(adapter="left", params=PARAMS)]))
 
 
 def test_a_gradient_that_is_not_finite_is_dropped(tiny):
@@ -235,10 +299,34 @@ def test_weights_that_ran_away_answer_nobody(tiny):
     assert others == before[1:]
 
 
-def test_a_saved_state_holds_no_refused_gradient(tiny):
-    engine = Engine(tiny("llama"))
+def test_a_saved_state_holds_the_refusal_and_no_refused_gradient(tiny):
+    """An adapter that went and came back is refused as if it had stayed: once."""
+    engine, steps = Engine(tiny("llama")), [OptimStep(adapter="a", params=PARAMS)]
     engine.create("a", AdapterSpec(rank=2))
     must(engine.forward_backward([good("a")]))
     assert engine.state("a").grad is not None
     engine.forward_backward([bad(loss="kl")("a")])
-    assert engine.state("a").grad is None
+    state = engine.state("a")
+    assert state.grad is None
+    engine.unload("a")
+    engine.restore("a", state)
+    assert_same_state(engine.state("a"), state)
+    (refused,) = engine.optim_step(steps)
+    assert isinstance(refused, StepRefused) and "'kl'" in str(refused)
+    assert engine.state("a").poison is None
+    must(engine.forward_backward([good("a")]))
+    (step,) = must(engine.optim_step(steps))
+    assert step.step == 1 and step.grad_norm > 0
+
+
+def test_what_is_added_after_the_refusal_was_restored_is_dropped_with_it(tiny):
+    engine, steps = Engine(tiny("llama")), [OptimStep(adapter="a", params=PARAMS)]
+    engine.create("a", AdapterSpec(rank=2))
+    engine.forward_backward([bad(loss="kl")("a")])
+    state = engine.state("a")
+    engine.unload("a")
+    engine.restore("a", state)
+    must(engine.forward_backward([good("a")]))
+    assert isinstance(engine.optim_step(steps)[0], StepRefused)
+    (step,) = must(engine.optim_step(steps))
+    assert step.grad_norm == 0.0

@@ -89,6 +89,23 @@ def test_sampling_settings(settings: dict):
         ([1], {}, "'target_tokens' is missing"),
         ([1, 2], {"target_tokens": [1]}, "'target_tokens' has shape (1,); tokens have (2,)"),
         ([1, 2], {"target_tokens": [1, 2], "weights": 1.0}, "'weights' has shape"),
+        ([1, 2], {"target_tokens": [1.0, 2.0]}, "'target_tokens' holds float64, not whole numbers"),
+        ([1], {"target_tokens": [1], "weights": ["1"]}, "'weights' holds <U1, not numbers"),
+        (
+            [1, 2],
+            {"target_tokens": [[1, 2], [3, 4]], "weights": [1.0, 1.0]},
+            "'weights' has shape (2,); 'target_tokens' has (2, 2)",
+        ),
+        (
+            [1, 2],
+            {"target_tokens": [1, 2], "weights": [[1.0], [1.0]]},
+            "'weights' has shape (2, 1); 'target_tokens' has (2,)",
+        ),
+        ([1, 2], {"target_tokens": [[1, 2]]}, "'target_tokens' has shape (1, 2); tokens have (2,)"),
+        ([1], {"target_tokens": [[[1]]]}, "'target_tokens' has shape (1, 1, 1)"),
+        ([1], {"target_tokens": [[]]}, "has shape (1, 0); a position has 1 to 1024 targets"),
+        ([1], {"target_tokens": [[1] * 1025]}, "has shape (1, 1025); a position has 1 to 1024"),
+        ([1, 2], {"target_tokens": [1, 2], "advantages": [[1.0], [1.0]]}, "'advantages' has shape"),
     ],
 )
 def test_data(tokens: list, inputs: dict, message: str):
@@ -103,6 +120,15 @@ def test_data_are_converted_once():
     assert datum.tokens.dtype == datum.loss_inputs["target_tokens"].dtype == np.int64
     assert datum.loss_inputs["weights"].dtype == np.float32
     assert len(datum) == 2
+
+
+def test_several_targets():
+    targets = np.array([[2, 3, 3], [4, 5, 0]], np.int32)
+    datum = Datum(np.array([1, 2]), {"target_tokens": targets, "weights": -np.ones((2, 3))})
+    assert (len(datum), datum.num_targets) == (2, 3)
+    assert datum.loss_inputs["target_tokens"].dtype == np.int64
+    assert datum.loss_inputs["weights"].dtype == np.float32
+    assert causal_datum([1, 2], [1.0, 1.0]).num_targets == 1
 
 
 def test_causal_datum_shifts_by_one():

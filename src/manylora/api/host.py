@@ -1,0 +1,110 @@
+"""One engine, one queue, one worker: what every door submits to."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from manylora.api.paging import Pager
+from manylora.api.states import read_state, weights_only, write_state
+from manylora.engine import Engine, free_bytes
+from manylora.lora.state import AdapterState
+from manylora.scheduler import BatchReport, Call, Operation, OperationQueue, Residency, Worker
+from manylora.types import AdapterSpec
+
+# Of the memory that is free once the base is open: for adapters in the engine, for their states on
+# their way in and out, and for snapshots. The rest is for activations and caches.
+ADAPTER_SHARE, HOST_SHARE, SNAPSHOT_SHARE = 0.3, 0.15, 0.1
+
+
+class Host:
+    """A base, the adapters on it (in memory or on disk), and the queue before them."""
+
+    def __init__(
+        self,
+        base: str | Path,
+        folder: Path,
+        *,
+        token_budget: int = 4096,
+        dtype: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        max_resident: int | None = None,
+        before_save: Callable[[], None],
+        on_saved: Callable[[str, int], None],
+        observe: Callable[[BatchReport], None],
+    ):
+        """Open a base.
+
+        Args:
+            folder: for adapters' states and snapshots.
+            max_resident: adapters in the engine at once; None = what measured memory allows.
+            before_save, on_saved: see `Pager`.
+            observe: told of each batch that was run.
+
+        Raises:
+            BaseModelError, Unsupported: see `Engine`.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.engine = Engine(base, token_budget=token_budget, dtype=dtype, device=device)
+        on_device, on_host = free_bytes(self.engine.base.device), free_bytes(torch.device("cpu"))
+        adapters = Residency(
+            max_count=max_resident,
+            max_bytes=int(on_device * ADAPTER_SHARE) if max_resident is None else None,
+        )
+        self.pager = Pager(
+            self.engine,
+            folder,
+            adapters=adapters,
+            snapshots=Residency(max_bytes=int(on_device * SNAPSHOT_SHARE)),
+            host_bytes=int(on_host * HOST_SHARE),
+            before_save=before_save,
+            on_saved=on_saved,
+        )
+        self.queue = OperationQueue(token_budget, max_adapters=max_resident)
+        self.worker = Worker(self.queue, self.pager, observe=observe)
+
+    def submit(self, operation: Operation) -> Future[Any]:
+        """Queue an operation behind the others of its adapter."""
+        return self.queue.submit(operation)
+
+    def call(
+        self, adapter: str | None, run: Callable[[], Any], *, tenant: str = "", seq: int = 0
+    ) -> Future[Any]:
+        """Queue something that needs the engine for itself."""
+        return self.queue.submit(Call(adapter, run, tenant=tenant, seq=seq))
+
+    def read(self, folder: Path, *, spec: AdapterSpec, moments: bool) -> AdapterState:
+        """An adapter's state from its files.
+
+        Args:
+            spec: the settings that it must have.
+            moments: with the optimizer's state and counters; without, weights only.
+
+        Raises:
+            CheckpointDamaged, CheckpointMismatch
+        """
+        state = read_state(self.engine, folder, spec=spec).state
+        return state if moments else weights_only(state)
+
+    def adopt(self, name: str, folder: Path, *, spec: AdapterSpec, moments: bool) -> None:
+        """Copy a state to where an adapter of that name will look for its own. Any thread.
+
+        Raises:
+            CheckpointDamaged, CheckpointMismatch, SaveFailed
+        """
+        state = self.read(folder, spec=spec, moments=moments)
+        write_state(self.engine, self.pager.state_folder(name), state, position=0)
+
+    def close(self, *, cancel: bool) -> None:
+        """Run what is queued (or, with `cancel`, drop what has not started), save every state that
+        is not on disk, and stop."""
+        self.queue.close()
+        if cancel:
+            self.queue.cancel_waiting()
+        self.worker.join()
+        self.pager.save_all()
+        self.pager.close()

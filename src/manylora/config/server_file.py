@@ -1,0 +1,90 @@
+"""The server file as pydantic models: what `manylora serve` may be told, and the defaults.
+
+An attribute's docstring is its description in the JSON schema.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from manylora.config.run_file import Count, Positive, Settings, Text
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Quotas(Settings):
+    """What one tenant may hold at once."""
+
+    adapters: Count = 1000
+    """Open adapters, resident or not."""
+    checkpoint_bytes: Count = 1 << 40
+    """Bytes of all checkpoints that are kept."""
+    tokens_in_flight: Count = 1 << 24
+    """Tokens of requests that have been accepted and are not done; beyond it, clients are asked
+    to wait."""
+
+
+class RequestLimits(Settings):
+    """What one request may hold; more is refused with the limit in the answer."""
+
+    body_bytes: Count = 64 << 20
+    """Bytes of a request's body."""
+    rank: Count = 512
+    """LoRA rank."""
+    samples: Count = 1024
+    """Answers to one prompt."""
+    topk: Count = 128
+    """Likeliest tokens to report for each place."""
+
+
+class Saving(Settings):
+    """When training states are written in the background."""
+
+    every_seconds: Positive = 30.0
+    """After this long, if the adapter has done anything since."""
+    every_steps: Count = 200
+    """After this many optimizer steps."""
+    result_hours: Positive = 24.0
+    """How long results stay readable."""
+    snapshot_hours: Positive = 24.0
+    """How long a snapshot for sampling outlives its last use."""
+
+
+class ServerFile(Settings):
+    """Everything that `manylora serve` can be told."""
+
+    base: Text
+    """`seedling`, a folder, or a hub id of a Hugging Face causal LM."""
+    aliases: Annotated[list[Text], Field(max_length=100, default_factory=list)]
+    """Further names under which clients may ask for the base."""
+    data_dir: Annotated[Path, Field(strict=False)]
+    """Folder of the database, the journal, checkpoints and results."""
+    host: Text = "127.0.0.1"
+    """Address to listen on; any other than this machine's own needs API keys."""
+    port: Port = 8000
+    """0 = any free one."""
+    database: Text | None = None
+    """SQLAlchemy URL; by default SQLite in the data folder."""
+    token_budget: Count = 4096
+    """Tokens of one packed micro-batch; a longer sequence runs alone."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the base: `auto` is as stored."""
+    device: Text = "auto"
+    """`auto` (CUDA if there is one), `cpu`, `cuda:1`, …"""
+    threads: Count | None = None
+    """CPU threads of one operation."""
+    max_resident: Count | None = None
+    """Adapters in the engine at once; by default as many as measured memory allows."""
+    long_poll_seconds: Annotated[float, Field(gt=0, le=40)] = 30.0
+    """How long a poll for a result is held open."""
+    session_seconds: Positive = 300.0
+    """A session without a heartbeat for this long is closed, its adapters saved first."""
+    drain_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """How long a stopping server goes on with what is queued; the rest waits for the next start."""
+    quotas: Quotas = Quotas()
+    """What one tenant may hold at once."""
+    limits: RequestLimits = RequestLimits()
+    """What one request may hold."""
+    saving: Saving = Saving()
+    """When training states are written in the background."""

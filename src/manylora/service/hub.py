@@ -1,0 +1,388 @@
+"""The state behind the routes: sessions, models, samplers, checkpoints and results, composed.
+
+Each has a file of its own; here is only what concerns several of them.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from manylora.service.contract import JSON_TYPE, Outcome
+from manylora.service.errors import QuotaExceeded
+from manylora.service.keeping import Keeping, listed
+from manylora.service.models import Model, Models, seed_of
+from manylora.service.operations import Operations, Request, adapter_spec
+from manylora.service.parts import Parts
+from manylora.service.samplers import Samplers
+from manylora.service.sessions import Session, Sessions
+from manylora.service.wire.codec import digest_json
+from manylora.service.wire.messages import (
+    CreateModelRequest,
+    CreateSamplingSessionRequest,
+    CreateSessionRequest,
+    FinishSessionRequest,
+    LoadWeightsRequest,
+    Numbered,
+    OptimStepRequest,
+    SaveWeightsExternalRequest,
+    SaveWeightsForSamplerRequest,
+    SaveWeightsRequest,
+)
+from manylora.service.wire.paths import TinkerPath
+from manylora.service.wire.pieces import ForwardBackwardSubmit, SampleSubmit
+from manylora.service.wire.replies import (
+    CheckpointList,
+    CreateModelReply,
+    Cursor,
+    LoadWeightsReply,
+    ModelData,
+    ModelInfo,
+    Reply,
+    SamplerInfo,
+    ServerCapabilities,
+    Submitted,
+    SupportedModel,
+    TrainingRun,
+    TrainingRunList,
+    WeightsInfo,
+)
+from manylora.store import CheckpointRow, ModelRow
+from manylora.types import DataError, ManyloraError, Unsupported
+
+log = logging.getLogger("manylora.service")
+
+# The number of the request that makes a model; its client's own numbers begin after it.
+CREATION = 0
+
+
+class TinkerHub:
+    """`contract.Hub`, over one engine and one data directory."""
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        self.keeping = Keeping(parts.store, parts.folder, parts.settings)
+        self.sessions = Sessions(parts.store)
+        self.samplers = Samplers(parts, self.keeping)
+        operations = Operations(parts, self.keeping, self.samplers.publish)
+        self.models = Models(parts, operations)
+        # A copy must not replace what a model has learned since an equal request made it.
+        self._loading = asyncio.Lock()
+
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return not self.parts.promises.closing
+
+    async def capabilities(self, tenant: str) -> ServerCapabilities:
+        """The base by every name that it is served under."""
+        context = self.parts.host.engine.base.context_length
+        return ServerCapabilities(
+            supported_models=[
+                SupportedModel(model_name=name, max_context_length=context)
+                for name in self.parts.base_names
+            ]
+        )
+
+    # -- sessions ---------------------------------------------------
+
+    async def create_session(self, tenant: str, request: CreateSessionRequest) -> str:
+        return await self.sessions.create(tenant, request)
+
+    async def heartbeat(self, tenant: str, session_id: str) -> None:
+        await self.sessions.require(tenant, session_id)
+
+    async def finish_session(
+        self, tenant: str, session_id: str, request: FinishSessionRequest
+    ) -> None:
+        session = await self.sessions.finish(tenant, session_id, request)
+        if session is not None:
+            await self.close_models(session)
+
+    async def close_models(self, session: Session) -> None:
+        """Free what a session that is over had open."""
+        own = [model for model in self.models if model.row.session_id == session.id]
+        await asyncio.gather(*(self.models.close(model) for model in own))
+        await self.samplers.forget_session(session.tenant, session.id)
+
+    async def keep_last(self, model: Model) -> None:
+        """Write what a model has learned since it was last saved as its checkpoint `last`."""
+        saved = await self.keeping.of_model(model.tenant, model.id)
+        steps = [row.step for row in saved if row.kind == "weights"]
+        if not model.steps or model.steps in steps:
+            return
+        await self.models.keep_last(model)
+
+    # -- making models ---------------------------------------------------
+
+    async def create_model(self, tenant: str, request: CreateModelRequest) -> Submitted:
+        await self.sessions.require(tenant, request.session_id)
+        if request.lora_config is None:
+            raise Unsupported("full fine-tuning is not done here; give a lora_config")
+        if request.optimizer_config.type != "adamw":
+            raise Unsupported(
+                f"optimizer {request.optimizer_config.type!r} is not done here: adamw"
+            )
+        self._check_base(request.base_model)
+        lora, limit = request.lora_config, self.parts.settings.limits.rank
+        if lora.rank > limit:
+            raise DataError(f"lora_config.rank is {lora.rank}; at most {limit} here")
+        id = _model_id(request.session_id, request.model_seq_id)
+        spec: dict[str, object] = {
+            "rank": lora.rank,
+            "seed": seed_of(id) if lora.seed is None else lora.seed,
+            "train_attn": lora.train_attn,
+            "train_mlp": lora.train_mlp,
+            "train_unembed": lora.train_unembed,
+            "base_model": request.base_model,
+        }
+        adapter = adapter_spec(spec, self.parts.host.engine.sites)
+        row = self._new_row(tenant, id, request, request.base_model, spec, digest_json(request))
+        if await self._add(row):
+            pager = self.parts.host.pager
+            made = self.parts.host.call(id, lambda: pager.create(id, adapter), tenant=tenant)
+            reply = CreateModelReply(model_id=id)
+            self.parts.promises.follow(_creation_of(id), made, lambda _: _json(reply))
+        return Submitted(request_id=_creation_of(id), model_id=id)
+
+    async def load_weights(
+        self, tenant: str, request: LoadWeightsRequest, path: TinkerPath
+    ) -> Submitted:
+        checkpoint = await self.keeping.readable(tenant, path, "weights")
+        if not request.creates:
+            assert request.model_id is not None and request.seq_id is not None
+            content = (request, checkpoint)
+            return await self.models.submit(
+                tenant, request.model_id, request.seq_id, Request("load_weights", content),
+                request.model_dump_json().encode(), digest_json(request),
+            )  # fmt: skip
+        assert request.session_id is not None and request.model_seq_id is not None
+        await self.sessions.require(tenant, request.session_id)
+        if request.base_model is not None:
+            self._check_base(request.base_model)
+        async with self._loading:
+            return await self._create_from(tenant, request, path, checkpoint)
+
+    async def _create_from(
+        self, tenant: str, request: LoadWeightsRequest, path: TinkerPath, checkpoint: CheckpointRow
+    ) -> Submitted:
+        """A new model that begins with a checkpoint. A load is a copy of files, made before it is
+        acknowledged: from here on the model does not depend on the checkpoint."""
+        assert request.session_id is not None and request.model_seq_id is not None
+        id = _model_id(request.session_id, request.model_seq_id)
+        spec = dict(checkpoint.spec)
+        base = request.base_model or str(spec["base_model"])
+        host, folder = self.parts.host, self.keeping.folder_of(checkpoint)
+        adapter = adapter_spec(spec, host.engine.sites)
+        if not self.models.is_open(id):
+            await asyncio.to_thread(host.adopt, id, folder, spec=adapter, moments=request.optimizer)
+        row = self._new_row(tenant, id, request, base, spec, digest_json(request), str(path))
+        if await self._add(row):
+            registered = host.call(id, lambda: host.pager.register(id, adapter, 0), tenant=tenant)
+            reply = LoadWeightsReply(model_id=id, path=str(path))
+            self.parts.promises.follow(_creation_of(id), registered, lambda _: _json(reply))
+        return Submitted(request_id=_creation_of(id), model_id=id)
+
+    async def model_info(self, tenant: str, model_id: str) -> ModelInfo:
+        row = await self.models.row(tenant, model_id)
+        return ModelInfo(
+            model_id=model_id,
+            model_data=ModelData(model_name=row.base_model, tokenizer_id=row.base_model),
+            lora_rank=int(row.spec["rank"]),
+            model_name=row.base_model,
+        )
+
+    # -- operations ---------------------------------------------------
+
+    async def forward_backward(self, tenant: str, submit: ForwardBackwardSubmit) -> Submitted:
+        request = Request("forward_backward", submit, submit.num_tokens)
+        return await self.models.submit(
+            tenant, submit.model_id, submit.seq_id, request, submit.body, submit.digest
+        )
+
+    async def optim_step(self, tenant: str, request: OptimStepRequest) -> Submitted:
+        return await self._submit(tenant, "optim_step", request)
+
+    async def save_weights(self, tenant: str, request: SaveWeightsRequest) -> Submitted:
+        return await self._submit(tenant, "save_weights", request)
+
+    async def save_weights_for_sampler(
+        self, tenant: str, request: SaveWeightsForSamplerRequest
+    ) -> Submitted:
+        # A retry of an ephemeral save comes with another number for its sampler.
+        digest = digest_json(request.model_copy(update={"sampling_session_seq_id": 0}))
+        if request.sampling_session_seq_id is not None:
+            model = await self.models.require(tenant, request.model_id)
+            if not model.order.is_repeated(request.seq_id, digest):
+                await self.samplers.of_model(
+                    tenant, model.row.session_id, model.id, model.row.base_model,
+                    request.sampling_session_seq_id, request.kind,
+                )  # fmt: skip
+        return await self._submit(tenant, "save_weights_for_sampler", request, digest)
+
+    async def save_weights_external(
+        self, tenant: str, request: SaveWeightsExternalRequest
+    ) -> Submitted:
+        if request.age_encryption_recipients:
+            raise Unsupported("age encryption is not done here; save without recipients")
+        return await self._submit(tenant, "save_weights_external", request)
+
+    async def refuse(self, tenant: str, model_id: str, seq_id: int, error: ManyloraError) -> None:
+        model = self.models.peek(model_id)
+        if model is None or model.tenant != tenant or model.closing or seq_id < 1:
+            return
+        with suppress(DataError):  # the number was used before
+            await self.models.submit(
+                tenant, model_id, seq_id, Request("refused", error), str(error).encode(), "refused"
+            )
+
+    # -- sampling ---------------------------------------------------
+
+    async def create_sampling_session(
+        self, tenant: str, request: CreateSamplingSessionRequest, path: TinkerPath | None
+    ) -> str:
+        await self.sessions.require(tenant, request.session_id)
+        return await self.samplers.create(tenant, request, path, digest_json(request))
+
+    async def sampler_info(self, tenant: str, sampling_session_id: str) -> SamplerInfo:
+        return await self.samplers.info(tenant, sampling_session_id)
+
+    async def sample(self, tenant: str, submit: SampleSubmit) -> Submitted:
+        return await self.samplers.sample(tenant, submit)
+
+    # -- results ---------------------------------------------------
+
+    async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
+        return await self.parts.promises.outcome(tenant, request_id, timeout)
+
+    # -- training runs and checkpoints ---------------------------------------------------
+
+    async def training_run(self, tenant: str, model_id: str) -> TrainingRun:
+        return await self._training_run(await self.models.row(tenant, model_id))
+
+    async def training_runs(self, tenant: str, limit: int, offset: int) -> TrainingRunList:
+        page = await asyncio.to_thread(self.parts.store.models.page, tenant, limit, offset)
+        runs = [await self._training_run(row) for row in page.rows]
+        cursor = Cursor(offset=offset, limit=limit, total_count=page.total)
+        return TrainingRunList(training_runs=runs, cursor=cursor)
+
+    async def checkpoints_of(self, tenant: str, model_id: str) -> CheckpointList:
+        await self.models.row(tenant, model_id)
+        rows = await self.keeping.of_model(tenant, model_id)
+        return CheckpointList(checkpoints=[listed(row) for row in rows])
+
+    async def checkpoints(self, tenant: str, limit: int, offset: int) -> CheckpointList:
+        return await self.keeping.page(tenant, limit, offset)
+
+    async def delete_checkpoint(self, tenant: str, path: TinkerPath) -> None:
+        await self.keeping.delete(tenant, path)
+
+    async def set_ttl(self, tenant: str, path: TinkerPath, ttl_seconds: int | None) -> None:
+        await self.keeping.set_ttl(tenant, path, ttl_seconds)
+
+    async def set_public(self, tenant: str, path: TinkerPath, public: bool) -> None:
+        await self.keeping.set_public(tenant, path, public)
+
+    async def weights_info(self, tenant: str, path: TinkerPath) -> WeightsInfo:
+        row = await self.keeping.readable(
+            tenant, path, "weights", "sampler_weights", "external_weights"
+        )
+        return WeightsInfo(
+            base_model=str(row.spec["base_model"]),
+            lora_rank=int(row.spec["rank"]),
+            train_unembed=bool(row.spec["train_unembed"]),
+            train_mlp=bool(row.spec["train_mlp"]),
+            train_attn=bool(row.spec["train_attn"]),
+        )
+
+    async def external_files(self, tenant: str, path: TinkerPath) -> Mapping[str, Path]:
+        return await self.keeping.external_files(tenant, path)
+
+    # -- inside ---------------------------------------------------
+
+    async def _submit(
+        self, tenant: str, kind: str, request: Numbered, digest: str | None = None
+    ) -> Submitted:
+        return await self.models.submit(
+            tenant, request.model_id, request.seq_id, Request(kind, request),
+            request.model_dump_json().encode(), digest or digest_json(request),
+        )  # fmt: skip
+
+    def _check_base(self, name: str) -> None:
+        names = self.parts.base_names
+        if name not in names:
+            raise DataError(f"base_model is {name!r}; this server's is {' or '.join(names)}")
+
+    def _new_row(
+        self,
+        tenant: str,
+        id: str,
+        request: CreateModelRequest | LoadWeightsRequest,
+        base_model: str,
+        spec: dict[str, object],
+        digest: str,
+        source_path: str | None = None,
+    ) -> ModelRow:
+        now = time.time()
+        assert request.session_id is not None and request.model_seq_id is not None
+        return ModelRow(
+            id=id, tenant=tenant, session_id=request.session_id,
+            model_seq_id=request.model_seq_id, base_model=base_model, spec=spec, digest=digest,
+            created_at=now, last_request_at=now, user_metadata=dict(request.user_metadata or {}),
+            source_path=source_path,
+        )  # fmt: skip
+
+    async def _add(self, row: ModelRow) -> bool:
+        """Make a model's row durable and open it; False if it had been made before.
+
+        Raises:
+            QuotaExceeded: the tenant has all that it may have. Conflict: the number is taken.
+        """
+        quota = self.parts.settings.quotas.adapters
+        if not self.models.is_open(row.id) and self.models.count(row.tenant) >= quota:
+            raise QuotaExceeded(
+                f"you have {quota} adapters open, which is all that you may: finish a session, or "
+                "let one end"
+            )
+        kept = await asyncio.to_thread(self.parts.store.models.create, row)
+        if self.models.is_open(row.id) or kept.closed_at is not None:
+            return False
+        self.models.add(kept)
+        promise = self.parts.promises.open(_creation_of(row.id), row.tenant, row.digest)
+        promise.durable.set_result(None)
+        return True
+
+    async def _training_run(self, row: ModelRow) -> TrainingRun:
+        rows = await self.keeping.of_model(row.tenant, row.id)
+        training = [listed(r) for r in rows if r.kind == "weights"]
+        sampler = [listed(r) for r in rows if r.kind == "sampler_weights"]
+        return TrainingRun(
+            training_run_id=row.id,
+            base_model=row.base_model,
+            model_owner=row.tenant,
+            last_request_time=_moment(row.last_request_at),
+            lora_rank=int(row.spec["rank"]),
+            corrupted=row.fault is not None,
+            last_checkpoint=training[-1] if training else None,
+            last_sampler_checkpoint=sampler[-1] if sampler else None,
+            user_metadata=row.user_metadata or None,
+        )
+
+
+def _model_id(session_id: str, seq: int) -> str:
+    """The id that the SDK works out for itself when a model is made by a load."""
+    return f"{session_id}:train:{seq}"
+
+
+def _creation_of(model_id: str) -> str:
+    return f"{model_id}:{CREATION}"
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _json(reply: Reply) -> tuple[str, bytes]:
+    return JSON_TYPE, reply.model_dump_json(exclude_none=True).encode()

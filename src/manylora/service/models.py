@@ -1,0 +1,232 @@
+"""Models: one adapter each, with its client's operations in order.
+
+What an operation does is in `operations.py`; here is when: after every operation with a lower
+number, once, and for the tenant that owns the model.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from manylora.scheduler import Record
+from manylora.service.errors import Backpressure, Gone, NotFound
+from manylora.service.operations import Operations, Request
+from manylora.service.order import InOrder
+from manylora.service.parts import Parts
+from manylora.service.wire.replies import Submitted
+from manylora.store import ModelRow
+from manylora.types import DataError, ManyloraError
+
+log = logging.getLogger("manylora.service")
+
+# Operations of one model that may wait for a gap in their numbers to fill.
+MOST_EARLY = 4096
+FIRST_SEQ = 1
+
+
+class ModelFault(ManyloraError):
+    """A model can no longer be used; the message says why and what is left of it."""
+
+
+@dataclass(slots=True)
+class Model:
+    """An open training run.
+
+    Attributes:
+        order: its operations, by number.
+        running: handed to the queue, without an outcome yet.
+        steps: optimizer steps made; unsaved_steps: of them, since its state was last asked for.
+        touched: whether anything has changed since then; saved_at is monotonic.
+        arrived_at: when the last operation arrived (monotonic).
+        fault: why it can no longer be used.
+    """
+
+    row: ModelRow
+    order: InOrder[Request] = field(default_factory=InOrder)
+    running: int = 0
+    steps: int = 0
+    unsaved_steps: int = 0
+    touched: bool = False
+    saved_at: float = field(default_factory=time.monotonic)
+    arrived_at: float = field(default_factory=time.monotonic)
+    fault: str | None = None
+    closing: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.row.id
+
+    @property
+    def tenant(self) -> str:
+        return self.row.tenant
+
+
+class Models:
+    """The open models of a server."""
+
+    def __init__(self, parts: Parts, operations: Operations):
+        self._parts = parts
+        self._operations = operations
+        self._open: dict[str, Model] = {}
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(list(self._open.values()))
+
+    def count(self, tenant: str) -> int:
+        """Open models of a tenant."""
+        return sum(model.tenant == tenant for model in self._open.values())
+
+    def add(self, row: ModelRow, next_seq: int = FIRST_SEQ) -> Model:
+        """Open a model whose row is in the database."""
+        model = Model(row, InOrder(next_seq), steps=row.step, fault=row.fault)
+        self._open[row.id] = model
+        return model
+
+    def is_open(self, model_id: str) -> bool:
+        """Whether the model takes operations."""
+        return model_id in self._open
+
+    def peek(self, model_id: str) -> Model | None:
+        """The open model of that id, whoever owns it."""
+        return self._open.get(model_id)
+
+    async def require(self, tenant: str, model_id: str) -> Model:
+        """The tenant's open model of that id.
+
+        Raises:
+            NotFound: the tenant has none. Gone: it is closed.
+        """
+        model = self._open.get(model_id)
+        if model is not None and model.tenant == tenant:
+            if model.closing:
+                raise Gone(f"model {model_id!r} is closed, since its session is over")
+            return model
+        if model is None:
+            row = await asyncio.to_thread(self._parts.store.models.get, tenant, model_id)
+            if row is not None:
+                raise Gone(
+                    f"model {model_id!r} is closed, since its session is over; its checkpoints stay"
+                )
+        raise NotFound(f"there is no model {model_id!r}")
+
+    async def row(self, tenant: str, model_id: str) -> ModelRow:
+        """The row of a model, open or closed. Raises NotFound."""
+        row = await asyncio.to_thread(self._parts.store.models.get, tenant, model_id)
+        if row is None:
+            raise NotFound(f"there is no training run {model_id!r}")
+        return row
+
+    # -- operations ---------------------------------------------------
+
+    async def submit(
+        self, tenant: str, model_id: str, seq: int, request: Request, body: bytes, digest: str
+    ) -> Submitted:
+        """Take an operation: durable when this returns, run when its turn comes.
+
+        Raises:
+            NotFound, Gone: no such open model. DataError: its number was used for another request.
+            Backpressure: too much waits already. SaveFailed: it could not be made durable.
+        """
+        model = await self.require(tenant, model_id)
+        reply = Submitted(request_id=f"{model_id}:{seq}", model_id=model_id)
+        if seq < FIRST_SEQ:
+            raise DataError(f"seq_id is {seq}; the first one of a model is {FIRST_SEQ}")
+        if model.order.is_repeated(seq, digest):
+            return reply
+        if model.order.num_early >= MOST_EARLY:
+            raise Backpressure(
+                f"{MOST_EARLY} operations of {model_id!r} wait for number {model.order.next_seq}"
+            )
+        self._parts.enter(tenant, request.tokens)
+        try:
+            record = Record(
+                stream=model_id, seq=seq, kind=request.kind, tenant=tenant,
+                request_id=reply.request_id, digest=digest, body=body, meta={},
+            )  # fmt: skip
+            new = await self._parts.accept(record)
+        except BaseException:
+            self._parts.leave(tenant, request.tokens)
+            raise
+        if new:
+            model.order.remember(seq, digest)
+            self.arrive(model, seq, request)
+        else:
+            self._parts.leave(tenant, request.tokens)
+        return reply
+
+    def arrive(self, model: Model, seq: int, request: Request, *, replayed: bool = False) -> None:
+        """Put a durable operation in its place, and run what is due."""
+        model.arrived_at = time.monotonic()
+        for due, waiting in model.order.offer(seq, request):
+            self._run(model, due, waiting, replayed=replayed)
+
+    def give_up(self, model: Model) -> None:
+        """Fail the operations that wait for one that never came."""
+        missing = model.order.next_seq
+        for seq, request in model.order.give_up():
+            error = DataError(
+                f"operation {missing} of model {model.id!r} never arrived, so this one cannot run"
+            )
+            self._run(model, seq, Request("refused", error, request.tokens), replayed=False)
+
+    def save(self, model: Model) -> None:
+        """Have the model's state written as of the operations that were handed over."""
+        model.unsaved_steps, model.touched, model.saved_at = 0, False, time.monotonic()
+        pager = self._parts.host.pager
+        self._parts.host.call(model.id, lambda: pager.save(model.id), tenant=model.tenant)
+
+    async def keep_last(self, model: Model) -> None:
+        """Write a model's state as its checkpoint `last`. Raises SaveFailed, QuotaExceeded."""
+        await asyncio.wrap_future(self._operations.keep_last(model.row))
+
+    async def close(self, model: Model) -> None:
+        """Take no more operations; what was handed over still runs, then the adapter is freed."""
+        model.closing = True
+        self.give_up(model)
+        pager = self._parts.host.pager
+        freed = self._parts.host.call(model.id, lambda: pager.unload(model.id), tenant=model.tenant)
+        await asyncio.wait([asyncio.wrap_future(freed)])
+        await asyncio.to_thread(self._parts.store.models.close, model.tenant, model.id)
+        self._parts.journal.forget(model.id)
+        self._open.pop(model.id, None)
+
+    # -- inside ---------------------------------------------------
+
+    def _run(self, model: Model, seq: int, request: Request, *, replayed: bool) -> None:
+        request_id = f"{model.id}:{seq}"
+        model.running += 1
+        then = partial(self._done, model, request)
+        if model.fault is not None:
+            request = Request("refused", ModelFault(model.fault), request.tokens)
+        future, encode = self._operations.run(model.row, seq, request, replayed=replayed)
+        self._parts.promises.follow(request_id, future, encode, then)
+
+    def _done(self, model: Model, request: Request, error: BaseException | None) -> None:
+        model.running -= 1
+        model.touched = True
+        self._parts.leave(model.tenant, request.tokens)
+        if request.kind != "optim_step":
+            return
+        if error is None:
+            model.steps += 1
+            model.unsaved_steps += 1
+            if model.unsaved_steps >= self._parts.settings.saving.every_steps:
+                self.save(model)
+        elif not isinstance(error, ManyloraError):
+            self.set_fault(model, f"an optimizer step broke off: {error}")
+
+    def set_fault(self, model: Model, fault: str) -> None:
+        """From now on every operation of the model fails with these words."""
+        log.error("model %s can no longer be used: %s", model.id, fault)
+        model.fault = f"model {model.id!r} can no longer be used: {fault}; load a checkpoint of it"
+        task = asyncio.to_thread(self._parts.store.models.set_fault, model.id, model.fault)
+        self._background = asyncio.ensure_future(task)
+
+
+def seed_of(model_id: str) -> int:
+    """A seed for a model whose client gave none; the same after a restart."""
+    return int.from_bytes(hashlib.sha256(model_id.encode()).digest()[:4], "big")

@@ -1,0 +1,127 @@
+"""What the parts of a running service share."""
+
+import asyncio
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from manylora.api import Host
+from manylora.config import ServerFile
+from manylora.scheduler import Journal, Record
+from manylora.service.errors import Backpressure
+from manylora.service.promises import Promises
+from manylora.store import Store
+
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class Parts:
+    """One server's settings and the things that it is made of.
+
+    Attributes:
+        in_flight: tenant → tokens of its requests that were accepted and are not done.
+        covered: streams of the journal and up to which number they are needed no longer; the
+            upkeep tells the journal, once the results that replace them are durable.
+    """
+
+    settings: ServerFile
+    folder: Path
+    store: Store
+    journal: Journal
+    promises: Promises
+    host: Host
+    in_flight: dict[str, int] = field(default_factory=dict)
+    covered: deque[tuple[str, int]] = field(default_factory=deque)
+
+    @property
+    def base_names(self) -> list[str]:
+        """Every name that clients may call the base by."""
+        return [self.settings.base, *self.settings.aliases]
+
+    def enter(self, tenant: str, tokens: int) -> None:
+        """Count a request's tokens in.
+
+        Raises:
+            Backpressure: the tenant has too many in flight; one request is always let in.
+        """
+        held, limit = self.in_flight.get(tenant, 0), self.settings.quotas.tokens_in_flight
+        if held and held + tokens > limit:
+            raise Backpressure(
+                f"{held:,} tokens of your requests are in flight, and {limit:,} may be; "
+                "this request is welcome once some of them are done"
+            )
+        self.in_flight[tenant] = held + tokens
+
+    def finished(self, request_id: str) -> None:
+        """A request that changed nothing has its outcome."""
+        self.covered.append((request_id, 1))
+
+    def leave(self, tenant: str, tokens: int) -> None:
+        """Count a request's tokens out."""
+        left = self.in_flight.get(tenant, 0) - tokens
+        if left > 0:
+            self.in_flight[tenant] = left
+        else:
+            self.in_flight.pop(tenant, None)
+
+    async def accept(self, record: Record) -> bool:
+        """Make a request durable and expect its outcome. Equal requests are accepted once.
+
+        Returns:
+            False if an equal one was accepted before and is not done.
+
+        Raises:
+            DataError: the number was used for a request with other contents.
+            SaveFailed: the journal cannot be written; nothing was accepted.
+        """
+        promises, request_id = self.promises, record.request_id
+        earlier = promises.repeated(request_id, record.digest)
+        if earlier is not None:
+            await asyncio.shield(earlier.durable)
+            return False
+        promise = promises.open(request_id, record.tenant, record.digest)
+        try:
+            await asyncio.wrap_future(self.journal.append(record))
+        except BaseException as error:
+            promises.drop(request_id)
+            promise.durable.set_exception(error)
+            promise.durable.exception()  # nobody may be waiting
+            raise
+        promise.durable.set_result(None)
+        return True
+
+
+def flattened(outer: Future[Future[Result]]) -> Future[Result]:
+    """A future of what a future of a future brings in the end."""
+    flat: Future[Result] = Future()
+
+    def copy(done: Future[Result]) -> None:
+        error = done.exception()
+        if error is not None:
+            flat.set_exception(error)
+        else:
+            flat.set_result(done.result())
+
+    def unwrap(done: Future[Future[Result]]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            _copy_failure(done, flat)
+        else:
+            done.result().add_done_callback(copy)
+
+    outer.add_done_callback(unwrap)
+    return flat
+
+
+def done_with(value: Result) -> Future[Result]:
+    """A future that is done."""
+    future: Future[Result] = Future()
+    future.set_result(value)
+    return future
+
+
+def _copy_failure(done: Future[Any], flat: Future[Any]) -> None:
+    error = done.exception() if not done.cancelled() else None
+    flat.set_exception(error or RuntimeError("cancelled"))

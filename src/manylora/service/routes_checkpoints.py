@@ -1,0 +1,146 @@
+"""Routes of training runs and checkpoints.
+
+A checkpoint's id holds a slash (`weights/step-1`), so its two halves are two parts of the path.
+"""
+
+import time
+from datetime import UTC, datetime
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import Depends, Query, Request
+from starlette.responses import FileResponse, Response
+
+from manylora.service.door import Routes, TheCaller, TheDoor, json_body, takes
+from manylora.service.errors import missing
+from manylora.service.signing import Grant
+from manylora.service.wire.messages import TTLRequest, WeightsInfoRequest
+from manylora.service.wire.paths import TinkerPath, is_identifier
+from manylora.service.wire.replies import (
+    CheckpointList,
+    Empty,
+    ExternalWeightsUrls,
+    TrainingRun,
+    TrainingRunList,
+    WeightsInfo,
+)
+from manylora.types import DataError
+
+router = Routes(prefix="/api/v1", tags=["checkpoints"])
+
+ONE = "/training_runs/{model_id}/checkpoints/{kind}/{name}"
+MOST = 1000
+
+Limit = Annotated[int, Query(ge=1, le=2**31 - 1)]
+Offset = Annotated[int, Query(ge=0, le=2**31 - 1)]
+Info = Annotated[WeightsInfoRequest, json_body(WeightsInfoRequest)]
+TTL = Annotated[TTLRequest, json_body(TTLRequest)]
+
+
+def _run(model_id: str) -> str:
+    if not is_identifier(model_id):
+        raise missing("training run")
+    return model_id
+
+
+def _path(model_id: str, kind: str, name: str) -> TinkerPath:
+    try:
+        return TinkerPath(_run(model_id), kind, name)  # type: ignore[arg-type]
+    except DataError:
+        raise missing("checkpoint") from None
+
+
+Run = Annotated[str, Depends(_run)]
+Path = Annotated[TinkerPath, Depends(_path)]
+
+
+@router.get("/training_runs")
+async def training_runs(
+    caller: TheCaller, limit: Limit = 20, offset: Offset = 0
+) -> TrainingRunList:
+    """The tenant's training runs, newest first."""
+    return await caller.hub.training_runs(caller.tenant, min(limit, MOST), offset)
+
+
+@router.get("/training_runs/{model_id}")
+async def training_run(caller: TheCaller, model_id: Run) -> TrainingRun:
+    """One training run."""
+    return await caller.hub.training_run(caller.tenant, model_id)
+
+
+@router.get("/training_runs/{model_id}/checkpoints")
+async def checkpoints_of(caller: TheCaller, model_id: Run) -> CheckpointList:
+    """The checkpoints of one training run."""
+    return await caller.hub.checkpoints_of(caller.tenant, model_id)
+
+
+@router.get("/checkpoints")
+async def checkpoints(caller: TheCaller, limit: Limit = 100, offset: Offset = 0) -> CheckpointList:
+    """The checkpoints of all the tenant's training runs, newest first."""
+    return await caller.hub.checkpoints(caller.tenant, min(limit, MOST), offset)
+
+
+@router.delete(ONE)
+async def delete_checkpoint(caller: TheCaller, path: Path) -> Empty:
+    """Delete a checkpoint and its files."""
+    await caller.hub.delete_checkpoint(caller.tenant, path)
+    return Empty()
+
+
+@router.put(f"{ONE}/ttl", openapi_extra=takes(TTLRequest))
+async def set_ttl(caller: TheCaller, path: Path, message: TTL) -> Empty:
+    """Let a checkpoint expire, or never."""
+    await caller.hub.set_ttl(caller.tenant, path, message.ttl_seconds)
+    return Empty()
+
+
+@router.post(f"{ONE}/publish")
+async def publish(caller: TheCaller, path: Path) -> Empty:
+    """Let every tenant of this server read a checkpoint."""
+    await caller.hub.set_public(caller.tenant, path, True)
+    return Empty()
+
+
+@router.delete(f"{ONE}/publish")
+async def unpublish(caller: TheCaller, path: Path) -> Empty:
+    """Take publish back."""
+    await caller.hub.set_public(caller.tenant, path, False)
+    return Empty()
+
+
+@router.post("/weights_info", openapi_extra=takes(WeightsInfoRequest))
+async def weights_info(caller: TheCaller, message: Info) -> WeightsInfo:
+    """What a checkpoint was trained on, and how."""
+    return await caller.hub.weights_info(caller.tenant, TinkerPath.parse(message.tinker_path))
+
+
+@router.get(f"{ONE}/external_weights_urls")
+async def external_weights_urls(
+    caller: TheCaller, path: Path, request: Request
+) -> ExternalWeightsUrls:
+    """One address for each file of an external checkpoint; who has it needs no key."""
+    if path.kind != "external_weights":
+        raise missing("checkpoint")
+    files = await caller.hub.external_files(caller.tenant, path)
+    expires = int(time.time()) + caller.door.settings.url_seconds
+    base = f"{str(request.base_url).rstrip('/')}{router.prefix}/external_weights"
+    urls = {
+        name: f"{base}/{caller.door.signer.token(Grant(caller.tenant, path, name, expires))}"
+        for name in files
+    }
+    return ExternalWeightsUrls(urls=urls, expires=datetime.fromtimestamp(expires, UTC))
+
+
+@router.get(
+    "/external_weights/{token}",
+    response_class=Response,
+    responses={200: {"content": {"application/octet-stream": {}}}},
+)
+async def download(door: TheDoor, token: str) -> FileResponse:
+    """A file by its signed address."""
+    grant = door.signer.grant(token)
+    files = await door.hub.external_files(grant.tenant, grant.path)
+    file = files.get(grant.file)
+    if file is None or not await to_thread.run_sync(file.is_file):
+        raise missing("file")
+    return FileResponse(file, media_type="application/octet-stream")

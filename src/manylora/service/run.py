@@ -1,0 +1,224 @@
+"""`manylora serve` as a process: a socket, uvicorn, the service behind it, signals."""
+
+import asyncio
+import ipaddress
+import json
+import logging
+import secrets
+import socket
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from manylora.config import ServerFile
+from manylora.service.app import build_app
+from manylora.service.auth import DEV_TENANT, KEY_PREFIX
+from manylora.service.door import DoorSettings
+from manylora.service.late import LateHub
+from manylora.service.limits import BodyLimits
+from manylora.service.metrics import Metrics
+from manylora.service.wire.limits import WireLimits
+from manylora.store import Store
+from manylora.store.access import Keys
+from manylora.types import ConfigError, SaveFailed
+
+if TYPE_CHECKING:
+    from manylora.service.server import Service
+
+log = logging.getLogger("manylora.service")
+
+BACKLOG = 2048
+
+
+class StoreAuthenticator:
+    """Keys of the store. While there is none, every `tml-…` key is the development tenant's."""
+
+    def __init__(self, keys: Keys, *, local: bool):
+        self._keys = keys
+        self._local = local
+
+    def lookup(self, key: str) -> str | None:
+        """The tenant of a key, or None."""
+        tenant = self._keys.lookup(key)
+        if tenant is None and self._local and key.startswith(KEY_PREFIX):
+            return None if self._keys.any_keys() else DEV_TENANT
+        return tenant
+
+
+class _Uvicorn(uvicorn.Server):
+    """Tells when a signal asks it to stop."""
+
+    def __init__(self, config: uvicorn.Config):
+        super().__init__(config)
+        self.asked_to_stop = asyncio.Event()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal stops in order, a second at once. Unlike uvicorn's own, it is not
+        raised again in the end: what is queued has still to be finished and saved."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self.asked_to_stop.set()
+
+
+def run_server(settings: ServerFile) -> int:
+    """Serve until a signal; returns the exit code.
+
+    Raises:
+        ConfigError: the address cannot be used, or it is public and there is no API key.
+        BaseModelError, StoreError: what it needs cannot be opened.
+    """
+    _log_to_stderr()
+    store = Store.in_folder(settings.data_dir, settings.database)
+    try:
+        keyed = store.keys.any_keys()
+        if not keyed and not _is_this_machine(settings.host):
+            raise ConfigError(
+                f"host is {settings.host!r}, which others can reach, and there is no API key; make "
+                f"one with: manylora keys create TENANT --data-dir {settings.data_dir}"
+            )
+        listener = _listen(settings.host, settings.port)
+    except BaseException:
+        store.close()
+        raise
+    with listener:
+        return asyncio.run(_serve(settings, store, listener, keyed=keyed))
+
+
+async def _serve(
+    settings: ServerFile, store: Store, listener: socket.socket, *, keyed: bool
+) -> int:
+    limits = WireLimits(samples=settings.limits.samples, topk=settings.limits.topk)
+    metrics = Metrics()
+    hub, service = LateHub(), None
+    local = _is_this_machine(settings.host)
+    app = build_app(
+        hub,  # pyrefly: ignore[bad-argument-type]
+        authenticator=StoreAuthenticator(store.keys, local=local),
+        local_only=not keyed,
+        settings=DoorSettings(
+            bodies=_body_limits(settings), wire=limits, poll_seconds=settings.long_poll_seconds
+        ),
+        signing_secret=_secret(Path(settings.data_dir)),
+        metrics=lambda: metrics.text(service.hub if service is not None else None),
+    )
+    server = _Uvicorn(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            backlog=BACKLOG,
+            timeout_keep_alive=75,
+            server_header=False,
+        )
+    )
+    web = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        service = await asyncio.to_thread(_make_service, settings, store, limits, metrics)
+        start = asyncio.create_task(service.start())
+        stop = asyncio.create_task(server.asked_to_stop.wait())
+        await asyncio.wait([start, stop], return_when=asyncio.FIRST_COMPLETED)
+        if start.done():
+            hub.arrive(start.result())
+            _announce(settings, listener, keyed=keyed)
+            await stop
+        else:
+            await asyncio.wait([start])
+        service.wake()
+        await web
+    finally:
+        server.should_exit = True
+        await asyncio.wait([web])
+        if service is not None:
+            await service.stop()
+    return 0
+
+
+def _make_service(
+    settings: ServerFile, store: Store, limits: WireLimits, metrics: Metrics
+) -> "Service":
+    # Here, because it loads torch: the server listens before that.
+    from manylora.service.server import Service
+
+    return Service(settings, store, limits, metrics.observe)
+
+
+def _announce(settings: ServerFile, listener: socket.socket, *, keyed: bool) -> None:
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    keys = "" if keyed else "; no API keys yet: any tml-… key of this machine is tenant 'dev'"
+    print(f"manylora serves {settings.base} at {url}{keys}", flush=True)
+
+
+def _body_limits(settings: ServerFile) -> BodyLimits:
+    ordinary = BodyLimits()
+    largest = settings.limits.body_bytes
+    return BodyLimits(
+        ordinary=min(ordinary.ordinary, largest),
+        by_path={
+            path: largest if path.endswith("forward_backward") else min(limit, largest)
+            for path, limit in ordinary.by_path.items()
+        },
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"{host}:{port} cannot be listened on: {error.strerror}; give another --port, or 0 for "
+            "any free one"
+        ) from error
+    return listener
+
+
+def _is_this_machine(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _secret(folder: Path) -> bytes:
+    """The key of download addresses; made once, readable by nobody else."""
+    path = folder / "signing.key"
+    try:
+        if not path.exists():
+            path.touch(mode=0o600)
+            path.write_bytes(secrets.token_bytes(32))
+        return path.read_bytes()
+    except OSError as error:
+        raise SaveFailed(f"{path} cannot be written: {error}") from error
+
+
+class _Lines(logging.Formatter):
+    """One JSON object a line. What our own loggers write as JSON is not quoted again."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        event = text if record.name == "manylora.access" else json.dumps(text)
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        line = f'"time": "{when}", "level": "{record.levelname}", "logger": "{record.name}"'
+        if record.exc_info:
+            line += f', "traceback": {json.dumps(self.formatException(record.exc_info))}'
+        return f'{{{line}, "event": {event}}}'
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines())
+    logger = logging.getLogger("manylora")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

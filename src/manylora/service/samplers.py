@@ -1,0 +1,229 @@
+"""Sampling sessions: which frozen weights a client's samples come from."""
+
+import asyncio
+import hashlib
+import time
+from collections import Counter, OrderedDict
+
+from manylora.scheduler import Record
+from manylora.service.contract import PROTOBUF_TYPE
+from manylora.service.errors import NotFound
+from manylora.service.keeping import Keeping
+from manylora.service.parts import Parts
+from manylora.service.wire.messages import CreateSamplingSessionRequest
+from manylora.service.wire.paths import TinkerPath
+from manylora.service.wire.pieces import SampleSubmit
+from manylora.service.wire.replies import SamplerInfo, Submitted
+from manylora.service.wire.sampling import encode_sample
+from manylora.store import SamplerRow
+from manylora.types import DataError, Sample
+
+KIND = "sample"
+# Rows kept in memory; the others are in the database.
+MOST_CACHED = 10_000
+
+
+class Samplers:
+    """The sampling sessions of a server."""
+
+    def __init__(self, parts: Parts, keeping: Keeping):
+        self._parts = parts
+        self._keeping = keeping
+        self._rows: OrderedDict[str, SamplerRow] = OrderedDict()
+        # Model → snapshot that its `inflight` samplers use.
+        self._published: dict[str, str] = {}
+        # Session → its requests that run.
+        self._running: Counter[str] = Counter()
+
+    async def create(
+        self,
+        tenant: str,
+        request: CreateSamplingSessionRequest,
+        path: TinkerPath | None,
+        digest: str,
+    ) -> str:
+        """A sampling session on the bare base or on a checkpoint; its weights never change.
+
+        Raises:
+            NotFound: no such checkpoint. DataError: another base, or a checkpoint for training.
+            Conflict: the number was used for another request.
+        """
+        names = self._parts.base_names
+        if path is None and request.base_model not in names:
+            raise DataError(f"base_model is {request.base_model!r}; here is {' or '.join(names)}")
+        id = sampler_id(request.session_id, request.sampling_session_seq_id)
+        base, snapshot = request.base_model or names[0], None
+        if path is not None:
+            checkpoint = await self._keeping.readable(tenant, path, "sampler_weights")
+            base = str(checkpoint.spec.get("base_model", names[0]))
+            snapshot = id
+            folder = self._parts.host.pager.snapshot_folder(snapshot)
+            await asyncio.to_thread(self._keeping.link, checkpoint, folder)
+        row = SamplerRow(
+            id=id, tenant=tenant, session_id=request.session_id,
+            seq_id=request.sampling_session_seq_id, digest=digest,
+            kind="base" if path is None else "path", base_model=base, created_at=time.time(),
+            model_path=None if path is None else str(path), snapshot=snapshot,
+        )  # fmt: skip
+        self._note(await asyncio.to_thread(self._parts.store.samplers.create, row))
+        return id
+
+    async def of_model(
+        self, tenant: str, session_id: str, model_id: str, base: str, seq: int, kind: str
+    ) -> None:
+        """A sampling session on a model's weights as they will be when its save has run."""
+        id = sampler_id(session_id, seq)
+        row = SamplerRow(
+            id=id, tenant=tenant, session_id=session_id, seq_id=seq, digest=model_id,
+            kind="inflight" if kind == "inflight" else "snapshot", base_model=base,
+            created_at=time.time(), model_id=model_id, snapshot=id,
+        )  # fmt: skip
+        self._note(await asyncio.to_thread(self._parts.store.samplers.create, row))
+
+    def publish(self, model_id: str, snapshot: str) -> None:
+        """From now on a model's `inflight` samplers use this snapshot."""
+        self._published[model_id] = snapshot
+
+    async def require(self, tenant: str, id: str) -> SamplerRow:
+        """The tenant's sampling session of that id. Raises NotFound."""
+        row = self._rows.get(id)
+        if row is None:
+            row = await asyncio.to_thread(self._parts.store.samplers.get, tenant, id)
+            if row is not None:
+                self._note(row)
+        if row is None or row.tenant != tenant:
+            raise NotFound(f"there is no sampling session {id!r}")
+        return row
+
+    async def info(self, tenant: str, id: str) -> SamplerInfo:
+        """What a sampling session samples from. Raises NotFound."""
+        row = await self.require(tenant, id)
+        return SamplerInfo(sampler_id=id, base_model=row.base_model, model_path=row.model_path)
+
+    async def sample(self, tenant: str, submit: SampleSubmit) -> Submitted:
+        """Take a sampling request: durable when this returns.
+
+        Raises:
+            NotFound: no such sampling session. DataError: beyond a limit, or the number was used
+            for another request. Backpressure: too much waits already.
+        """
+        row = await self.require(tenant, submit.sampling_session_id)
+        request_id = f"{row.id}:{submit.seq_id}"
+        reply = Submitted(
+            request_id=request_id,
+            sample_sequence_ids=[f"{request_id}:{n}" for n in range(submit.num_samples)],
+        )
+        operation = await self._operation(row, request_id, submit)
+        tokens = operation.num_tokens
+        if self._parts.promises.repeated(request_id, submit.digest) is None:
+            # Outcomes are looked up only where they cost nothing: a retry follows within minutes.
+            if self._parts.promises.results.recent(request_id) is not None:
+                return reply
+            self._parts.enter(tenant, tokens)
+            try:
+                record = Record(
+                    stream=request_id, seq=1, kind=KIND, tenant=tenant, request_id=request_id,
+                    digest=submit.digest, body=submit.body, meta={},
+                )  # fmt: skip
+                new = await self._parts.accept(record)
+            except BaseException:
+                self._parts.leave(tenant, tokens)
+                raise
+            if new:
+                self._run(row, request_id, operation, submit)
+            else:
+                self._parts.leave(tenant, tokens)
+        return reply
+
+    async def replay(self, tenant: str, submit: SampleSubmit) -> None:
+        """Run a request again that had no outcome when the server stopped."""
+        row = await self.require(tenant, submit.sampling_session_id)
+        request_id = f"{row.id}:{submit.seq_id}"
+        operation = await self._operation(row, request_id, submit)
+        self._parts.enter(tenant, operation.num_tokens)
+        self._run(row, request_id, operation, submit)
+
+    async def forget_session(self, tenant: str, session_id: str) -> None:
+        """Free the snapshots of a session that is over."""
+        rows = await asyncio.to_thread(self._parts.store.samplers.of_session, tenant, session_id)
+        pager = self._parts.host.pager
+        for row in rows:
+            self._rows.pop(row.id, None)
+            if row.snapshot is not None:
+                name = row.snapshot
+                self._parts.host.call(None, lambda name=name: pager.drop_snapshot(name))
+
+    @property
+    def num_running(self) -> int:
+        """Requests without an outcome."""
+        return self._running.total()
+
+    def is_busy(self, session_id: str) -> bool:
+        """Whether requests of the session are without an outcome."""
+        return self._running[session_id] > 0
+
+    # -- inside ---------------------------------------------------
+
+    async def _operation(self, row: SamplerRow, request_id: str, submit: SampleSubmit) -> Sample:
+        limits, context = self._parts.settings.limits, self._parts.host.engine.base.context_length
+        if submit.num_samples > limits.samples:
+            raise DataError(f"num_samples is {submit.num_samples}; at most {limits.samples}")
+        for name, k in (
+            ("topk_prompt_logprobs", submit.scoring.topk_prompt),
+            ("topk_sample_logprobs", submit.scoring.topk_sampled),
+        ):
+            if k > limits.topk:
+                raise DataError(f"{name} is {k}; at most {limits.topk}")
+        room = max(1, context - len(submit.prompt))
+        params = submit.params(max_tokens=room, seed=_seed_of(request_id))
+        return Sample(
+            adapter=None, prompts=[submit.prompt], params=params, num_samples=submit.num_samples,
+            snapshot=await self._snapshot(row), scoring=submit.scoring, tenant=row.tenant,
+        )  # fmt: skip
+
+    async def _snapshot(self, row: SamplerRow) -> str | None:
+        if row.kind != "inflight":
+            return row.snapshot
+        assert row.model_id is not None
+        if row.model_id not in self._published:
+            rows = await asyncio.to_thread(
+                self._parts.store.samplers.of_model, row.tenant, row.model_id
+            )
+            saved = [r.snapshot for r in rows if r.kind == "inflight" and r.snapshot is not None]
+            return saved[-1]
+        return self._published[row.model_id]
+
+    def _run(
+        self, row: SamplerRow, request_id: str, operation: Sample, submit: SampleSubmit
+    ) -> None:
+        parts, tokens = self._parts, operation.num_tokens
+        self._running[row.session_id] += 1
+
+        def done(error: BaseException | None) -> None:
+            self._running[row.session_id] -= 1
+            if not self._running[row.session_id]:
+                del self._running[row.session_id]
+            parts.leave(operation.tenant, tokens)
+            parts.finished(request_id)
+
+        parts.promises.follow(
+            request_id,
+            parts.host.submit(operation),
+            lambda result: (PROTOBUF_TYPE, encode_sample(result, submit.wanted)),
+            done,
+        )
+
+    def _note(self, row: SamplerRow) -> None:
+        self._rows[row.id] = row
+        while len(self._rows) > MOST_CACHED:
+            self._rows.popitem(last=False)
+
+
+def sampler_id(session_id: str, seq: int) -> str:
+    """The id that the SDK expects of a session's sampler."""
+    return f"{session_id}:sample:{seq}"
+
+
+def _seed_of(request_id: str) -> int:
+    """A seed for a request without one; the same when it is run again."""
+    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:6], "big")

@@ -1,0 +1,117 @@
+"""A running service over one data directory: how it starts, and how it stops."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from manylora.api import Host
+from manylora.config import ServerFile
+from manylora.scheduler import BatchReport, Journal
+from manylora.service.hub import TinkerHub
+from manylora.service.parts import Parts
+from manylora.service.promises import Promises
+from manylora.service.replay import Replay
+from manylora.service.results import Results
+from manylora.service.upkeep import Upkeep
+from manylora.service.wire.limits import WireLimits
+from manylora.store import Store
+
+log = logging.getLogger("manylora.service")
+
+# Results that are kept in memory beside their files.
+RESULT_BYTES = 128 << 20
+SECONDS_OF_AN_HOUR = 3600.0
+
+
+class Service:
+    """The parts of a server, in the order in which they start and stop."""
+
+    def __init__(
+        self,
+        settings: ServerFile,
+        store: Store,
+        limits: WireLimits,
+        observe: Callable[[BatchReport], None] = lambda report: None,
+    ):
+        """`store`: open, and closed by `stop`."""
+        self.settings, self.store = settings, store
+        self.folder = Path(settings.data_dir)
+        self._limits = limits
+        self._observe = observe
+        self.hub: TinkerHub | None = None
+        self._upkeep: asyncio.Task[None] | None = None
+
+    async def start(self) -> TinkerHub:
+        """Open the base, and take up what was going on when the last server stopped.
+
+        Raises:
+            BaseModelError, Unsupported: the base. StoreError: the data directory is in use.
+        """
+        settings, folder, loop = self.settings, self.folder, asyncio.get_running_loop()
+        results = Results(
+            folder / "results",
+            ttl_seconds=settings.saving.result_hours * SECONDS_OF_AN_HOUR,
+            memory_bytes=RESULT_BYTES,
+        )
+        journal, recovery = await asyncio.to_thread(_open_journal, folder / "journal")
+        promises = Promises(results)
+        parts: Parts | None = None
+
+        def saved(name: str, position: int) -> None:
+            if parts is not None:
+                parts.covered.append((name, position))
+
+        host = await asyncio.to_thread(
+            lambda: Host(
+                settings.base, folder, token_budget=settings.token_budget, dtype=settings.dtype,
+                device=settings.device, threads=settings.threads,
+                max_resident=settings.max_resident, before_save=promises.store_all,
+                on_saved=saved, observe=self._observe,
+            )
+        )  # fmt: skip
+        parts = Parts(settings, folder, self.store, journal, promises, host)
+        self.hub = TinkerHub(parts)
+        count = await Replay(self.hub, self._limits).run(recovery)
+        if count:
+            log.info("%d operations of the last server go on", count)
+        self._upkeep = loop.create_task(Upkeep(self.hub).run())
+        return self.hub
+
+    def wake(self) -> None:
+        """Let waiting polls go, so that connections can close."""
+        if self.hub is not None:
+            self.hub.parts.promises.wake()
+
+    async def stop(self) -> None:
+        """Finish what is queued, for a while; save every adapter; what is left stays in the
+        journal and goes on with the next start."""
+        if self._upkeep is not None:
+            self._upkeep.cancel()
+        if self.hub is not None:
+            parts = self.hub.parts
+            parts.promises.closing = True
+            deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
+            while self._is_working() and asyncio.get_running_loop().time() < deadline:
+                await asyncio.sleep(0.05)
+            await asyncio.to_thread(parts.host.close, cancel=True)
+            await asyncio.to_thread(parts.promises.close)
+            await asyncio.sleep(0)  # what the last outcomes left for the loop to do
+            await asyncio.to_thread(self._close_journal, parts)
+        await asyncio.to_thread(self.store.close)
+
+    def _is_working(self) -> bool:
+        assert self.hub is not None
+        return any(model.running for model in self.hub.models) or self.hub.samplers.num_running > 0
+
+    def _close_journal(self, parts: Parts) -> None:
+        parts.promises.results.flush()
+        while parts.covered:
+            parts.journal.covered(*parts.covered.popleft())
+        parts.journal.close()
+
+
+def _open_journal(folder: Path) -> tuple[Journal, Any]:
+    recovery = Journal.recover(folder)
+    return Journal(folder), recovery

@@ -1,0 +1,91 @@
+"""Sessions: client processes that say every few seconds that they live."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from manylora.service.errors import Gone, NotFound
+from manylora.service.wire.messages import CreateSessionRequest, FinishSessionRequest
+from manylora.store import SessionRow, Store
+
+
+@dataclass(slots=True)
+class Session:
+    """An open session; `heard_at` is monotonic."""
+
+    id: str
+    tenant: str
+    heard_at: float
+
+
+class Sessions:
+    """The open sessions of a server, with those that ended in the database."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._open: dict[str, Session] = {}
+
+    async def create(self, tenant: str, request: CreateSessionRequest) -> str:
+        """A new session's id."""
+        id, now = f"s{secrets.token_hex(12)}", time.time()
+        row = SessionRow(
+            id=id, tenant=tenant, created_at=now, last_seen_at=now,
+            tags=list(request.tags), user_metadata=dict(request.user_metadata or {}),
+            sdk_version=request.sdk_version,
+        )  # fmt: skip
+        await asyncio.to_thread(self._store.sessions.create, row)
+        self._open[id] = Session(id, tenant, time.monotonic())
+        return id
+
+    def restore(self, row: SessionRow) -> None:
+        """A session that was open when the server stopped; its silence starts anew."""
+        self._open[row.id] = Session(row.id, row.tenant, time.monotonic())
+
+    async def require(self, tenant: str, session_id: str) -> Session:
+        """The session, which was just heard of.
+
+        Raises:
+            NotFound: the tenant has none of that id. Gone: it is over.
+        """
+        session = self._open.get(session_id)
+        if session is not None and session.tenant == tenant:
+            session.heard_at = time.monotonic()
+            return session
+        if session is None:
+            row = await asyncio.to_thread(self._store.sessions.get, tenant, session_id)
+            if row is not None:
+                raise Gone(f"session {session_id!r} is over ({row.end_reason}); start a new one")
+        raise NotFound(f"there is no session {session_id!r}")
+
+    async def end(self, session: Session, reason: str, detail: str = "") -> None:
+        """End a session; the first reason stays."""
+        self._open.pop(session.id, None)
+        await asyncio.to_thread(
+            self._store.sessions.end, session.tenant, session.id, reason, detail
+        )
+
+    async def finish(
+        self, tenant: str, session_id: str, request: FinishSessionRequest
+    ) -> Session | None:
+        """End a session by its client's word; None if it was over already."""
+        try:
+            session = await self.require(tenant, session_id)
+        except Gone:
+            return None
+        await self.end(session, request.reason.type, request.detail or "")
+        return session
+
+    def silent(self, seconds: float) -> Iterator[Session]:
+        """Open sessions that were not heard of for so long."""
+        limit = time.monotonic() - seconds
+        return iter([s for s in self._open.values() if s.heard_at < limit])
+
+    def is_open(self, session_id: str) -> bool:
+        """Whether the session may still ask for things."""
+        return session_id in self._open
+
+    def open_ids(self) -> list[str]:
+        """Ids of the open sessions."""
+        return list(self._open)

@@ -1,0 +1,6 @@
+"""The Tinker wire as data: JSON messages, the protobuf schema, and the way to `types` and back.
+
+Owns: what a request must look like, what an answer looks like, and every limit on both.
+Does not own: routes and status codes (service), what a request does (the hub).
+Talks to: types only. No torch, no HTTP.
+"""

@@ -1,0 +1,325 @@
+"""The JSON requests of the Tinker wire, as pydantic models.
+
+Unknown fields are ignored (the SDK gains some every month); known ones are strict: every text,
+list and number has a bound, and `NaN` is no number. What is known and not done (another optimizer,
+images, encryption) has a field here, so that it can be refused by name.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+
+from manylora.service.wire.paths import CHECKPOINT_NAME, IDENTIFIER, MAX_IDENTIFIER, MAX_NAME
+
+SECONDS_OF_AN_HOUR, SECONDS_OF_TEN_YEARS = 3600, 315_360_000
+
+Identifier = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_IDENTIFIER, pattern=IDENTIFIER)
+]
+# PostgreSQL cannot store a NUL.
+Text = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")]
+Word = Annotated[str, StringConstraints(max_length=256, pattern=r"^[^\x00]*$")]
+Path = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[\x21-\x7e]+$")]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME, pattern=CHECKPOINT_NAME)]
+BaseName = Annotated[
+    str, StringConstraints(min_length=1, max_length=256, pattern=r"^[\x21-\x7e]+$")
+]
+SequenceNumber = Annotated[int, Field(ge=0, le=2**31 - 1)]
+OrderNumber = Annotated[int, Field(ge=1, le=2**31 - 1)]  # a model's own numbers start at 1
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+TTL = Annotated[int, Field(ge=SECONDS_OF_AN_HOUR, le=SECONDS_OF_TEN_YEARS)]
+
+
+def _texts(value: object) -> object:
+    """Metadata values as text: the SDK promises texts when it reads them back."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: item if isinstance(item, str) else json.dumps(item, sort_keys=True)
+        for key, item in value.items()
+    }
+
+
+Metadata = Annotated[dict[Word, Text], BeforeValidator(_texts), Field(max_length=128)]
+
+
+class Request(BaseModel):
+    """What every request has in common."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
+
+
+# --- sessions ---------------------------------------------------------------------------------
+
+
+class ClientConfigRequest(Request):
+    """POST client/config and client/dynamic_config."""
+
+    sdk_version: Word = ""
+
+
+class CreateSessionRequest(Request):
+    """POST create_session."""
+
+    tags: Annotated[list[Word], Field(max_length=128)] = []
+    user_metadata: Metadata | None = None
+    sdk_version: Word = ""
+    project_id: Word | None = None
+    display_name: Word | None = None
+
+
+class SessionRequest(Request):
+    """POST session_heartbeat."""
+
+    session_id: Identifier
+
+
+class FinishReason(Request):
+    type: Literal["success", "errored", "interrupted"]
+
+
+class FinishSessionRequest(Request):
+    """POST sessions/{id}/finish."""
+
+    reason: FinishReason
+    detail: Text | None = None
+
+
+class TelemetryRequest(Request):
+    """POST telemetry. The events are counted and dropped."""
+
+    events: Annotated[list[Any], Field(max_length=10_000)] = []
+    session_id: Word = ""
+
+
+# --- models and training ----------------------------------------------------------------------
+
+
+class OptimizerConfig(Request):
+    """The optimizer's family; only `adamw` is served."""
+
+    type: Word = "adamw"
+
+
+class LoraConfig(Request):
+    rank: Annotated[int, Field(ge=1, le=65_536)]
+    seed: Seed | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class CreateModelRequest(Request):
+    """POST create_model."""
+
+    session_id: Identifier
+    model_seq_id: SequenceNumber
+    base_model: BaseName
+    lora_config: LoraConfig | None = None
+    user_metadata: Metadata | None = None
+    optimizer_config: OptimizerConfig = OptimizerConfig()
+
+
+class ModelRequest(Request):
+    """POST get_info, and unload_model of older SDKs."""
+
+    model_id: Identifier
+
+
+class Numbered(Request):
+    """A request in a model's own order."""
+
+    model_id: Identifier
+    seq_id: OrderNumber
+
+
+class WireAdamParams(Request):
+    learning_rate: float = 0.0001
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+class OtherOptimizerParams(Request):
+    type: Word
+
+
+class OptimStepRequest(Numbered):
+    """POST optim_step."""
+
+    adam_params: WireAdamParams | None = None
+    optimizer_params: OtherOptimizerParams | None = None
+
+    @model_validator(mode="after")
+    def _one_optimizer(self) -> "OptimStepRequest":
+        if (self.adam_params is None) == (self.optimizer_params is None):
+            raise ValueError("give adam_params")
+        return self
+
+
+class LoadWeightsRequest(Request):
+    """POST load_weights: into a new model (session_id), or into one just made (model_id)."""
+
+    path: Path
+    optimizer: bool
+    session_id: Identifier | None = None
+    model_seq_id: SequenceNumber | None = None
+    model_id: Identifier | None = None
+    seq_id: OrderNumber | None = None
+    base_model: BaseName | None = None
+    user_metadata: Metadata | None = None
+    optimizer_config: OptimizerConfig | None = None
+    weights_access_token: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_address(self) -> "LoadWeightsRequest":
+        new = (self.session_id is not None, self.model_seq_id is not None)
+        old = (self.model_id is not None, self.seq_id is not None)
+        if (new, old) not in (((True, True), (False, False)), ((False, False), (True, True))):
+            raise ValueError("give session_id and model_seq_id, or model_id and seq_id")
+        return self
+
+    @property
+    def creates(self) -> bool:
+        """Whether the load makes a new model."""
+        return self.session_id is not None
+
+
+class SaveWeightsRequest(Numbered):
+    """POST save_weights."""
+
+    path: Name | None = None
+    ttl_seconds: TTL | None = None
+    overwrite: bool = False
+    user_metadata: Metadata | None = None
+
+
+class SaveWeightsForSamplerRequest(Numbered):
+    """POST save_weights_for_sampler: a named checkpoint, or an ephemeral sampler."""
+
+    path: Name | None = None
+    sampling_session_seq_id: SequenceNumber | None = None
+    kind: Literal["snapshot", "inflight"] = "snapshot"
+    ttl_seconds: TTL | None = None
+    user_metadata: Metadata | None = None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> "SaveWeightsForSamplerRequest":
+        if (self.path is None) == (self.sampling_session_seq_id is None):
+            raise ValueError("give path or sampling_session_seq_id, and not both")
+        return self
+
+
+class SaveWeightsExternalRequest(Numbered):
+    """POST save_weights_external."""
+
+    path: Name
+    ttl_seconds: TTL | None = None
+    age_encryption_recipients: Annotated[list[Text], Field(max_length=64)] | None = None
+
+
+# --- sampling ---------------------------------------------------------------------------------
+
+
+class CreateSamplingSessionRequest(Request):
+    """POST create_sampling_session."""
+
+    session_id: Identifier
+    sampling_session_seq_id: SequenceNumber
+    base_model: BaseName | None = None
+    model_path: Path | None = None
+
+    @model_validator(mode="after")
+    def _some_weights(self) -> "CreateSamplingSessionRequest":
+        if self.base_model is None and self.model_path is None:
+            raise ValueError("give base_model or model_path")
+        return self
+
+
+Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
+StopText = Annotated[str, StringConstraints(max_length=1024)]
+
+
+class WireChunk(Request):
+    """A piece of a prompt; only `encoded_text` is served."""
+
+    type: Word = "encoded_text"
+    tokens: list[Token] | None = None
+
+
+class WirePrompt(Request):
+    chunks: Annotated[list[WireChunk], Field(max_length=4096)]
+
+
+class WireSamplingParams(Request):
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    seed: Seed | None = None
+    stop: (
+        StopText
+        | Annotated[list[StopText], Field(max_length=256)]
+        | Annotated[list[Token], Field(max_length=256)]
+        | None
+    ) = None
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = -1
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class WireTensor(Request):
+    """A tensor of the JSON requests: whole numbers, dense or CSR."""
+
+    data: list[Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]]
+    dtype: Literal["int64"] = "int64"
+    shape: Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(max_length=2)] | None = None
+    sparse_crow_indices: list[Annotated[int, Field(ge=0, le=2**31)]] | None = None
+    sparse_col_indices: list[Annotated[int, Field(ge=0, le=2**31)]] | None = None
+
+
+class SampleRequest(Request):
+    """POST asample."""
+
+    sampling_session_id: Identifier
+    # Copies of a sampling client count in blocks of 10⁹ from a random one of 10⁹ blocks.
+    seq_id: Annotated[int, Field(ge=0, le=2**63 - 1)]
+    num_samples: Annotated[int, Field(ge=1, le=65_536)] = 1
+    prompt: WirePrompt
+    sampling_params: WireSamplingParams = WireSamplingParams()
+    prompt_logprobs: bool | None = None
+    prompt_logprobs_last_n: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    topk_prompt_logprobs: Annotated[int, Field(ge=0, le=65_536)] = 0
+    topk_sample_logprobs: Annotated[int, Field(ge=0, le=65_536)] = 0
+    target_prompt_logprobs: WireTensor | None = None
+    prompt_alt_tokens_k: Annotated[int, Field(ge=0, le=65_536)] = 0
+    record_stability_info: bool | None = None
+
+
+# --- futures and checkpoints ------------------------------------------------------------------
+
+
+class RetrieveFutureRequest(Request):
+    """POST retrieve_future."""
+
+    request_id: Identifier
+    allow_metadata_only: bool = False
+
+
+class WeightsInfoRequest(Request):
+    """POST weights_info."""
+
+    tinker_path: Path
+
+
+class TTLRequest(Request):
+    """PUT …/checkpoints/{kind}/{name}/ttl; null = never expires."""
+
+    ttl_seconds: TTL | None

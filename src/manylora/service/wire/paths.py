@@ -1,0 +1,87 @@
+"""`tinker://<run>/<kind>/<name>`: the name of a checkpoint, and the parts it is made of."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from manylora.types import DataError
+
+PathKind = Literal["weights", "sampler_weights", "external_weights"]
+CheckpointType = Literal["training", "sampler", "external"]
+
+SCHEME = "tinker://"
+# An identifier stands between slashes of a URL and in a file's name; a checkpoint's name is a
+# folder, so it is not made of dots alone.
+IDENTIFIER = r"^[A-Za-z0-9._:@=+-]+$"
+CHECKPOINT_NAME = r"^[.]*[A-Za-z0-9_-][A-Za-z0-9._-]*$"
+MAX_IDENTIFIER, MAX_NAME = 256, 128
+
+_TYPES: dict[PathKind, CheckpointType] = {
+    "weights": "training",
+    "sampler_weights": "sampler",
+    "external_weights": "external",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TinkerPath:
+    """One checkpoint's path.
+
+    Attributes:
+        model_id: the training run that it belongs to.
+        kind: `weights` (adapter and optimizer), `sampler_weights` (adapter) or
+            `external_weights` (PEFT's files, to be downloaded).
+        name: the client's word for it.
+    """
+
+    model_id: str
+    kind: PathKind
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in _TYPES:
+            raise DataError(f"a checkpoint's kind is {self.kind!r}; there are: {', '.join(_TYPES)}")
+        if not _matches(IDENTIFIER, self.model_id, MAX_IDENTIFIER):
+            raise DataError("a checkpoint's training run is no identifier")
+        if not _matches(CHECKPOINT_NAME, self.name, MAX_NAME):
+            raise DataError(
+                "a checkpoint's name may hold A-Z, a-z, 0-9, '.', '_' and '-', not dots alone, "
+                f"and at most {MAX_NAME} characters"
+            )
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.model_id}/{self.checkpoint_id}"
+
+    @property
+    def checkpoint_id(self) -> str:
+        """`<kind>/<name>`, as lists of checkpoints show it."""
+        return f"{self.kind}/{self.name}"
+
+    @property
+    def checkpoint_type(self) -> CheckpointType:
+        """The SDK's word for the kind."""
+        return _TYPES[self.kind]
+
+    @classmethod
+    def parse(cls, text: str) -> "TinkerPath":
+        """Take a path apart.
+
+        Raises:
+            DataError: it is not `tinker://<run>/<kind>/<name>`.
+        """
+        parts = text.removeprefix(SCHEME).split("/")
+        if not text.startswith(SCHEME) or len(parts) != 3:
+            raise DataError(
+                f"{text[:MAX_IDENTIFIER]!r} is no checkpoint; a path is "
+                f"{SCHEME}<training run>/<{'|'.join(_TYPES)}>/<name>"
+            )
+        return cls(parts[0], cast(PathKind, parts[1]), parts[2])
+
+
+def _matches(pattern: str, text: str, longest: int) -> bool:
+    return len(text) <= longest and re.fullmatch(pattern.strip("^$"), text) is not None
+
+
+def is_identifier(text: str) -> bool:
+    """Whether a text can be an id at all; one that cannot is no id of anybody's."""
+    return _matches(IDENTIFIER, text, MAX_IDENTIFIER)

@@ -1,0 +1,104 @@
+"""Requests of the two big routes, decoded: what the hub gets instead of bytes.
+
+Shapes: N tokens of a datum, M tokens of a prompt, C candidates of a prompt token.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from manylora.types import Datum, SamplingParams, Scoring
+from manylora.types.data import Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBackwardSubmit:
+    """A decoded forward_backward (or forward).
+
+    Attributes:
+        model_id, seq_id: whose it is, and its place in that order.
+        data, loss, config: as `types.ForwardBackward` takes them.
+        forward_only: no gradients.
+        body: the bytes that came; decoding them again gives an equal submit (for a journal).
+        digest: equal for equal content, however the bytes were laid out.
+    """
+
+    model_id: str
+    seq_id: int
+    data: tuple[Datum, ...]
+    loss: str
+    config: Mapping[str, float]
+    forward_only: bool
+    body: bytes = field(repr=False)
+    digest: str
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(datum) for datum in self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class CSR:
+    """Where a sparse matrix has entries: `crow` int64 [rows + 1], `col` int64 [entries]."""
+
+    crow: Array
+    col: Array
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What the answer to a sample must repeat of the question.
+
+    Attributes:
+        prompt_logprobs: log-probabilities of the prompt's own tokens were asked.
+        candidates: int64 [M - 1, C] as asked, dense; a cell of -1 asks nothing.
+        csr: the layout that the candidates came in, if it was a sparse one.
+    """
+
+    prompt_logprobs: bool = False
+    candidates: Array | None = None
+    csr: CSR | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSubmit:
+    """A decoded asample.
+
+    Attributes:
+        sampling_session_id, seq_id: which sampler, and the client's number for this request.
+        prompt: int64 [M].
+        max_tokens: None = up to the end of the context.
+        seed: None = the hub's choice.
+        temperature, top_k, top_p, stop, stop_strings: as in `types.SamplingParams`.
+        scoring: as `types.Sample` takes it.
+        wanted: for `codec.encode_sample`.
+        body, digest: as in `ForwardBackwardSubmit`; the body is JSON.
+    """
+
+    sampling_session_id: str
+    seq_id: int
+    prompt: Array
+    num_samples: int
+    max_tokens: int | None
+    seed: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    stop: tuple[int, ...] | None
+    stop_strings: tuple[str, ...]
+    scoring: Scoring
+    wanted: Wanted
+    body: bytes = field(repr=False)
+    digest: str
+
+    def params(self, *, max_tokens: int, seed: int) -> SamplingParams:
+        """The sampling settings, once the hub has filled in what the client left open."""
+        return SamplingParams(
+            max_tokens=max_tokens if self.max_tokens is None else self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            stop=self.stop,
+            stop_strings=self.stop_strings,
+            seed=seed if self.seed is None else self.seed,
+        )

@@ -1,0 +1,146 @@
+"""What queries give and take: frozen copies of rows. Times are unix seconds (UTC)."""
+
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+Json = dict[str, Any]
+SamplerKind = Literal["base", "path", "snapshot", "inflight"]
+CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """Some rows of a list, and how many the whole list has."""
+
+    rows: list[T]
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRow:
+    """An API key, without what would let anybody in.
+
+    Attributes:
+        prefix: the first characters of the key, to tell one from another.
+    """
+
+    id: str
+    tenant: str
+    prefix: str
+    created_at: float
+    revoked_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    """A client process, as long as it says that it lives."""
+
+    id: str
+    tenant: str
+    created_at: float
+    last_seen_at: float
+    tags: list[str] = field(default_factory=list)
+    user_metadata: Json = field(default_factory=dict)
+    sdk_version: str = ""
+    ended_at: float | None = None
+    end_reason: str | None = None
+    end_detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """A training run: one adapter of one session.
+
+    Attributes:
+        model_seq_id: its number in its session.
+        base_model: the name that the client used.
+        spec: rank, seed, what is trained.
+        digest: of the request that created it; tells a repeated request from another one.
+        source_path: the checkpoint that it began with.
+        step: optimizer steps made.
+        fault: why it can no longer be used.
+    """
+
+    id: str
+    tenant: str
+    session_id: str
+    model_seq_id: int
+    base_model: str
+    spec: Json
+    digest: str
+    created_at: float
+    last_request_at: float
+    user_metadata: Json = field(default_factory=dict)
+    source_path: str | None = None
+    step: int = 0
+    closed_at: float | None = None
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerRow:
+    """A sampling session: whose weights a client's samples come from.
+
+    Attributes:
+        seq_id: its number in its session.
+        model_path: the checkpoint that it serves; model_id: the model that it serves.
+        snapshot: the weights' name; an `inflight` sampler's changes.
+    """
+
+    id: str
+    tenant: str
+    session_id: str
+    seq_id: int
+    digest: str
+    kind: SamplerKind
+    base_model: str
+    created_at: float
+    model_path: str | None = None
+    model_id: str | None = None
+    snapshot: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRow:
+    """Saved weights under a `tinker://` path.
+
+    Attributes:
+        folder: where the files lie, relative to the data directory.
+        expires_at: from then on the checkpoint is gone for its owner; None = never.
+        spec: rank and the like, so that nobody has to open the files.
+        request_id: the request that made it.
+        step: the optimizer step that it was made after.
+    """
+
+    path: str
+    tenant: str
+    model_id: str
+    kind: CheckpointKind
+    name: str
+    folder: str
+    size_bytes: int
+    created_at: float
+    request_id: str
+    spec: Json = field(default_factory=dict)
+    step: int = 0
+    expires_at: float | None = None
+    public: bool = False
+    user_metadata: Json = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """A run file that was submitted to the server."""
+
+    id: str
+    tenant: str
+    name: str
+    config: str
+    status: str
+    created_at: float
+    updated_at: float
+    model_id: str | None = None
+    error: str | None = None
+    progress: Json = field(default_factory=dict)

@@ -1,0 +1,67 @@
+"""The store: one database, and the queries on each kind of thing in it."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from sqlalchemy.engine import URL
+
+from manylora.store.access import Keys, Sessions
+from manylora.store.checkpoints import Checkpoints
+from manylora.store.database import DATABASE, Database
+from manylora.store.models import Models, Samplers
+from manylora.store.runs import Runs
+from manylora.types import StoreError
+
+
+class Store:
+    """Slow-changing things that must outlive the process. Thread-safe; any method may raise
+    StoreError (the database failed, and nothing was written) or DataError (an argument that no
+    column can hold)."""
+
+    def __init__(self, url: str | URL, clock: Callable[[], float] = time.time):
+        """Open a database by its URL, and migrate it. See `Database` for what this raises."""
+        self._database = Database(url)
+        self.keys = Keys(self._database, clock)
+        self.sessions = Sessions(self._database, clock)
+        self.models = Models(self._database, clock)
+        self.samplers = Samplers(self._database)
+        self.checkpoints = Checkpoints(self._database, clock)
+        self.runs = Runs(self._database, clock)
+
+    @classmethod
+    def in_folder(
+        cls, data_dir: str | Path, url: str | None = None, clock: Callable[[], float] = time.time
+    ) -> "Store":
+        """The store of a data directory (`manylora.db` in it), or the database of that URL.
+
+        A directory that does not exist yet is made for this user's eyes alone.
+        """
+        if url is not None:
+            return cls(url, clock)
+        folder = Path(data_dir).resolve()
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be made: {error}") from error
+        return cls(URL.create("sqlite", database=str(folder / DATABASE)), clock)
+
+    @property
+    def where(self) -> str:
+        """Which database, without its password."""
+        return self._database.where
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

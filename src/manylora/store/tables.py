@@ -1,0 +1,170 @@
+"""The tables. A change here needs a new migration beside those in `migrations/versions`."""
+
+from dataclasses import fields
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from manylora.store.rows import (
+    CheckpointRow,
+    Json,
+    KeyRow,
+    ModelRow,
+    RunRow,
+    SamplerRow,
+    SessionRow,
+)
+
+R = TypeVar("R")
+
+
+class Base(DeclarativeBase):
+    """Every table. JSON, not JSONB: it keeps any text that a client may send."""
+
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        str: Text,
+        int: BigInteger,
+        float: Double,
+        Json: JSON,
+        list[str]: JSON,
+    }
+
+
+class RowOf(Generic[R]):
+    """A table whose columns are the fields of a row class."""
+
+    row_type: ClassVar[type[Any]]
+
+    @classmethod
+    def of(cls, row: R) -> Self:
+        return cls(**{name: getattr(row, name) for name in cls._names()})
+
+    def row(self) -> R:
+        made: R = self.row_type(**{name: getattr(self, name) for name in self._names()})
+        return made
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [field.name for field in fields(cls.row_type)]
+
+
+class Key(RowOf[KeyRow], Base):
+    __tablename__ = "keys"
+    row_type = KeyRow
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(index=True)
+    prefix: Mapped[str] = mapped_column(index=True)
+    hash: Mapped[str]
+    created_at: Mapped[float]
+    revoked_at: Mapped[float | None]
+
+
+class Session(RowOf[SessionRow], Base):
+    __tablename__ = "sessions"
+    __table_args__ = (Index("ix_sessions_tenant_created_at", "tenant", "created_at"),)
+    row_type = SessionRow
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str]
+    created_at: Mapped[float]
+    last_seen_at: Mapped[float]
+    tags: Mapped[list[str]]
+    user_metadata: Mapped[Json]
+    sdk_version: Mapped[str]
+    ended_at: Mapped[float | None] = mapped_column(index=True)
+    end_reason: Mapped[str | None]
+    end_detail: Mapped[str | None]
+
+
+class Model(RowOf[ModelRow], Base):
+    __tablename__ = "models"
+    __table_args__ = (
+        UniqueConstraint("session_id", "model_seq_id", name="uq_models_session_id_model_seq_id"),
+        Index("ix_models_tenant_created_at", "tenant", "created_at"),
+    )
+    row_type = ModelRow
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str]
+    session_id: Mapped[str] = mapped_column(
+        ForeignKey("sessions.id", name="fk_models_session_id_sessions")
+    )
+    model_seq_id: Mapped[int]
+    base_model: Mapped[str]
+    spec: Mapped[Json]
+    digest: Mapped[str]
+    created_at: Mapped[float]
+    last_request_at: Mapped[float]
+    user_metadata: Mapped[Json]
+    source_path: Mapped[str | None]
+    step: Mapped[int]
+    closed_at: Mapped[float | None] = mapped_column(index=True)
+    fault: Mapped[str | None]
+
+
+class Sampler(RowOf[SamplerRow], Base):
+    __tablename__ = "samplers"
+    __table_args__ = (
+        UniqueConstraint("session_id", "seq_id", name="uq_samplers_session_id_seq_id"),
+    )
+    row_type = SamplerRow
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str]
+    session_id: Mapped[str] = mapped_column(
+        ForeignKey("sessions.id", name="fk_samplers_session_id_sessions")
+    )
+    seq_id: Mapped[int]
+    digest: Mapped[str]
+    kind: Mapped[str]
+    base_model: Mapped[str]
+    created_at: Mapped[float]
+    model_path: Mapped[str | None]
+    model_id: Mapped[str | None] = mapped_column(
+        ForeignKey("models.id", name="fk_samplers_model_id_models"), index=True
+    )
+    snapshot: Mapped[str | None]
+
+
+class Checkpoint(RowOf[CheckpointRow], Base):
+    __tablename__ = "checkpoints"
+    __table_args__ = (Index("ix_checkpoints_tenant_created_at", "tenant", "created_at"),)
+    row_type = CheckpointRow
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    path: Mapped[str] = mapped_column(primary_key=True, index=True)
+    model_id: Mapped[str] = mapped_column(
+        ForeignKey("models.id", name="fk_checkpoints_model_id_models"), index=True
+    )
+    kind: Mapped[str]
+    name: Mapped[str]
+    folder: Mapped[str]
+    size_bytes: Mapped[int]
+    created_at: Mapped[float]
+    request_id: Mapped[str]
+    spec: Mapped[Json]
+    step: Mapped[int]
+    expires_at: Mapped[float | None] = mapped_column(index=True)
+    public: Mapped[bool]
+    user_metadata: Mapped[Json]
+
+
+class Run(RowOf[RunRow], Base):
+    __tablename__ = "runs"
+    __table_args__ = (Index("ix_runs_tenant_created_at", "tenant", "created_at"),)
+    row_type = RunRow
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str]
+    name: Mapped[str]
+    config: Mapped[str]
+    status: Mapped[str]
+    created_at: Mapped[float]
+    updated_at: Mapped[float]
+    model_id: Mapped[str | None] = mapped_column(
+        ForeignKey("models.id", name="fk_runs_model_id_models")
+    )
+    error: Mapped[str | None]
+    progress: Mapped[Json]

@@ -1,0 +1,311 @@
+"""Published recipes of tinker-cookbook, unmodified, from start to end.
+
+Each one is started as `python -m` with options of its own command line; the server's address and a
+key in the environment are all that sets them on this server. Four run with every `make test`; all
+of them run with `make cookbook`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+
+from tests.cookbook.fixtures import PROMPT_DATA
+from tests.cookbook.recipes import Log, Workplace
+from tests.wire.server import BASE_ALIAS, CHAT_ALIAS
+
+BASE = f"model_name={BASE_ALIAS}"
+CHAT = f"model_name={CHAT_ALIAS}"
+FRESH = "behavior_if_log_dir_exists=raise"
+ARITHMETIC = (
+    CHAT,
+    FRESH,
+    "env=arithmetic",
+    "group_size=8",
+    "groups_per_batch=8",
+    "lora_rank=8",
+    "learning_rate=1e-3",
+    "max_tokens=4",
+    "eval_every=0",
+)
+
+
+def rises(values: list[float], share: int = 3) -> float:
+    """How much the mean of the last third is above that of the first."""
+    count = max(1, len(values) // share)
+    return sum(values[-count:]) / count - sum(values[:count]) / count
+
+
+def finished(log: Log, *kinds: str) -> None:
+    """The last checkpoint is the final one, and all that was measured is a number."""
+    last = log.checkpoints()[-1]
+    assert last["name"] == "final"
+    for kind in kinds or ("state_path", "sampler_path"):
+        assert last[kind].startswith("tinker://"), kind
+    for row in log.metrics():
+        for name, value in row.items():
+            assert not isinstance(value, float) or math.isfinite(value), (name, value)
+
+
+# --- with every `make test` ---------------------------------------------------------------------
+
+
+def test_sl_loop_learns_and_goes_on_after_a_kill(workplace: Workplace):
+    options = (
+        BASE,
+        "batch_size=16",
+        "learning_rate=2e-3",
+        "lora_rank=8",
+        "max_length=256",
+        "save_every=4",
+    )
+    name = "sl_loop"
+    workplace.run_and_kill(
+        name,
+        name,
+        *options,
+        when=lambda log: len(log.metrics()) >= 6 and len(log.checkpoints()) > 0,
+    )
+    before = {row["step"]: row["train_mean_nll"] for row in workplace.log(name).metrics()}
+    log = workplace.run(name, name, *options, "max_steps=12")
+    rows = log.metrics()
+    after = {row["step"]: row["train_mean_nll"] for row in rows[len(before) :]}
+    assert min(after) == 4
+    assert max(after) == 11
+    twice = before.keys() & after.keys()
+    assert twice
+    for step in twice:  # weights, moments and data are those of the run that was killed
+        assert after[step] == before[step], step
+    losses = [*(before[step] for step in range(4)), *(after[step] for step in range(4, 12))]
+    assert rises(losses) < -0.5
+    finished(log)
+
+
+def test_math_rl_learns(workplace: Workplace):
+    log = workplace.run(
+        "math_rl.train",
+        "math_rl",
+        *ARITHMETIC,
+        "loss_fn=importance_sampling",
+        "max_steps=12",
+    )
+    assert len(log.series("env/all/reward/total")) == 12
+    assert rises(log.series("env/all/reward/total")) > 0.02
+    finished(log)
+
+
+def test_preference_dpo(workplace: Workplace):
+    log = workplace.run(
+        "preference.dpo.train",
+        "dpo",
+        BASE,
+        FRESH,
+        "batch_size=16",
+        "learning_rate=1e-3",
+        "max_length=128",
+        "max_steps=4",
+    )
+    losses = log.series("dpo_loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the reference is where it starts
+    assert losses[-1] < losses[0]
+    assert log.series("margin")[-1] > 0
+    assert len(log.series("test/nll")) == 2
+    finished(log)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_sdft(workplace: Workplace, reverse: bool):
+    log = workplace.run(
+        "sdft.train",
+        f"sdft-{reverse}",
+        CHAT,
+        FRESH,
+        "dataset=toolalpaca",
+        f"reverse={reverse}",
+        "groups_per_batch=4",
+        "lora_rank=8",
+        "learning_rate=1e-3",
+        "max_tokens=12",
+        "max_context_length=512",
+        "eval_every=0",
+        "max_steps=3",
+    )
+    assert len(log.series("sdft/mean_teacher_entropy")) == 3
+    if reverse:
+        assert min(log.series("sdft/reverse_kl_mean")) >= 0
+    finished(log)
+
+
+# --- with `make cookbook` -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run that is only asked to end well, and to have measured something."""
+
+    module: str
+    options: tuple[str, ...]
+    metric: str
+    steps: int
+    seconds: float = 180.0
+
+
+RL = (FRESH, "lora_rank=8", "learning_rate=1e-3", "max_steps=3")
+NO_ROBOTS = "tinker_cookbook.recipes.chat_sl.chat_datasets:NoRobotsBuilder"
+GSM8K = "tinker_cookbook.recipes.math_rl.math_env:Gsm8kDatasetBuilder"
+
+RECIPES = {
+    "sl_basic": Recipe(
+        "sl_basic",
+        (
+            BASE,
+            "lora_rank=8",
+            "eval_every=2",
+            "max_steps=6",
+            f"dataset_builder={NO_ROBOTS}",
+            f"dataset_builder.common_config.model_name_for_tokenizer={BASE_ALIAS}",
+            "dataset_builder.common_config.renderer_name=role_colon",
+            "dataset_builder.common_config.max_length=256",
+            "dataset_builder.common_config.batch_size=16",
+        ),
+        "test/nll",
+        steps=3,
+    ),
+    "sl_basic as it is": Recipe("sl_basic", (BASE, "max_steps=2"), "train_mean_nll", steps=2),
+    "chat_sl": Recipe(
+        "chat_sl.train",
+        (
+            CHAT,
+            FRESH,
+            "lora_rank=8",
+            "batch_size=16",
+            "max_length=256",
+            "max_steps=6",
+            "eval_every=3",
+            "save_every=3",
+            "rolling_save_every=1",
+        ),
+        "train_mean_nll",
+        steps=6,
+    ),
+    "prompt_distillation": Recipe(
+        "prompt_distillation.train",
+        (
+            CHAT,
+            FRESH,
+            f"file_path={PROMPT_DATA}",
+            "lora_rank=8",
+            "batch_size=16",
+            "max_length=256",
+            "num_epochs=2",
+        ),
+        "train_mean_nll",
+        steps=8,
+    ),
+    "rl_loop": Recipe(
+        "rl_loop",
+        (
+            BASE,
+            "batch_size=4",
+            "group_size=4",
+            "lora_rank=8",
+            "max_tokens=12",
+            "loss_fn=importance_sampling",
+            "max_steps=3",
+        ),
+        "reward/total",
+        steps=3,
+    ),
+    "rl_basic": Recipe(
+        "rl_basic",
+        (
+            BASE,
+            "lora_rank=8",
+            "max_tokens=12",
+            "max_steps=2",
+            f"dataset_builder={GSM8K}",
+            "dataset_builder.batch_size=4",
+            "dataset_builder.group_size=4",
+            f"dataset_builder.model_name_for_tokenizer={BASE_ALIAS}",
+            "dataset_builder.renderer_name=role_colon",
+        ),
+        "env/all/reward/total",
+        steps=2,
+    ),
+    "math_rl ppo": Recipe(
+        "math_rl.train",
+        (
+            *ARITHMETIC,
+            "loss_fn=ppo",
+            "num_substeps=2",
+            "compute_post_kl=True",
+            "max_steps=3",
+        ),
+        "kl_pre_post_v1",
+        steps=3,
+    ),
+    "math_rl asynchronous": Recipe(
+        "math_rl.train",
+        (*ARITHMETIC, "loss_fn=ppo", "max_steps_off_policy=2", "max_steps=4"),
+        "env/all/reward/total",
+        steps=4,
+    ),
+    "math_rl gsm8k": Recipe(
+        "math_rl.train",
+        (
+            BASE,
+            *RL,
+            "env=gsm8k",
+            "group_size=4",
+            "groups_per_batch=4",
+            "max_tokens=12",
+            "eval_every=2",
+            "save_every=2",
+            "loss_fn=cispo",
+        ),
+        "env/all/reward/total",
+        steps=3,
+    ),
+    "guess_number": Recipe(
+        "multiplayer_rl.guess_number.train",
+        (
+            CHAT,
+            FRESH,
+            "renderer_name=qwen3_instruct",
+            "group_size=4",
+            "batch_size=2",
+            "learning_rate=1e-3",
+            "max_tokens=8",
+            "eval_every=0",
+            "max_steps=2",
+        ),
+        "env/all/reward/total",
+        steps=2,
+    ),
+    "on_policy_distillation": Recipe(
+        "distillation.on_policy_distillation",
+        (
+            BASE,
+            *RL,
+            f"teacher_model={CHAT_ALIAS}",
+            "dataset=deepmath",
+            "group_size=2",
+            "groups_per_batch=4",
+            "max_tokens=12",
+            "eval_every=0",
+        ),
+        "teacher_kl",
+        steps=3,
+    ),
+}
+
+
+@pytest.mark.cookbook
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(workplace: Workplace, name: str):
+    recipe = RECIPES[name]
+    log = workplace.run(
+        recipe.module, name.replace(" ", "-"), *recipe.options, seconds=recipe.seconds
+    )
+    assert len(log.series(recipe.metric)) == recipe.steps
+    finished(log)
