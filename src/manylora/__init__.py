@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Datum,
         ManyloraError,
         SamplingParams,
+        Scoring,
         causal_datum,
     )
 
@@ -31,6 +32,7 @@ __all__ = [
     "Datum",
     "ManyloraError",
     "SamplingParams",
+    "Scoring",
     "SnapshotHandle",
     "Trainer",
     "causal_datum",

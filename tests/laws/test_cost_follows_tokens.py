@@ -1,4 +1,8 @@
-"""Law 7: memory and time follow active tokens and true ranks, not what is merely registered."""
+"""Law 7: memory and time follow active tokens and true ranks, not what is merely registered.
+
+Faults that were planted and seen to fail here: logits of the whole stream at once, one chunk's kept
+until the next is done, a second forward of every chunk wherever one loss needs it.
+"""
 
 import weakref
 from collections.abc import Callable

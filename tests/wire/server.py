@@ -58,6 +58,7 @@ class Server:
         self.folder = folder
         self.options = options
         self.port = 0
+        self.num_kills = 0
         self.log: list[str] = []
         self._process: subprocess.Popen[str] | None = None
         self._readers: list[threading.Thread] = []
@@ -107,6 +108,7 @@ class Server:
 
     def kill(self) -> None:
         """As `kill -9` does."""
+        self.num_kills += 1
         self._end(signal.SIGKILL)
 
     def stop(self) -> int:

@@ -6,6 +6,7 @@ Talks to: scheduler, engine and checkpoint below; programs, runs and the command
 """
 
 from manylora.api.handle import AdapterHandle, SnapshotHandle
+from manylora.api.host import Host
 from manylora.api.trainer import Trainer
 
-__all__ = ["AdapterHandle", "SnapshotHandle", "Trainer"]
+__all__ = ["AdapterHandle", "Host", "SnapshotHandle", "Trainer"]

@@ -17,8 +17,9 @@ from manylora.types import (
     OptimStep,
     OptimStepResult,
     Sample,
-    SampledSequence,
+    SampleResult,
     SamplingParams,
+    Scoring,
 )
 
 JSON = Any
@@ -72,7 +73,7 @@ class AdapterHandle:
 
         Args:
             data: any number of sequences; see `Datum` for what each loss needs.
-            loss: cross_entropy, importance_sampling, ppo, cispo or dro.
+            loss: cross_entropy, importance_sampling, ppo, cispo, dro or gspo.
             config: the loss's settings, e.g. {"clip_high_threshold": 1.3}.
 
         Returns:
@@ -110,10 +111,32 @@ class AdapterHandle:
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | None = None,
-    ) -> Future[list[SampledSequence]]:
-        """Continue each prompt (token ids) with the weights as they are at this point."""
-        params = params or SamplingParams()
-        return self._door.submit(Sample(adapter=self.name, prompts=prompts, params=params))
+        *,
+        num_samples: int = 1,
+        scoring: Scoring | None = None,
+    ) -> Future[SampleResult]:
+        """Continue each prompt (token ids) with the weights as they are at this point.
+
+        What is queued for this adapter after it waits until it is finished; `snapshot` does not
+        have that effect.
+
+        Args:
+            params: how; by default greedily, at most 64 tokens.
+            num_samples: continuations of each prompt.
+            scoring: what to report beside the tokens and their log-probabilities.
+
+        Returns:
+            A future of the sequences and scores. It raises DataError, DatumTooLong or NotFinite.
+            It can be cancelled while it runs.
+        """
+        request = Sample(
+            adapter=self.name,
+            prompts=prompts,
+            params=params or SamplingParams(),
+            num_samples=num_samples,
+            scoring=scoring or Scoring(),
+        )
+        return self._door.submit(request)
 
     def snapshot(self) -> SnapshotHandle:
         """A frozen copy of the weights at this point, for sampling while training goes on."""
@@ -170,13 +193,18 @@ class SnapshotHandle:
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | None = None,
-    ) -> Future[list[SampledSequence]]:
-        """Continue each prompt (token ids) with the frozen weights."""
+        *,
+        num_samples: int = 1,
+        scoring: Scoring | None = None,
+    ) -> Future[SampleResult]:
+        """Continue each prompt (token ids) with the frozen weights; see `AdapterHandle.sample`."""
         request = Sample(
             adapter=self.adapter,
             prompts=prompts,
             params=params or SamplingParams(),
+            num_samples=num_samples,
             snapshot=self.name,
+            scoring=scoring or Scoring(),
         )
         return self._door.submit(request)
 

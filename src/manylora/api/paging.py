@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -227,7 +227,8 @@ class Pager:
         self._write(lambda: shutil.rmtree(folder, ignore_errors=True), 0)
 
     def state(self, name: str, position: int, *, moments: bool) -> AdapterState:
-        """A copy of the adapter's state as of now.
+        """A copy of the adapter's state as of now, as a checkpoint keeps it: without the gradient
+        that waits for its optimizer step.
 
         Args:
             moments: with the optimizer's state; without, weights and the count of steps only.
@@ -236,7 +237,7 @@ class Pager:
         state = self.engine.state(name)
         self._advance(name, position)
         if moments:
-            return state
+            return replace(state, grad=None, poison=None)
         return AdapterState(state.spec, state.layout, state.weights, step=state.step)
 
     def write(self, write: Callable[[], Result], state: AdapterState) -> "Future[Result]":

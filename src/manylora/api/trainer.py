@@ -25,8 +25,9 @@ from manylora.types import (
     CheckpointMismatch,
     ConfigError,
     Sample,
-    SampledSequence,
+    SampleResult,
     SamplingParams,
+    Scoring,
 )
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -189,9 +190,19 @@ class Trainer:
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | None = None,
-    ) -> Future[list[SampledSequence]]:
-        """Continue each prompt (token ids) with the bare base."""
-        return self.submit(Sample(adapter=None, prompts=prompts, params=params or SamplingParams()))
+        *,
+        num_samples: int = 1,
+        scoring: Scoring | None = None,
+    ) -> Future[SampleResult]:
+        """Continue each prompt (token ids) with the bare base; see `AdapterHandle.sample`."""
+        request = Sample(
+            adapter=None,
+            prompts=prompts,
+            params=params or SamplingParams(),
+            num_samples=num_samples,
+            scoring=scoring or Scoring(),
+        )
+        return self.submit(request)
 
     # -- what the handles use ---------------------------------------------------------------------
 

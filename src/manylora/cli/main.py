@@ -21,6 +21,8 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 COMMANDS = {
     "quickstart": "manylora.cli.quickstart:quickstart",
     "train": "manylora.cli.train:train",
+    "serve": "manylora.cli.serve:serve",
+    "keys": "manylora.cli.keys:keys",
     "sample": "manylora.cli.sample:sample",
     "export": "manylora.cli.export:export",
     "inspect": "manylora.cli.inspect:inspect",

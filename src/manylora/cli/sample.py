@@ -85,9 +85,10 @@ def _answers(
             label: door.sample([tokens], params)
             for label, door in (doors or {base: trainer}).items()
         }
+        answers = {label: future.result().sequences[0] for label, future in futures.items()}
         return {
-            label: tokenizer.decode(list(future.result()[0].tokens), skip_special_tokens=True)
-            for label, future in futures.items()
+            label: tokenizer.decode(list(answer.tokens), skip_special_tokens=True)
+            for label, answer in answers.items()
         }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manylora.engine.decoding import Decoder
 from manylora.engine.head_loss import HeadLoss
 from manylora.engine.host_memory import keep_freed_memory
 from manylora.engine.microbatch import MicroBatch, build
@@ -28,7 +29,7 @@ from manylora.models import BaseModel, PackedStream, open_base, packed
 from manylora.models.base import checkpoint_activations
 from manylora.models.linears import find_linears
 from manylora.optim import adamw_step, clip_, gradient_norms
-from manylora.sampling.embedded import Request, generate
+from manylora.sampling import DecodeLoop
 from manylora.types import (
     AdapterExists,
     AdapterNotFound,
@@ -43,7 +44,7 @@ from manylora.types import (
     OptimStep,
     OptimStepResult,
     Sample,
-    SampledSequence,
+    SampleResult,
     StepRefused,
 )
 
@@ -99,6 +100,8 @@ class Engine:
         self.head_loss = HeadLoss(self.base.head, self.sites[-1].group)
         self.adapters: dict[str, Adapter] = {}
         self.snapshots: dict[str, AdapterWeights] = {}
+        loop = DecodeLoop(self.base, token_budget=token_budget)
+        self.decoder = Decoder(self.base, loop, self._sampled_weights)
 
     # -- adapters -------------------------------------------------------------------------------
 
@@ -220,34 +223,30 @@ class Engine:
 
     # -- sampling -------------------------------------------------------------------------------
 
-    def sample(self, requests: Sequence[Sample]) -> list[list[SampledSequence] | ManyloraError]:
-        """Continue the prompts of any number of adapters in one decode loop.
+    @property
+    def decoding(self) -> int:
+        """Sampling requests that are not finished."""
+        return self.decoder.decoding
 
-        Returns:
-            For each request one sequence a prompt, or: DataError, DatumTooLong, AdapterNotFound,
-            NotFinite (weights that have run away).
+    def admit(self, samples: Sequence[Sample]) -> list[ManyloraError | None]:
+        """Let sampling requests join the decode loop; see `Decoder.admit`.
+
+        A request without a snapshot reads its adapter's living weights: until it is finished, no
+        other verb may change them.
         """
-        outcomes: list[list[SampledSequence] | ManyloraError] = []
-        flat: list[Request] = []
-        for number, request in enumerate(requests):
-            try:
-                prompts = [self._prompt(prompt) for prompt in request.prompts]
-                weights = self._sampled_weights(request)
-                flat += [
-                    Request(number, prompt, weights, request.params, index)
-                    for index, prompt in enumerate(prompts)
-                ]
-                outcomes.append([])
-            except ManyloraError as error:
-                outcomes.append(error)
-        for request, sequence in zip(flat, generate(self.base, flat), strict=True):
-            answers = outcomes[request.owner]
-            if not np.isfinite(sequence.logprobs).all():
-                name = requests[request.owner].adapter or self.base.name
-                outcomes[request.owner] = NotFinite(f"{name!r}: the logits have NaN or Inf")
-            elif isinstance(answers, list):
-                answers.append(sequence)
-        return outcomes
+        return self.decoder.admit(samples)
+
+    def decode(self, seconds: float) -> list[tuple[Sample, SampleResult | ManyloraError]]:
+        """Turn the decode loop for a while; see `Decoder.decode`."""
+        return self.decoder.decode(seconds)
+
+    def cancel(self, sample: Sample) -> None:
+        """Drop a sampling request, if it is still decoding."""
+        self.decoder.cancel(sample)
+
+    def sample(self, requests: Sequence[Sample]) -> list[SampleResult | ManyloraError]:
+        """Admit requests and decode until all are finished; for callers without a scheduler."""
+        return self.decoder.sample(requests)
 
     # -- inside ---------------------------------------------------------------------------------
 
@@ -317,7 +316,10 @@ class Engine:
             ("target_tokens", datum.loss_inputs["target_tokens"]),
         ):
             if tokens.min() < 0 or tokens.max() >= self.base.vocab_size:
-                raise DataError(f"{name} has ids outside 0 … {self.base.vocab_size - 1}")
+                stray = tokens[(tokens < 0) | (tokens >= self.base.vocab_size)].flat[0]
+                raise DataError(
+                    f"{name} holds {stray}; token ids are 0 … {self.base.vocab_size - 1}"
+                )
 
     def _poison(self, work: ForwardBackward, error: Exception) -> None:
         adapter = self.adapters.get(work.adapter)
@@ -350,19 +352,6 @@ class Engine:
                 raise AdapterNotFound(f"no snapshot named {request.snapshot!r}")
             return self.snapshots[request.snapshot]
         return None if request.adapter is None else self._adapter(request.adapter).weights
-
-    def _prompt(self, prompt: Iterable[int]) -> list[int]:
-        tokens = [int(token) for token in prompt]
-        if not tokens:
-            raise DataError("a prompt needs at least one token")
-        if len(tokens) >= self.base.context_length:
-            raise DatumTooLong(
-                f"a prompt of {len(tokens)} tokens leaves no room in a context of "
-                f"{self.base.context_length}"
-            )
-        if min(tokens) < 0 or max(tokens) >= self.base.vocab_size:
-            raise DataError(f"a prompt has token ids outside 0 … {self.base.vocab_size - 1}")
-        return tokens
 
 
 def _step(step: OptimStep, adapter: Adapter, norm: float) -> OptimStepResult | ManyloraError:

@@ -43,8 +43,13 @@ class InputGroup:
         if not work:
             return tuple(functional.linear(x, one.weight, one.bias) for one in self.layers), []
         x_TK = x.view(-1, x.shape[-1])
-        ys = [x_TK.new_empty(len(x_TK), layer.weight.shape[0]) for layer in self.layers]
-        shrunk = shrink_expand(x_TK, ys, [one.bias for one in self.layers], table.sizes, work)
+        places = table.spread
+        rows_TK = x_TK if places is None else x_TK.index_select(0, places.rows)
+        sizes = table.sizes if places is None else places.sizes
+        ys = [x_TK.new_empty(len(rows_TK), layer.weight.shape[0]) for layer in self.layers]
+        shrunk = shrink_expand(rows_TK, ys, [one.bias for one in self.layers], sizes, work)
+        if places is not None:
+            ys = [y.index_select(0, places.back_T) for y in ys]
         for y_TN, layer in zip(ys, self.layers, strict=True):
             y_TN.addmm_(x_TK, layer.weight.t())
         return tuple(y_TN.view(*x.shape[:-1], -1) for y_TN in ys), shrunk

@@ -8,10 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from manylora.kernels import SegmentWork
 from manylora.lora.adapter import AdapterWeights
+
+# On CPU a row's low-rank product has the same bits whatever the number of rows of its segment, as
+# long as that is a multiple of this (measured: 16 suffices, 8 does not).
+SEGMENT_MULTIPLE = 16
 
 
 @dataclass(slots=True)
@@ -30,17 +35,62 @@ class Segment:
 
 
 @dataclass(slots=True)
+class Spread:
+    """The rows that have an adapter, each segment filled up to a safe number of rows.
+
+    For decoding, where a segment is as long as its adapter has sequences just then: each must get
+    the bits that it gets alone. Not for streams that need a gradient.
+
+    Attributes:
+        rows: int64, which row of the stream each spread row is.
+        back_T: int64, where each row of the stream is among the spread ones; rows without an
+            adapter are the last spread row, on which none acts.
+        sizes: spread rows of each segment, and those without an adapter.
+    """
+
+    rows: Tensor
+    back_T: Tensor
+    sizes: list[int]
+
+
+def spread(segments: Sequence[Segment], device: torch.device) -> Spread | None:
+    """How to spread these segments; None if none has an adapter."""
+    rows: list[int] = []
+    back: list[int] = []
+    sizes: list[int] = []
+    for segment in segments:
+        size = 0
+        if segment.weights is not None:
+            size = -(-segment.rows // SEGMENT_MULTIPLE) * SEGMENT_MULTIPLE
+            own = range(len(back), len(back) + segment.rows)
+            back += range(len(rows), len(rows) + segment.rows)
+            rows += [*own, *[own[0]] * (size - segment.rows)] if size else []
+        else:
+            back += [-1] * segment.rows
+        sizes.append(size)
+    if not rows:
+        return None
+    idle = len(rows)
+    rows += [0] * SEGMENT_MULTIPLE
+    back_T = torch.tensor([idle if place < 0 else place for place in back])
+    sizes.append(SEGMENT_MULTIPLE)
+    return Spread(torch.tensor(rows).to(device), back_T.to(device), sizes)
+
+
+@dataclass(slots=True)
 class RoutingTable:
     """The segments of one stream, and what each input group has to do for them.
 
     Attributes:
         segments: they cover the stream from its first row to its last.
         training: whether dropout applies.
+        spread: how to spread the rows for the low-rank products; None = as they lie.
         pending: outputs that an input group has computed for members not called yet.
     """
 
     segments: Sequence[Segment]
     training: bool
+    spread: Spread | None = None
     sizes: list[int] = field(init=False)
     pending: dict[int, tuple[Tensor, list[Tensor | None]]] = field(default_factory=dict)
     _work: dict[int, list[SegmentWork]] = field(default_factory=dict)

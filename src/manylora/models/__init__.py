@@ -7,6 +7,7 @@ Talks to: transformers and torch; lora, sampling and engine use it.
 """
 
 from manylora.models.base import BaseModel, Head, open_base, resolve_base
-from manylora.models.stream import KVCache, PackedStream, packed
+from manylora.models.cache import KVCache
+from manylora.models.stream import PackedStream, packed
 
 __all__ = ["BaseModel", "Head", "KVCache", "PackedStream", "open_base", "packed", "resolve_base"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from manylora.models.cache import CachedLayer, DecodeStep
 from manylora.models.stream import PackedStream, current_stream
 
 NAME = "manylora"
@@ -46,16 +47,24 @@ def packed_attention(
     assert stream is not None, "packed attention outside a stream"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
-    if stream.cache is not None:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        if stream.decoding:
-            return _decode(layer, query, key, value, stream, scale, sliding_window, softcap), None
-        _fill_cache(layer, key, value, stream)
-    if _varlen_serves(query, softcap):
+    cached = None
+    if stream.decoding is not None:
+        layers = stream.decoding.rows.cache.layer(_layer(module), key, value)
+        step = stream.decoding
+        out = decode_attention(query, key, value, step, layers, scale, sliding_window, softcap)
+        return out, None
+    if stream.filling is not None:
+        cached = stream.filling.cache.layer(_layer(module), key, value)
+        _fill(cached, key, value, stream)
+    if _varlen_serves(query, softcap) and not any(map(stream.kept, range(len(stream.lengths)))):
         return _varlen(query, key, value, stream, scale, sliding_window), None
     if groups > 1:
         key, value = (kv.repeat_interleave(groups, dim=1) for kv in (key, value))
-    return _per_run(query, key, value, stream, scale, sliding_window, softcap), None
+    return _per_run(query, key, value, stream, cached, scale, sliding_window, softcap), None
+
+
+def _layer(module: nn.Module) -> int:
+    return int(module.layer_idx)  # type: ignore[arg-type]
 
 
 def _per_run(
@@ -63,6 +72,7 @@ def _per_run(
     key: Tensor,
     value: Tensor,
     stream: PackedStream,
+    cached: tuple[CachedLayer, CachedLayer] | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -74,7 +84,13 @@ def _per_run(
     # split, not slicing: its backward is one concatenation rather than a full-size sum per run.
     parts = zip(*(t[0].split(sizes, dim=1) for t in (query, key, value)), strict=True)
     outputs = []
+    number = 0
     for (count, length), (q, k, v) in zip(runs, parts, strict=False):
+        first, number = number, number + count
+        if stream.kept(first):
+            assert cached is not None
+            outputs.append(_continued(q, stream, first, cached, scale, window, softcap))
+            continue
         q_nHLD, k_nHLD, v_nHLD = (
             t.unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v)
         )
@@ -122,59 +138,136 @@ def _softcapped(
 
 @lru_cache(maxsize=64)
 def _causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    position = torch.arange(length, device=device)
-    back = position[:, None] - position[None, :]
+    return _seen(torch.arange(length, device=device), length, window)
+
+
+def _seen(position_Q: Tensor, length: int, window: int | None) -> Tensor:
+    """bool [queries, length]: whether the query at each position sees each key."""
+    back = position_Q[:, None] - torch.arange(length, device=position_Q.device)[None, :]
     return (back >= 0) if window is None else (back >= 0) & (back < window)
 
 
-def _fill_cache(layer: int, key: Tensor, value: Tensor, stream: PackedStream) -> None:
-    assert stream.cache is not None
-    keys_SHLD, values_SHLD = stream.cache.layer(layer, key)
+def _fill(
+    cached: tuple[CachedLayer, CachedLayer], key: Tensor, value: Tensor, stream: PackedStream
+) -> None:
+    """Keep the stream's keys and values."""
+    filling = stream.filling
+    assert filling is not None
     start = 0
-    for number, length in enumerate(stream.lengths):
-        keys_SHLD[number, :, :length] = key[0, :, start : start + length]
-        values_SHLD[number, :, :length] = value[0, :, start : start + length]
+    for extent, kept, length in zip(filling.extents, filling.kept, stream.lengths, strict=True):
+        for layer, new in zip(cached, (key, value), strict=True):
+            place_HLD = layer.runs_of(extent, 1, kept + length)[0]
+            place_HLD[:, kept:] = new[0, :, start : start + length]
         start += length
 
 
-def _decode(
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+def _continued(
+    q_HLD: Tensor,
     stream: PackedStream,
+    number: int,
+    cached: tuple[CachedLayer, CachedLayer],
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One new token of each sequence against its cache; padding rows get zeros."""
-    assert stream.cache is not None and stream.decode_positions is not None
-    position_S = stream.decode_positions
-    count = len(stream.lengths)
-    rows = torch.arange(count, device=query.device)
-    keys_SHLD, values_SHLD = stream.cache.layer(layer, key)
-    keys_SHLD[rows, :, position_S] = key[0, :, :count].transpose(0, 1)
-    values_SHLD[rows, :, position_S] = value[0, :, :count].transpose(0, 1)
-    # All that any sequence can see; the rest of the buffer need not be read.
-    reach = int(position_S.max()) + 1
-    keys_SHLD, values_SHLD = keys_SHLD[:, :, :reach], values_SHLD[:, :, :reach]
-    back = position_S[:, None] - torch.arange(reach, device=query.device)[None, :]
-    mask = (back >= 0) if window is None else (back >= 0) & (back < window)
-    q_SH1D = query[0, :, :count].transpose(0, 1).unsqueeze(2)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        keys_SHLD, values_SHLD = (
-            kv.repeat_interleave(groups, dim=1) for kv in (keys_SHLD, values_SHLD)
-        )
-    mask = mask[:, None, None, :]
+    """Attention [L, H, D] of tokens that go on from what is kept of their sequence."""
+    assert stream.filling is not None
+    extent, kept = stream.filling.extents[number], stream.filling.kept[number]
+    reach = kept + q_HLD.shape[1]
+    groups = q_HLD.shape[0] // cached[0].heads
+    k, v = (layer.runs_of(extent, 1, reach).repeat_interleave(groups, dim=1) for layer in cached)
+    mask = _seen(torch.arange(kept, reach, device=q_HLD.device), reach, window)
     if softcap is not None:
-        out = _softcapped(q_SH1D, keys_SHLD, values_SHLD, mask, scale, softcap)
+        out = _softcapped(q_HLD[None], k, v, mask, scale, softcap)
     else:
         out = functional.scaled_dot_product_attention(
-            q_SH1D, keys_SHLD, values_SHLD, attn_mask=mask, scale=scale
+            q_HLD[None], k, v, attn_mask=mask, scale=scale
         )
-    padding = out.new_zeros(stream.num_padding, *out.shape[1:])
-    return torch.cat([out, padding])[:, :, 0].unsqueeze(0)
+    return out[0].transpose(0, 1)
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: DecodeStep,
+    layers: tuple[CachedLayer, CachedLayer],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One new token of each sequence against what is kept of it; padding rows get zeros.
+
+    A key-value head's query heads are taken as so many queries of it, so no key is repeated.
+    """
+    rows = step.rows
+    count, heads = len(rows.extents), layers[0].heads
+    for layer, new in zip(layers, (key, value), strict=True):
+        new_SHD = new[0, :, :count].transpose(0, 1)
+        new_SHD = new_SHD if rows.sorted else new_SHD[rows.order]
+        layer.rows().index_copy_(0, step.places(heads), new_SHD.reshape(-1, layer.head_dim))
+    q_SHGD = query[0, :, :count].transpose(0, 1).unflatten(1, (heads, -1))
+    q_SHGD = q_SHGD.contiguous() if rows.sorted else q_SHGD[rows.order]
+    if query.device.type == "cpu" or softcap is not None:
+        out_SHGD = _decode_runs(q_SHGD, step, layers, scale, window, softcap)
+    else:
+        out_SHGD = _decode_gathered(q_SHGD, step, layers, scale, window)
+    out_SHD = out_SHGD.flatten(1, 2)
+    out_SHD = out_SHD if rows.sorted else out_SHD[rows.back]
+    padding = out_SHD.new_zeros(query.shape[2] - count, *out_SHD.shape[1:])
+    return torch.cat([out_SHD, padding]).unsqueeze(0)
+
+
+def _decode_runs(
+    q_SHGD: Tensor,
+    step: DecodeStep,
+    layers: tuple[CachedLayer, CachedLayer],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """In place, one call for each run of extents; a sequence's bits are its own."""
+    mask = step.mask(window, q_SHGD.dtype)
+    outputs = []
+    for first, last in step.runs():
+        # One sequence at a time under a softcap: a batched product's bits would depend on the run.
+        size = 1 if softcap is not None else last - first
+        for place in range(first, last, size):
+            q, reach = q_SHGD[place : place + size], step.reach(place)
+            k, v = (layer.runs_of(step.rows.extents[place], size, reach) for layer in layers)
+            own_mask = mask[place : place + size, :, :, :reach]
+            if softcap is not None:
+                outputs.append(_softcapped(q, k, v, own_mask == 0.0, scale, softcap))
+            else:
+                outputs.append(
+                    functional.scaled_dot_product_attention(
+                        q, k, v, attn_mask=own_mask, scale=scale
+                    )
+                )
+    return torch.cat(outputs)
+
+
+def _decode_gathered(
+    q_SHGD: Tensor,
+    step: DecodeStep,
+    layers: tuple[CachedLayer, CachedLayer],
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """All sequences in one call, their keys and values copied side by side."""
+    rows, longest, device = step.rows, step.longest(), q_SHGD.device
+    heads = layers[0].heads
+    start_S, tokens_S = (torch.from_numpy(a).to(device) for a in (rows.start_S, rows.tokens_S))
+    first_SH = start_S[:, None] * heads + tokens_S[:, None] * torch.arange(heads, device=device)
+    within_SL = torch.arange(longest, device=device).minimum(tokens_S[:, None] - 1)
+    place = (first_SH[:, :, None] + within_SL[:, None, :]).reshape(-1)
+    k, v = (
+        layer.rows().index_select(0, place).view(len(rows.extents), heads, longest, -1)
+        for layer in layers
+    )
+    return functional.scaled_dot_product_attention(
+        q_SHGD, k, v, attn_mask=step.mask(window, q_SHGD.dtype), scale=scale
+    )
 
 
 def _varlen_serves(query: Tensor, softcap: float | None) -> bool:

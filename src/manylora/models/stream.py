@@ -1,7 +1,6 @@
 """The packed stream that a base runs on: many sequences end to end in one row, no padding between.
 
-T tokens of the stream (padding rows at its end included), S sequences, L longest cached sequence,
-H key-value heads, D head dimension.
+T tokens of the stream (padding rows at its end included), S sequences.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from manylora.models.cache import DecodeStep, Filling
 
 # On CPU a row of a matrix product has the same bits whatever the number of rows, from 8 rows on,
 # and an elementwise kernel handles every element alike when no thread's share has a ragged end.
@@ -22,30 +23,6 @@ def padded_rows(rows: int) -> int:
     return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-class KVCache:
-    """Keys and values of S sequences, for decoding one token of each at a time.
-
-    Sequences are left-aligned, so a token's place in the cache is its position.
-    """
-
-    def __init__(self, num_sequences: int, max_length: int):
-        self.num_sequences = num_sequences
-        self.max_length = max_length
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [S, H, L, D] of one layer; `like` is [1, H, T, D]."""
-        if number not in self.layers:
-            shape = (self.num_sequences, like.shape[1], self.max_length, like.shape[3])
-            self.layers[number] = (like.new_zeros(shape), like.new_zeros(shape))
-        return self.layers[number]
-
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these sequences (int64 [S'])."""
-        self.num_sequences = len(rows)
-        self.layers = {n: (k[rows], v[rows]) for n, (k, v) in self.layers.items()}
-
-
 @dataclass(slots=True)
 class PackedStream:
     """Where the sequences lie in the stream, and what attention may read beside it.
@@ -53,16 +30,15 @@ class PackedStream:
     Attributes:
         lengths: tokens of each sequence, in order; they end before the padding rows.
         total: T.
-        cache: filled during a prefill, read and extended during decoding.
-        decoding: every sequence is one new token; it attends to its cache.
-        decode_positions: int64 [S], position of each new token.
+        filling: where each sequence's keys and values are to be kept, and how many tokens of it
+            are kept there already; None = nowhere.
+        decoding: every sequence is one new token, which attends to what is kept of it.
     """
 
     lengths: Sequence[int]
     total: int
-    cache: KVCache | None = None
-    decoding: bool = False
-    decode_positions: Tensor | None = None
+    filling: Filling | None = None
+    decoding: DecodeStep | None = None
     _cu_seqlens: Tensor | None = field(default=None)
     _runs: list[tuple[int, int]] | None = field(default=None)
 
@@ -79,16 +55,26 @@ class PackedStream:
         return self._cu_seqlens
 
     def runs(self) -> list[tuple[int, int]]:
-        """Neighbouring sequences of one length, as (how many, length)."""
+        """Neighbouring sequences of one length, as (how many, length).
+
+        A sequence that goes on from what is kept of it is a run of its own.
+        """
         if self._runs is None:
             runs: list[tuple[int, int]] = []
-            for length in self.lengths:
-                if runs and runs[-1][1] == length:
+            fresh = False
+            for number, length in enumerate(self.lengths):
+                begins = self.kept(number) == 0
+                if runs and runs[-1][1] == length and begins and fresh:
                     runs[-1] = (runs[-1][0] + 1, length)
                 else:
                     runs.append((1, length))
+                fresh = begins
             self._runs = runs
         return self._runs
+
+    def kept(self, number: int) -> int:
+        """Tokens of a sequence that come before those in the stream."""
+        return 0 if self.filling is None else self.filling.kept[number]
 
 
 _current: PackedStream | None = None

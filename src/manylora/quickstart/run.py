@@ -75,7 +75,7 @@ def show_side_by_side(out: Path, console: Console) -> None:
             answers.append((task.name, task.description, adapter.sample(prompts, params)))
         table = Table("", *asked, "the adapter was shown", box=SIMPLE_HEAD, pad_edge=False)
         for name, description, future in answers:
-            texts = [_text(trainer.tokenizer, sequence.tokens) for sequence in future.result()]
+            texts = [_text(trainer.tokenizer, s.tokens) for s in future.result().sequences]
             table.add_row(name, *map(Text, texts), Text(description, style="dim"))
     console.print(
         "One base model, nine answers to the same prompt (these words were in no training data):"

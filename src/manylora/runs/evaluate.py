@@ -88,7 +88,7 @@ async def greedy_answers(adapter: Any, tokenizer: Any, evals: EvalSet, tick: Tic
     sequences: list[Any] = []
 
     def add(result: Any) -> None:
-        sequences.extend(result)
+        sequences.extend(result.sequences)
         tick("sampling", len(sequences), len(prompts))
 
     tick("sampling", 0, len(prompts))

@@ -1,6 +1,12 @@
 """Continuing prompts.
 
-Owns: the embedded sampler, which decodes with the engine's own base and adapter vectors.
-Does not own: adapters and snapshots (engine), tokenizers and text (clients).
+Owns: the embedded sampler: one decode loop for all requests, on the engine's own base and adapter
+vectors; how tokens are drawn, when an answer ends, what is reported beside it.
+Does not own: adapters and snapshots (engine), who may ask how much (scheduler), text (clients).
 Talks to: lora and models below; the engine calls it.
 """
+
+from manylora.sampling.loop import MAX_CACHED_TOKENS, MAX_SEQUENCES, DecodeLoop
+from manylora.sampling.request import Answer, Request
+
+__all__ = ["MAX_CACHED_TOKENS", "MAX_SEQUENCES", "Answer", "DecodeLoop", "Request"]

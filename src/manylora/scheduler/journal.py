@@ -6,7 +6,6 @@ is needed. Which records are covered is not written down: after a restart the ow
 say it again (`covered`, `forget`), from their saved states.
 """
 
-import fcntl
 import logging
 import os
 import threading
@@ -18,10 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from manylora.scheduler.journal_files import (
+    cut,
+    flush_data,
+    lock_folder,
+    make_folder,
+    new_file,
+    write_all,
+)
 from manylora.scheduler.journal_format import TORN, Found, Record, encode, read_segment
 from manylora.scheduler.journal_needs import Needs
 from manylora.scheduler.journal_recovery import recover, segments
-from manylora.types import DataError, SaveFailed, StoreError
+from manylora.types import DataError, SaveFailed
 
 log = logging.getLogger("manylora.scheduler")
 
@@ -29,11 +36,6 @@ SEGMENT_BYTES = 64 << 20
 MAX_RECORD_BYTES = 256 << 20
 # What one flush may cover: more would only make the first in line wait longer.
 _GROUP_BYTES = 8 << 20
-
-
-def flush_data(descriptor: int) -> None:
-    """Make the system write a file's bytes to the disk."""
-    getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
 @dataclass(slots=True)
@@ -78,8 +80,8 @@ class Journal:
         self._descriptor: int | None = None
         self._active: int | None = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock_folder(self.folder)
+            make_folder(self.folder)
+            self._lock = lock_folder(self.folder)
             try:
                 self._take_up()
             except OSError:
@@ -99,7 +101,7 @@ class Journal:
         Returns:
             a future that is done when the record is durable, and fails with SaveFailed if it could
             not be written (a full disk); it is then as if it had never come. It cannot be
-            cancelled.
+            cancelled. What is called back by it runs on the writing thread: be brief.
 
         Raises:
             DataError: the body is longer than a record may be.
@@ -223,7 +225,7 @@ class Journal:
         flushing = False
         try:
             descriptor, number = self._segment_with_room()
-            _write_all(descriptor, b"".join(waiting.frame for waiting in group))
+            write_all(descriptor, b"".join(waiting.frame for waiting in group))
             flushing = True
             self._flush(descriptor)
         except Exception as error:
@@ -253,7 +255,7 @@ class Journal:
             free = self._take_free()
         self._remove(free)
         self._last += 1
-        descriptor = _new_file(self._path(self._last))
+        descriptor = new_file(self._path(self._last))
         with self._changed:
             self._descriptor, self._active = descriptor, self._last
             self._sizes[self._last] = 0
@@ -291,7 +293,7 @@ class Journal:
             for found in read_segment(path, bodies=False):
                 if found.reason == TORN and number == last:
                     size = found.offset
-                    _cut(path, size)
+                    cut(path, size)
                 elif found.reason:
                     self._damaged.add(number)
                 else:
@@ -344,47 +346,3 @@ def _encoded(waiting: _Waiting) -> bool:
         waiting.future.set_exception(DataError(f"{name} cannot be journalled: {error}"))
         return False
     return True
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
-
-
-def _cut(path: Path, size: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY)
-    try:
-        os.ftruncate(descriptor, size)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _new_file(path: Path) -> int:
-    """An empty file whose name is on the disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError:
-        os.close(descriptor)
-        path.unlink(missing_ok=True)
-        raise
-    return descriptor
-
-
-def _lock_folder(folder: Path) -> int:
-    """A descriptor that holds the folder for this process; the system drops it with the process."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise StoreError(f"the journal {folder} is in use") from None
-    except OSError as error:  # a file system without locks
-        log.warning("%s: no lock: %s", folder, error)
-    return descriptor

@@ -1,24 +1,33 @@
-"""Per-adapter FIFOs, and the choice of what runs next.
+"""Per-adapter lanes, and the choice of what runs next.
 
 Operations of one adapter run strictly in order. What stands at the heads of different adapters'
 lanes is merged: their forward-backward work into one call, their optimizer steps into one call,
-their samples into one decode loop. Between adapters, tokens are dealt by deficit round robin
-(https://doi.org/10.1109/90.502236): each lane earns the same number of tokens a round, and spends
-what it has saved, so one adapter with a thousand queued requests delays another's single request
-by one batch at most.
+their samples into one decode loop. Between tenants, and then between a tenant's adapters, tokens
+are dealt fairly (see `turns`): whatever one tenant has queued, another's single request is in the
+next batch. Choosing costs what the batch costs, not what is queued.
+
+Samples are admitted while there are places in the decode loop, which are dealt by dynamic
+thresholds (https://doi.org/10.1109/90.664262). A sample of an adapter's living weights holds up its
+lane until it is finished, because they must not change meanwhile; one of a snapshot does not.
 """
 
 import threading
-from collections import OrderedDict, deque
+import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from manylora.scheduler.turns import Turns
 from manylora.types import Cancelled, ForwardBackward, OptimStep, Sample
 
-# The lane of operations that belong to no adapter.
-BASE_LANE = ""
+# A tenant may hold this many times the places that would still be free: alone, 7/8 of all.
+ALPHA = 7
+# Places of the decode loop, in continuations.
+PLACES = 256
+# Lanes that are passed over because their next operation does not fit a batch any more.
+MISFITS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,36 +36,112 @@ class Call:
 
     adapter: str | None
     run: Callable[[], Any]
+    tenant: str = ""
+    seq: int = 0
 
 
 Operation = ForwardBackward | OptimStep | Sample | Call
+LaneKey = tuple[str, str]
+TRAINING = (Call, OptimStep, ForwardBackward)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Pending:
-    """A queued operation and the future that waits for it."""
+    """A queued operation and the future that waits for it; `submitted` is the queue's clock."""
 
     operation: Operation
     future: Future[Any]
     tokens: int
+    submitted: float
+    lane: "Lane"
+
+    @property
+    def places(self) -> int:
+        """Places of the decode loop that it takes."""
+        operation = self.operation
+        if not isinstance(operation, Sample):
+            return 0
+        return max(1, operation.num_samples * len(operation.prompts))
+
+    @property
+    def reads_living_weights(self) -> bool:
+        operation = self.operation
+        return (
+            isinstance(operation, Sample)
+            and operation.adapter is not None
+            and operation.snapshot is None
+        )
 
 
-@dataclass(slots=True)
-class _Lane:
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One adapter's operations, in order.
+
+    `kind` is the kind of turn that it waits for, if any; `decoding` counts samples of the living
+    weights that are in the loop.
+    """
+
+    key: LaneKey
+    tenant: "Tenant"
     waiting: deque[Pending] = field(default_factory=deque)
-    deficit: float = 0.0
+    kind: type | None = None
+    decoding: int = 0
+
+    def next_kind(self) -> type | None:
+        """The kind of the operation that may run next."""
+        if not self.waiting:
+            return None
+        operation = self.waiting[0].operation
+        return None if self.decoding and not isinstance(operation, Sample) else type(operation)
+
+
+@dataclass(slots=True, eq=False)
+class Tenant:
+    """A tenant's lanes by the kind of turn that they wait for, and what it has queued and holds."""
+
+    name: str
+    lanes: dict[type, Turns[LaneKey]] = field(
+        default_factory=lambda: {kind: Turns() for kind in (*TRAINING, Sample)}
+    )
+    operations: int = 0
+    tokens: int = 0
+    places: int = 0
 
 
 class OperationQueue:
     """The one queue behind every door. Thread-safe."""
 
-    def __init__(self, token_budget: int):
-        """`token_budget`: tokens of one batch (a larger operation runs alone)."""
+    def __init__(
+        self,
+        token_budget: int,
+        *,
+        max_adapters: int | None = None,
+        places: int = PLACES,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """An empty queue.
+
+        Args:
+            token_budget: tokens of one batch (a larger operation runs alone).
+            max_adapters: most adapters of one batch; None = any number.
+            places: continuations that may be in the decode loop; a larger request may be, if its
+                tenant has no other there.
+        """
         self.token_budget = token_budget
-        self._lanes: OrderedDict[str, _Lane] = OrderedDict()
+        self.max_adapters = max_adapters
+        self.places = places
+        self.clock = clock
+        self._lanes: dict[LaneKey, Lane] = {}
+        self._tenants: dict[str, Tenant] = {}
+        self._turns: dict[type, Turns[str]] = {kind: Turns() for kind in (*TRAINING, Sample)}
+        self._kinds = list[type](TRAINING)
+        self._free_places = places
+        self._places_changed = True
+        self._operations = 0
         self._changed = threading.Condition()
         self._closed = False
-        self._sampled_last = False
+
+    # -- clients --------------------------------------------------------------------------------
 
     def submit(self, operation: Operation) -> Future[Any]:
         """Queue an operation behind the others of its adapter.
@@ -65,14 +150,23 @@ class OperationQueue:
             Cancelled: the queue is closed.
         """
         tokens = operation.num_tokens if isinstance(operation, ForwardBackward | Sample) else 0
-        pending = Pending(operation, Future(), tokens)
         with self._changed:
             if self._closed:
                 raise Cancelled("the trainer is closed; open a new one")
-            lane = self._lanes.setdefault(operation.adapter or BASE_LANE, _Lane())
+            lane = self._lane(operation)
+            pending = Pending(operation, Future(), tokens, self.clock(), lane)
             lane.waiting.append(pending)
+            self._count(pending, 1)
+            if len(lane.waiting) == 1:
+                self._place(lane)
             self._changed.notify()
         return pending.future
+
+    def waiting(self, tenant: str) -> tuple[int, int]:
+        """How many operations of a tenant wait, and their tokens."""
+        with self._changed:
+            known = self._tenants.get(tenant)
+            return (0, 0) if known is None else (known.operations, known.tokens)
 
     def close(self) -> None:
         """Accept nothing more; what is queued still runs."""
@@ -84,72 +178,210 @@ class OperationQueue:
         """Drop everything that has not started."""
         with self._changed:
             dropped = [pending for lane in self._lanes.values() for pending in lane.waiting]
-            self._lanes.clear()
+            for lane in list(self._lanes.values()):
+                for pending in lane.waiting:
+                    self._count(pending, -1)
+                lane.waiting.clear()
+                self._place(lane)
+                self._forget(lane)
+            self._changed.notify_all()
         for pending in dropped:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(Cancelled("the operation was dropped before it ran"))
 
-    def next_batch(self) -> list[Pending]:
-        """Wait for work and take what runs next: operations of one kind, from as many adapters as
-        have such work at their heads. Empty once the queue is closed and drained."""
+    # -- the worker -----------------------------------------------------------------------------
+
+    def wait(self) -> bool:
+        """Wait until something is queued; False once the queue is closed and drained."""
         with self._changed:
-            while not self._lanes:
-                if self._closed:
-                    return []
+            while not self._operations and not self._closed:
                 self._changed.wait()
-            batch = self._choose()
-            for name in [name for name, lane in self._lanes.items() if not lane.waiting]:
-                del self._lanes[name]
-        return [pending for pending in batch if pending.future.set_running_or_notify_cancel()]
+            return self._operations > 0
 
     @property
     def drained(self) -> bool:
         """Closed, with nothing left to run."""
         with self._changed:
-            return self._closed and not self._lanes
+            return self._closed and not self._operations
 
-    def _choose(self) -> list[Pending]:
-        calls = self._lanes_with(Call)
-        if calls:
-            return [calls[0].waiting.popleft()]
-        steps = self._lanes_with(OptimStep)
-        if steps:
-            return [lane.waiting.popleft() for lane in steps]
-        samples, works = self._lanes_with(Sample), self._lanes_with(ForwardBackward)
-        # Training and sampling take turns when both wait.
-        self._sampled_last = bool(samples) and not (works and self._sampled_last)
-        if self._sampled_last:
-            return self._deal(samples, Sample)
-        return self._deal(works, ForwardBackward)
+    @property
+    def can_train(self) -> bool:
+        """Whether `next_batch` has something."""
+        with self._changed:
+            return any(self._turns[kind] for kind in TRAINING)
 
-    def _lanes_with(self, kind: type) -> list[_Lane]:
-        return [
-            lane
-            for lane in self._lanes.values()
-            if lane.waiting and isinstance(lane.waiting[0].operation, kind)
-        ]
+    @property
+    def places_held(self) -> int:
+        """Places of the decode loop that are taken."""
+        with self._changed:
+            return self.places - self._free_places
 
-    def _deal(self, lanes: list[_Lane], kind: type) -> list[Pending]:
-        """One round of deficit round robin, and more until something was taken."""
+    def next_batch(self) -> list[Pending]:
+        """What runs next, other than samples: operations of one kind, from as many adapters as
+        have such work at their heads. Never waits; may be empty."""
+        with self._changed:
+            for kind in self._kinds:
+                if self._turns[kind]:
+                    # The kinds take turns, so that no flood of one keeps the others out.
+                    self._kinds.remove(kind)
+                    self._kinds.append(kind)
+                    return self._fill(kind)
+            return []
+
+    def admit(self) -> list[Pending]:
+        """The samples that may join the decode loop now. Never waits; may be empty.
+
+        They hold their places, and those of living weights their lanes, until `release`. Their
+        futures are not running yet: their clients may still cancel them.
+        """
+        with self._changed:
+            if not self._places_changed:
+                return []
+            batch = self._fill(Sample)
+            # Who was left out by the limits of this batch may be in the next.
+            self._places_changed = bool(batch)
+            return batch
+
+    def release(self, pending: Pending) -> None:
+        """A sample that was admitted is finished."""
+        with self._changed:
+            lane = pending.lane
+            held = self._capped(pending.places)
+            self._free_places += held
+            lane.tenant.places -= held
+            self._places_changed = True
+            if pending.reads_living_weights:
+                lane.decoding -= 1
+                self._place(lane)
+            self._forget(lane)
+
+    # -- inside; the lock is held ---------------------------------------------------------------
+
+    def _lane(self, operation: Operation) -> Lane:
+        """The adapter's lane; what belongs to no adapter has one of its kind and tenant."""
+        if operation.adapter is not None:
+            key = ("adapter", operation.adapter)
+        else:
+            key = ("sample" if isinstance(operation, Sample) else "other", operation.tenant)
+        lane = self._lanes.get(key)
+        if lane is None:
+            tenant = self._tenants.setdefault(operation.tenant, Tenant(operation.tenant))
+            lane = self._lanes[key] = Lane(key, tenant)
+        return lane
+
+    def _count(self, pending: Pending, sign: int) -> None:
+        tenant = pending.lane.tenant
+        self._operations += sign
+        tenant.operations += sign
+        tenant.tokens += sign * pending.tokens
+
+    def _place(self, lane: Lane) -> None:
+        """Let a lane wait for the kind of turn that its head needs, and its tenant with it."""
+        kind, tenant = lane.next_kind(), lane.tenant
+        if kind is Sample:
+            self._places_changed = True
+        if kind is lane.kind:
+            return
+        if lane.kind is not None:
+            tenant.lanes[lane.kind].leave(lane.key)
+            if not tenant.lanes[lane.kind]:
+                self._turns[lane.kind].leave(tenant.name)
+        if kind is not None:
+            tenant.lanes[kind].join(lane.key)
+            self._turns[kind].join(tenant.name)
+        lane.kind = kind
+
+    def _forget(self, lane: Lane) -> None:
+        """Keep neither lanes nor tenants that have nothing here."""
+        # An idle lane may have been followed by another before its sample was finished.
+        if not lane.waiting and not lane.decoding and self._lanes.get(lane.key) is lane:
+            del self._lanes[lane.key]
+        tenant = lane.tenant
+        if not tenant.operations and not tenant.places:
+            self._tenants.pop(tenant.name, None)
+
+    def _fill(self, kind: type) -> list[Pending]:
+        """A batch of one kind: whoever has had least, as long as something fits."""
         batch: list[Pending] = []
-        room = self.token_budget
-        quantum = self.token_budget / len(lanes)
-        while not batch:
-            for lane in lanes:
-                lane.deficit = min(lane.deficit + quantum, self._most_useful(lane))
-                while lane.waiting and isinstance(lane.waiting[0].operation, kind):
-                    head = lane.waiting[0]
-                    if head.tokens > lane.deficit or (batch and head.tokens > room):
-                        break
-                    lane.deficit -= head.tokens
-                    room -= head.tokens
-                    batch.append(lane.waiting.popleft())
-        # Who was served goes to the back of the line.
-        for name, lane in list(self._lanes.items()):
-            if lane in lanes and not (lane.waiting and lane.deficit >= lane.waiting[0].tokens):
-                self._lanes.move_to_end(name)
+        aside: list[tuple[str, LaneKey]] = []
+        adapters: dict[LaneKey, Lane] = {}
+        room, misfits, turns = self.token_budget, 0, self._turns[kind]
+        while (name := turns.first()) is not None and misfits < MISFITS:
+            lanes = self._tenants[name].lanes[kind]
+            key = lanes.first()
+            assert key is not None
+            lane = self._lanes[key]
+            if self._fits(lane, kind, room, adapters):
+                room -= self._take(lane, kind, batch)
+                adapters[key] = lane
+                if kind is Call and batch:
+                    break
+                # A second step of an adapter needs the outcome of the first.
+                if kind is not OptimStep or lane.kind is not OptimStep:
+                    continue
+            else:
+                misfits += kind is ForwardBackward
+            lanes.put_aside(key)
+            aside.append((name, key))
+            if not lanes or kind is Sample:
+                turns.put_aside(name)
+        for name, key in aside:
+            self._tenants[name].lanes[kind].put_back(key)
+            if name not in turns:
+                turns.put_back(name)
+        if kind is ForwardBackward and len(adapters) == self.max_adapters:
+            self._top_up(list(adapters.values()), room, batch)
         return batch
 
-    def _most_useful(self, lane: _Lane) -> float:
-        """A lane cannot save up more than its next operation and one budget."""
-        return max(self.token_budget, lane.waiting[0].tokens if lane.waiting else 0)
+    def _fits(self, lane: Lane, kind: type, room: int, adapters: dict[LaneKey, Lane]) -> bool:
+        """Whether a lane's next operation may join a batch."""
+        head = lane.waiting[0]
+        if head.future.cancelled() or not adapters:
+            full = False
+        else:
+            full = lane.key not in adapters and len(adapters) == self.max_adapters
+        if kind is Sample and not head.future.cancelled():
+            held, wanted = lane.tenant.places, self._capped(head.places)
+            left = self._free_places - wanted
+            return not full and left >= 0 and (not held or held + wanted <= ALPHA * left)
+        return not full and (kind is not ForwardBackward or not adapters or head.tokens <= room)
+
+    def _top_up(self, lanes: list[Lane], room: int, batch: list[Pending]) -> None:
+        """Fill what is left with more of the adapters that a full batch has anyway."""
+        while lanes:
+            lanes = [
+                lane
+                for lane in lanes
+                if lane.kind is ForwardBackward and lane.waiting[0].tokens <= room
+            ]
+            for lane in lanes:
+                if lane.kind is ForwardBackward and lane.waiting[0].tokens <= room:
+                    room -= self._take(lane, ForwardBackward, batch)
+
+    def _take(self, lane: Lane, kind: type, batch: list[Pending]) -> int:
+        """Take a lane's head, unless its client has cancelled it; how many tokens were taken."""
+        pending, tenant = lane.waiting.popleft(), lane.tenant
+        self._count(pending, -1)
+        future = pending.future
+        # A sample's future does not run yet: it can be cancelled until the sample is finished.
+        wanted = not future.cancelled() if kind is Sample else True
+        if (kind is not Sample or not wanted) and not future.set_running_or_notify_cancel():
+            wanted = False
+        if wanted:
+            batch.append(pending)
+            cost = max(1, pending.tokens)
+            tenant.lanes[kind].charge(lane.key, cost)
+            self._turns[kind].charge(tenant.name, cost)
+            if kind is Sample:
+                held = self._capped(pending.places)
+                self._free_places -= held
+                tenant.places += held
+                lane.decoding += pending.reads_living_weights
+        self._place(lane)
+        self._forget(lane)
+        return pending.tokens if wanted else 0
+
+    def _capped(self, places: int) -> int:
+        """What a request counts for: one that is larger than all that a tenant may hold counts
+        for that, so that there is room beside it."""
+        return min(places, max(1, self.places * ALPHA // (ALPHA + 1)))

@@ -1,11 +1,14 @@
-"""The thread that takes batches from the queue and hands them to the engine."""
+"""The thread that takes work from the queue and hands it to the engine."""
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 from manylora.scheduler.queue import Call, OperationQueue, Pending
+from manylora.scheduler.share import DeviceShare
 from manylora.types import (
     ForwardBackward,
     ForwardBackwardResult,
@@ -13,10 +16,18 @@ from manylora.types import (
     OptimStep,
     OptimStepResult,
     Sample,
-    SampledSequence,
+    SampleResult,
 )
 
 log = logging.getLogger("manylora.scheduler")
+
+# How long the decode loop turns before it is asked whether somebody else wants the device.
+SLICE_SECONDS = 0.05
+_KINDS: dict[type, str] = {
+    ForwardBackward: "forward_backward",
+    OptimStep: "optim_step",
+    Call: "call",
+}
 
 
 class Runner(Protocol):
@@ -30,21 +41,66 @@ class Runner(Protocol):
         self, steps: Sequence[OptimStep]
     ) -> Sequence[OptimStepResult | ManyloraError]: ...
 
-    def sample(
-        self, requests: Sequence[Sample]
-    ) -> Sequence[list[SampledSequence] | ManyloraError]: ...
+    @property
+    def decoding(self) -> int: ...
+
+    def admit(self, samples: Sequence[Sample]) -> Sequence[ManyloraError | None]: ...
+
+    def decode(self, seconds: float) -> Sequence[tuple[Sample, SampleResult | ManyloraError]]: ...
+
+    def cancel(self, sample: Sample) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What the device did in one go.
+
+    Attributes:
+        kind: forward_backward, optim_step, call, or decode (a slice of the decode loop).
+        seconds: how long.
+        tokens: of each tenant; of a decode slice, those of the requests that it finished.
+        waited: tenant and seconds in the queue of each operation that began with it.
+        fill: share of the token budget, or of the decode loop's places, that was used.
+    """
+
+    kind: str
+    seconds: float
+    tokens: Mapping[str, int]
+    waited: Sequence[tuple[str, float]]
+    fill: float
 
 
 class Worker:
-    """Runs batches one after another on a thread of its own, until the queue is closed."""
+    """Runs one thing after another on a thread of its own, until the queue is closed."""
 
     def __init__(
-        self, queue: OperationQueue, runner: Runner, on_start: Callable[[], None] = lambda: None
+        self,
+        queue: OperationQueue,
+        runner: Runner,
+        on_start: Callable[[], None] = lambda: None,
+        *,
+        observe: Callable[[BatchReport], None] = lambda report: None,
+        slice_seconds: float = SLICE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ):
-        """`on_start` runs on the new thread before the first batch."""
+        """Start the thread.
+
+        Args:
+            on_start: runs on the new thread before the first batch.
+            observe: told of every batch, on that thread; what it raises is logged.
+            slice_seconds: how long the decode loop turns at a time.
+            clock: measures what training and sampling use.
+        """
         self.queue = queue
         self.runner = runner
         self._on_start = on_start
+        self._observe = observe
+        self._slice_seconds = slice_seconds
+        self._clock = clock
+        self._share = DeviceShare()
+        # Samples in the decode loop. Equal ones have equal answers, so which is which is no matter.
+        self._decoding: dict[int, list[Pending]] = {}
+        self._began: list[tuple[Pending, float]] = []
         self._thread = threading.Thread(target=self._loop, name="manylora-engine", daemon=True)
         self._thread.start()
 
@@ -54,16 +110,25 @@ class Worker:
 
     def _loop(self) -> None:
         self._on_start()
-        while batch := self._next():
-            self._run(batch)
-
-    def _next(self) -> list[Pending]:
         while True:
-            batch = self.queue.next_batch()
-            if batch or self.queue.drained:
-                return batch
+            self._drop_cancelled()
+            self._admit()
+            training, sampling = self.queue.can_train, bool(self._decoding)
+            if not training and not sampling:
+                if not self.queue.wait():
+                    return
+            elif self._share.trains_next(training=training, sampling=sampling):
+                self._train()
+            else:
+                self._decode()
 
-    def _run(self, batch: list[Pending]) -> None:
+    # -- training and calls ---------------------------------------------------------------------
+
+    def _train(self) -> None:
+        batch = self.queue.next_batch()
+        if not batch:
+            return
+        taken, began = self.queue.clock(), self._clock()
         operations: list[Any] = [pending.operation for pending in batch]
         try:
             first = operations[0]
@@ -71,16 +136,120 @@ class Worker:
                 outcomes: Sequence[Any] = [first.run()]
             elif isinstance(first, OptimStep):
                 outcomes = self.runner.optim_step(operations)
-            elif isinstance(first, Sample):
-                outcomes = self.runner.sample(operations)
             else:
                 outcomes = self.runner.forward_backward(operations)
         except Exception as error:  # a fault of ours or of the machine must not end the thread
             if not isinstance(error, ManyloraError):
                 log.exception("a batch of %d operations failed", len(batch))
             outcomes = [error] * len(batch)
+        seconds = self._clock() - began
+        self._share.charge(training=True, seconds=seconds)
         for pending, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 pending.future.set_exception(outcome)
             else:
                 pending.future.set_result(outcome)
+        tokens = [(pending.operation.tenant, pending.tokens) for pending in batch]
+        fill = sum(count for _, count in tokens) / self.queue.token_budget
+        kind = _KINDS[type(operations[0])]
+        self._report(kind, seconds, tokens, [(pending, taken) for pending in batch], fill)
+
+    # -- sampling -------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        batch = self.queue.admit()
+        if not batch:
+            return
+        operations: list[Any] = [pending.operation for pending in batch]
+        try:
+            errors: Sequence[Exception | None] = self.runner.admit(operations)
+        except Exception as error:
+            log.exception("%d samples were not admitted", len(batch))
+            self._cancel_all(operations)
+            errors = [error] * len(batch)
+        for pending, error in zip(batch, errors, strict=True):
+            if error is None:
+                self._decoding.setdefault(id(pending.operation), []).append(pending)
+                self._began.append((pending, self.queue.clock()))
+            else:
+                self._finish(pending, error)
+
+    def _decode(self) -> None:
+        began = self._clock()
+        try:
+            found: list[tuple[Sample, Any]] = list(self.runner.decode(self._slice_seconds))
+            if not found and not self.runner.decoding:
+                raise RuntimeError("the decode loop has lost its requests")
+        except Exception as error:
+            log.exception("the decode loop failed")
+            waiting = [p for entries in self._decoding.values() for p in entries]
+            found = [(cast(Sample, pending.operation), error) for pending in waiting]
+            self._cancel_all([pending.operation for pending in waiting])
+        seconds = self._clock() - began
+        self._share.charge(training=False, seconds=seconds)
+        fill = self.queue.places_held / self.queue.places
+        for operation, outcome in found:
+            pending = self._decoding[id(operation)][0]
+            self._forget(pending)
+            self._finish(pending, outcome)
+        tokens = [(sample.tenant, _sampled_tokens(sample, outcome)) for sample, outcome in found]
+        started = self._began
+        self._began = []
+        self._report("decode", seconds, tokens, started, fill)
+
+    def _drop_cancelled(self) -> None:
+        """Samples whose clients have given up need no more tokens."""
+        waiting = [pending for entries in self._decoding.values() for pending in entries]
+        for pending in waiting:
+            if pending.future.cancelled():
+                self._forget(pending)
+                self._cancel_all([pending.operation])
+                self._finish(pending, None)
+
+    def _forget(self, pending: Pending) -> None:
+        entries = self._decoding[id(pending.operation)]
+        entries.remove(pending)
+        if not entries:
+            del self._decoding[id(pending.operation)]
+
+    def _cancel_all(self, operations: Sequence[Any]) -> None:
+        for operation in operations:
+            try:
+                self.runner.cancel(operation)
+            except Exception:  # the engine is in trouble already
+                log.exception("a sample could not be cancelled")
+
+    def _finish(self, pending: Pending, outcome: Any) -> None:
+        """Give a sample's places back, and its client the outcome, if it still waits."""
+        self.queue.release(pending)
+        if not pending.future.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, Exception):
+            pending.future.set_exception(outcome)
+        else:
+            pending.future.set_result(outcome)
+
+    def _report(
+        self,
+        kind: str,
+        seconds: float,
+        tokens: Sequence[tuple[str, int]],
+        began: Sequence[tuple[Pending, float]],
+        fill: float,
+    ) -> None:
+        sums: dict[str, int] = {}
+        for tenant, count in tokens:
+            sums[tenant] = sums.get(tenant, 0) + count
+        waited = [(p.operation.tenant, now - p.submitted) for p, now in began]
+        try:
+            self._observe(BatchReport(kind, seconds, sums, waited, fill))
+        except Exception:
+            log.exception("the observer of batches failed")
+
+
+def _sampled_tokens(sample: Sample, outcome: Any) -> int:
+    """Tokens of the prompts that were read and of the answers."""
+    if not isinstance(outcome, SampleResult):
+        return 0
+    prompts = sum(len(prompt) for prompt in sample.prompts)
+    return prompts + sum(len(sequence.tokens) for sequence in outcome.sequences)

@@ -56,7 +56,7 @@ class Metrics:
             self._tokens.labels(report.kind, tenant).inc(tokens)
             share = tokens / total if total else 1 / len(report.tokens)
             self._compute.labels(report.kind, tenant).inc(report.seconds * share)
-        for tenant, waited in report.queued:
+        for tenant, waited in report.waited:
             self._operations.labels(report.kind, tenant).inc()
             self._queue.labels(report.kind, tenant).observe(waited)
         if total:

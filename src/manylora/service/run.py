@@ -53,7 +53,10 @@ class _Uvicorn(uvicorn.Server):
         self.asked_to_stop = asyncio.Event()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
+        """The first signal stops in order, a second at once. Unlike uvicorn's own, it is not
+        raised again in the end: what is queued has still to be finished and saved."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
         self.asked_to_stop.set()
 
 

@@ -117,7 +117,7 @@ class Samplers:
         tokens = operation.num_tokens
         if self._parts.promises.repeated(request_id, submit.digest) is None:
             # Outcomes are looked up only where they cost nothing: a retry follows within minutes.
-            if self._parts.promises.results.cached(request_id) is not None:
+            if self._parts.promises.results.recent(request_id) is not None:
                 return reply
             self._parts.enter(tenant, tokens)
             try:

@@ -34,12 +34,15 @@ class Store:
     def in_folder(
         cls, data_dir: str | Path, url: str | None = None, clock: Callable[[], float] = time.time
     ) -> "Store":
-        """The store of a data directory: `manylora.db` in it, or the database of that URL."""
+        """The store of a data directory (`manylora.db` in it), or the database of that URL.
+
+        A directory that does not exist yet is made for this user's eyes alone.
+        """
         if url is not None:
             return cls(url, clock)
         folder = Path(data_dir).resolve()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"{folder} cannot be made: {error}") from error
         return cls(URL.create("sqlite", database=str(folder / DATABASE)), clock)

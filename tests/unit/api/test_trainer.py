@@ -89,9 +89,9 @@ def test_a_snapshot_is_taken_where_it_was_asked_for(trainer):
         adapter.forward_backward(batch(number))
         adapter.optim_step(lr=0.1)
     later = snapshot.sample([[5], [6, 7]], GREEDY).result()
-    assert [s.tokens for s in later] == [s.tokens for s in at_snapshot.result()]
+    assert later == at_snapshot.result()
     now = adapter.sample([[5], [6, 7]], GREEDY).result()
-    assert [s.logprobs for s in now] != [s.logprobs for s in later]
+    assert [s.logprobs for s in now.sequences] != [s.logprobs for s in later.sequences]
     snapshot.drop().result()
     assert isinstance(snapshot.sample([[5]], GREEDY).exception(), AdapterNotFound)
 

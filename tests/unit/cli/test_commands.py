@@ -200,7 +200,8 @@ class Door:
 
     def sample(self, prompts, params):
         self.log.append(("sample", self.answer, prompts, params))
-        return done([SimpleNamespace(tokens=[ord(letter) for letter in self.answer])])
+        answer = SimpleNamespace(tokens=[ord(letter) for letter in self.answer])
+        return done(SimpleNamespace(sequences=[answer]))
 
     def export(self, folder, *, merged=False):
         self.log.append(("export", self.answer, folder, merged))

@@ -46,7 +46,9 @@ def run(tmp_path_factory) -> Path:
         prompt = [tokenizer(PROMPT)["input_ids"]]
         answers = {
             name: tokenizer.decode(
-                list(door.sample(prompt, SamplingParams(max_tokens=8)).result()[0].tokens),
+                list(
+                    door.sample(prompt, SamplingParams(max_tokens=8)).result().sequences[0].tokens
+                ),
                 skip_special_tokens=True,
             )
             for name, door in (("adapter", adapter), ("base", trainer))

@@ -70,4 +70,4 @@ def test_cuda_samples_as_the_cpu_does(tiny):
     for on_cpu, on_cuda in zip(*answers, strict=True):
         assert not isinstance(on_cpu, ManyloraError)
         assert not isinstance(on_cuda, ManyloraError)
-        assert on_cpu[0].tokens == on_cuda[0].tokens
+        assert on_cpu.sequences[0].tokens == on_cuda.sequences[0].tokens

@@ -1,5 +1,10 @@
 """Every loss through the engine: beside plain autograd, in company, and with any number of targets.
 
+Faults that were planted and seen to fail here: further targets without their part of the softmax's
+gradient, not normalised, left out of the loss, or read from another chunk; a token named twice that
+counts once; a sequence's ratio over the whole stream, over all its tokens, of single tokens, or
+without the chunks that it shares; one loss's slope for all rows of a stream.
+
 N tokens of a datum, K targets of each position, P parameters of an adapter.
 """
 
@@ -21,6 +26,8 @@ from tests.models import VOCAB
 pytestmark = pytest.mark.usefixtures("threads")
 SPECS = {
     "all": AdapterSpec(rank=3, seed=1),
+    # Nothing on the head either, so chunks hold rows of both.
+    "beside": AdapterSpec(rank=2, targets=("o_proj",), seed=4),
     "head": AdapterSpec(rank=5, targets=("q_proj", "lm_head"), seed=2),
     "only-head": AdapterSpec(rank=2, targets=("lm_head",), seed=3),
 }
@@ -47,7 +54,7 @@ def crowd(base: Path, **options: Any) -> Engine:
 def works_of(name: str) -> dict[str, ForwardBackward]:
     """Work by each loss."""
     rng = np.random.default_rng(len(name))
-    return {loss: work_of(name, loss, random_data(rng, 3, loss, (15, 50))) for loss in LOSSES}
+    return {loss: work_of(name, loss, random_data(rng, 2, loss, (15, 40))) for loss in LOSSES}
 
 
 def run(engine: Engine, *works: ForwardBackward) -> Outcome:
@@ -74,7 +81,7 @@ def assert_same(one: Outcome, other: Outcome) -> None:
     assert one[1].any()
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ["all", "head", "only-head"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("family", ["llama", CAPPED])
 @pytest.mark.usefixtures("chunks")

@@ -2,13 +2,22 @@
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from manylora.scheduler import Call, OperationQueue, Worker
-from manylora.types import AdamParams, DataError, ForwardBackward, OptimStep, Sample
+from manylora.scheduler import BatchReport, Call, OperationQueue, Worker
+from manylora.types import (
+    AdamParams,
+    DataError,
+    ForwardBackward,
+    OptimStep,
+    Sample,
+    SampleResult,
+    SamplingParams,
+)
 
 WAIT = 20  # seconds that a healthy thread never needs
 
@@ -22,6 +31,10 @@ class Recorder:
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
+        self.loop: list[Sample] = []
+        self.ages: dict[int, int] = {}
+        self.cancelled: list[Sample] = []
+        self.turns = 0
 
     def hold(self, queue: OperationQueue) -> None:
         """Keep the thread busy, so that what is queued next meets in one batch."""
@@ -45,8 +58,36 @@ class Recorder:
     def optim_step(self, steps: Sequence[OptimStep]) -> list[Any]:
         return self._run(steps)
 
-    def sample(self, requests: Sequence[Sample]) -> list[Any]:
-        return self._run(requests)
+    def admit(self, samples: Sequence[Sample]) -> list[Any]:
+        self.threads.add(threading.current_thread().name)
+        errors = [DataError("bad") if s.adapter == "bad-data" else None for s in samples]
+        self.loop += [s for s, error in zip(samples, errors, strict=True) if error is None]
+        return errors
+
+    @property
+    def decoding(self) -> int:
+        return len(self.loop)
+
+    def decode(self, seconds: float) -> list[Any]:
+        """A request is finished after as many turns as it has tokens to make."""
+        assert self.gate.wait(WAIT)
+        self.entered.set()
+        self.turns += 1
+        time.sleep(0.001)
+        done = []
+        for sample in list(self.loop):
+            if sample.adapter == "bad-machine":
+                raise RuntimeError("out of memory")
+            self.ages[id(sample)] = self.ages.get(id(sample), 0) + 1
+            if self.ages[id(sample)] >= sample.params.max_tokens:
+                self.loop.remove(sample)
+                self.seen.append(sample)
+                done.append((sample, SampleResult(())))
+        return done
+
+    def cancel(self, sample: Sample) -> None:
+        self.cancelled.append(sample)
+        self.loop = [other for other in self.loop if other is not sample]
 
 
 @pytest.fixture
@@ -63,16 +104,19 @@ def step(adapter: str) -> OptimStep:
     return OptimStep(adapter=adapter, params=AdamParams(lr=1.0))
 
 
+def sample(adapter: str | None, turns: int = 1, **settings: Any) -> Sample:
+    params = SamplingParams(max_tokens=turns)
+    return Sample(adapter=adapter, prompts=[[1]], params=params, **settings)
+
+
 def test_every_kind_goes_to_its_verb_on_one_thread(rig):
     queue, recorder = rig
-    operations = [
-        step("a"),
-        ForwardBackward(adapter="a", data=[]),
-        Sample(adapter=None, prompts=[]),
-    ]
+    operations = [step("a"), ForwardBackward(adapter="a", data=[])]
     futures = [queue.submit(operation) for operation in operations]
+    sampled = queue.submit(sample(None))
     called = queue.submit(Call(None, lambda: threading.current_thread().name))
     assert [future.result(WAIT) for future in futures] == operations
+    assert sampled.result(WAIT) == SampleResult(())
     assert recorder.threads == {called.result(WAIT)} == {"manylora-engine"}
 
 
@@ -147,3 +191,114 @@ def test_the_thread_prepares_itself_first():
     assert queue.submit(Call(None, lambda: list(started))).result(WAIT) == ["manylora-engine"]
     queue.close()
     worker.join()
+
+
+def test_a_sample_that_is_refused_gives_its_place_back(rig):
+    queue, _ = rig
+    assert isinstance(queue.submit(sample("bad-data")).exception(WAIT), DataError)
+    assert queue.submit(step("bad-data")).exception(WAIT) is not None  # its lane goes on
+    assert queue.places_held == 0
+
+
+def test_a_failing_loop_fails_what_is_in_it_and_lives_on(rig, caplog: pytest.LogCaptureFixture):
+    queue, recorder = rig
+    recorder.gate.clear()
+    futures = [queue.submit(sample("beside", 1000)), queue.submit(sample("bad-machine"))]
+    recorder.gate.set()
+    with caplog.at_level(logging.ERROR, "manylora.scheduler"):
+        assert [str(future.exception(WAIT)) for future in futures] == ["out of memory"] * 2
+    assert "the decode loop failed" in caplog.text
+    assert queue.submit(sample("after")).result(WAIT) == SampleResult(())
+    assert queue.places_held == 0 and len(recorder.cancelled) == 2
+
+
+def test_training_goes_on_while_samples_decode_and_newcomers_join(rig):
+    queue, recorder = rig
+    long = queue.submit(sample("a", 10**9))
+    assert queue.submit(step("b")).result(WAIT)
+    assert queue.submit(sample("c", 3)).result(WAIT) == SampleResult(())
+    held = queue.submit(step("a"))  # waits for the sample of its weights
+    assert queue.submit(step("b")).result(WAIT)
+    assert not held.done()
+    assert long.cancel()
+    assert held.result(WAIT)
+    assert [s.adapter for s in recorder.cancelled] == ["a"]
+    assert recorder.loop == []
+
+
+def test_a_cancelled_sample_leaves_the_loop(rig):
+    queue, recorder = rig
+    future = queue.submit(sample(None, 10**9))
+    assert recorder.entered.wait(WAIT)
+    assert future.cancel()
+    assert queue.submit(sample(None, 1)).result(WAIT)
+    assert len(recorder.cancelled) == 1 and queue.places_held == 0
+
+
+def test_one_operation_submitted_twice_is_answered_twice(rig):
+    queue, _ = rig
+    operation = sample(None, 2)
+    futures = [queue.submit(operation), queue.submit(operation)]
+    assert [future.result(WAIT) for future in futures] == [SampleResult(())] * 2
+
+
+def test_closing_finishes_what_decodes():
+    queue, recorder = OperationQueue(100), Recorder()
+    worker = Worker(queue, recorder)
+    futures = [queue.submit(sample("a", 5)), queue.submit(step("a"))]
+    queue.close()
+    worker.join()
+    assert all(future.done() for future in futures)
+
+
+def test_every_batch_is_reported_and_a_failing_observer_ends_nothing(
+    caplog: pytest.LogCaptureFixture,
+):
+    reports: list[BatchReport] = []
+
+    def observe(report: BatchReport) -> None:
+        reports.append(report)
+        raise ValueError("the observer is broken")
+
+    queue = OperationQueue(100, places=8)
+    with caplog.at_level(logging.ERROR, "manylora.scheduler"):
+        worker = Worker(queue, Recorder(), observe=observe)
+        queue.submit(OptimStep(adapter="a", params=AdamParams(lr=1.0), tenant="t"))
+        queue.submit(sample(None, 1, tenant="t"))
+        queue.submit(Call(None, lambda: None))
+        queue.close()
+        worker.join()
+    assert "the observer of batches failed" in caplog.text
+    kinds = {report.kind: report for report in reports}
+    assert set(kinds) == {"optim_step", "decode", "call"}
+    assert kinds["decode"].fill == 1 / 8 and kinds["decode"].tokens == {"t": 1}
+    for report in reports:
+        assert report.seconds >= 0.0
+        assert [waited >= 0.0 for _, waited in report.waited] == [True]
+    assert [tenant for tenant, _ in kinds["optim_step"].waited] == ["t"]
+
+
+def test_training_and_sampling_take_turns_by_time():
+    """A clock that every batch and every slice moves by a second of its own."""
+    now = [0.0]
+    queue, recorder, order = OperationQueue(100), Recorder(), []
+
+    def observe(report: BatchReport) -> None:
+        order.append(report.kind)
+
+    def decode(seconds: float) -> list[Any]:
+        now[0] += 1.0
+        return Recorder.decode(recorder, seconds)
+
+    def optim_step(steps: Sequence[OptimStep]) -> list[Any]:
+        now[0] += 3.0
+        return list(steps)
+
+    recorder.decode, recorder.optim_step = decode, optim_step  # type: ignore[method-assign]
+    for _ in range(4):
+        queue.submit(step("a"))
+    queue.submit(sample("b", 12))
+    queue.close()
+    Worker(queue, recorder, observe=observe, clock=lambda: now[0]).join()
+    assert order == (["optim_step"] + ["decode"] * 3) * 4
+    assert recorder.turns == 12

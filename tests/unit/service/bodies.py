@@ -2,13 +2,14 @@
 
 import struct
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from manylora.service.wire import wire_pb2 as pb
 from manylora.types.data import Array
 
-FORMATS = {pb.DTYPE_FLOAT32: "<f", pb.DTYPE_INT64: "<q", pb.DTYPE_INT32: "<i"}
+FORMATS: dict[int, str] = {pb.DTYPE_FLOAT32: "<f", pb.DTYPE_INT64: "<q", pb.DTYPE_INT32: "<i"}
 
 
 def tokens(*ids: int) -> pb.Chunk:
@@ -68,7 +69,7 @@ def request(
     model_id: str = "s:train:0",
     seq_id: int = 1,
     loss: str = "cross_entropy",
-    **fields: object,
+    **fields: Any,
 ) -> pb.ForwardBackwardRequest:
     return pb.ForwardBackwardRequest(
         model_id=model_id,

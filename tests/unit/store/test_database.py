@@ -173,6 +173,7 @@ def test_threads_may_write_at_the_same_moment(store: Store, open_store: Callable
 def test_sqlite_commits_are_durable(tmp_path: Path):
     with Store.in_folder(tmp_path / "deep" / "data") as store:
         assert (tmp_path / "deep" / "data" / "manylora.db").exists()
+        assert (tmp_path / "deep" / "data").stat().st_mode & 0o777 == 0o700
         for _ in range(3):  # every connection of the pool, not the first alone
             connection = store._database.engine.raw_connection()
             settings = [

@@ -23,6 +23,7 @@ from manylora.types import (
     NotFinite,
     OptimStepResult,
     SampledSequence,
+    SampleResult,
     SamplingParams,
     SaveFailed,
     StepRefused,
@@ -110,9 +111,10 @@ class FakeAdapter:
         return self._submit("optim_step", work)
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams):
-        def work() -> list[SampledSequence]:
+        def work() -> SampleResult:
             letters = tuple(65 + (self.step + i) % 26 for i in range(3))
-            return [SampledSequence(letters, (0.0,) * 3, "length") for _ in prompts]
+            sequence = SampledSequence(letters, (0.0,) * 3, "length")
+            return SampleResult((sequence,) * len(prompts))
 
         return self._submit("sample", work)
 

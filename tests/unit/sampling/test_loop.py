@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from manylora.engine import Engine
-from manylora.sampling import embedded
 from manylora.types import (
     AdapterSpec,
     Datum,
@@ -46,8 +45,9 @@ def engine(tiny) -> Engine:
     return engine_of(tiny)
 
 
-def ask(engine: Engine, adapter: str | None, params: SamplingParams) -> list[SampledSequence]:
-    return must(engine.sample([Sample(adapter=adapter, prompts=PROMPTS, params=params)]))[0]
+def ask(engine: Engine, adapter: str | None, params: SamplingParams) -> tuple[SampledSequence, ...]:
+    (result,) = must(engine.sample([Sample(adapter=adapter, prompts=PROMPTS, params=params)]))
+    return result.sequences
 
 
 def greedy_by_stock(model, prompt: list[int], count: int) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ def test_greedy_is_generate_for_base_and_adapters_in_one_batch(tiny, family: str
     names = [None, "all", "head"]
     params = replace(GREEDY, max_tokens=8)
     requests = [Sample(adapter=n, prompts=PROMPTS[:3], params=params) for n in names]
-    together = must(engine.sample(requests))
+    together = [r.sequences for r in must(engine.sample(requests))]
     for name, answers in zip(names, together, strict=True):
         if name is None:
             model = AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation="eager")
@@ -119,7 +119,7 @@ def test_the_distribution_is_the_softmax(engine):
         Sample(adapter="all", prompts=[[5]], params=replace(params, seed=seed))
         for seed in range(count)
     ]
-    drawn = Counter(answer[0].tokens[0] for answer in must(engine.sample(requests)))
+    drawn = Counter(r.sequences[0].tokens[0] for r in must(engine.sample(requests)))
     likeliest = logprobs_V.argsort(descending=True)[:10].tolist()
     expected = {t: count * float(logprobs_V[t].exp()) for t in likeliest}
     chi2 = sum((drawn[t] - e) ** 2 / e for t, e in expected.items())
@@ -136,7 +136,7 @@ def test_top_k_and_top_p_bound_the_support(engine):
             Sample(adapter=None, prompts=[[5]], params=replace(params, seed=seed, **limits))
             for seed in range(300)
         ]
-        return {answer[0].tokens[0] for answer in must(engine.sample(requests))}
+        return {r.sequences[0].tokens[0] for r in must(engine.sample(requests))}
 
     assert support(top_k=1) == {order[0]}
     assert support(top_k=4) == set(order[:4])
@@ -157,8 +157,8 @@ def test_the_same_seed_gives_the_same_answer_whoever_is_there(engine):
         for i, name in enumerate(["head", "all", None, "half"])
     ]
     crowd[1] = replace(crowd[1], params=params)
-    beside = must(engine.sample(crowd))[1]
-    assert [s.tokens for s in beside] == [s.tokens for s in alone]
+    beside = must(engine.sample(crowd))[1].sequences
+    assert beside == alone
     other = ask(engine, "all", replace(params, seed=8))
     assert [s.tokens for s in other] != [s.tokens for s in alone]
 
@@ -166,7 +166,7 @@ def test_the_same_seed_gives_the_same_answer_whoever_is_there(engine):
 def test_prompts_of_one_request_have_streams_of_their_own(engine):
     params = SamplingParams(max_tokens=10, temperature=1.0, stop=())
     request = Sample(adapter=None, prompts=[[5], [5], [5]], params=params)
-    answers = {s.tokens for s in must(engine.sample([request]))[0]}
+    answers = {s.tokens for s in must(engine.sample([request]))[0].sequences}
     assert len(answers) == 3
 
 
@@ -189,20 +189,13 @@ def test_the_models_own_end_stops_unless_told_otherwise(engine, monkeypatch):
 
 def test_the_contexts_end_ends_an_answer(engine):
     long = Sample(adapter=None, prompts=[[3] * 125, [3]], params=replace(GREEDY, max_tokens=9))
-    one, two = must(engine.sample([long]))[0]
+    one, two = must(engine.sample([long]))[0].sequences
     assert (len(one.tokens), one.stop_reason) == (3, "length")
     assert len(two.tokens) == 9
-
-
-@pytest.mark.parametrize(("name", "limit"), [("MAX_SEQUENCES", 2), ("MAX_CACHED_TOKENS", 30)])
-def test_many_prompts_are_decoded_in_several_loops(engine, monkeypatch, name: str, limit: int):
-    whole = ask(engine, "all", GREEDY)
-    monkeypatch.setattr(embedded, name, limit)
-    assert [s.tokens for s in ask(engine, "all", GREEDY)] == [s.tokens for s in whole]
 
 
 def test_answers_come_in_the_order_of_the_prompts(engine):
     whole = ask(engine, "head", GREEDY)
     for prompt, answer in zip(PROMPTS, whole, strict=True):
         single = Sample(adapter="head", prompts=[prompt], params=GREEDY)
-        assert must(engine.sample([single]))[0][0].tokens == answer.tokens
+        assert must(engine.sample([single]))[0].sequences == (answer,)

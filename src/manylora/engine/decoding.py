@@ -1,0 +1,199 @@
+"""The engine's sampling verbs: requests of many prompts over the decode loop of single ones."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from manylora.lora.adapter import AdapterWeights
+from manylora.models import BaseModel
+from manylora.sampling import Answer, DecodeLoop, Request
+from manylora.types import (
+    DataError,
+    DatumTooLong,
+    ManyloraError,
+    NotFinite,
+    Sample,
+    SampleResult,
+    Unsupported,
+)
+from manylora.types.data import Array
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A request in the loop, and the answers to its prompts so far."""
+
+    sample: Sample
+    requests: list[Request]
+    answers: dict[Request, Answer] = field(default_factory=dict)
+
+
+class Decoder:
+    """Admits requests, turns the loop, and puts the answers together.
+
+    An adapter's weights must not change while a request that uses them is here; the scheduler sees
+    to it. Its weights are resolved at admission, so it, or its snapshot, may be forgotten.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        loop: DecodeLoop,
+        weights_of: Callable[[Sample], AdapterWeights | None],
+    ):
+        """`weights_of` tells what a request is to be answered with, or raises AdapterNotFound."""
+        self.base = base
+        self.loop = loop
+        self._weights_of = weights_of
+        self._open: dict[Request, _Open] = {}
+        self._whole: list[_Open] = []
+        self._ready: list[tuple[Sample, SampleResult | ManyloraError]] = []
+
+    @property
+    def decoding(self) -> int:
+        """Requests that are not finished."""
+        return len(self._whole) + len(self._ready)
+
+    def admit(self, samples: Sequence[Sample]) -> list[ManyloraError | None]:
+        """Let requests join the loop.
+
+        Returns:
+            For each None, or why it did not: DataError, DatumTooLong, AdapterNotFound, Unsupported.
+        """
+        return [self._admit(sample) for sample in samples]
+
+    def decode(self, seconds: float) -> list[tuple[Sample, SampleResult | ManyloraError]]:
+        """Turn the loop for about so long, or until a request is finished.
+
+        Returns:
+            The requests that are finished, each with its result, or NotFinite (weights that have
+            run away).
+        """
+        until = time.monotonic() + seconds
+        while len(self.loop):
+            for request, answer in self.loop.step():
+                self._take(request, answer)
+            if self._ready or time.monotonic() >= until:
+                break
+        ready = self._ready
+        self._ready = []
+        return ready
+
+    def sample(self, samples: Sequence[Sample]) -> list[SampleResult | ManyloraError]:
+        """Admit requests and decode until all are finished; nothing else may be decoding."""
+        assert not self.decoding, "other requests are decoding"
+        found: dict[int, SampleResult | ManyloraError] = {}
+        outcomes = self.admit(samples)
+        while self.decoding:
+            # By identity: equal requests have equal answers.
+            found.update((id(sample), result) for sample, result in self.decode(1.0))
+        return [error or found[id(s)] for error, s in zip(outcomes, samples, strict=True)]
+
+    def cancel(self, sample: Sample) -> None:
+        """Drop a request, if it is still here."""
+        for entry in self._whole:
+            if entry.sample is sample:
+                self._close(entry)
+                return
+
+    def _admit(self, sample: Sample) -> ManyloraError | None:
+        try:
+            weights = self._weights_of(sample)
+            self._check(sample)
+            requests = [
+                Request(
+                    self._prompt(prompt), weights, sample.params, sample.num_samples,
+                    sample.scoring, sample.tenant, index,
+                )
+                for index, prompt in enumerate(sample.prompts)
+            ]  # fmt: skip
+            _check_candidates(sample, requests, self.base.vocab_size)
+        except ManyloraError as error:
+            return error
+        entry = _Open(sample, requests)
+        if not requests:
+            self._ready.append((sample, SampleResult(())))
+            return None
+        self._whole.append(entry)
+        self._open.update(dict.fromkeys(requests, entry))
+        self.loop.admit(requests)
+        return None
+
+    def _take(self, request: Request, answer: Answer) -> None:
+        entry = self._open.get(request)
+        if entry is None:
+            return
+        if not answer.finite:
+            self._close(entry)
+            name = entry.sample.snapshot or entry.sample.adapter or self.base.name
+            error = NotFinite(f"{name!r}: the logits have NaN or Inf")
+            self._ready.append((entry.sample, error))
+            return
+        entry.answers[request] = answer
+        if len(entry.answers) == len(entry.requests):
+            self._close(entry)
+            answers = [entry.answers[r] for r in entry.requests]
+            self._ready.append((entry.sample, _result(answers)))
+
+    def _close(self, entry: _Open) -> None:
+        self._whole.remove(entry)
+        for request in entry.requests:
+            del self._open[request]
+            self.loop.cancel(request)
+
+    def _check(self, sample: Sample) -> None:
+        scoring = sample.scoring
+        if sample.num_samples < 1:
+            raise DataError(f"num_samples is {sample.num_samples}; it must be ≥ 1")
+        for name in ("topk_prompt", "topk_sampled"):
+            if not 0 <= getattr(scoring, name) <= self.base.vocab_size:
+                raise DataError(
+                    f"{name} is {getattr(scoring, name)}; it must lie in 0 … "
+                    f"{self.base.vocab_size}, the size of the vocabulary"
+                )
+        if scoring.prompt_last_n is not None and scoring.prompt_last_n < 0:
+            raise DataError(f"prompt_last_n is {scoring.prompt_last_n}; it must be ≥ 0")
+        if sample.params.stop_strings and self.base.tokenizer is None:
+            raise Unsupported(
+                f"base {self.base.name!r} has no tokenizer, so stop strings cannot be seen; "
+                "give stop tokens"
+            )
+
+    def _prompt(self, prompt: Iterable[int]) -> Array:
+        tokens_M = np.asarray(list(prompt) if not isinstance(prompt, np.ndarray) else prompt)
+        if tokens_M.ndim != 1 or not len(tokens_M):
+            raise DataError("a prompt needs at least one token")
+        if tokens_M.dtype.kind not in "iu":
+            raise DataError(f"a prompt's tokens are {tokens_M.dtype}; they must be integers")
+        if len(tokens_M) >= self.loop.longest:
+            raise DatumTooLong(
+                f"a prompt of {len(tokens_M)} tokens leaves no room in a context of "
+                f"{self.loop.longest}"
+            )
+        if tokens_M.min() < 0 or tokens_M.max() >= self.base.vocab_size:
+            raise DataError(f"a prompt has token ids outside 0 … {self.base.vocab_size - 1}")
+        return tokens_M.astype(np.int64)
+
+
+def _check_candidates(sample: Sample, requests: Sequence[Request], vocab: int) -> None:
+    candidates = sample.scoring.candidates
+    if candidates is None:
+        return
+    for request in requests:
+        if candidates.ndim != 2 or len(candidates) != len(request.prompt) - 1:
+            raise DataError(
+                f"candidates have shape {candidates.shape}; a prompt of {len(request.prompt)} "
+                f"tokens needs [{len(request.prompt) - 1}, any]"
+            )
+    if candidates.dtype.kind not in "iu" or (
+        candidates.size and (candidates.min() < -1 or candidates.max() >= vocab)
+    ):
+        raise DataError(f"candidates must be token ids of 0 … {vocab - 1}, or -1")
+
+
+def _result(answers: Sequence[Answer]) -> SampleResult:
+    sequences = tuple(sequence for answer in answers for sequence in answer.sequences)
+    scores = tuple(answer.scores for answer in answers if answer.scores is not None)
+    return SampleResult(sequences, scores)
