@@ -17,15 +17,18 @@ from tests.wire.server import BASE_ALIAS, CHAT_ALIAS
 BASE = f"model_name={BASE_ALIAS}"
 CHAT = f"model_name={CHAT_ALIAS}"
 FRESH = "behavior_if_log_dir_exists=raise"
+# With the usual renderer `seedling` adds up well and has nothing to learn. This one puts an empty
+# thought before the answer, which `seedling` has never seen: three answers in four do not end.
 ARITHMETIC = (
     CHAT,
     FRESH,
+    "renderer_name=qwen3_disable_thinking",
     "env=arithmetic",
     "group_size=8",
     "groups_per_batch=8",
     "lora_rank=8",
-    "learning_rate=1e-3",
-    "max_tokens=4",
+    "learning_rate=1.5e-3",
+    "max_tokens=5",
     "eval_every=0",
 )
 
@@ -87,10 +90,13 @@ def test_math_rl_learns(workplace: Workplace):
         "math_rl",
         *ARITHMETIC,
         "loss_fn=importance_sampling",
-        "max_steps=12",
+        "max_steps=10",
     )
-    assert len(log.series("env/all/reward/total")) == 12
-    assert rises(log.series("env/all/reward/total")) > 0.02
+    assert len(log.series("env/all/reward/total")) == 10
+    assert rises(log.series("env/all/reward/total")) > 0.03
+    assert rises(log.series("env/all/format")) > 0.3
+    # What sampling said of its tokens is what training says of them.
+    assert max(map(abs, log.series("optim/kl_sample_train_v1"))) < 1e-4
     finished(log)
 
 
