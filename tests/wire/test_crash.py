@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def learn(service: tinker.ServiceClient, number: int) -> tinker.TrainingClient:
     client = service.create_lora_training_client(
         BASE_ALIAS, rank=2 + 3 * number, seed=number
     ).result()
-    waiting = []
+    waiting: list[tinker.APIFuture[Any]] = []
     for step in range(STEPS):
         data = to_sdk(random_data(1000 * number + step, 2, lengths=(5, 40)))
         waiting.append(client.forward_backward(data, "cross_entropy"))

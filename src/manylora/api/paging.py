@@ -6,17 +6,17 @@ background thread in the order in which they were asked for, so a state on disk 
 snapshot that is not there yet, and training does not wait for the disk.
 """
 
-import logging
 import shutil
 import threading
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from manylora.api.page import BYTES_PER_PARAMETER, Page, bytes_of, file_name
 from manylora.api.states import read_state, write_state
+from manylora.api.writer import Writer
 from manylora.engine import Engine
 from manylora.lora.state import AdapterState
 from manylora.scheduler import Residency
@@ -33,31 +33,7 @@ from manylora.types import (
     SampleResult,
 )
 
-log = logging.getLogger("manylora.api")
-
 Result = TypeVar("Result")
-
-# Vectors of an adapter that has stepped: weights, gradient and two moments, in fp32.
-BYTES_PER_PARAMETER = 16
-
-
-@dataclass(slots=True)
-class _Page:
-    """One registered adapter.
-
-    Attributes:
-        fresh: its settings, while nothing about it has to be remembered but these.
-        held: its state, if it is in host memory.
-        position: `seq` of the last operation that it has run.
-        saved: the position that its state on disk has; None if there is none.
-        asked: the position of the newest state that the writer has or had in hand.
-    """
-
-    fresh: AdapterSpec | None = None
-    held: AdapterState | None = None
-    position: int = 0
-    saved: int | None = None
-    asked: int | None = None
 
 
 class Pager:
@@ -92,11 +68,10 @@ class Pager:
         self.host_bytes = host_bytes
         self._folder = folder
         self._before_save, self._on_saved = before_save, on_saved
-        self._pages: dict[str, _Page] = {}
+        self._pages: dict[str, Page] = {}
         self._held = Residency(max_bytes=host_bytes)
         self._lock = threading.Lock()
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="manylora-writer")
-        self._waiting: deque[tuple[Future[Any], int]] = deque()
+        self._writer = Writer(host_bytes)
 
     # -- registering ------------------------------------------------------------------------------
 
@@ -107,7 +82,7 @@ class Pager:
             AdapterExists, TargetError
         """
         self._refuse_known(name)
-        self._pages[name] = _Page(fresh=spec)
+        self._pages[name] = Page(fresh=spec)
         try:
             self._bring_one(name)
         except ManyloraError:
@@ -121,7 +96,7 @@ class Pager:
             position: of its state on disk; None = it has none and starts anew from `spec`.
         """
         self._refuse_known(name)
-        self._pages[name] = _Page(
+        self._pages[name] = Page(
             fresh=spec if position is None else None,
             position=position or 0, saved=position, asked=position,
         )  # fmt: skip
@@ -142,7 +117,7 @@ class Pager:
         self._forget_resident(name)
         self._held.drop(name)
         del self._pages[name]
-        self._write(lambda: shutil.rmtree(self.state_folder(name), ignore_errors=True), 0)
+        self._writer.write(lambda: shutil.rmtree(self.state_folder(name), ignore_errors=True), 0)
 
     def position(self, name: str) -> int:
         """`seq` of the last operation that the adapter has run."""
@@ -150,11 +125,11 @@ class Pager:
 
     def state_folder(self, name: str) -> Path:
         """Where the adapter's state lies when it is on disk."""
-        return self._folder / "adapters" / _file_name(name)
+        return self._folder / "adapters" / file_name(name)
 
     def snapshot_folder(self, snapshot: str) -> Path:
         """Where the snapshot lies on disk."""
-        return self._folder / "snapshots" / _file_name(snapshot)
+        return self._folder / "snapshots" / file_name(snapshot)
 
     # -- the engine's verbs -----------------------------------------------------------------------
 
@@ -217,14 +192,16 @@ class Pager:
         self._advance(name, position)
         state = self.engine.snapshot_state(snapshot)
         folder = self.snapshot_folder(snapshot)
-        self._write(lambda: write_state(self.engine, folder, state, position=0), _bytes_of(state))
+        self._writer.write(
+            lambda: write_state(self.engine, folder, state, position=0), bytes_of(state)
+        )
 
     def drop_snapshot(self, snapshot: str) -> None:
         """Forget a snapshot and delete it from disk."""
         self.engine.drop_snapshot(snapshot)
         self.snapshots.drop(snapshot)
         folder = self.snapshot_folder(snapshot)
-        self._write(lambda: shutil.rmtree(folder, ignore_errors=True), 0)
+        self._writer.write(lambda: shutil.rmtree(folder, ignore_errors=True), 0)
 
     def state(self, name: str, position: int, *, moments: bool) -> AdapterState:
         """A copy of the adapter's state as of now, as a checkpoint keeps it: without the gradient
@@ -242,7 +219,7 @@ class Pager:
 
     def write(self, write: Callable[[], Result], state: AdapterState) -> "Future[Result]":
         """Have the writer write a state, after what it has in hand."""
-        return self._write(write, _bytes_of(state))
+        return self._writer.write(write, bytes_of(state))
 
     def save(self, name: str) -> Future[Any] | None:
         """Have the adapter's state written, unless the newest is there or on its way."""
@@ -252,18 +229,17 @@ class Pager:
         state = self.engine.state(name) if name in self.engine.adapters else page.held
         assert state is not None
         position = page.asked = page.position
-        return self._write(lambda: self._save_own(name, state, position), _bytes_of(state))
+        return self._writer.write(lambda: self._save_own(name, state, position), bytes_of(state))
 
     def save_all(self) -> None:
         """Write every state that is not on disk, and wait for the writer."""
         for name in self._pages:
             self.save(name)
-        self._drain()
+        self._writer.drain()
 
     def close(self) -> None:
         """Finish what the writer has in hand."""
-        self._drain()
-        self._writer.shutdown()
+        self._writer.close()
 
     def counts(self) -> dict[str, int]:
         """How many adapters are resident, held in host memory, and on disk only; snapshots too."""
@@ -334,14 +310,14 @@ class Pager:
 
     def _hold(self, name: str, state: AdapterState) -> None:
         self._pages[name].held = state
-        self._held.use(name, _bytes_of(state))
+        self._held.use(name, bytes_of(state))
 
     def _trim(self) -> None:
         """Let go of held states beyond the limit that are whole on disk."""
         for name in self._held.excess():
             page = self._pages[name]
             if page.saved != page.position:
-                self._drain()
+                self._writer.drain()
             if page.saved == page.position:
                 page.held = None
                 self._held.drop(name)
@@ -364,7 +340,7 @@ class Pager:
         self.snapshots.use(snapshot, weights_P.numel() * weights_P.element_size())
         for victim in self.snapshots.excess(keep={snapshot}):
             if not self.snapshot_folder(victim).exists():
-                self._drain()
+                self._writer.drain()
             # One that could not be written stays.
             if self.snapshot_folder(victim).exists():
                 self.engine.drop_snapshot(victim)
@@ -392,22 +368,7 @@ class Pager:
                 page.saved = position
         self._on_saved(name, position)
 
-    def _write(self, write: Callable[[], Any], num_bytes: int) -> Future[Any]:
-        """Queue a write; waits while the writer holds more than host memory allows."""
-        future = self._writer.submit(write)
-        future.add_done_callback(_log_failure)
-        self._waiting.append((future, num_bytes))
-        while self._waiting and self._waiting[0][0].done():
-            self._waiting.popleft()
-        while len(self._waiting) > 1 and sum(size for _, size in self._waiting) > self.host_bytes:
-            _wait(self._waiting.popleft()[0])
-        return future
-
-    def _drain(self) -> None:
-        while self._waiting:
-            _wait(self._waiting.popleft()[0])
-
-    def _page(self, name: str) -> _Page:
+    def _page(self, name: str) -> Page:
         if name not in self._pages:
             raise AdapterNotFound(f"no adapter named {name!r}")
         return self._pages[name]
@@ -415,22 +376,3 @@ class Pager:
     def _refuse_known(self, name: str) -> None:
         if name in self._pages:
             raise AdapterExists(f"an adapter named {name!r} exists already; choose another name")
-
-
-def _bytes_of(state: AdapterState) -> int:
-    vectors = (state.weights, state.exp_avg, state.exp_avg_sq, state.grad)
-    return sum(v.numel() * v.element_size() for v in vectors if v is not None)
-
-
-def _file_name(name: str) -> str:
-    return name.replace(":", "_").replace("/", "_")
-
-
-def _wait(future: Future[Any]) -> None:
-    future.exception()
-
-
-def _log_failure(future: Future[Any]) -> None:
-    error = future.exception()
-    if error is not None:
-        log.error("a background write failed: %s", error)

@@ -3,7 +3,7 @@
 P parameters of an adapter, T tokens of a stream, H hidden size.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 

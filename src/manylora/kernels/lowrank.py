@@ -25,12 +25,15 @@ with the rank as the number of rows of a product than as its number of columns.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 CACHE_LINE = 64
+
+# Rows of fewer elements (128 KiB in fp32) are not worth an operation to fetch them.
+WORTH_FETCHING = 1 << 15
 
 
 @dataclass(slots=True)
@@ -46,12 +49,20 @@ class Member:
 
 @dataclass(slots=True)
 class Block:
-    """One adapter's factors for one input group; views of the adapter's vectors."""
+    """One adapter's factors for one input group; views of the adapter's vectors.
+
+    `scale` is that of all members, None if they differ.
+    """
 
     a_RK: Tensor
     members: tuple[Member, ...]
     ranks: list[int]
     grad_a_RK: Tensor | None = None
+    scale: float | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        scales = {member.scale for member in self.members}
+        self.scale = scales.pop() if len(scales) == 1 else None
 
 
 @dataclass(slots=True)
@@ -141,14 +152,18 @@ def shrink_expand_backward(
                 ds_rt.zero_()
                 continue
             dy_tN = parts[segment]
-            _write_matmul(ds_rt, member.bt_RN, dy_tN.t(), member.scale)
+            _fetch(dy_tN)
+            _write_matmul(ds_rt, member.bt_RN, dy_tN.t())
+            if block.scale is None:
+                ds_rt.mul_(member.scale)
             assert member.grad_bt_RN is not None
             _add_matmul(member.grad_bt_RN, s_rt, dy_tN, member.scale)
         assert block.grad_a_RK is not None
-        _add_matmul(block.grad_a_RK, ds_Rt, _dropped(xs[segment], item))
+        scale = 1.0 if block.scale is None else block.scale
+        _add_matmul(block.grad_a_RK, ds_Rt, _dropped(xs[segment], item), scale)
         idle.discard(segment)
         if dx_parts is not None:
-            _write_input_gradient(dx_parts[segment], ds_Rt, item)
+            _write_input_gradient(dx_parts[segment], ds_Rt, scale, item)
     if dx_parts is not None:
         _zero(dx_parts, idle)
 
@@ -170,13 +185,23 @@ def _segments(rows_TK: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     return parts
 
 
+def _fetch(rows_tK: Tensor) -> None:
+    """Read the rows once, so that they are in cache for the products that follow.
+
+    A product that reads them as columns is slow to bring them there: a sum and then the product
+    take less time than the product alone.
+    """
+    if rows_tK.is_cpu and rows_tK.numel() >= WORTH_FETCHING:
+        rows_tK.sum()
+
+
 def _rows(s_Rt: Tensor, block: Block) -> Sequence[Tensor]:
     """The rows of each member."""
     return (s_Rt,) if len(block.ranks) == 1 else s_Rt.split(block.ranks)
 
 
-def _write_input_gradient(dx_tK: Tensor, ds_Rt: Tensor, item: SegmentWork) -> None:
-    _write_matmul(dx_tK, ds_Rt.t(), item.block.a_RK)
+def _write_input_gradient(dx_tK: Tensor, ds_Rt: Tensor, scale: float, item: SegmentWork) -> None:
+    _write_matmul(dx_tK, ds_Rt.t(), item.block.a_RK, scale)
     if item.dropout > 0.0:
         dx_tK.mul_(_keep_mask(dx_tK, item))
 
@@ -211,6 +236,10 @@ def _add_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
 def _write_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
     """out = alpha · a @ b."""
     if out.dtype == a.dtype == b.dtype:
-        torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
+        if out.is_cpu:
+            # Zeros bring `out` into cache; a product that overwrites is slow to do so.
+            out.zero_().addmm_(a, b, alpha=alpha)
+        else:
+            torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
     else:
         out.copy_(_matmul(a, b)).mul_(alpha)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from manylora.service.contract import JSON_TYPE, Outcome
+from manylora.service.contract import JSON_TYPE, Outcome, Waiting
 from manylora.service.errors import QuotaExceeded
 from manylora.service.keeping import Keeping, listed
 from manylora.service.models import Model, Models, seed_of
@@ -57,6 +57,8 @@ log = logging.getLogger("manylora.service")
 
 # The number of the request that makes a model; its client's own numbers begin after it.
 CREATION = 0
+# A tenant with more than this many batches queued is told that it waits for room.
+MANY_BATCHES = 16
 
 
 class TinkerHub:
@@ -255,7 +257,13 @@ class TinkerHub:
     # -- results ---------------------------------------------------
 
     async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
-        return await self.parts.promises.outcome(tenant, request_id, timeout)
+        outcome = await self.parts.promises.outcome(tenant, request_id, timeout)
+        if isinstance(outcome, Waiting):
+            count, tokens = self.parts.host.queue.waiting(tenant)
+            if tokens > MANY_BATCHES * self.parts.settings.token_budget:
+                reason = f"{count} of your operations, {tokens:,} tokens, wait for their turn"
+                return Waiting("paused_capacity", reason)
+        return outcome
 
     # -- training runs and checkpoints ---------------------------------------------------
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from manylora.scheduler import Record
-from manylora.service.errors import Backpressure, Gone, NotFound
+from manylora.service.errors import Backpressure, Gone, missing
 from manylora.service.operations import Operations, Request
 from manylora.service.order import InOrder
 from manylora.service.parts import Parts
@@ -111,13 +111,13 @@ class Models:
                 raise Gone(
                     f"model {model_id!r} is closed, since its session is over; its checkpoints stay"
                 )
-        raise NotFound(f"there is no model {model_id!r}")
+        raise missing("model")
 
     async def row(self, tenant: str, model_id: str) -> ModelRow:
         """The row of a model, open or closed. Raises NotFound."""
         row = await asyncio.to_thread(self._parts.store.models.get, tenant, model_id)
         if row is None:
-            raise NotFound(f"there is no training run {model_id!r}")
+            raise missing("training run")
         return row
 
     # -- operations ---------------------------------------------------

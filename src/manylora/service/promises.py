@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from manylora.service.contract import Failed, Outcome, Ready, Waiting
-from manylora.service.errors import NotFound, answer_to
+from manylora.service.errors import answer_to, missing
 from manylora.service.results import Results
 from manylora.types import Cancelled, DataError, SaveFailed
 
@@ -120,7 +120,7 @@ class Promises:
         promise = self._open.get(request_id)
         if promise is not None:
             if promise.tenant != tenant:
-                raise _unknown(request_id)
+                raise missing("request")
             try:
                 await asyncio.wait_for(promise.known.wait(), timeout)
             except TimeoutError:
@@ -131,7 +131,7 @@ class Promises:
                 return Waiting()
         result = await asyncio.to_thread(self.results.get, request_id)
         if result is None or result.owner != tenant:
-            raise _unknown(request_id)
+            raise missing("request")
         return _outcome(result.content_type, result.body)
 
     def store_all(self) -> None:
@@ -188,7 +188,3 @@ def _outcome(content_type: str, body: bytes) -> Outcome:
 def _failure(request_id: str, error: BaseException) -> bytes:
     answer = answer_to(error, request_id)
     return json.dumps({"error": answer.message, "category": answer.category}).encode()
-
-
-def _unknown(request_id: str) -> NotFound:
-    return NotFound(f"there is no request {request_id!r}, or its result's time is over")

@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 
 from manylora.scheduler import Record
 from manylora.service.contract import PROTOBUF_TYPE
-from manylora.service.errors import NotFound
+from manylora.service.errors import missing
 from manylora.service.keeping import Keeping
 from manylora.service.parts import Parts
 from manylora.service.wire.messages import CreateSamplingSessionRequest
@@ -92,7 +92,7 @@ class Samplers:
             if row is not None:
                 self._note(row)
         if row is None or row.tenant != tenant:
-            raise NotFound(f"there is no sampling session {id!r}")
+            raise missing("sampler")
         return row
 
     async def info(self, tenant: str, id: str) -> SamplerInfo:

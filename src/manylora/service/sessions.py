@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from manylora.service.errors import Gone, NotFound
+from manylora.service.errors import Gone, missing
 from manylora.service.wire.messages import CreateSessionRequest, FinishSessionRequest
 from manylora.store import SessionRow, Store
 
@@ -57,7 +57,7 @@ class Sessions:
             row = await asyncio.to_thread(self._store.sessions.get, tenant, session_id)
             if row is not None:
                 raise Gone(f"session {session_id!r} is over ({row.end_reason}); start a new one")
-        raise NotFound(f"there is no session {session_id!r}")
+        raise missing("session")
 
     async def end(self, session: Session, reason: str, detail: str = "") -> None:
         """End a session; the first reason stays."""

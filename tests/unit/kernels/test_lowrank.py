@@ -19,7 +19,7 @@ ADAPTERS = {
     0: {0: (3, 0.5), 2: (4, 2.0)},
     1: {1: (2, 1.0)},
     3: {0: (1, 3.0), 1: (5, 0.25), 2: (2, 1.5)},
-    4: {1: (9, 1.0)},
+    4: {0: (2, 0.5), 1: (9, 0.5)},
 }
 NO_BIAS: list[Tensor | None] = [None, None, None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

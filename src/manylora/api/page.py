@@ -1,0 +1,39 @@
+"""What is remembered of an adapter that may be anywhere, and where its files lie."""
+
+from dataclasses import dataclass
+
+from manylora.lora.state import AdapterState
+from manylora.types import AdapterSpec
+
+# Vectors of an adapter that has stepped: weights, gradient and two moments, in fp32.
+BYTES_PER_PARAMETER = 16
+
+
+@dataclass(slots=True)
+class Page:
+    """One registered adapter.
+
+    Attributes:
+        fresh: its settings, while nothing about it has to be remembered but these.
+        held: its state, if it is in host memory.
+        position: `seq` of the last operation that it has run.
+        saved: the position that its state on disk has; None if there is none.
+        asked: the position of the newest state that the writer has or had in hand.
+    """
+
+    fresh: AdapterSpec | None = None
+    held: AdapterState | None = None
+    position: int = 0
+    saved: int | None = None
+    asked: int | None = None
+
+
+def bytes_of(state: AdapterState) -> int:
+    """Memory of a state's vectors."""
+    vectors = (state.weights, state.exp_avg, state.exp_avg_sq, state.grad)
+    return sum(v.numel() * v.element_size() for v in vectors if v is not None)
+
+
+def file_name(name: str) -> str:
+    """A folder's name for an id."""
+    return name.replace(":", "_").replace("/", "_")
