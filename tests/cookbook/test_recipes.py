@@ -100,22 +100,19 @@ def test_math_rl_learns(workplace: Workplace):
     finished(log)
 
 
-def test_preference_dpo(workplace: Workplace):
+def test_rl_loop(workplace: Workplace):
     log = workplace.run(
-        "preference.dpo.train",
-        "dpo",
+        "rl_loop",
+        "rl_loop",
         BASE,
-        FRESH,
-        "batch_size=16",
-        "learning_rate=1e-3",
-        "max_length=128",
-        "max_steps=4",
+        "batch_size=4",
+        "group_size=4",
+        "lora_rank=8",
+        "max_tokens=12",
+        "loss_fn=importance_sampling",
+        "max_steps=3",
     )
-    losses = log.series("dpo_loss")
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the reference is where it starts
-    assert losses[-1] < losses[0]
-    assert log.series("margin")[-1] > 0
-    assert len(log.series("test/nll")) == 2
+    assert len(log.series("reward/total")) == 3
     finished(log)
 
 
@@ -207,20 +204,6 @@ RECIPES = {
         ),
         "train_mean_nll",
         steps=8,
-    ),
-    "rl_loop": Recipe(
-        "rl_loop",
-        (
-            BASE,
-            "batch_size=4",
-            "group_size=4",
-            "lora_rank=8",
-            "max_tokens=12",
-            "loss_fn=importance_sampling",
-            "max_steps=3",
-        ),
-        "reward/total",
-        steps=3,
     ),
     "rl_basic": Recipe(
         "rl_basic",
@@ -314,4 +297,25 @@ def test_recipe(workplace: Workplace, name: str):
         recipe.module, name.replace(" ", "-"), *recipe.options, seconds=recipe.seconds
     )
     assert len(log.series(recipe.metric)) == recipe.steps
+    finished(log)
+
+
+@pytest.mark.cookbook
+def test_preference_dpo(workplace: Workplace):
+    log = workplace.run(
+        "preference.dpo.train",
+        "dpo",
+        BASE,
+        FRESH,
+        "batch_size=16",
+        "learning_rate=1e-3",
+        "max_length=128",
+        "max_steps=4",
+        seconds=300,
+    )
+    losses = log.series("dpo_loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the reference is where it starts
+    assert losses[-1] < losses[0]
+    assert log.series("margin")[-1] > 0
+    assert len(log.series("test/nll")) == 2
     finished(log)
