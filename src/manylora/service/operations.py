@@ -5,10 +5,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from manylora.api.futures import flattened
 from manylora.lora.sites import Site
 from manylora.service.contract import JSON_TYPE, PROTOBUF_TYPE
 from manylora.service.keeping import Keeping, Order
-from manylora.service.parts import Parts, flattened
+from manylora.service.parts import Parts
 from manylora.service.promises import Encode
 from manylora.service.wire import codec
 from manylora.service.wire.messages import (

@@ -5,7 +5,7 @@ from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from manylora.api import Host
 from manylora.config import ServerFile
@@ -94,34 +94,8 @@ class Parts:
         return True
 
 
-def flattened(outer: Future[Future[Result]]) -> Future[Result]:
-    """A future of what a future of a future brings in the end."""
-    flat: Future[Result] = Future()
-
-    def copy(done: Future[Result]) -> None:
-        error = done.exception()
-        if error is not None:
-            flat.set_exception(error)
-        else:
-            flat.set_result(done.result())
-
-    def unwrap(done: Future[Future[Result]]) -> None:
-        if done.cancelled() or done.exception() is not None:
-            _copy_failure(done, flat)
-        else:
-            done.result().add_done_callback(copy)
-
-    outer.add_done_callback(unwrap)
-    return flat
-
-
 def done_with(value: Result) -> Future[Result]:
     """A future that is done."""
     future: Future[Result] = Future()
     future.set_result(value)
     return future
-
-
-def _copy_failure(done: Future[Any], flat: Future[Any]) -> None:
-    error = done.exception() if not done.cancelled() else None
-    flat.set_exception(error or RuntimeError("cancelled"))
