@@ -18,7 +18,7 @@ from manylora.service.models import Model, Models, seed_of
 from manylora.service.operations import Operations, Request, adapter_spec
 from manylora.service.parts import Parts
 from manylora.service.samplers import Samplers
-from manylora.service.sessions import Session, Sessions
+from manylora.service.sessions import Sessions
 from manylora.service.wire.codec import digest_json
 from manylora.service.wire.messages import (
     CreateModelRequest,
@@ -101,13 +101,14 @@ class TinkerHub:
     ) -> None:
         session = await self.sessions.finish(tenant, session_id, request)
         if session is not None:
-            await self.close_models(session)
+            # What is queued still runs; the client need not wait for that.
+            self.parts.in_background(self.close_models(session.tenant, session.id))
 
-    async def close_models(self, session: Session) -> None:
-        """Free what a session that is over had open."""
-        own = [model for model in self.models if model.row.session_id == session.id]
+    async def close_models(self, tenant: str, session_id: str) -> None:
+        """Free what a session that is over had open, once what is queued for it has run."""
+        own = [model for model in self.models if model.row.session_id == session_id]
         await asyncio.gather(*(self.models.close(model) for model in own))
-        await self.samplers.forget_session(session.tenant, session.id)
+        await self.samplers.forget_session(tenant, session_id)
 
     async def keep_last(self, model: Model) -> None:
         """Write what a model has learned since it was last saved as its checkpoint `last`."""

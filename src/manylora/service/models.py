@@ -9,6 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,7 +20,7 @@ from manylora.service.order import InOrder
 from manylora.service.parts import Parts
 from manylora.service.wire.replies import Submitted
 from manylora.store import ModelRow
-from manylora.types import DataError, ManyloraError
+from manylora.types import Cancelled, DataError, ManyloraError
 
 log = logging.getLogger("manylora.service")
 
@@ -189,9 +190,12 @@ class Models:
         self.give_up(model)
         pager = self._parts.host.pager
         freed = self._parts.host.call(model.id, lambda: pager.unload(model.id), tenant=model.tenant)
-        await asyncio.wait([asyncio.wrap_future(freed)])
+        with suppress(Cancelled):
+            await asyncio.wrap_future(freed)
+        if self._parts.promises.closing:
+            return  # what was queued has not run: the next start does all this again
         await asyncio.to_thread(self._parts.store.models.close, model.tenant, model.id)
-        self._parts.journal.forget(model.id)
+        await asyncio.to_thread(self._parts.journal.forget, model.id)
         self._open.pop(model.id, None)
 
     # -- inside ---------------------------------------------------
@@ -223,8 +227,9 @@ class Models:
         """From now on every operation of the model fails with these words."""
         log.error("model %s can no longer be used: %s", model.id, fault)
         model.fault = f"model {model.id!r} can no longer be used: {fault}; load a checkpoint of it"
-        task = asyncio.to_thread(self._parts.store.models.set_fault, model.id, model.fault)
-        self._background = asyncio.ensure_future(task)
+        self._parts.in_background(
+            asyncio.to_thread(self._parts.store.models.set_fault, model.id, model.fault)
+        )
 
 
 def seed_of(model_id: str) -> int:

@@ -1,11 +1,13 @@
 """What the parts of a running service share."""
 
 import asyncio
+import logging
 from collections import deque
+from collections.abc import Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from manylora.api import Host
 from manylora.config import ServerFile
@@ -13,6 +15,8 @@ from manylora.scheduler import Journal, Record
 from manylora.service.errors import Backpressure
 from manylora.service.promises import Promises
 from manylora.store import Store
+
+log = logging.getLogger("manylora.service")
 
 Result = TypeVar("Result")
 
@@ -35,6 +39,7 @@ class Parts:
     host: Host
     in_flight: dict[str, int] = field(default_factory=dict)
     covered: deque[tuple[str, int]] = field(default_factory=deque)
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     @property
     def base_names(self) -> list[str]:
@@ -54,6 +59,22 @@ class Parts:
                 "this request is welcome once some of them are done"
             )
         self.in_flight[tenant] = held + tokens
+
+    def in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run something that nobody waits for; what it raises is logged."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    async def settle(self) -> None:
+        """Wait for what runs in the background."""
+        while self._tasks:
+            await asyncio.wait(list(self._tasks))
+
+    def _ended(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("something in the background failed", exc_info=task.exception())
 
     def finished(self, request_id: str) -> None:
         """A request that changed nothing has its outcome."""

@@ -50,6 +50,11 @@ class Replay:
             self._hub.sessions.restore(session)
         await self._open_models()
         count = await self._operations(recovery)
+        for model in self._hub.models:
+            if not self._hub.sessions.is_open(model.row.session_id):
+                self._parts.in_background(
+                    self._hub.close_models(model.tenant, model.row.session_id)
+                )
         for damage in recovery.damages:
             log.error("the journal is damaged: %s", damage)
         if recovery.damages:

@@ -98,6 +98,7 @@ class Service:
             await asyncio.to_thread(parts.host.close, cancel=True)
             await asyncio.to_thread(parts.promises.close)
             await asyncio.sleep(0)  # what the last outcomes left for the loop to do
+            await parts.settle()
             await asyncio.to_thread(self._close_journal, parts)
         await asyncio.to_thread(self.store.close)
 

@@ -86,7 +86,7 @@ class Upkeep:
                 if model.row.session_id == session.id:
                     await self._hub.keep_last(model)
             await self._hub.sessions.end(session, "silent")
-            await self._hub.close_models(session)
+            await self._hub.close_models(session.tenant, session.id)
         except ManyloraError as error:
             log.error("session %s could not be closed: %s", session.id, error)
         finally:
