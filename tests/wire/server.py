@@ -74,6 +74,21 @@ class Server:
 
     def start(self) -> Self:
         """Start and wait until it answers; a second start takes the same port."""
+        found = self._launch()
+        assert found.wait(START_SECONDS), self._complaint("printed no URL")
+        end = time.monotonic() + START_SECONDS
+        while not self.is_ready():
+            assert time.monotonic() < end, self._complaint("is not ready")
+            time.sleep(0.02)
+        return self
+
+    def start_and_kill(self, seconds: float) -> None:
+        """Start, and kill it after so long, however far it has come."""
+        self._launch().wait(seconds)
+        self.kill()
+
+    def _launch(self) -> threading.Event:
+        """Start the process; the event tells when it printed its URL, or went."""
         aliases = [word for alias in (BASE_ALIAS, CHAT_ALIAS) for word in ("--alias", alias)]
         self._process = subprocess.Popen(
             [
@@ -91,12 +106,7 @@ class Server:
         reader = threading.Thread(target=self._read, args=(self._process, found), daemon=True)
         reader.start()
         self._readers.append(reader)
-        assert found.wait(START_SECONDS), self._complaint("printed no URL")
-        end = time.monotonic() + START_SECONDS
-        while not self.is_ready():
-            assert time.monotonic() < end, self._complaint("is not ready")
-            time.sleep(0.02)
-        return self
+        return found
 
     def is_ready(self) -> bool:
         assert self._process is not None
