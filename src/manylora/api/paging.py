@@ -250,7 +250,8 @@ class Pager:
         if page.asked == page.position or page.fresh is not None:
             return None
         state = self.engine.state(name) if name in self.engine.adapters else page.held
-        assert state is not None
+        if state is None:  # its state on disk cannot be read, so it has done nothing since
+            return None
         position = page.asked = page.position
         return self._write(lambda: self._save_own(name, state, position), _bytes_of(state))
 

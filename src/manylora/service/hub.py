@@ -14,6 +14,7 @@ from pathlib import Path
 from manylora.service.contract import JSON_TYPE, Outcome
 from manylora.service.errors import QuotaExceeded
 from manylora.service.keeping import Keeping, listed
+from manylora.service.missing import Missing
 from manylora.service.models import Model, Models, seed_of
 from manylora.service.operations import Operations, Request, adapter_spec
 from manylora.service.parts import Parts
@@ -65,10 +66,11 @@ class TinkerHub:
     def __init__(self, parts: Parts):
         self.parts = parts
         self.keeping = Keeping(parts.store, parts.folder, parts.settings)
-        self.sessions = Sessions(parts.store)
+        self.sessions = Sessions(parts.store, parts.clock)
         self.samplers = Samplers(parts, self.keeping)
         operations = Operations(parts, self.keeping, self.samplers.publish)
         self.models = Models(parts, operations)
+        self.missing = Missing(self.models, self.samplers, time.time())
         # A copy must not replace what a model has learned since an equal request made it.
         self._loading = asyncio.Lock()
 
@@ -255,7 +257,11 @@ class TinkerHub:
     # -- results ---------------------------------------------------
 
     async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
-        return await self.parts.promises.outcome(tenant, request_id, timeout)
+        promises = self.parts.promises
+        outcome = await promises.outcome(tenant, request_id, timeout)
+        if outcome is None and request_id in promises:  # it came just now
+            outcome = await promises.outcome(tenant, request_id, timeout)
+        return await self.missing.explain(tenant, request_id) if outcome is None else outcome
 
     # -- training runs and checkpoints ---------------------------------------------------
 

@@ -15,7 +15,7 @@ from manylora.service.parts import Parts
 from manylora.service.promises import Promises
 from manylora.service.replay import Replay
 from manylora.service.results import Results
-from manylora.service.upkeep import Upkeep
+from manylora.service.upkeep import SECONDS_OF_AN_HOUR, Upkeep
 from manylora.service.wire.limits import WireLimits
 from manylora.store import Store
 
@@ -25,7 +25,6 @@ log = logging.getLogger("manylora.service")
 RESULT_BYTES = 128 << 20
 # How long a request waits for an engine that is still opening.
 START_SECONDS = 30.0
-SECONDS_OF_AN_HOUR = 3600.0
 
 
 class LateHub:
