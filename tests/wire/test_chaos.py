@@ -4,11 +4,13 @@ everything is, to the last bit, what an undisturbed server gives."""
 import asyncio
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from manylora.store import Store
+from tests.wire.forked import ForkedServer, Nursery
 from tests.wire.server import Server
 from tests.wire.tenants import RANKS, Luck, Seen, Tenant, everybody
 
@@ -32,11 +34,18 @@ def new_keys(folder: Path) -> list[str]:
         store.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nursery() -> Iterator[None]:
+    with Nursery() as running:
+        ForkedServer.nursery = running
+        yield
+
+
 def undisturbed(plan: int, folder: Path) -> list[Seen]:
     """What the eight see of a server that nobody disturbs, one request at a time."""
     if plan not in _calm:
         keys = new_keys(folder)
-        with Server(folder) as server:
+        with ForkedServer(folder) as server:
             tenants = [
                 Tenant(number, plan, lambda: server.port, key, Luck())
                 for number, key in enumerate(keys)
@@ -63,7 +72,7 @@ def storm(seed: int, folder: Path) -> tuple[list[Seen], Server]:
     if seed % 2:
         options += ["--max-resident", str(draw.choice((1, 2, 5)))]
     keys = new_keys(folder)
-    with Server(folder, *options) as server:
+    with ForkedServer(folder, *options) as server:
         tenants = [
             Tenant(
                 number, seed % PLANS, lambda: server.port, key,
