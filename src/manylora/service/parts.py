@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,39 @@ log = logging.getLogger("manylora.service")
 Result = TypeVar("Result")
 
 
+class Coming:
+    """Snapshots that are still being made, and who waits for them. On the event loop."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, list[Callable[[], None]]] = {}
+
+    def expect(self, name: str) -> None:
+        """An operation that makes it was accepted."""
+        self._waiting.setdefault(name, [])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._waiting
+
+    def arrived(self, name: str) -> None:
+        """The operation is over, whatever came of it."""
+        for call in self._waiting.pop(name, ()):
+            call()
+
+    def when_there(self, name: str | None, call: Callable[[], None]) -> None:
+        """Call back at once, or when the operation is over."""
+        if name is not None and name in self._waiting:
+            self._waiting[name].append(call)
+        else:
+            call()
+
+
 @dataclass(slots=True)
 class Parts:
     """One server's settings and the things that it is made of.
 
     Attributes:
+        clock: of silences and of what is due; monotonic.
+        coming: snapshots that accepted operations will make.
         in_flight: tenant → tokens of its requests that were accepted and are not done.
         covered: streams of the journal and up to which number they are needed no longer; the
             upkeep tells the journal, once the results that replace them are durable.
@@ -37,6 +66,8 @@ class Parts:
     journal: Journal
     promises: Promises
     host: Host
+    clock: Callable[[], float] = time.monotonic
+    coming: Coming = field(default_factory=Coming)
     in_flight: dict[str, int] = field(default_factory=dict)
     covered: deque[tuple[str, int]] = field(default_factory=deque)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
