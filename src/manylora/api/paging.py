@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from manylora.api.page import BYTES_PER_PARAMETER, Page, bytes_of, file_name
+from manylora.api.snapshots import Snapshots
 from manylora.api.states import read_state, write_state
 from manylora.api.writer import Writer
 from manylora.engine import Engine
@@ -65,7 +66,7 @@ class Pager:
             on_saved: told the name and the position of each state that is whole on disk.
         """
         self.engine = engine
-        self.adapters, self.snapshots = adapters, snapshots
+        self.adapters = adapters
         self.host_bytes = host_bytes
         self._folder = folder
         self._before_save, self._on_saved = before_save, on_saved
@@ -73,6 +74,7 @@ class Pager:
         self._held = Residency(max_bytes=host_bytes)
         self._lock = threading.Lock()
         self._writer = Writer(host_bytes)
+        self.snapshots = Snapshots(engine, folder, snapshots, self._writer)
 
     # -- registering ------------------------------------------------------------------------------
 
@@ -140,8 +142,7 @@ class Pager:
 
     def snapshot_folder(self, snapshot: str) -> Path:
         """Where the snapshot lies on disk."""
-        assert self._folder is not None
-        return self._folder / "snapshots" / file_name(snapshot)
+        return self.snapshots.folder_of(snapshot)
 
     # -- the engine's verbs -----------------------------------------------------------------------
 
@@ -161,7 +162,7 @@ class Pager:
         for number, sample in enumerate(samples):
             try:
                 if sample.snapshot is not None:
-                    self._bring_snapshot(sample.snapshot)
+                    self.snapshots.bring(sample.snapshot)
                 elif sample.adapter is not None:
                     self._bring_one(sample.adapter)
             except ManyloraError as error:
@@ -199,23 +200,12 @@ class Pager:
     def snapshot(self, name: str, snapshot: str, position: int) -> None:
         """Freeze a copy of the adapter's weights; it is on disk soon, if there is a folder."""
         self._bring_one(name)
-        self.engine.snapshot(name, snapshot)
-        self._note_snapshot(snapshot)
+        self.snapshots.take(name, snapshot)
         self._advance(name, position)
-        if self._folder is None:
-            return
-        state = self.engine.snapshot_state(snapshot)
-        folder = self.snapshot_folder(snapshot)
-        self._writer.write(
-            lambda: write_state(self.engine, folder, state, position=0), bytes_of(state)
-        )
 
     def drop_snapshot(self, snapshot: str) -> None:
         """Forget a snapshot and delete it from disk."""
-        self.engine.drop_snapshot(snapshot)
         self.snapshots.drop(snapshot)
-        if self._folder is not None:
-            self._delete(self.snapshot_folder(snapshot))
 
     def whole_state(self, name: str) -> AdapterState:
         """A copy of all that training goes on from, a gradient that waits for its step included."""
@@ -363,25 +353,6 @@ class Pager:
         if name in self.engine.adapters:
             self.engine.unload(name)
         self.adapters.drop(name)
-
-    def _bring_snapshot(self, snapshot: str) -> None:
-        if snapshot not in self.engine.snapshots:
-            folder = None if self._folder is None else self.snapshot_folder(snapshot)
-            if folder is None or not folder.exists():
-                raise AdapterNotFound(f"no snapshot named {snapshot!r}")
-            self.engine.install_snapshot(snapshot, read_state(self.engine, folder).state)
-        self._note_snapshot(snapshot)
-
-    def _note_snapshot(self, snapshot: str) -> None:
-        weights_P = self.engine.snapshots[snapshot].weights_P
-        self.snapshots.use(snapshot, weights_P.numel() * weights_P.element_size())
-        for victim in self.snapshots.excess(keep={snapshot}):
-            if not self.snapshot_folder(victim).exists():
-                self._writer.drain()
-            # One that could not be written stays.
-            if self.snapshot_folder(victim).exists():
-                self.engine.drop_snapshot(victim)
-                self.snapshots.drop(victim)
 
     def _advance(self, name: str, position: int) -> None:
         page = self._pages[name]
