@@ -81,7 +81,7 @@ class Models:
 
     def count(self, tenant: str) -> int:
         """Open models of a tenant."""
-        return sum(model.tenant == tenant for model in self._open.values())
+        return sum(m.tenant == tenant and not m.closing for m in self._open.values())
 
     def add(self, row: ModelRow, next_seq: int = FIRST_SEQ, *, restored: bool = False) -> Model:
         """Open a model whose row is in the database."""
