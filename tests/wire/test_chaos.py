@@ -14,7 +14,7 @@ from tests.wire.forked import ForkedServer, Nursery
 from tests.wire.server import Server
 from tests.wire.tenants import RANKS, Luck, Seen, Tenant, everybody
 
-STEPS = 12
+STEPS = 8
 PLANS = 4
 # Far more than a run takes, so that a slow machine is not taken for a stuck future.
 SECONDS = 240.0
@@ -81,7 +81,7 @@ def storm(seed: int, folder: Path) -> tuple[list[Seen], Server]:
             )
             for number, key in enumerate(keys)
         ]  # fmt: skip
-        shaking = shake(server, draw, kills=draw.randint(1, 3))
+        shaking = shake(server, draw, kills=draw.randint(1, 5))
         seen = asyncio.run(everybody(tenants, STEPS, SECONDS, shaking))
         assert not any("Traceback" in line or "traceback" in line for line in server.log)
     return seen, server
