@@ -4,13 +4,12 @@ everything is, to the last bit, what an undisturbed server gives."""
 import asyncio
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from manylora.store import Store
-from tests.wire.forked import ForkedServer, Nursery
+from tests.wire.forked import ForkedServer
 from tests.wire.server import Server
 from tests.wire.tenants import RANKS, Luck, Seen, Tenant, everybody
 
@@ -34,11 +33,7 @@ def new_keys(folder: Path) -> list[str]:
         store.close()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nursery() -> Iterator[None]:
-    with Nursery() as running:
-        ForkedServer.nursery = running
-        yield
+pytestmark = pytest.mark.usefixtures("nursery")
 
 
 def undisturbed(plan: int, folder: Path) -> list[Seen]:
