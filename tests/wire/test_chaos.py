@@ -4,17 +4,16 @@ everything is, to the last bit, what an undisturbed server gives."""
 import asyncio
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from manylora.store import Store
-from tests.wire.forked import ForkedServer, Nursery
+from tests.wire.forked import ForkedServer
 from tests.wire.server import Server
 from tests.wire.tenants import RANKS, Luck, Seen, Tenant, everybody
 
-STEPS = 12
+STEPS = 8
 PLANS = 4
 # Far more than a run takes, so that a slow machine is not taken for a stuck future.
 SECONDS = 240.0
@@ -34,11 +33,7 @@ def new_keys(folder: Path) -> list[str]:
         store.close()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nursery() -> Iterator[None]:
-    with Nursery() as running:
-        ForkedServer.nursery = running
-        yield
+pytestmark = pytest.mark.usefixtures("nursery")
 
 
 def undisturbed(plan: int, folder: Path) -> list[Seen]:
@@ -81,7 +76,7 @@ def storm(seed: int, folder: Path) -> tuple[list[Seen], Server]:
             )
             for number, key in enumerate(keys)
         ]  # fmt: skip
-        shaking = shake(server, draw, kills=draw.randint(1, 3))
+        shaking = shake(server, draw, kills=draw.randint(1, 5))
         seen = asyncio.run(everybody(tenants, STEPS, SECONDS, shaking))
         assert not any("Traceback" in line or "traceback" in line for line in server.log)
     return seen, server
