@@ -12,7 +12,7 @@ from manylora.api.states import read_state, weights_only, write_state
 from manylora.engine import Engine, free_bytes
 from manylora.lora.state import AdapterState
 from manylora.scheduler import BatchReport, Call, Operation, OperationQueue, Residency, Worker
-from manylora.types import AdapterSpec
+from manylora.types import AdapterSpec, ConfigError
 
 # Of the memory that is free once the base is open: for adapters in the engine, for their states on
 # their way in and out, and for snapshots. The rest is for activations and caches.
@@ -20,46 +20,62 @@ ADAPTER_SHARE, HOST_SHARE, SNAPSHOT_SHARE = 0.3, 0.15, 0.1
 
 
 class Host:
-    """A base, the adapters on it (in memory or on disk), and the queue before them."""
+    """A base, the adapters on it (in memory or on disk), and the queue before them.
+
+    The one place where an engine, a queue and a worker are put together.
+    """
 
     def __init__(
         self,
         base: str | Path,
-        folder: Path,
+        folder: Path | None = None,
         *,
         token_budget: int = 4096,
         dtype: str = "auto",
         device: str = "auto",
+        activation_checkpointing: bool = False,
         threads: int | None = None,
         max_resident: int | None = None,
-        before_save: Callable[[], None],
-        on_saved: Callable[[str, int], None],
-        observe: Callable[[BatchReport], None],
+        before_save: Callable[[], None] = lambda: None,
+        on_saved: Callable[[str, int], None] = lambda name, position: None,
+        observe: Callable[[BatchReport], None] = lambda report: None,
     ):
         """Open a base.
 
         Args:
-            folder: for adapters' states and snapshots.
+            folder: for adapters' states and snapshots; None = all of them stay in the engine.
             max_resident: adapters in the engine at once; None = what measured memory allows.
             before_save, on_saved: see `Pager`.
             observe: told of each batch that was run.
 
         Raises:
+            ConfigError: a setting is out of range.
             BaseModelError, Unsupported: see `Engine`.
         """
+        if token_budget < 1:
+            raise ConfigError(f"token_budget is {token_budget}; it must be ≥ 1")
         if threads is not None:
             torch.set_num_threads(threads)
-        self.engine = Engine(base, token_budget=token_budget, dtype=dtype, device=device)
-        on_device, on_host = free_bytes(self.engine.base.device), free_bytes(torch.device("cpu"))
-        adapters = Residency(
-            max_count=max_resident,
-            max_bytes=int(on_device * ADAPTER_SHARE) if max_resident is None else None,
+        self.engine = Engine(
+            base,
+            token_budget=token_budget,
+            dtype=dtype,
+            device=device,
+            activation_checkpointing=activation_checkpointing,
         )
+        on_device, on_host = free_bytes(self.engine.base.device), free_bytes(torch.device("cpu"))
+        adapters, snapshots = Residency(), Residency()
+        if folder is not None:
+            adapters = Residency(
+                max_count=max_resident,
+                max_bytes=int(on_device * ADAPTER_SHARE) if max_resident is None else None,
+            )
+            snapshots = Residency(max_bytes=int(on_device * SNAPSHOT_SHARE))
         self.pager = Pager(
             self.engine,
             folder,
             adapters=adapters,
-            snapshots=Residency(max_bytes=int(on_device * SNAPSHOT_SHARE)),
+            snapshots=snapshots,
             host_bytes=int(on_host * HOST_SHARE),
             before_save=before_save,
             on_saved=on_saved,

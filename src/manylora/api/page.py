@@ -16,14 +16,16 @@ class Page:
     Attributes:
         fresh: its settings, while nothing about it has to be remembered but these.
         held: its state, if it is in host memory.
-        position: `seq` of the last operation that it has run.
-        saved: the position that its state on disk has; None if there is none.
-        asked: the position of the newest state that the writer has or had in hand.
+        position: `seq` of the last operation that it has run; 0 where they are not numbered.
+        version: how often it has been changed here.
+        saved: the version that its state on disk has; None if there is none.
+        asked: the version of the newest state that the writer has or had in hand.
     """
 
     fresh: AdapterSpec | None = None
     held: AdapterState | None = None
     position: int = 0
+    version: int = 0
     saved: int | None = None
     asked: int | None = None
 

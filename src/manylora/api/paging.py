@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from manylora.api.page import BYTES_PER_PARAMETER, Page, bytes_of, file_name
+from manylora.api.snapshots import Snapshots
 from manylora.api.states import read_state, write_state
 from manylora.api.writer import Writer
 from manylora.engine import Engine
@@ -45,7 +46,7 @@ class Pager:
     def __init__(
         self,
         engine: Engine,
-        folder: Path,
+        folder: Path | None,
         *,
         adapters: Residency,
         snapshots: Residency,
@@ -56,7 +57,8 @@ class Pager:
         """Nothing is registered yet.
 
         Args:
-            folder: for states (`adapters/`) and snapshots (`snapshots/`).
+            folder: for states (`adapters/`) and snapshots (`snapshots/`); None = nothing leaves the
+                engine, so `adapters` and `snapshots` have no limits.
             adapters, snapshots: how many may be in the engine at once.
             host_bytes: of states held in host memory, those that wait to be written included.
             before_save: called before an adapter's state is written; returns once everything that
@@ -64,7 +66,7 @@ class Pager:
             on_saved: told the name and the position of each state that is whole on disk.
         """
         self.engine = engine
-        self.adapters, self.snapshots = adapters, snapshots
+        self.adapters = adapters
         self.host_bytes = host_bytes
         self._folder = folder
         self._before_save, self._on_saved = before_save, on_saved
@@ -72,6 +74,7 @@ class Pager:
         self._held = Residency(max_bytes=host_bytes)
         self._lock = threading.Lock()
         self._writer = Writer(host_bytes)
+        self.snapshots = Snapshots(engine, folder, snapshots, self._writer)
 
     # -- registering ------------------------------------------------------------------------------
 
@@ -83,11 +86,18 @@ class Pager:
         """
         self._refuse_known(name)
         self._pages[name] = Page(fresh=spec)
-        try:
-            self._bring_one(name)
-        except ManyloraError:
-            del self._pages[name]
-            raise
+        self._bring_first(name)
+
+    def restore(self, name: str, state: AdapterState) -> None:
+        """A new adapter that begins with a state, resident at once.
+
+        Raises:
+            AdapterExists
+        """
+        self._refuse_known(name)
+        self._pages[name] = Page()
+        self._hold(name, state)
+        self._bring_first(name)
 
     def register(self, name: str, spec: AdapterSpec, position: int | None) -> None:
         """An adapter of an earlier life of this folder; nothing is read before it is needed.
@@ -98,7 +108,8 @@ class Pager:
         self._refuse_known(name)
         self._pages[name] = Page(
             fresh=spec if position is None else None,
-            position=position or 0, saved=position, asked=position,
+            position=position or 0, saved=None if position is None else 0,
+            asked=None if position is None else 0,
         )  # fmt: skip
 
     def replace(self, name: str, state: AdapterState, position: int) -> None:
@@ -107,8 +118,8 @@ class Pager:
         self._forget_resident(name)
         self.adapters.drop(name)
         self._hold(name, state)
+        self._advance(name, position)
         self._pages[name].fresh = None
-        self._pages[name].position = position
         self.save(name)
 
     def unload(self, name: str) -> None:
@@ -117,7 +128,8 @@ class Pager:
         self._forget_resident(name)
         self._held.drop(name)
         del self._pages[name]
-        self._writer.write(lambda: shutil.rmtree(self.state_folder(name), ignore_errors=True), 0)
+        if self._folder is not None:
+            self._delete(self.state_folder(name))
 
     def position(self, name: str) -> int:
         """`seq` of the last operation that the adapter has run."""
@@ -125,11 +137,12 @@ class Pager:
 
     def state_folder(self, name: str) -> Path:
         """Where the adapter's state lies when it is on disk."""
+        assert self._folder is not None
         return self._folder / "adapters" / file_name(name)
 
     def snapshot_folder(self, snapshot: str) -> Path:
         """Where the snapshot lies on disk."""
-        return self._folder / "snapshots" / file_name(snapshot)
+        return self.snapshots.folder_of(snapshot)
 
     # -- the engine's verbs -----------------------------------------------------------------------
 
@@ -149,7 +162,7 @@ class Pager:
         for number, sample in enumerate(samples):
             try:
                 if sample.snapshot is not None:
-                    self._bring_snapshot(sample.snapshot)
+                    self.snapshots.bring(sample.snapshot)
                 elif sample.adapter is not None:
                     self._bring_one(sample.adapter)
             except ManyloraError as error:
@@ -185,23 +198,19 @@ class Pager:
         self._advance(name, position)
 
     def snapshot(self, name: str, snapshot: str, position: int) -> None:
-        """Freeze a copy of the adapter's weights; it is on disk soon."""
+        """Freeze a copy of the adapter's weights; it is on disk soon, if there is a folder."""
         self._bring_one(name)
-        self.engine.snapshot(name, snapshot)
-        self._note_snapshot(snapshot)
+        self.snapshots.take(name, snapshot)
         self._advance(name, position)
-        state = self.engine.snapshot_state(snapshot)
-        folder = self.snapshot_folder(snapshot)
-        self._writer.write(
-            lambda: write_state(self.engine, folder, state, position=0), bytes_of(state)
-        )
 
     def drop_snapshot(self, snapshot: str) -> None:
         """Forget a snapshot and delete it from disk."""
-        self.engine.drop_snapshot(snapshot)
         self.snapshots.drop(snapshot)
-        folder = self.snapshot_folder(snapshot)
-        self._writer.write(lambda: shutil.rmtree(folder, ignore_errors=True), 0)
+
+    def whole_state(self, name: str) -> AdapterState:
+        """A copy of all that training goes on from, a gradient that waits for its step included."""
+        self._bring_one(name)
+        return self.engine.state(name)
 
     def state(self, name: str, position: int, *, moments: bool) -> AdapterState:
         """A copy of the adapter's state as of now, as a checkpoint keeps it: without the gradient
@@ -217,19 +226,25 @@ class Pager:
             return replace(state, grad=None, poison=None)
         return AdapterState(state.spec, state.layout, state.weights, step=state.step)
 
-    def write(self, write: Callable[[], Result], state: AdapterState) -> "Future[Result]":
-        """Have the writer write a state, after what it has in hand."""
-        return self._writer.write(write, bytes_of(state))
+    def write(
+        self, write: Callable[[], Result], state: AdapterState, *, quiet: bool = False
+    ) -> "Future[Result]":
+        """Have the writer write a state, after what it has in hand; see `Writer.write`."""
+        return self._writer.write(write, bytes_of(state), quiet=quiet)
 
     def save(self, name: str) -> Future[Any] | None:
         """Have the adapter's state written, unless the newest is there or on its way."""
         page = self._page(name)
-        if page.asked == page.position or page.fresh is not None:
+        if self._folder is None or page.asked == page.version or page.fresh is not None:
             return None
         state = self.engine.state(name) if name in self.engine.adapters else page.held
-        assert state is not None
-        position = page.asked = page.position
-        return self._writer.write(lambda: self._save_own(name, state, position), bytes_of(state))
+        if state is None:  # its state on disk cannot be read, so it has done nothing since
+            return None
+        position, version = page.position, page.version
+        page.asked = version
+        return self._writer.write(
+            lambda: self._save_own(name, state, position, version), bytes_of(state)
+        )
 
     def save_all(self) -> None:
         """Write every state that is not on disk, and wait for the writer."""
@@ -252,6 +267,18 @@ class Pager:
         }
 
     # -- inside -----------------------------------------------------------------------------------
+
+    def _bring_first(self, name: str) -> None:
+        """Bring an adapter in that is being made; one that cannot be was never there."""
+        try:
+            self._bring_one(name)
+        except BaseException:
+            self._held.drop(name)
+            del self._pages[name]
+            raise
+
+    def _delete(self, folder: Path) -> None:
+        self._writer.write(lambda: shutil.rmtree(folder, ignore_errors=True), 0)
 
     def _run(
         self, operations: Sequence[Any], verb: Callable[[Sequence[Any]], Iterable[Any]]
@@ -316,9 +343,9 @@ class Pager:
         """Let go of held states beyond the limit that are whole on disk."""
         for name in self._held.excess():
             page = self._pages[name]
-            if page.saved != page.position:
+            if page.saved != page.version:
                 self._writer.drain()
-            if page.saved == page.position:
+            if page.saved == page.version:
                 page.held = None
                 self._held.drop(name)
 
@@ -327,45 +354,27 @@ class Pager:
             self.engine.unload(name)
         self.adapters.drop(name)
 
-    def _bring_snapshot(self, snapshot: str) -> None:
-        if snapshot not in self.engine.snapshots:
-            folder = self.snapshot_folder(snapshot)
-            if not folder.exists():
-                raise AdapterNotFound(f"no snapshot named {snapshot!r}")
-            self.engine.install_snapshot(snapshot, read_state(self.engine, folder).state)
-        self._note_snapshot(snapshot)
-
-    def _note_snapshot(self, snapshot: str) -> None:
-        weights_P = self.engine.snapshots[snapshot].weights_P
-        self.snapshots.use(snapshot, weights_P.numel() * weights_P.element_size())
-        for victim in self.snapshots.excess(keep={snapshot}):
-            if not self.snapshot_folder(victim).exists():
-                self._writer.drain()
-            # One that could not be written stays.
-            if self.snapshot_folder(victim).exists():
-                self.engine.drop_snapshot(victim)
-                self.snapshots.drop(victim)
-
     def _advance(self, name: str, position: int) -> None:
         page = self._pages[name]
         page.position = max(page.position, position)
+        page.version += 1
         if name in self.engine.adapters:
             page.fresh = None
 
-    def _save_own(self, name: str, state: AdapterState, position: int) -> None:
+    def _save_own(self, name: str, state: AdapterState, position: int, version: int) -> None:
         try:
             self._before_save()
             write_state(self.engine, self.state_folder(name), state, position=position)
         except ManyloraError:
             with self._lock:
                 page = self._pages.get(name)
-                if page is not None and page.asked == position:
+                if page is not None and page.asked == version:
                     page.asked = page.saved
             raise
         with self._lock:
             page = self._pages.get(name)
             if page is not None:
-                page.saved = position
+                page.saved = version
         self._on_saved(name, position)
 
     def _page(self, name: str) -> Page:

@@ -20,10 +20,17 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="manylora-writer")
         self._waiting: deque[tuple[Future[Any], int]] = deque()
 
-    def write(self, write: Callable[[], Result], num_bytes: int) -> "Future[Result]":
-        """Queue a write that keeps `num_bytes` of memory; waits while too much is queued."""
+    def write(
+        self, write: Callable[[], Result], num_bytes: int, *, quiet: bool = False
+    ) -> "Future[Result]":
+        """Queue a write that keeps `num_bytes` of memory; waits while too much is queued.
+
+        Args:
+            quiet: the caller looks at the future; a failure need not be logged.
+        """
         future = self._thread.submit(write)
-        future.add_done_callback(_log_failure)
+        if not quiet:
+            future.add_done_callback(_log_failure)
         self._waiting.append((future, num_bytes))
         while self._waiting and self._waiting[0][0].done():
             self._waiting.popleft()

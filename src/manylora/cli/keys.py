@@ -12,7 +12,10 @@ _DATA_DIR = click.option(
 _DATABASE = click.option("--database", help="SQLAlchemy URL, if the server has another database.")
 
 
-@click.group(short_help="Make, list and revoke API keys of a server.")
+@click.group(
+    epilog="Example: manylora keys create alice --data-dir ./data",
+    short_help="Make, list and revoke API keys of a server.",
+)
 def keys() -> None:
     """Make, list and revoke API keys of a server, running or not."""
 

@@ -6,19 +6,18 @@ Each has a file of its own; here is only what concerns several of them.
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
-from pathlib import Path
 
 from manylora.service.contract import JSON_TYPE, Outcome, Waiting
 from manylora.service.errors import QuotaExceeded
-from manylora.service.keeping import Keeping, listed
+from manylora.service.keeping import Keeping
+from manylora.service.missing import Missing
 from manylora.service.models import Model, Models, seed_of
 from manylora.service.operations import Operations, Request, adapter_spec
 from manylora.service.parts import Parts
 from manylora.service.samplers import Samplers
-from manylora.service.sessions import Session, Sessions
+from manylora.service.sessions import Sessions
+from manylora.service.shelves import Shelves
 from manylora.service.wire.codec import digest_json
 from manylora.service.wire.messages import (
     CreateModelRequest,
@@ -35,9 +34,7 @@ from manylora.service.wire.messages import (
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.pieces import ForwardBackwardSubmit, SampleSubmit
 from manylora.service.wire.replies import (
-    CheckpointList,
     CreateModelReply,
-    Cursor,
     LoadWeightsReply,
     ModelData,
     ModelInfo,
@@ -46,9 +43,6 @@ from manylora.service.wire.replies import (
     ServerCapabilities,
     Submitted,
     SupportedModel,
-    TrainingRun,
-    TrainingRunList,
-    WeightsInfo,
 )
 from manylora.store import CheckpointRow, ModelRow
 from manylora.types import DataError, ManyloraError, Unsupported
@@ -61,16 +55,17 @@ CREATION = 0
 MANY_BATCHES = 16
 
 
-class TinkerHub:
+class TinkerHub(Shelves):
     """`contract.Hub`, over one engine and one data directory."""
 
     def __init__(self, parts: Parts):
         self.parts = parts
         self.keeping = Keeping(parts.store, parts.folder, parts.settings)
-        self.sessions = Sessions(parts.store)
+        self.sessions = Sessions(parts.store, parts.clock)
         self.samplers = Samplers(parts, self.keeping)
         operations = Operations(parts, self.keeping, self.samplers.publish)
         self.models = Models(parts, operations)
+        self.missing = Missing(self.models, self.samplers, time.time())
         # A copy must not replace what a model has learned since an equal request made it.
         self._loading = asyncio.Lock()
 
@@ -101,13 +96,14 @@ class TinkerHub:
     ) -> None:
         session = await self.sessions.finish(tenant, session_id, request)
         if session is not None:
-            await self.close_models(session)
+            # What is queued still runs; the client need not wait for that.
+            self.parts.in_background(self.close_models(session.tenant, session.id))
 
-    async def close_models(self, session: Session) -> None:
-        """Free what a session that is over had open."""
-        own = [model for model in self.models if model.row.session_id == session.id]
+    async def close_models(self, tenant: str, session_id: str) -> None:
+        """Free what a session that is over had open, once what is queued for it has run."""
+        own = [model for model in self.models if model.row.session_id == session_id]
         await asyncio.gather(*(self.models.close(model) for model in own))
-        await self.samplers.forget_session(session.tenant, session.id)
+        await self.samplers.forget_session(tenant, session_id)
 
     async def keep_last(self, model: Model) -> None:
         """Write what a model has learned since it was last saved as its checkpoint `last`."""
@@ -257,56 +253,16 @@ class TinkerHub:
     # -- results ---------------------------------------------------
 
     async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
-        outcome = await self.parts.promises.outcome(tenant, request_id, timeout)
+        promises = self.parts.promises
+        outcome = await promises.outcome(tenant, request_id, timeout)
+        if outcome is None and request_id in promises:  # it came just now
+            outcome = await promises.outcome(tenant, request_id, timeout)
         if isinstance(outcome, Waiting):
             count, tokens = self.parts.host.queue.waiting(tenant)
             if tokens > MANY_BATCHES * self.parts.settings.token_budget:
                 reason = f"{count} of your operations, {tokens:,} tokens, wait for their turn"
                 return Waiting("paused_capacity", reason)
-        return outcome
-
-    # -- training runs and checkpoints ---------------------------------------------------
-
-    async def training_run(self, tenant: str, model_id: str) -> TrainingRun:
-        return await self._training_run(await self.models.row(tenant, model_id))
-
-    async def training_runs(self, tenant: str, limit: int, offset: int) -> TrainingRunList:
-        page = await asyncio.to_thread(self.parts.store.models.page, tenant, limit, offset)
-        runs = [await self._training_run(row) for row in page.rows]
-        cursor = Cursor(offset=offset, limit=limit, total_count=page.total)
-        return TrainingRunList(training_runs=runs, cursor=cursor)
-
-    async def checkpoints_of(self, tenant: str, model_id: str) -> CheckpointList:
-        await self.models.row(tenant, model_id)
-        rows = await self.keeping.of_model(tenant, model_id)
-        return CheckpointList(checkpoints=[listed(row) for row in rows])
-
-    async def checkpoints(self, tenant: str, limit: int, offset: int) -> CheckpointList:
-        return await self.keeping.page(tenant, limit, offset)
-
-    async def delete_checkpoint(self, tenant: str, path: TinkerPath) -> None:
-        await self.keeping.delete(tenant, path)
-
-    async def set_ttl(self, tenant: str, path: TinkerPath, ttl_seconds: int | None) -> None:
-        await self.keeping.set_ttl(tenant, path, ttl_seconds)
-
-    async def set_public(self, tenant: str, path: TinkerPath, public: bool) -> None:
-        await self.keeping.set_public(tenant, path, public)
-
-    async def weights_info(self, tenant: str, path: TinkerPath) -> WeightsInfo:
-        row = await self.keeping.readable(
-            tenant, path, "weights", "sampler_weights", "external_weights"
-        )
-        return WeightsInfo(
-            base_model=str(row.spec["base_model"]),
-            lora_rank=int(row.spec["rank"]),
-            train_unembed=bool(row.spec["train_unembed"]),
-            train_mlp=bool(row.spec["train_mlp"]),
-            train_attn=bool(row.spec["train_attn"]),
-        )
-
-    async def external_files(self, tenant: str, path: TinkerPath) -> Mapping[str, Path]:
-        return await self.keeping.external_files(tenant, path)
+        return await self.missing.explain(tenant, request_id) if outcome is None else outcome
 
     # -- inside ---------------------------------------------------
 
@@ -362,22 +318,6 @@ class TinkerHub:
         promise.durable.set_result(None)
         return True
 
-    async def _training_run(self, row: ModelRow) -> TrainingRun:
-        rows = await self.keeping.of_model(row.tenant, row.id)
-        training = [listed(r) for r in rows if r.kind == "weights"]
-        sampler = [listed(r) for r in rows if r.kind == "sampler_weights"]
-        return TrainingRun(
-            training_run_id=row.id,
-            base_model=row.base_model,
-            model_owner=row.tenant,
-            last_request_time=_moment(row.last_request_at),
-            lora_rank=int(row.spec["rank"]),
-            corrupted=row.fault is not None,
-            last_checkpoint=training[-1] if training else None,
-            last_sampler_checkpoint=sampler[-1] if sampler else None,
-            user_metadata=row.user_metadata or None,
-        )
-
 
 def _model_id(session_id: str, seq: int) -> str:
     """The id that the SDK works out for itself when a model is made by a load."""
@@ -386,10 +326,6 @@ def _model_id(session_id: str, seq: int) -> str:
 
 def _creation_of(model_id: str) -> str:
     return f"{model_id}:{CREATION}"
-
-
-def _moment(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
 
 
 def _json(reply: Reply) -> tuple[str, bytes]:

@@ -194,6 +194,7 @@ def _secret(folder: Path) -> bytes:
     """The key of download addresses; made once, readable by nobody else."""
     path = folder / "signing.key"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             path.touch(mode=0o600)
             path.write_bytes(secrets.token_bytes(32))

@@ -14,7 +14,7 @@ from manylora.service.parts import Parts
 from manylora.service.promises import Promises
 from manylora.service.replay import Replay
 from manylora.service.results import Results
-from manylora.service.upkeep import Upkeep
+from manylora.service.upkeep import SECONDS_OF_AN_HOUR, Upkeep
 from manylora.service.wire.limits import WireLimits
 from manylora.store import Store
 
@@ -22,7 +22,6 @@ log = logging.getLogger("manylora.service")
 
 # Results that are kept in memory beside their files.
 RESULT_BYTES = 128 << 20
-SECONDS_OF_AN_HOUR = 3600.0
 
 
 class Service:
@@ -98,6 +97,7 @@ class Service:
             await asyncio.to_thread(parts.host.close, cancel=True)
             await asyncio.to_thread(parts.promises.close)
             await asyncio.sleep(0)  # what the last outcomes left for the loop to do
+            await parts.settle()
             await asyncio.to_thread(self._close_journal, parts)
         await asyncio.to_thread(self.store.close)
 

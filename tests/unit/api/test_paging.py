@@ -191,9 +191,9 @@ def test_snapshots_stay_as_they_were(make: Make) -> None:
         frozen[f"s{step}"] = pager.engine.snapshots[f"s{step}"].weights_P.clone()
     assert len(pager.engine.snapshots) == 2
     for name, weights_P in frozen.items():
-        pager._bring_snapshot(name)
+        pager.snapshots.bring(name)
         assert torch.equal(pager.engine.snapshots[name].weights_P, weights_P)
     pager.drop_snapshot("s1")
     pager.close()
     with pytest.raises(AdapterNotFound):
-        pager._bring_snapshot("s1")
+        pager.snapshots.bring("s1")

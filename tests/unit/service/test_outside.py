@@ -72,6 +72,12 @@ def test_health_and_readiness_differ(hub):
     assert Client(application(hub), None).get("/metrics").status_code == 404
 
 
+def test_figures_name_tenants_and_so_need_a_key_from_elsewhere(hub):
+    app = application(hub, metrics=lambda: "fill 1\n")
+    assert Client(app, None, host="10.0.0.7").get("/metrics").status_code == 401
+    assert Client(app, host="10.0.0.7").get("/metrics").text == "fill 1\n"
+
+
 def test_openapi_has_every_json_route_with_its_body(hub):
     document = Client(application(hub), None).get("/openapi.json").json()
     text = json.dumps(document)
