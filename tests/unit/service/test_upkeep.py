@@ -118,6 +118,11 @@ class Place:
         await self.upkeep.round()
         await asyncio.gather(*self.upkeep._closing.values())
 
+    async def written(self) -> None:
+        """Until the engine has nothing queued, and the writer nothing in hand."""
+        host = self.hub.parts.host
+        await asyncio.wrap_future(host.call(None, host.pager._drain))
+
     def later(self, seconds: float) -> None:
         self.clock.now += seconds
         self.wall.now += seconds
@@ -172,7 +177,7 @@ def test_a_silent_session_is_closed_and_its_adapter_kept(run):
             await place.data(4)
         kept = await hub.keeping.get(WHO, TinkerPath(place.model, "weights", "last"))
         assert kept.step == 1
-        await asyncio.to_thread(hub.parts.host.pager._drain)
+        await place.written()
         assert hub.parts.host.pager.counts()["resident"] == 0
         assert not folder.exists()
         assert sampler not in hub.parts.host.engine.snapshots
@@ -232,7 +237,7 @@ def test_a_gap_times_out_and_stays_closed(run):
     run(test)
 
 
-def test_a_restart_repeats_a_gap_that_was_given_up(tmp_path: Path):
+def test_a_restart_repeats_a_gap_that_was_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     async def whole() -> None:
         place = Place(tmp_path / "data")
         async with place.open():
@@ -249,9 +254,11 @@ def test_a_restart_repeats_a_gap_that_was_given_up(tmp_path: Path):
             ]
             journal = place.hub.parts.journal
             assert journal.lag()[0] >= 5  # nothing of it is in a state
-            place.hub.parts.host.pager.save_all = lambda: None  # as if it had been killed
+            monkeypatch.setattr(
+                place.hub.parts.host.pager, "save_all", lambda: None
+            )  # as if killed
         async with place.open():
-            assert place.hub.models.peek(place.model).order.next_seq == 7
+            assert (await place.hub.models.require(WHO, place.model)).order.next_seq == 7
             after = [await place.result(f"{place.model}:{seq}") for seq in (5, 6)]
             assert after == before
             assert isinstance(await place.result(f"{place.model}:3"), Failed)
@@ -287,7 +294,7 @@ def test_snapshots_go_once_nobody_uses_them(run):
             place.clock.now += SWEEP_SECONDS
             await hub.heartbeat(WHO, place.session)
             await place.round()
-            await asyncio.to_thread(host.pager._drain)
+            await place.written()
 
         def there(name: str) -> bool:
             on_disk = host.pager.snapshot_folder(name).exists()
@@ -326,8 +333,8 @@ def test_the_journal_keeps_what_the_disk_did_not_take(run, monkeypatch: pytest.M
         def full() -> None:
             raise SaveFailed("the disk is full")
 
-        with monkeypatch.context() as patch:
-            patch.setattr(results, "flush", full)
+        with monkeypatch.context() as broken:
+            broken.setattr(results, "flush", full)
             with pytest.raises(SaveFailed):
                 await place.round()
         assert list(place.hub.parts.covered) == before
