@@ -65,7 +65,7 @@ class TinkerHub(Shelves):
         self.samplers = Samplers(parts, self.keeping)
         operations = Operations(parts, self.keeping, self.samplers.publish)
         self.models = Models(parts, operations)
-        self.missing = Missing(self.models, self.samplers, time.time())
+        self.missing = Missing(self.models, self.samplers, parts.wall())
         # A copy must not replace what a model has learned since an equal request made it.
         self._loading = asyncio.Lock()
 
