@@ -8,15 +8,16 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
 from manylora.service.contract import JSON_TYPE, Outcome
 from manylora.service.errors import QuotaExceeded
-from manylora.service.keeping import Keeping, listed
+from manylora.service.keeping import Keeping
+from manylora.service.listing import listed, training_run, weights_info
 from manylora.service.models import Model, Models, seed_of
 from manylora.service.operations import Operations, Request, adapter_spec
 from manylora.service.parts import Parts
+from manylora.service.runs import Runs
 from manylora.service.samplers import Samplers
 from manylora.service.sessions import Session, Sessions
 from manylora.service.wire.codec import digest_json
@@ -50,6 +51,7 @@ from manylora.service.wire.replies import (
     TrainingRunList,
     WeightsInfo,
 )
+from manylora.service.wire.runs import Adapter, AdapterList, Run, RunList, SubmitRunRequest
 from manylora.store import CheckpointRow, ModelRow
 from manylora.types import DataError, ManyloraError, Unsupported
 
@@ -69,6 +71,7 @@ class TinkerHub:
         self.samplers = Samplers(parts, self.keeping)
         operations = Operations(parts, self.keeping, self.samplers.publish)
         self.models = Models(parts, operations)
+        self.submitted = Runs(parts, self.keeping)
         # A copy must not replace what a model has learned since an equal request made it.
         self._loading = asyncio.Lock()
 
@@ -252,6 +255,36 @@ class TinkerHub:
     async def sample(self, tenant: str, submit: SampleSubmit) -> Submitted:
         return await self.samplers.sample(tenant, submit)
 
+    # -- runs and adapters ---------------------------------------------------
+
+    async def submit_run(self, tenant: str, request: SubmitRunRequest) -> Run:
+        if request.base_model is not None:
+            self._check_base(request.base_model)
+        self._check_adapters(tenant)
+        return await self.submitted.submit(tenant, request)
+
+    async def runs(self, tenant: str, limit: int, offset: int) -> RunList:
+        return await self.submitted.page(tenant, limit, offset)
+
+    async def run(self, tenant: str, run_id: str, after: int) -> Run:
+        return await self.submitted.get(tenant, run_id, after)
+
+    async def cancel_run(self, tenant: str, run_id: str) -> Run:
+        return await self.submitted.cancel(tenant, run_id)
+
+    async def adapters(self, tenant: str) -> AdapterList:
+        return AdapterList(adapters=[m.info() for m in self.models if m.tenant == tenant])
+
+    async def adapter(self, tenant: str, adapter_id: str) -> Adapter:
+        return (await self.models.require(tenant, adapter_id)).info()
+
+    async def close_adapter(self, tenant: str, adapter_id: str) -> Adapter:
+        model = await self.models.require(tenant, adapter_id)
+        if model.fault is None:
+            await self.keep_last(model)
+        await self.models.close(model)
+        return model.info()
+
     # -- results ---------------------------------------------------
 
     async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
@@ -260,11 +293,12 @@ class TinkerHub:
     # -- training runs and checkpoints ---------------------------------------------------
 
     async def training_run(self, tenant: str, model_id: str) -> TrainingRun:
-        return await self._training_run(await self.models.row(tenant, model_id))
+        row = await self.models.row(tenant, model_id)
+        return training_run(row, await self.keeping.of_model(tenant, model_id))
 
     async def training_runs(self, tenant: str, limit: int, offset: int) -> TrainingRunList:
         page = await asyncio.to_thread(self.parts.store.models.page, tenant, limit, offset)
-        runs = [await self._training_run(row) for row in page.rows]
+        runs = [training_run(r, await self.keeping.of_model(tenant, r.id)) for r in page.rows]
         cursor = Cursor(offset=offset, limit=limit, total_count=page.total)
         return TrainingRunList(training_runs=runs, cursor=cursor)
 
@@ -289,13 +323,7 @@ class TinkerHub:
         row = await self.keeping.readable(
             tenant, path, "weights", "sampler_weights", "external_weights"
         )
-        return WeightsInfo(
-            base_model=str(row.spec["base_model"]),
-            lora_rank=int(row.spec["rank"]),
-            train_unembed=bool(row.spec["train_unembed"]),
-            train_mlp=bool(row.spec["train_mlp"]),
-            train_attn=bool(row.spec["train_attn"]),
-        )
+        return weights_info(row)
 
     async def external_files(self, tenant: str, path: TinkerPath) -> Mapping[str, Path]:
         return await self.keeping.external_files(tenant, path)
@@ -314,6 +342,14 @@ class TinkerHub:
         names = self.parts.base_names
         if name not in names:
             raise DataError(f"base_model is {name!r}; this server's is {' or '.join(names)}")
+
+    def _check_adapters(self, tenant: str) -> None:
+        quota = self.parts.settings.quotas.adapters
+        if self.models.count(tenant) + self.submitted.count(tenant) >= quota:
+            raise QuotaExceeded(
+                f"you have {quota} adapters open, which is all that you may: finish a session or a "
+                "run, or let one end"
+            )
 
     def _new_row(
         self,
@@ -340,12 +376,8 @@ class TinkerHub:
         Raises:
             QuotaExceeded: the tenant has all that it may have. Conflict: the number is taken.
         """
-        quota = self.parts.settings.quotas.adapters
-        if not self.models.is_open(row.id) and self.models.count(row.tenant) >= quota:
-            raise QuotaExceeded(
-                f"you have {quota} adapters open, which is all that you may: finish a session, or "
-                "let one end"
-            )
+        if not self.models.is_open(row.id):
+            self._check_adapters(row.tenant)
         kept = await asyncio.to_thread(self.parts.store.models.create, row)
         if self.models.is_open(row.id) or kept.closed_at is not None:
             return False
@@ -353,22 +385,6 @@ class TinkerHub:
         promise = self.parts.promises.open(_creation_of(row.id), row.tenant, row.digest)
         promise.durable.set_result(None)
         return True
-
-    async def _training_run(self, row: ModelRow) -> TrainingRun:
-        rows = await self.keeping.of_model(row.tenant, row.id)
-        training = [listed(r) for r in rows if r.kind == "weights"]
-        sampler = [listed(r) for r in rows if r.kind == "sampler_weights"]
-        return TrainingRun(
-            training_run_id=row.id,
-            base_model=row.base_model,
-            model_owner=row.tenant,
-            last_request_time=_moment(row.last_request_at),
-            lora_rank=int(row.spec["rank"]),
-            corrupted=row.fault is not None,
-            last_checkpoint=training[-1] if training else None,
-            last_sampler_checkpoint=sampler[-1] if sampler else None,
-            user_metadata=row.user_metadata or None,
-        )
 
 
 def _model_id(session_id: str, seq: int) -> str:
@@ -378,10 +394,6 @@ def _model_id(session_id: str, seq: int) -> str:
 
 def _creation_of(model_id: str) -> str:
     return f"{model_id}:{CREATION}"
-
-
-def _moment(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
 
 
 def _json(reply: Reply) -> tuple[str, bytes]:

@@ -146,7 +146,7 @@ def _body_limits(settings: ServerFile) -> BodyLimits:
     return BodyLimits(
         ordinary=min(ordinary.ordinary, largest),
         by_path={
-            path: largest if path.endswith("forward_backward") else min(limit, largest)
+            path: largest if path.endswith(("forward_backward", "/runs")) else min(limit, largest)
             for path, limit in ordinary.by_path.items()
         },
     )
