@@ -27,7 +27,7 @@ DEV := $(VENV)/.dev-installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check slow cookbook bench clean
+.PHONY: help quickstart test check slow cookbook chaos bench clean
 
 help: ## list the targets
 	@echo "usage: make <target> [PYTHON=python3.12] [PYTEST_FLAGS=...]"
@@ -55,6 +55,9 @@ slow: $(DEV) ## run the tests marked slow
 
 cookbook: $(DEV) ## run every recipe of tinker-cookbook that is tested, against a server
 	$(BIN)/python -m pytest tests/cookbook -m "not slow" $(PYTEST_FLAGS)
+
+chaos: $(DEV) ## kill the server at random under eight tenants, fifty times
+	$(BIN)/python -m pytest tests/wire/test_chaos.py -m chaos $(PYTEST_FLAGS)
 
 bench: $(DEV) ## measure many adapters at once against one after the other
 	$(BIN)/python -m benchmarks.multi_tenant

@@ -40,7 +40,7 @@ def make_workplace(folder: Path) -> Path:
         (folder / alias).mkdir(parents=True)
         for name in TOKENIZER_FILES:
             shutil.copy(tokenizer / name, folder / alias / name)
-    _dataset(folder / "HuggingFaceH4/no_robots", train=_chats(1, 256), test=_chats(2, 24))
+    _dataset(folder / "HuggingFaceH4/no_robots", train=_chats(1, 256), test=_chats(2, 136))
     _dataset(folder / "openai/gsm8k", train=_sums(3, 256), test=_sums(4, 16))
     _named_config(folder / "openai/gsm8k", "main", ("train", "test"))
     _dataset(

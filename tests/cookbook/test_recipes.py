@@ -17,15 +17,18 @@ from tests.wire.server import BASE_ALIAS, CHAT_ALIAS
 BASE = f"model_name={BASE_ALIAS}"
 CHAT = f"model_name={CHAT_ALIAS}"
 FRESH = "behavior_if_log_dir_exists=raise"
+# With the usual renderer `seedling` adds up well and has nothing to learn. This one puts an empty
+# thought before the answer, which `seedling` has never seen: three answers in four do not end.
 ARITHMETIC = (
     CHAT,
     FRESH,
+    "renderer_name=qwen3_disable_thinking",
     "env=arithmetic",
     "group_size=8",
     "groups_per_batch=8",
     "lora_rank=8",
-    "learning_rate=1e-3",
-    "max_tokens=4",
+    "learning_rate=1.5e-3",
+    "max_tokens=5",
     "eval_every=0",
 )
 
@@ -87,29 +90,29 @@ def test_math_rl_learns(workplace: Workplace):
         "math_rl",
         *ARITHMETIC,
         "loss_fn=importance_sampling",
-        "max_steps=12",
+        "max_steps=10",
     )
-    assert len(log.series("env/all/reward/total")) == 12
-    assert rises(log.series("env/all/reward/total")) > 0.02
+    assert len(log.series("env/all/reward/total")) == 10
+    assert rises(log.series("env/all/reward/total")) > 0.03
+    assert rises(log.series("env/all/format")) > 0.3
+    # What sampling said of its tokens is what training says of them.
+    assert max(map(abs, log.series("optim/kl_sample_train_v1"))) < 1e-4
     finished(log)
 
 
-def test_preference_dpo(workplace: Workplace):
+def test_rl_loop(workplace: Workplace):
     log = workplace.run(
-        "preference.dpo.train",
-        "dpo",
+        "rl_loop",
+        "rl_loop",
         BASE,
-        FRESH,
-        "batch_size=16",
-        "learning_rate=1e-3",
-        "max_length=128",
-        "max_steps=4",
+        "batch_size=4",
+        "group_size=4",
+        "lora_rank=8",
+        "max_tokens=12",
+        "loss_fn=importance_sampling",
+        "max_steps=3",
     )
-    losses = log.series("dpo_loss")
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the reference is where it starts
-    assert losses[-1] < losses[0]
-    assert log.series("margin")[-1] > 0
-    assert len(log.series("test/nll")) == 2
+    assert len(log.series("reward/total")) == 3
     finished(log)
 
 
@@ -201,20 +204,6 @@ RECIPES = {
         ),
         "train_mean_nll",
         steps=8,
-    ),
-    "rl_loop": Recipe(
-        "rl_loop",
-        (
-            BASE,
-            "batch_size=4",
-            "group_size=4",
-            "lora_rank=8",
-            "max_tokens=12",
-            "loss_fn=importance_sampling",
-            "max_steps=3",
-        ),
-        "reward/total",
-        steps=3,
     ),
     "rl_basic": Recipe(
         "rl_basic",
@@ -308,4 +297,25 @@ def test_recipe(workplace: Workplace, name: str):
         recipe.module, name.replace(" ", "-"), *recipe.options, seconds=recipe.seconds
     )
     assert len(log.series(recipe.metric)) == recipe.steps
+    finished(log)
+
+
+@pytest.mark.cookbook
+def test_preference_dpo(workplace: Workplace):
+    log = workplace.run(
+        "preference.dpo.train",
+        "dpo",
+        BASE,
+        FRESH,
+        "batch_size=16",
+        "learning_rate=1e-3",
+        "max_length=128",
+        "max_steps=4",
+        seconds=300,
+    )
+    losses = log.series("dpo_loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the reference is where it starts
+    assert losses[-1] < losses[0]
+    assert log.series("margin")[-1] > 0
+    assert len(log.series("test/nll")) == 2
     finished(log)

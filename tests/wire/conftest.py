@@ -14,6 +14,7 @@ os.environ.pop("TINKER_API_KEY", None)
 
 import tinker
 
+from tests.wire.forked import ForkedServer, Nursery
 from tests.wire.server import DEVELOPER, Server
 
 Serve = Callable[..., Server]
@@ -24,6 +25,14 @@ Connect = Callable[..., tinker.ServiceClient]
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server without keys for all tests that only need a session of their own."""
     with Server(tmp_path_factory.mktemp("served")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """For tests that start servers again and again: `ForkedServer` in place of `Server`."""
+    with Nursery() as running:
+        ForkedServer.nursery = running
         yield running
 
 

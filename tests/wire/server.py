@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Protocol, Self
 
 import httpx
 
@@ -25,7 +25,7 @@ _KEY = re.compile(r"tml-[A-Za-z0-9_-]+")
 _COMMAND = [sys.executable, "-m", "manylora.cli.main"]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's, with one thread for each kernel: bits are compared between servers."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -37,7 +37,7 @@ def run_keys(folder: Path, *words: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        env=_environment(),
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -51,6 +51,19 @@ def create_key(folder: Path, tenant: str) -> str:
     return found.group()
 
 
+class Process(Protocol):
+    """What a server needs of its process."""
+
+    pid: int
+    stdout: Any
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, sig: int) -> None: ...
+
+    def wait(self, timeout: float) -> int: ...
+
+
 class Server:
     """One server over one data directory; `url` is known once it is ready."""
 
@@ -60,7 +73,7 @@ class Server:
         self.port = 0
         self.num_kills = 0
         self.log: list[str] = []
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Process | None = None
         self._readers: list[threading.Thread] = []
 
     @property
@@ -74,29 +87,44 @@ class Server:
 
     def start(self) -> Self:
         """Start and wait until it answers; a second start takes the same port."""
-        aliases = [word for alias in (BASE_ALIAS, CHAT_ALIAS) for word in ("--alias", alias)]
-        self._process = subprocess.Popen(
-            [
-                *_COMMAND,
-                *("serve", "--base", "seedling", *aliases),
-                *("--port", str(self.port), "--data-dir", str(self.folder)),
-                *self.options,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=_environment(),
-        )
-        found = threading.Event()
-        reader = threading.Thread(target=self._read, args=(self._process, found), daemon=True)
-        reader.start()
-        self._readers.append(reader)
+        found = self._launch()
         assert found.wait(START_SECONDS), self._complaint("printed no URL")
         end = time.monotonic() + START_SECONDS
         while not self.is_ready():
             assert time.monotonic() < end, self._complaint("is not ready")
             time.sleep(0.02)
         return self
+
+    def start_and_kill(self, seconds: float) -> None:
+        """Start, and kill it after so long, however far it has come."""
+        self._launch().wait(seconds)
+        self.kill()
+
+    def _launch(self) -> threading.Event:
+        """Start the process; the event tells when it printed its URL, or went."""
+        aliases = [word for alias in (BASE_ALIAS, CHAT_ALIAS) for word in ("--alias", alias)]
+        self._process = self._spawn(
+            [
+                *("serve", "--base", "seedling", *aliases),
+                *("--port", str(self.port), "--data-dir", str(self.folder)),
+                *self.options,
+            ]
+        )
+        found = threading.Event()
+        reader = threading.Thread(target=self._read, args=(self._process, found), daemon=True)
+        reader.start()
+        self._readers.append(reader)
+        return found
+
+    def _spawn(self, words: list[str]) -> Process:
+        """A process that runs `manylora words…`."""
+        return subprocess.Popen(
+            [*_COMMAND, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+        )
 
     def is_ready(self) -> bool:
         assert self._process is not None
@@ -139,12 +167,10 @@ class Server:
         for reader in self._readers:
             reader.join()
         self._readers.clear()
-        assert self._process.stdout is not None
         self._process.stdout.close()
         return status
 
-    def _read(self, process: "subprocess.Popen[str]", found: threading.Event) -> None:
-        assert process.stdout is not None
+    def _read(self, process: Process, found: threading.Event) -> None:
         for line in process.stdout:
             self.log.append(line)
             match = _URL.search(line)

@@ -238,7 +238,8 @@ class Pager:
         if self._folder is None or page.asked == page.version or page.fresh is not None:
             return None
         state = self.engine.state(name) if name in self.engine.adapters else page.held
-        assert state is not None
+        if state is None:  # its state on disk cannot be read, so it has done nothing since
+            return None
         position, version = page.position, page.version
         page.asked = version
         return self._writer.write(

@@ -101,7 +101,7 @@ def shrink_expand(
         if bias is not None:
             y.copy_(bias)
     xs = _segments(x_TK, sizes)
-    y_parts = [y.split(sizes) for y in ys]
+    y_parts = [y.split_with_sizes(sizes) for y in ys]
     idle = [set(range(len(sizes))) if bias is None else set[int]() for bias in biases]
     shrunk = []
     for item in work:
@@ -140,7 +140,7 @@ def shrink_expand_backward(
     """
     xs = _segments(x_TK, sizes)
     dy_parts = [None if dy is None else _segments(dy, sizes) for dy in dys]
-    dx_parts = None if dx_TK is None else dx_TK.split(sizes)
+    dx_parts = None if dx_TK is None else dx_TK.split_with_sizes(sizes)
     idle = set(range(len(sizes)))
     for item, s_Rt in zip(work, shrunk, strict=True):
         block, segment = item.block, item.segment
@@ -179,7 +179,7 @@ def _segments(rows_TK: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     The vendor's products may round otherwise where an operand does not begin on a cache line. If
     rows are no whole number of those, a segment's place in the stream would show in its bits.
     """
-    parts = rows_TK.split(sizes)
+    parts = rows_TK.split_with_sizes(sizes)
     if rows_TK.device.type == "cpu" and rows_TK.shape[1] * rows_TK.element_size() % CACHE_LINE:
         return [part.clone() for part in parts]
     return parts
@@ -197,7 +197,7 @@ def _fetch(rows_tK: Tensor) -> None:
 
 def _rows(s_Rt: Tensor, block: Block) -> Sequence[Tensor]:
     """The rows of each member."""
-    return (s_Rt,) if len(block.ranks) == 1 else s_Rt.split(block.ranks)
+    return (s_Rt,) if len(block.ranks) == 1 else s_Rt.split_with_sizes(block.ranks)
 
 
 def _write_input_gradient(dx_tK: Tensor, ds_Rt: Tensor, scale: float, item: SegmentWork) -> None:

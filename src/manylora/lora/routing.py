@@ -54,7 +54,9 @@ class Spread:
 
 
 def spread(segments: Sequence[Segment], device: torch.device) -> Spread | None:
-    """How to spread these segments; None if none has an adapter."""
+    """How to spread these segments; None if they are safe as they lie."""
+    if all(one.rows % SEGMENT_MULTIPLE == 0 for one in segments if one.weights is not None):
+        return None
     rows: list[int] = []
     back: list[int] = []
     sizes: list[int] = []
@@ -68,8 +70,6 @@ def spread(segments: Sequence[Segment], device: torch.device) -> Spread | None:
         else:
             back += [-1] * segment.rows
         sizes.append(size)
-    if not rows:
-        return None
     idle = len(rows)
     rows += [0] * SEGMENT_MULTIPLE
     back_T = torch.tensor([idle if place < 0 else place for place in back])

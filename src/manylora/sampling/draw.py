@@ -44,15 +44,24 @@ def _mixed(state: int) -> int:
 
 
 class RowSettings:
-    """The sampling parameters of S rows as tensors; they last as long as the rows stay."""
+    """The sampling parameters of S rows as tensors; they last as long as the rows stay.
+
+    `total` is T, the number of rows with padding.
+    """
 
     def __init__(
-        self, temperature_S: Array, top_k_S: Array, top_p_S: Array, vocab: int, device: torch.device
+        self,
+        temperature_S: Array,
+        top_k_S: Array,
+        top_p_S: Array,
+        total: int,
+        vocab: int,
+        device: torch.device,
     ):
         count = len(temperature_S)
         drawn_S = temperature_S > 0.0
         cut_S = drawn_S & ((top_k_S > 0) | (top_p_S < 1.0))
-        scale_T = np.ones(padded_rows(count), np.float32)
+        scale_T = np.ones(total, np.float32)
         scale_T[:count][drawn_S] = temperature_S[drawn_S]
         # Dividing by one changes nothing.
         divide = bool((scale_T != 1.0).any())

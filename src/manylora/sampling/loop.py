@@ -23,7 +23,7 @@ from torch import Tensor
 from manylora.lora.routing import RoutingTable, Segment, routing, spread
 from manylora.models import BaseModel, KVCache, PackedStream, packed
 from manylora.models.cache import DecodeRows, DecodeStep, Extent, Filling
-from manylora.models.stream import padded_rows
+from manylora.models.stream import decode_multiple, padded_rows
 from manylora.sampling.draw import Choice, RowSettings, choose, stream_key, uniforms
 from manylora.sampling.request import Answer, Request
 from manylora.sampling.scoring import PromptScorer, likeliest, logits_rows
@@ -91,6 +91,7 @@ class DecodeLoop:
         self._beginning: list[Sequence] = []  # their prompt is read; the first token comes next
         self._batch: _Batch | None = None
         self._logits_rows = logits_rows(base.vocab_size)
+        self._multiple = decode_multiple(base.dtype)
         self._finished: list[tuple[Request, Answer]] = []
 
     @property
@@ -271,7 +272,7 @@ class DecodeLoop:
         count = len(slots_S)
         place_S = slots.generated[slots_S] - 1
         position_S = slots.prompt[slots_S] + place_S
-        total = padded_rows(count)
+        total = self._padded(count)
         tokens_T, positions_T = np.zeros(total, np.int64), np.zeros(total, np.int64)
         tokens_T[:count] = slots.tokens[slots_S, place_S]
         positions_T[:count] = position_S
@@ -298,7 +299,7 @@ class DecodeLoop:
                 segments[-1].rows += 1
             else:
                 segments.append(Segment(1, weights))
-        segments.append(Segment(padded_rows(len(sequences)) - len(sequences), None))
+        segments.append(Segment(self._padded(len(sequences)) - len(sequences), None))
         return RoutingTable(segments, training=False, spread=spread(segments, self._base.device))
 
     def _parts(self, sequences: list[Sequence]) -> list[_Part]:
@@ -310,6 +311,7 @@ class DecodeLoop:
                 self._slots.temperature[slots_S],
                 self._slots.top_k[slots_S],
                 self._slots.top_p[slots_S],
+                self._padded(len(own)),
                 self._base.vocab_size,
                 self._base.device,
             )
@@ -334,7 +336,7 @@ class DecodeLoop:
 
     def _take_part(self, part: _Part, hidden_SH: Tensor) -> None:
         slots, slots_S = self._slots, part.slots_S
-        missing = padded_rows(len(hidden_SH)) - len(hidden_SH)
+        missing = self._padded(len(hidden_SH)) - len(hidden_SH)
         padded_TH = torch.cat([hidden_SH, hidden_SH.new_zeros(missing, hidden_SH.shape[1])])
         with routing(part.table):
             logits_TV = self._base.logits(padded_TH)
@@ -360,6 +362,9 @@ class DecodeLoop:
             sequence.topk.append(
                 likeliest(logprobs_1V, sequence.prompt.request.scoring.topk_sampled)
             )
+
+    def _padded(self, rows: int) -> int:
+        return padded_rows(rows, self._multiple)
 
     def _on_device(self, array: Array) -> Tensor:
         return torch.from_numpy(array).to(self._base.device, non_blocking=True)

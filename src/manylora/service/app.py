@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Lifespan, Scope
 
-from manylora import __version__
 from manylora.service import (
     routes_checkpoints,
     routes_futures,
@@ -122,7 +121,7 @@ def build_app(
     settings = DoorSettings() if settings is None else settings
     app = _Application(
         title="manylora",
-        version=__version__,
+        version="1",
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,

@@ -43,14 +43,17 @@ class OpenPaths:
     Attributes:
         exact: whole paths.
         prefixes: beginnings of paths; what lies below carries its own proof.
+        local: whole paths that need no key from this machine: figures name tenants.
     """
 
-    exact: frozenset[str] = frozenset(
-        {"/healthz", "/readyz", "/metrics", "/openapi.json", "/api/v1/healthz"}
-    )
+    exact: frozenset[str] = frozenset({"/healthz", "/readyz", "/openapi.json", "/api/v1/healthz"})
     prefixes: tuple[str, ...] = ("/api/v1/external_weights/",)
+    local: frozenset[str] = frozenset({"/metrics"})
 
-    def __contains__(self, path: str) -> bool:
+    def lets_in(self, path: str, client: str | None) -> bool:
+        """Whether this client needs no key for this path."""
+        if path in self.local:
+            return client in LOOPBACK
         return path in self.exact or path.startswith(self.prefixes)
 
 
@@ -81,7 +84,8 @@ class Authentication:
         self._known: dict[bytes, tuple[str | None, float]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self.open_paths:
+        client = (scope.get("client") or (None,))[0]
+        if scope["type"] != "http" or self.open_paths.lets_in(scope["path"], client):
             await self.app(scope, receive, send)
             return
         try:

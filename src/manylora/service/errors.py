@@ -65,6 +65,14 @@ def missing(what: str) -> NotFound:
     return NotFound(f"there is no such {what}")
 
 
+class ModelFault(ManyloraError):
+    """A model can no longer be used; the message says why and what is left of it."""
+
+
+class Lost(ManyloraError):
+    """A request that was accepted, and went with a damaged part of the journal."""
+
+
 class NotReady(ManyloraError):
     """The server is still starting."""
 
@@ -89,6 +97,8 @@ _STATUS: tuple[tuple[type[ManyloraError], int, Category], ...] = (
     (Malformed, 422, "user"),
     (Backpressure, 429, "server"),
     (CheckpointDamaged, 400, "server"),
+    (ModelFault, 400, "server"),
+    (Lost, 400, "server"),
     (SaveFailed, 503, "server"),
     (NotReady, 503, "server"),
     (Conflict, 400, "user"),

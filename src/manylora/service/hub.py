@@ -6,20 +6,19 @@ Each has a file of its own; here is only what concerns several of them.
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 
-from manylora.service.contract import JSON_TYPE, Outcome
-from manylora.service.errors import QuotaExceeded
+from manylora.service.contract import JSON_TYPE, Outcome, Waiting
 from manylora.service.keeping import Keeping
-from manylora.service.listing import listed, training_run, weights_info
-from manylora.service.models import Model, Models, seed_of
+from manylora.service.missing import Missing
+from manylora.service.models import Models, seed_of
 from manylora.service.operations import Operations, Request, adapter_spec
 from manylora.service.parts import Parts
+from manylora.service.plain import Plain
 from manylora.service.runs import Runs
 from manylora.service.samplers import Samplers
-from manylora.service.sessions import Session, Sessions
+from manylora.service.sessions import Sessions
+from manylora.service.shelves import Shelves
 from manylora.service.wire.codec import digest_json
 from manylora.service.wire.messages import (
     CreateModelRequest,
@@ -36,9 +35,7 @@ from manylora.service.wire.messages import (
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.pieces import ForwardBackwardSubmit, SampleSubmit
 from manylora.service.wire.replies import (
-    CheckpointList,
     CreateModelReply,
-    Cursor,
     LoadWeightsReply,
     ModelData,
     ModelInfo,
@@ -47,11 +44,7 @@ from manylora.service.wire.replies import (
     ServerCapabilities,
     Submitted,
     SupportedModel,
-    TrainingRun,
-    TrainingRunList,
-    WeightsInfo,
 )
-from manylora.service.wire.runs import Adapter, AdapterList, Run, RunList, SubmitRunRequest
 from manylora.store import CheckpointRow, ModelRow
 from manylora.types import DataError, ManyloraError, Unsupported
 
@@ -59,19 +52,22 @@ log = logging.getLogger("manylora.service")
 
 # The number of the request that makes a model; its client's own numbers begin after it.
 CREATION = 0
+# A tenant with more than this many batches queued is told that it waits for room.
+MANY_BATCHES = 16
 
 
-class TinkerHub:
+class TinkerHub(Shelves, Plain):
     """`contract.Hub`, over one engine and one data directory."""
 
     def __init__(self, parts: Parts):
         self.parts = parts
         self.keeping = Keeping(parts.store, parts.folder, parts.settings)
-        self.sessions = Sessions(parts.store)
+        self.sessions = Sessions(parts.store, parts.clock)
         self.samplers = Samplers(parts, self.keeping)
         operations = Operations(parts, self.keeping, self.samplers.publish)
         self.models = Models(parts, operations)
         self.submitted = Runs(parts, self.keeping)
+        self.missing = Missing(self.models, self.samplers, time.time())
         # A copy must not replace what a model has learned since an equal request made it.
         self._loading = asyncio.Lock()
 
@@ -102,21 +98,14 @@ class TinkerHub:
     ) -> None:
         session = await self.sessions.finish(tenant, session_id, request)
         if session is not None:
-            await self.close_models(session)
+            # What is queued still runs; the client need not wait for that.
+            self.parts.in_background(self.close_models(session.tenant, session.id))
 
-    async def close_models(self, session: Session) -> None:
-        """Free what a session that is over had open."""
-        own = [model for model in self.models if model.row.session_id == session.id]
+    async def close_models(self, tenant: str, session_id: str) -> None:
+        """Free what a session that is over had open, once what is queued for it has run."""
+        own = [model for model in self.models if model.row.session_id == session_id]
         await asyncio.gather(*(self.models.close(model) for model in own))
-        await self.samplers.forget_session(session.tenant, session.id)
-
-    async def keep_last(self, model: Model) -> None:
-        """Write what a model has learned since it was last saved as its checkpoint `last`."""
-        saved = await self.keeping.of_model(model.tenant, model.id)
-        steps = [row.step for row in saved if row.kind == "weights"]
-        if not model.steps or model.steps in steps:
-            return
-        await self.models.keep_last(model)
+        await self.samplers.forget_session(tenant, session_id)
 
     # -- making models ---------------------------------------------------
 
@@ -128,7 +117,7 @@ class TinkerHub:
             raise Unsupported(
                 f"optimizer {request.optimizer_config.type!r} is not done here: adamw"
             )
-        self._check_base(request.base_model)
+        self.check_base(request.base_model)
         lora, limit = request.lora_config, self.parts.settings.limits.rank
         if lora.rank > limit:
             raise DataError(f"lora_config.rank is {lora.rank}; at most {limit} here")
@@ -164,7 +153,7 @@ class TinkerHub:
         assert request.session_id is not None and request.model_seq_id is not None
         await self.sessions.require(tenant, request.session_id)
         if request.base_model is not None:
-            self._check_base(request.base_model)
+            self.check_base(request.base_model)
         async with self._loading:
             return await self._create_from(tenant, request, path, checkpoint)
 
@@ -255,78 +244,19 @@ class TinkerHub:
     async def sample(self, tenant: str, submit: SampleSubmit) -> Submitted:
         return await self.samplers.sample(tenant, submit)
 
-    # -- runs and adapters ---------------------------------------------------
-
-    async def submit_run(self, tenant: str, request: SubmitRunRequest) -> Run:
-        if request.base_model is not None:
-            self._check_base(request.base_model)
-        self._check_adapters(tenant)
-        return await self.submitted.submit(tenant, request)
-
-    async def runs(self, tenant: str, limit: int, offset: int) -> RunList:
-        return await self.submitted.page(tenant, limit, offset)
-
-    async def run(self, tenant: str, run_id: str, after: int) -> Run:
-        return await self.submitted.get(tenant, run_id, after)
-
-    async def cancel_run(self, tenant: str, run_id: str) -> Run:
-        return await self.submitted.cancel(tenant, run_id)
-
-    async def adapters(self, tenant: str) -> AdapterList:
-        return AdapterList(adapters=[m.info() for m in self.models if m.tenant == tenant])
-
-    async def adapter(self, tenant: str, adapter_id: str) -> Adapter:
-        return (await self.models.require(tenant, adapter_id)).info()
-
-    async def close_adapter(self, tenant: str, adapter_id: str) -> Adapter:
-        model = await self.models.require(tenant, adapter_id)
-        if model.fault is None:
-            await self.keep_last(model)
-        await self.models.close(model)
-        return model.info()
-
     # -- results ---------------------------------------------------
 
     async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
-        return await self.parts.promises.outcome(tenant, request_id, timeout)
-
-    # -- training runs and checkpoints ---------------------------------------------------
-
-    async def training_run(self, tenant: str, model_id: str) -> TrainingRun:
-        row = await self.models.row(tenant, model_id)
-        return training_run(row, await self.keeping.of_model(tenant, model_id))
-
-    async def training_runs(self, tenant: str, limit: int, offset: int) -> TrainingRunList:
-        page = await asyncio.to_thread(self.parts.store.models.page, tenant, limit, offset)
-        runs = [training_run(r, await self.keeping.of_model(tenant, r.id)) for r in page.rows]
-        cursor = Cursor(offset=offset, limit=limit, total_count=page.total)
-        return TrainingRunList(training_runs=runs, cursor=cursor)
-
-    async def checkpoints_of(self, tenant: str, model_id: str) -> CheckpointList:
-        await self.models.row(tenant, model_id)
-        rows = await self.keeping.of_model(tenant, model_id)
-        return CheckpointList(checkpoints=[listed(row) for row in rows])
-
-    async def checkpoints(self, tenant: str, limit: int, offset: int) -> CheckpointList:
-        return await self.keeping.page(tenant, limit, offset)
-
-    async def delete_checkpoint(self, tenant: str, path: TinkerPath) -> None:
-        await self.keeping.delete(tenant, path)
-
-    async def set_ttl(self, tenant: str, path: TinkerPath, ttl_seconds: int | None) -> None:
-        await self.keeping.set_ttl(tenant, path, ttl_seconds)
-
-    async def set_public(self, tenant: str, path: TinkerPath, public: bool) -> None:
-        await self.keeping.set_public(tenant, path, public)
-
-    async def weights_info(self, tenant: str, path: TinkerPath) -> WeightsInfo:
-        row = await self.keeping.readable(
-            tenant, path, "weights", "sampler_weights", "external_weights"
-        )
-        return weights_info(row)
-
-    async def external_files(self, tenant: str, path: TinkerPath) -> Mapping[str, Path]:
-        return await self.keeping.external_files(tenant, path)
+        promises = self.parts.promises
+        outcome = await promises.outcome(tenant, request_id, timeout)
+        if outcome is None and request_id in promises:  # it came just now
+            outcome = await promises.outcome(tenant, request_id, timeout)
+        if isinstance(outcome, Waiting):
+            count, tokens = self.parts.host.queue.waiting(tenant)
+            if tokens > MANY_BATCHES * self.parts.settings.token_budget:
+                reason = f"{count} of your operations, {tokens:,} tokens, wait for their turn"
+                return Waiting("paused_capacity", reason)
+        return await self.missing.explain(tenant, request_id) if outcome is None else outcome
 
     # -- inside ---------------------------------------------------
 
@@ -337,19 +267,6 @@ class TinkerHub:
             tenant, request.model_id, request.seq_id, Request(kind, request),
             request.model_dump_json().encode(), digest or digest_json(request),
         )  # fmt: skip
-
-    def _check_base(self, name: str) -> None:
-        names = self.parts.base_names
-        if name not in names:
-            raise DataError(f"base_model is {name!r}; this server's is {' or '.join(names)}")
-
-    def _check_adapters(self, tenant: str) -> None:
-        quota = self.parts.settings.quotas.adapters
-        if self.models.count(tenant) + self.submitted.count(tenant) >= quota:
-            raise QuotaExceeded(
-                f"you have {quota} adapters open, which is all that you may: finish a session or a "
-                "run, or let one end"
-            )
 
     def _new_row(
         self,
@@ -377,7 +294,7 @@ class TinkerHub:
             QuotaExceeded: the tenant has all that it may have. Conflict: the number is taken.
         """
         if not self.models.is_open(row.id):
-            self._check_adapters(row.tenant)
+            self.check_adapters(row.tenant)
         kept = await asyncio.to_thread(self.parts.store.models.create, row)
         if self.models.is_open(row.id) or kept.closed_at is not None:
             return False

@@ -13,7 +13,7 @@ from manylora.api import Host
 from manylora.api.states import write_peft, write_state
 from manylora.config import ServerFile
 from manylora.lora.state import AdapterState
-from manylora.service.errors import NotFound, QuotaExceeded
+from manylora.service.errors import QuotaExceeded, missing
 from manylora.service.listing import listed
 from manylora.service.wire.paths import PathKind, TinkerPath
 from manylora.service.wire.replies import CheckpointList, Cursor
@@ -117,7 +117,7 @@ class Keeping:
         """
         row = await asyncio.to_thread(self._store.checkpoints.readable, tenant, str(path))
         if row is None:
-            raise _missing(path)
+            raise missing("checkpoint")
         if row.kind not in kinds:
             raise DataError(f"{path} holds {row.kind}; here {' or '.join(kinds)} is needed")
         return row
@@ -146,7 +146,7 @@ class Keeping:
         """The tenant's own checkpoint. Raises NotFound."""
         row = await asyncio.to_thread(self._store.checkpoints.get, tenant, str(path))
         if row is None:
-            raise _missing(path)
+            raise missing("checkpoint")
         return row
 
     async def of_model(self, tenant: str, model_id: str) -> list[CheckpointRow]:
@@ -165,7 +165,7 @@ class Keeping:
         """Raises NotFound."""
         row = await asyncio.to_thread(self._store.checkpoints.delete, tenant, str(path))
         if row is None:
-            raise _missing(path)
+            raise missing("checkpoint")
         await asyncio.to_thread(self._remove, row)
 
     async def set_ttl(self, tenant: str, path: TinkerPath, seconds: int | None) -> None:
@@ -174,7 +174,7 @@ class Keeping:
             self._store.checkpoints.set_ttl, tenant, str(path), seconds
         )
         if changed is None:
-            raise _missing(path)
+            raise missing("checkpoint")
 
     async def set_public(self, tenant: str, path: TinkerPath, public: bool) -> None:
         """Raises NotFound."""
@@ -182,7 +182,7 @@ class Keeping:
             self._store.checkpoints.set_public, tenant, str(path), public
         )
         if changed is None:
-            raise _missing(path)
+            raise missing("checkpoint")
 
     def remove_expired(self) -> int:
         """Delete what is past its time (any thread); how many."""
@@ -214,7 +214,3 @@ def link_folder(source: Path, target: Path) -> None:
 
 def _bytes_below(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _missing(path: TinkerPath) -> NotFound:
-    return NotFound(f"there is no checkpoint {path}")

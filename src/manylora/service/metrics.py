@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from manylora.scheduler import BatchReport
 
 if TYPE_CHECKING:
-    from manylora.service.server import Service
+    from manylora.service.hub import TinkerHub
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
@@ -62,10 +62,10 @@ class Metrics:
         if total:
             self._fill.observe(report.fill)
 
-    def text(self, service: "Service") -> str:
+    def text(self, hub: "TinkerHub | None") -> str:
         """Everything, as of now."""
-        if service.hub is not None:
-            parts = service.hub.parts
+        if hub is not None:
+            parts = hub.parts
             for place, count in parts.host.pager.counts().items():
                 self._held.labels(place).set(count)
             self._waiting.set(len(parts.promises))

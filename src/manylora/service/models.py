@@ -7,31 +7,31 @@ number, once, and for the tenant that owns the model.
 import asyncio
 import hashlib
 import logging
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
 from manylora.scheduler import Record
-from manylora.service.errors import Backpressure, Gone, NotFound
+from manylora.service.errors import Backpressure, Gone, ModelFault, missing
 from manylora.service.listing import adapter_info
-from manylora.service.operations import Operations, Request
+from manylora.service.operations import Operations, Request, snapshot_made_by
 from manylora.service.order import InOrder
 from manylora.service.parts import Parts
 from manylora.service.wire.replies import Submitted
 from manylora.service.wire.runs import Adapter
 from manylora.store import ModelRow
-from manylora.types import DataError, ManyloraError
+from manylora.types import Cancelled, CheckpointDamaged, DataError, ManyloraError
 
 log = logging.getLogger("manylora.service")
 
 # Operations of one model that may wait for a gap in their numbers to fill.
 MOST_EARLY = 4096
 FIRST_SEQ = 1
-
-
-class ModelFault(ManyloraError):
-    """A model can no longer be used; the message says why and what is left of it."""
+# The journal's word for operations that wait for one that will not come; `seq` is that one.
+GIVEN_UP = "given_up"
+# Kinds that fail only because of what the model is, if its state cannot be read.
+TRAINING = frozenset({"forward_backward", "optim_step"})
 
 
 @dataclass(slots=True)
@@ -40,21 +40,24 @@ class Model:
 
     Attributes:
         order: its operations, by number.
+        restored: an earlier server made it; whatever has been acknowledged is in `order`, unless
+            it was lost.
         running: handed to the queue, without an outcome yet.
         steps: optimizer steps made; unsaved_steps: of them, since its state was last asked for.
-        touched: whether anything has changed since then; saved_at is monotonic.
-        arrived_at: when the last operation arrived (monotonic).
+        touched: whether anything has changed since then.
+        saved_at, arrived_at: when that was, and when the last operation arrived (`Parts.clock`).
         fault: why it can no longer be used.
     """
 
     row: ModelRow
     order: InOrder[Request] = field(default_factory=InOrder)
+    restored: bool = False
     running: int = 0
     steps: int = 0
     unsaved_steps: int = 0
     touched: bool = False
-    saved_at: float = field(default_factory=time.monotonic)
-    arrived_at: float = field(default_factory=time.monotonic)
+    saved_at: float = 0.0
+    arrived_at: float = 0.0
     fault: str | None = None
     closing: bool = False
 
@@ -84,11 +87,15 @@ class Models:
 
     def count(self, tenant: str) -> int:
         """Open models of a tenant."""
-        return sum(model.tenant == tenant for model in self._open.values())
+        return sum(m.tenant == tenant and not m.closing for m in self._open.values())
 
-    def add(self, row: ModelRow, next_seq: int = FIRST_SEQ) -> Model:
+    def add(self, row: ModelRow, next_seq: int = FIRST_SEQ, *, restored: bool = False) -> Model:
         """Open a model whose row is in the database."""
-        model = Model(row, InOrder(next_seq), steps=row.step, fault=row.fault)
+        now = self._parts.clock()
+        model = Model(
+            row, InOrder(next_seq), restored, steps=row.step, saved_at=now, arrived_at=now,
+            fault=row.fault,
+        )  # fmt: skip
         self._open[row.id] = model
         return model
 
@@ -117,13 +124,13 @@ class Models:
                 raise Gone(
                     f"model {model_id!r} is closed, since its session is over; its checkpoints stay"
                 )
-        raise NotFound(f"there is no model {model_id!r}")
+        raise missing("model")
 
     async def row(self, tenant: str, model_id: str) -> ModelRow:
         """The row of a model, open or closed. Raises NotFound."""
         row = await asyncio.to_thread(self._parts.store.models.get, tenant, model_id)
         if row is None:
-            raise NotFound(f"there is no training run {model_id!r}")
+            raise missing("training run")
         return row
 
     # -- operations ---------------------------------------------------
@@ -166,22 +173,35 @@ class Models:
 
     def arrive(self, model: Model, seq: int, request: Request, *, replayed: bool = False) -> None:
         """Put a durable operation in its place, and run what is due."""
-        model.arrived_at = time.monotonic()
+        model.arrived_at = self._parts.clock()
+        snapshot = snapshot_made_by(model.row, request)
+        if snapshot is not None:
+            self._parts.coming.expect(snapshot)
         for due, waiting in model.order.offer(seq, request):
             self._run(model, due, waiting, replayed=replayed)
+        if model.fault is not None:
+            self.give_up(model)
 
     def give_up(self, model: Model) -> None:
         """Fail the operations that wait for one that never came."""
-        missing = model.order.next_seq
+        absent = model.order.next_seq
         for seq, request in model.order.give_up():
-            error = DataError(
-                f"operation {missing} of model {model.id!r} never arrived, so this one cannot run"
-            )
-            self._run(model, seq, Request("refused", error, request.tokens), replayed=False)
+            self._run(model, seq, request, refusal=never_came(model.id, absent))
+
+    async def close_gap(self, model: Model) -> None:
+        """`give_up`, in a way that a restart repeats. Raises SaveFailed."""
+        absent, last = model.order.next_seq, max(seq for seq, _ in model.order.early())
+        record = Record(
+            stream=model.id, seq=absent, kind=GIVEN_UP, tenant=model.tenant,
+            request_id=f"{model.id}:{missing}", digest="", body=b"", meta={"until": last + 1},
+        )  # fmt: skip
+        await asyncio.wrap_future(self._parts.journal.append(record))
+        if model.order.next_seq == missing:
+            self.give_up(model)
 
     def save(self, model: Model) -> None:
         """Have the model's state written as of the operations that were handed over."""
-        model.unsaved_steps, model.touched, model.saved_at = 0, False, time.monotonic()
+        model.unsaved_steps, model.touched, model.saved_at = 0, False, self._parts.clock()
         pager = self._parts.host.pager
         self._parts.host.call(model.id, lambda: pager.save(model.id), tenant=model.tenant)
 
@@ -195,26 +215,47 @@ class Models:
         self.give_up(model)
         pager = self._parts.host.pager
         freed = self._parts.host.call(model.id, lambda: pager.unload(model.id), tenant=model.tenant)
-        await asyncio.wait([asyncio.wrap_future(freed)])
+        with suppress(Cancelled):
+            await asyncio.wrap_future(freed)
+        if self._parts.promises.closing:
+            return  # what was queued has not run: the next start does all this again
         await asyncio.to_thread(self._parts.store.models.close, model.tenant, model.id)
-        self._parts.journal.forget(model.id)
+        await asyncio.to_thread(self._parts.journal.forget, model.id)
         self._open.pop(model.id, None)
 
     # -- inside ---------------------------------------------------
 
-    def _run(self, model: Model, seq: int, request: Request, *, replayed: bool) -> None:
+    def _run(
+        self,
+        model: Model,
+        seq: int,
+        request: Request,
+        *,
+        replayed: bool = False,
+        refusal: ManyloraError | None = None,
+    ) -> None:
+        """Hand an operation to the queue; with a `refusal`, one that fails so."""
         request_id = f"{model.id}:{seq}"
         model.running += 1
-        then = partial(self._done, model, request)
+        then = partial(self._done, model, seq, request)
         if model.fault is not None:
-            request = Request("refused", ModelFault(model.fault), request.tokens)
+            refusal = ModelFault(model.fault)
+        if refusal is not None:
+            request = Request("refused", refusal)
         future, encode = self._operations.run(model.row, seq, request, replayed=replayed)
         self._parts.promises.follow(request_id, future, encode, then)
 
-    def _done(self, model: Model, request: Request, error: BaseException | None) -> None:
+    def _done(self, model: Model, seq: int, request: Request, error: BaseException | None) -> None:
         model.running -= 1
         model.touched = True
         self._parts.leave(model.tenant, request.tokens)
+        snapshot = snapshot_made_by(model.row, request)
+        if snapshot is not None:
+            self._parts.coming.arrived(snapshot)
+        if model.fault is not None:  # it would fail again, so nobody needs to remember it
+            self._parts.covered.append((model.id, seq))
+        elif isinstance(error, CheckpointDamaged) and request.kind in TRAINING:
+            self.set_fault(model, f"its state on disk is damaged ({error})")
         if request.kind != "optim_step":
             return
         if error is None:
@@ -222,15 +263,21 @@ class Models:
             model.unsaved_steps += 1
             if model.unsaved_steps >= self._parts.settings.saving.every_steps:
                 self.save(model)
-        elif not isinstance(error, ManyloraError):
+        elif not isinstance(error, ManyloraError) and model.fault is None:
             self.set_fault(model, f"an optimizer step broke off: {error}")
 
     def set_fault(self, model: Model, fault: str) -> None:
         """From now on every operation of the model fails with these words."""
         log.error("model %s can no longer be used: %s", model.id, fault)
         model.fault = f"model {model.id!r} can no longer be used: {fault}; load a checkpoint of it"
-        task = asyncio.to_thread(self._parts.store.models.set_fault, model.id, model.fault)
-        self._background = asyncio.ensure_future(task)
+        self._parts.in_background(
+            asyncio.to_thread(self._parts.store.models.set_fault, model.id, model.fault)
+        )
+
+
+def never_came(model_id: str, seq: int) -> DataError:
+    """The error of operations that waited for that one."""
+    return DataError(f"operation {seq} of model {model_id!r} never arrived, so this one cannot run")
 
 
 def seed_of(model_id: str) -> int:

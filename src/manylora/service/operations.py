@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -127,7 +128,8 @@ class Operations:
         pager = self._parts.host.pager
 
         def run() -> None:
-            pager.poison(row.id, str(error), seq)
+            with suppress(ManyloraError):  # an adapter that cannot be brought back has no gradient
+                pager.poison(row.id, str(error), seq)
             raise error
 
         return self._call(row, seq, run), lambda _: _json(Reply())
@@ -153,7 +155,7 @@ class Operations:
             )  # fmt: skip
             future = self._keep(row, order)
             return future, lambda kept: _json(SaveWeightsForSamplerReply(path=kept.path))
-        sampler = f"{row.session_id}:sample:{request.sampling_session_seq_id}"
+        sampler = sampler_id(row.session_id, request.sampling_session_seq_id or 0)
         pager = self._parts.host.pager
         future = self._call(row, seq, lambda: pager.snapshot(row.id, sampler, seq))
 
@@ -229,6 +231,18 @@ class Operations:
             seq=seq, spec=row.spec, ttl_seconds=ttl_seconds, overwrite=overwrite,
             user_metadata=user_metadata,
         )  # fmt: skip
+
+
+def sampler_id(session_id: str, seq: int) -> str:
+    """The id that the SDK expects of a session's sampler."""
+    return f"{session_id}:sample:{seq}"
+
+
+def snapshot_made_by(row: ModelRow, request: Request) -> str | None:
+    """The snapshot that an operation makes, if it makes one."""
+    if request.kind != "save_weights_for_sampler" or request.content.path is not None:
+        return None
+    return sampler_id(row.session_id, request.content.sampling_session_seq_id or 0)
 
 
 def adapter_spec(spec: Mapping[str, Any], sites: Sequence[Site]) -> AdapterSpec:

@@ -1,11 +1,14 @@
 """What the parts of a running service share."""
 
 import asyncio
+import logging
+import time
 from collections import deque
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from manylora.api import Host
 from manylora.config import ServerFile
@@ -14,7 +17,35 @@ from manylora.service.errors import Backpressure
 from manylora.service.promises import Promises
 from manylora.store import Store
 
+log = logging.getLogger("manylora.service")
+
 Result = TypeVar("Result")
+
+
+class Coming:
+    """Snapshots that are still being made, and who waits for them. On the event loop."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, list[Callable[[], None]]] = {}
+
+    def expect(self, name: str) -> None:
+        """An operation that makes it was accepted."""
+        self._waiting.setdefault(name, [])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._waiting
+
+    def arrived(self, name: str) -> None:
+        """The operation is over, whatever came of it."""
+        for call in self._waiting.pop(name, ()):
+            call()
+
+    def when_there(self, name: str | None, call: Callable[[], None]) -> None:
+        """Call back at once, or when the operation is over."""
+        if name is not None and name in self._waiting:
+            self._waiting[name].append(call)
+        else:
+            call()
 
 
 @dataclass(slots=True)
@@ -22,6 +53,8 @@ class Parts:
     """One server's settings and the things that it is made of.
 
     Attributes:
+        clock: of silences and of what is due; monotonic.
+        coming: snapshots that accepted operations will make.
         in_flight: tenant → tokens of its requests that were accepted and are not done.
         covered: streams of the journal and up to which number they are needed no longer; the
             upkeep tells the journal, once the results that replace them are durable.
@@ -33,8 +66,11 @@ class Parts:
     journal: Journal
     promises: Promises
     host: Host
+    clock: Callable[[], float] = time.monotonic
+    coming: Coming = field(default_factory=Coming)
     in_flight: dict[str, int] = field(default_factory=dict)
     covered: deque[tuple[str, int]] = field(default_factory=deque)
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     @property
     def base_names(self) -> list[str]:
@@ -54,6 +90,22 @@ class Parts:
                 "this request is welcome once some of them are done"
             )
         self.in_flight[tenant] = held + tokens
+
+    def in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run something that nobody waits for; what it raises is logged."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    async def settle(self) -> None:
+        """Wait for what runs in the background."""
+        while self._tasks:
+            await asyncio.wait(list(self._tasks))
+
+    def _ended(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("something in the background failed", exc_info=task.exception())
 
     def finished(self, request_id: str) -> None:
         """A request that changed nothing has its outcome."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from manylora.service.contract import Failed, Outcome, Ready, Waiting
-from manylora.service.errors import NotFound, answer_to
+from manylora.service.errors import answer_to
 from manylora.service.results import Results
 from manylora.types import Cancelled, DataError, SaveFailed
 
@@ -56,6 +56,9 @@ class Promises:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._open
 
     def open(self, request_id: str, tenant: str, digest: str) -> Promise:
         """Expect an outcome; `Promise.durable` is the caller's to settle."""
@@ -111,16 +114,13 @@ class Promises:
             future.set_result(outcome)
         self.follow(request_id, future, encode)
 
-    async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
-        """What came of a request, or that it is still to come after `timeout` seconds.
-
-        Raises:
-            NotFound: the tenant has no such request, or its result's time is over.
-        """
+    async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome | None:
+        """What came of a request, or that it is still to come after `timeout` seconds; None: the
+        tenant has no such request, or its result's time is over."""
         promise = self._open.get(request_id)
         if promise is not None:
             if promise.tenant != tenant:
-                raise _unknown(request_id)
+                return None
             try:
                 await asyncio.wait_for(promise.known.wait(), timeout)
             except TimeoutError:
@@ -129,10 +129,18 @@ class Promises:
                 return promise.outcome
             if self.closing:
                 return Waiting()
-        result = await asyncio.to_thread(self.results.get, request_id)
+        result = self.results.recent(request_id)
+        if result is None:
+            result = await asyncio.to_thread(self.results.get, request_id)
         if result is None or result.owner != tenant:
-            raise _unknown(request_id)
+            return None
         return _outcome(result.content_type, result.body)
+
+    def let_go(self) -> None:
+        """Forget outcomes that could not be stored at first, and now are."""
+        for id, promise in list(self._open.items()):
+            if promise.outcome is not None and self.results.is_written(id):
+                del self._open[id]
 
     def store_all(self) -> None:
         """Return once every outcome that is known by now is durable. Not on the event loop."""
@@ -188,7 +196,3 @@ def _outcome(content_type: str, body: bytes) -> Outcome:
 def _failure(request_id: str, error: BaseException) -> bytes:
     answer = answer_to(error, request_id)
     return json.dumps({"error": answer.message, "category": answer.category}).encode()
-
-
-def _unknown(request_id: str) -> NotFound:
-    return NotFound(f"there is no request {request_id!r}, or its result's time is over")

@@ -3,12 +3,17 @@
 import asyncio
 import json
 import logging
+import shutil
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
+from manylora.api import Host
 from manylora.checkpoint import clean_strays
-from manylora.scheduler import Record, Recovery
+from manylora.scheduler import Damage, Record, Recovery
+from manylora.service.errors import Lost
 from manylora.service.hub import CREATION, TinkerHub
+from manylora.service.models import FIRST_SEQ, GIVEN_UP, Model, never_came
 from manylora.service.operations import Request, adapter_spec
 from manylora.service.samplers import KIND as SAMPLE
 from manylora.service.wire import codec
@@ -21,8 +26,9 @@ from manylora.service.wire.messages import (
     SaveWeightsRequest,
 )
 from manylora.service.wire.paths import TinkerPath
-from manylora.service.wire.replies import CreateModelReply
+from manylora.service.wire.replies import CreateModelReply, LoadWeightsReply
 from manylora.service.wire.sampling import decode_sample
+from manylora.store import ModelRow
 from manylora.types import DataError, ManyloraError
 
 log = logging.getLogger("manylora.service")
@@ -45,15 +51,20 @@ class Replay:
 
     async def run(self, recovery: Recovery) -> int:
         """Open what was open, and hand over what had not run; returns how many operations."""
-        store = self._parts.store
+        store, hub = self._parts.store, self._hub
+        snapshots: set[Path] = set()
         for session in await asyncio.to_thread(store.sessions.open):
-            self._hub.sessions.restore(session)
+            hub.sessions.restore(session)
+            snapshots |= await hub.samplers.restore(session.tenant, session.id)
+        await asyncio.to_thread(_remove_all_but, snapshots, self._parts.host)
         await self._open_models()
         count = await self._operations(recovery)
-        for damage in recovery.damages:
-            log.error("the journal is damaged: %s", damage)
-        if recovery.damages:
-            await self._fail_the_unfinished()
+        for model in hub.models:
+            await self._check_end(model)
+        over = {m.row.session_id: m.tenant for m in hub.models}
+        for session_id, tenant in over.items():
+            if not hub.sessions.is_open(session_id):  # killed while it was closed
+                self._parts.in_background(hub.close_models(tenant, session_id))
         return count
 
     async def _open_models(self) -> None:
@@ -63,9 +74,12 @@ class Replay:
             position, fault = await asyncio.to_thread(
                 saved_position, host.pager.state_folder(row.id)
             )
-            model = self._hub.models.add(row, (position or 0) + 1)
+            model = self._hub.models.add(row, (position or 0) + 1, restored=True)
+            if position is None and row.source_path is not None and fault is None:
+                fault = "its state on disk is gone"
             if fault is not None:
-                self._hub.models.set_fault(model, fault)
+                if model.fault is None:
+                    self._hub.models.set_fault(model, fault)
                 position = None
             spec = adapter_spec(row.spec, host.engine.sites)
             await asyncio.wrap_future(
@@ -76,38 +90,80 @@ class Replay:
             )
             created = f"{row.id}:{CREATION}"
             if await asyncio.to_thread(self._parts.promises.results.get, created) is None:
-                reply = CreateModelReply(model_id=row.id).model_dump_json().encode()
+                reply = _created(row)
                 promise = self._parts.promises.open(created, row.tenant, row.digest)
                 promise.durable.set_result(None)
                 self._parts.promises.settle(created, reply, lambda body: ("application/json", body))
 
     async def _operations(self, recovery: Recovery) -> int:
-        by_model: dict[str, list[Record]] = defaultdict(list)
-        count = 0
+        by_model: dict[str, dict[int, Record]] = defaultdict(dict)
+        samples: list[Record] = []
         for record in recovery.records:
             if record.kind == SAMPLE:
-                count += await self._sample(record)
-            else:
-                by_model[record.stream].append(record)
-        for model_id, records in by_model.items():
+                samples.append(record)
+            # One may be there twice; and what came after all was not given up.
+            elif record.kind != GIVEN_UP or record.seq not in by_model[record.stream]:
+                by_model[record.stream][record.seq] = record
+        lost: dict[str, dict[int, Record]] = defaultdict(dict)
+        for damage in recovery.damages:
+            log.error("the journal is damaged: %s", _described(damage))
+            if damage.lost is not None:
+                lost[damage.lost.stream][damage.lost.seq] = damage.lost
+        count = 0
+        for model_id in {*by_model, *lost}:
             model = self._hub.models.peek(model_id)
-            if model is None:
+            if model is not None:
+                count += await self._of_model(model, by_model[model_id], lost[model_id])
+            elif model_id in by_model:
                 self._parts.journal.forget(model_id)
-                continue
-            self._parts.covered.append((model_id, model.order.next_seq - 1))
-            # A record may be there twice.
-            own = {record.seq: record for record in records}
-            for _, record in sorted(own.items()):
-                if record.seq < model.order.next_seq:
-                    continue
-                request = await self._decoded(record)
-                model.order.remember(record.seq, record.digest)
-                promise = self._parts.promises.open(record.request_id, record.tenant, record.digest)
-                promise.durable.set_result(None)
-                self._parts.enter(record.tenant, 0)
-                self._hub.models.arrive(model, record.seq, request, replayed=True)
-                count += 1
+        # Their snapshots may be among what the models have to do again.
+        for record in samples:
+            count += await self._sample(record)
+        for record in (record for records in lost.values() for record in records.values()):
+            if record.kind == SAMPLE:
+                await self._lose_sample(record)
         return count
+
+    async def _of_model(
+        self, model: Model, own: Mapping[int, Record], lost: Mapping[int, Record]
+    ) -> int:
+        """A model's operations since its saved state; returns how many."""
+        self._parts.covered.append((model.id, model.order.next_seq - 1))
+        missing, until, count = 0, 0, 0
+        for seq, record in sorted({**lost, **own}.items()):
+            if until and seq >= until:
+                self._hub.models.give_up(model)
+                until = 0
+            if record.kind == GIVEN_UP:
+                missing, until = seq, int(record.meta["until"])
+                continue
+            if seq < model.order.next_seq:
+                continue
+            request = await self._decoded(record)
+            if until:
+                request = Request("refused", never_came(model.id, missing))
+            if seq not in own:
+                self._hub.models.set_fault(model, _lost_words(seq))
+                request = Request("refused", Lost(_lost_words(seq)))
+            model.order.remember(seq, record.digest)
+            promise = self._parts.promises.open(record.request_id, record.tenant, record.digest)
+            promise.durable.set_result(None)
+            self._hub.models.arrive(model, seq, request, replayed=True)
+            count += 1
+        if until:
+            self._hub.models.give_up(model)
+        return count
+
+    async def _check_end(self, model: Model) -> None:
+        """An operation that has a result was there: if it is neither in the state nor in the
+        journal, something was lost, and its client will not send it again."""
+        if model.fault is not None:
+            return
+        seq, results = model.order.next_seq, self._parts.promises.results
+        stateless = seq == FIRST_SEQ and model.row.step > 0
+        if stateless or await asyncio.to_thread(results.get, f"{model.id}:{seq}") is not None:
+            self._hub.models.set_fault(model, _lost_words(seq))
+            self._hub.models.give_up(model)
 
     async def _sample(self, record: Record) -> bool:
         known = await asyncio.to_thread(self._parts.promises.results.get, record.request_id)
@@ -118,14 +174,14 @@ class Replay:
         promise.durable.set_result(None)
         try:
             submit = await asyncio.to_thread(decode_sample, record.body, self._limits)
-            await self._hub.samplers.replay(record.tenant, submit)
+            await self._hub.samplers.replay(record.tenant, submit, record.meta.get("snapshot"))
         except ManyloraError as error:
             self._parts.promises.settle(record.request_id, error, lambda _: ("", b""))
             self._parts.finished(record.request_id)
         return True
 
     async def _decoded(self, record: Record) -> Request:
-        if record.kind == "refused":
+        if record.kind == "refused" or not record.body:
             return Request("refused", DataError(record.body.decode()))
         try:
             if record.kind == "forward_backward":
@@ -142,14 +198,39 @@ class Replay:
         except (ManyloraError, ValueError) as error:
             return Request("refused", DataError(f"{record.request_id} cannot be repeated: {error}"))
 
-    async def _fail_the_unfinished(self) -> None:
-        """Where the journal lost something, a gap will not fill: say so at once."""
-        for model in self._hub.models:
-            if model.order.num_early:
-                self._hub.models.set_fault(
-                    model, f"operation {model.order.next_seq} was lost with a part of the journal"
-                )
-                self._hub.models.give_up(model)
+    async def _lose_sample(self, record: Record) -> None:
+        """Tell the client of a lost request, unless it has its result."""
+        promises = self._parts.promises
+        if await asyncio.to_thread(promises.results.get, record.request_id) is None:
+            promise = promises.open(record.request_id, record.tenant, record.digest)
+            promise.durable.set_result(None)
+            words = f"request {record.request_id!r} was lost with a part of the journal"
+            promises.settle(record.request_id, Lost(words), lambda _: ("", b""))
+        self._parts.finished(record.request_id)
+
+
+def _remove_all_but(snapshots: set[Path], host: Host) -> None:
+    """Remove the snapshots of sessions that are over; a kill may have left some."""
+    folder = host.pager.snapshot_folder("x").parent
+    clean_strays(folder)
+    for path in folder.iterdir() if folder.exists() else ():
+        if path not in snapshots:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _lost_words(seq: int) -> str:
+    return f"operation {seq} was lost with a part of the journal, or with its state on disk"
+
+
+def _described(damage: Damage) -> str:
+    what = "" if damage.lost is None else f"; {damage.lost.request_id} is lost"
+    return f"{damage.segment} at byte {damage.offset}: {damage.reason}{what}"
+
+
+def _created(row: ModelRow) -> bytes:
+    if row.source_path is None:
+        return CreateModelReply(model_id=row.id).model_dump_json().encode()
+    return LoadWeightsReply(model_id=row.id, path=row.source_path).model_dump_json().encode()
 
 
 def saved_position(folder: Path) -> tuple[int | None, str | None]:

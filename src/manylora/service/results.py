@@ -119,6 +119,11 @@ class Results:
             found = self._recent.get(request_id) or self._unwritten.get(request_id)
         return None if found is None or self._over(found.created_at) else found
 
+    def is_written(self, request_id: str) -> bool:
+        """Whether a result is not kept in memory only."""
+        with self._lock:
+            return self._unwritten.get(request_id) is None
+
     def flush(self) -> None:
         """Make everything that was put so far durable.
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -17,13 +18,16 @@ from manylora.config import ServerFile
 from manylora.service.app import build_app
 from manylora.service.auth import DEV_TENANT, KEY_PREFIX
 from manylora.service.door import DoorSettings
+from manylora.service.late import LateHub
 from manylora.service.limits import BodyLimits
 from manylora.service.metrics import Metrics
-from manylora.service.server import LateHub, Service
 from manylora.service.wire.limits import WireLimits
 from manylora.store import Store
 from manylora.store.access import Keys
 from manylora.types import ConfigError, SaveFailed
+
+if TYPE_CHECKING:
+    from manylora.service.server import Service
 
 log = logging.getLogger("manylora.service")
 
@@ -89,8 +93,7 @@ async def _serve(
 ) -> int:
     limits = WireLimits(samples=settings.limits.samples, topk=settings.limits.topk)
     metrics = Metrics()
-    service = Service(settings, store, limits, metrics.observe)
-    hub = LateHub()
+    hub, service = LateHub(), None
     local = _is_this_machine(settings.host)
     app = build_app(
         hub,  # pyrefly: ignore[bad-argument-type]
@@ -100,7 +103,7 @@ async def _serve(
             bodies=_body_limits(settings), wire=limits, poll_seconds=settings.long_poll_seconds
         ),
         signing_secret=_secret(Path(settings.data_dir)),
-        metrics=lambda: metrics.text(service),
+        metrics=lambda: metrics.text(service.hub if service is not None else None),
     )
     server = _Uvicorn(
         uvicorn.Config(
@@ -115,6 +118,7 @@ async def _serve(
     )
     web = asyncio.create_task(server.serve(sockets=[listener]))
     try:
+        service = await asyncio.to_thread(_make_service, settings, store, limits, metrics)
         start = asyncio.create_task(service.start())
         stop = asyncio.create_task(server.asked_to_stop.wait())
         await asyncio.wait([start, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -129,8 +133,18 @@ async def _serve(
     finally:
         server.should_exit = True
         await asyncio.wait([web])
-        await service.stop()
+        if service is not None:
+            await service.stop()
     return 0
+
+
+def _make_service(
+    settings: ServerFile, store: Store, limits: WireLimits, metrics: Metrics
+) -> "Service":
+    # Here, because it loads torch: the server listens before that.
+    from manylora.service.server import Service
+
+    return Service(settings, store, limits, metrics.observe)
 
 
 def _announce(settings: ServerFile, listener: socket.socket, *, keyed: bool) -> None:
@@ -180,6 +194,7 @@ def _secret(folder: Path) -> bytes:
     """The key of download addresses; made once, readable by nobody else."""
     path = folder / "signing.key"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             path.touch(mode=0o600)
             path.write_bytes(secrets.token_bytes(32))

@@ -2,13 +2,18 @@
 
 import asyncio
 import hashlib
+import os
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 
 from manylora.scheduler import Record
 from manylora.service.contract import PROTOBUF_TYPE
-from manylora.service.errors import NotFound
+from manylora.service.errors import missing
 from manylora.service.keeping import Keeping
+from manylora.service.operations import sampler_id
 from manylora.service.parts import Parts
 from manylora.service.wire.messages import CreateSamplingSessionRequest
 from manylora.service.wire.paths import TinkerPath
@@ -26,14 +31,21 @@ MOST_CACHED = 10_000
 class Samplers:
     """The sampling sessions of a server."""
 
-    def __init__(self, parts: Parts, keeping: Keeping):
+    def __init__(self, parts: Parts, keeping: Keeping, wall: Callable[[], float] = time.time):
+        """`wall`: unix seconds."""
         self._parts = parts
         self._keeping = keeping
+        self._wall = wall
         self._rows: OrderedDict[str, SamplerRow] = OrderedDict()
         # Model → snapshot that its `inflight` samplers use.
         self._published: dict[str, str] = {}
         # Session → its requests that run.
         self._running: Counter[str] = Counter()
+        # Snapshot → requests that run on it, and when the last one ended (unix seconds). Only
+        # snapshots that a save made for samplers; those of checkpoints cost nothing.
+        self._in_use: Counter[str] = Counter()
+        self._used_at: dict[str, float] = {}
+        self._noted_at = 0.0
 
     async def create(
         self,
@@ -79,6 +91,7 @@ class Samplers:
             created_at=time.time(), model_id=model_id, snapshot=id,
         )  # fmt: skip
         self._note(await asyncio.to_thread(self._parts.store.samplers.create, row))
+        self._used_at.setdefault(id, self._wall())
 
     def publish(self, model_id: str, snapshot: str) -> None:
         """From now on a model's `inflight` samplers use this snapshot."""
@@ -92,7 +105,7 @@ class Samplers:
             if row is not None:
                 self._note(row)
         if row is None or row.tenant != tenant:
-            raise NotFound(f"there is no sampling session {id!r}")
+            raise missing("sampler")
         return row
 
     async def info(self, tenant: str, id: str) -> SamplerInfo:
@@ -113,7 +126,7 @@ class Samplers:
             request_id=request_id,
             sample_sequence_ids=[f"{request_id}:{n}" for n in range(submit.num_samples)],
         )
-        operation = await self._operation(row, request_id, submit)
+        operation = self._operation(row, request_id, submit, await self._snapshot(row))
         tokens = operation.num_tokens
         if self._parts.promises.repeated(request_id, submit.digest) is None:
             # Outcomes are looked up only where they cost nothing: a retry follows within minutes.
@@ -123,7 +136,7 @@ class Samplers:
             try:
                 record = Record(
                     stream=request_id, seq=1, kind=KIND, tenant=tenant, request_id=request_id,
-                    digest=submit.digest, body=submit.body, meta={},
+                    digest=submit.digest, body=submit.body, meta={"snapshot": operation.snapshot},
                 )  # fmt: skip
                 new = await self._parts.accept(record)
             except BaseException:
@@ -135,11 +148,15 @@ class Samplers:
                 self._parts.leave(tenant, tokens)
         return reply
 
-    async def replay(self, tenant: str, submit: SampleSubmit) -> None:
-        """Run a request again that had no outcome when the server stopped."""
+    async def replay(self, tenant: str, submit: SampleSubmit, snapshot: str | None) -> None:
+        """Run a request again that had no outcome when the server stopped.
+
+        Args:
+            snapshot: that it was accepted for.
+        """
         row = await self.require(tenant, submit.sampling_session_id)
         request_id = f"{row.id}:{submit.seq_id}"
-        operation = await self._operation(row, request_id, submit)
+        operation = self._operation(row, request_id, submit, snapshot)
         self._parts.enter(tenant, operation.num_tokens)
         self._run(row, request_id, operation, submit)
 
@@ -150,8 +167,48 @@ class Samplers:
         for row in rows:
             self._rows.pop(row.id, None)
             if row.snapshot is not None:
+                self._used_at.pop(row.snapshot, None)
                 name = row.snapshot
                 self._parts.host.call(None, lambda name=name: pager.drop_snapshot(name))
+            if row.model_id is not None:
+                self._published.pop(row.model_id, None)
+
+    async def restore(self, tenant: str, session_id: str) -> set[Path]:
+        """Take up the snapshots of a session that was open when the server stopped; returns their
+        folders."""
+        rows = await asyncio.to_thread(self._parts.store.samplers.of_session, tenant, session_id)
+        folder_of = self._parts.host.pager.snapshot_folder
+
+        def last_uses() -> dict[str, float]:
+            names = [row.snapshot for row in rows if row.kind != "path" and row.snapshot]
+            return {n: folder_of(n).stat().st_mtime for n in names if folder_of(n).exists()}
+
+        self._used_at |= await asyncio.to_thread(last_uses)
+        return {folder_of(row.snapshot) for row in rows if row.snapshot is not None}
+
+    async def drop_unused(self, seconds: float) -> list[str]:
+        """Drop the snapshots that no request has used for so long. Requests that run are not
+        touched, and neither is what a model's `inflight` samplers use.
+
+        Returns:
+            the names of those that went.
+        """
+        limit, kept = self._wall() - seconds, {*self._in_use, *self._published.values()}
+        pager = self._parts.host.pager
+        gone = [name for name, at in self._used_at.items() if at < limit and name not in kept]
+        for name in gone:
+            del self._used_at[name]
+            self._parts.host.call(None, lambda name=name: pager.drop_snapshot(name))
+        recent = {name: at for name, at in self._used_at.items() if at > self._noted_at}
+        self._noted_at = self._wall()
+        await asyncio.to_thread(self._note_uses, recent)
+        return gone
+
+    def _note_uses(self, uses: Mapping[str, float]) -> None:
+        """A folder's time says when it was last used, for the next start."""
+        for name, at in uses.items():
+            with suppress(OSError):
+                os.utime(self._parts.host.pager.snapshot_folder(name), (at, at))
 
     @property
     def num_running(self) -> int:
@@ -164,7 +221,9 @@ class Samplers:
 
     # -- inside ---------------------------------------------------
 
-    async def _operation(self, row: SamplerRow, request_id: str, submit: SampleSubmit) -> Sample:
+    def _operation(
+        self, row: SamplerRow, request_id: str, submit: SampleSubmit, snapshot: str | None
+    ) -> Sample:
         limits, context = self._parts.settings.limits, self._parts.host.engine.base.context_length
         if submit.num_samples > limits.samples:
             raise DataError(f"num_samples is {submit.num_samples}; at most {limits.samples}")
@@ -178,7 +237,7 @@ class Samplers:
         params = submit.params(max_tokens=room, seed=_seed_of(request_id))
         return Sample(
             adapter=None, prompts=[submit.prompt], params=params, num_samples=submit.num_samples,
-            snapshot=await self._snapshot(row), scoring=submit.scoring, tenant=row.tenant,
+            snapshot=snapshot, scoring=submit.scoring, tenant=row.tenant,
         )  # fmt: skip
 
     async def _snapshot(self, row: SamplerRow) -> str | None:
@@ -190,38 +249,55 @@ class Samplers:
                 self._parts.store.samplers.of_model, row.tenant, row.model_id
             )
             saved = [r.snapshot for r in rows if r.kind == "inflight" and r.snapshot is not None]
-            return saved[-1]
+            return next((name for name in reversed(saved) if self._exists(name)), saved[-1])
         return self._published[row.model_id]
+
+    def _exists(self, snapshot: str) -> bool:
+        """Whether it can be used, or will be there soon."""
+        pager = self._parts.host.pager
+        return snapshot in self._parts.coming or pager.snapshot_folder(snapshot).exists()
 
     def _run(
         self, row: SamplerRow, request_id: str, operation: Sample, submit: SampleSubmit
     ) -> None:
-        parts, tokens = self._parts, operation.num_tokens
+        parts, tokens, snapshot = self._parts, operation.num_tokens, operation.snapshot
         self._running[row.session_id] += 1
+        self._begin(snapshot)
 
         def done(error: BaseException | None) -> None:
             self._running[row.session_id] -= 1
             if not self._running[row.session_id]:
                 del self._running[row.session_id]
+            self._end(snapshot)
             parts.leave(operation.tenant, tokens)
             parts.finished(request_id)
 
-        parts.promises.follow(
-            request_id,
-            parts.host.submit(operation),
-            lambda result: (PROTOBUF_TYPE, encode_sample(result, submit.wanted)),
-            done,
-        )
+        def submit_it() -> None:
+            parts.promises.follow(
+                request_id,
+                parts.host.submit(operation),
+                lambda result: (PROTOBUF_TYPE, encode_sample(result, submit.wanted)),
+                done,
+            )
+
+        parts.coming.when_there(snapshot, submit_it)
+
+    def _begin(self, snapshot: str | None) -> None:
+        if snapshot is not None:
+            self._in_use[snapshot] += 1
+
+    def _end(self, snapshot: str | None) -> None:
+        if snapshot is not None:
+            if snapshot in self._used_at:
+                self._used_at[snapshot] = self._wall()
+            self._in_use[snapshot] -= 1
+            if not self._in_use[snapshot]:
+                del self._in_use[snapshot]
 
     def _note(self, row: SamplerRow) -> None:
         self._rows[row.id] = row
         while len(self._rows) > MOST_CACHED:
             self._rows.popitem(last=False)
-
-
-def sampler_id(session_id: str, seq: int) -> str:
-    """The id that the SDK expects of a session's sampler."""
-    return f"{session_id}:sample:{seq}"
 
 
 def _seed_of(request_id: str) -> int:

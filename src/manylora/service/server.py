@@ -2,20 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from manylora.api import Host
 from manylora.config import ServerFile
 from manylora.scheduler import BatchReport, Journal
-from manylora.service.errors import NotReady
 from manylora.service.hub import TinkerHub
 from manylora.service.parts import Parts
 from manylora.service.promises import Promises
 from manylora.service.replay import Replay
 from manylora.service.results import Results
-from manylora.service.upkeep import Upkeep
+from manylora.service.upkeep import SECONDS_OF_AN_HOUR, Upkeep
 from manylora.service.wire.limits import WireLimits
 from manylora.store import Store
 
@@ -23,34 +22,6 @@ log = logging.getLogger("manylora.service")
 
 # Results that are kept in memory beside their files.
 RESULT_BYTES = 128 << 20
-# How long a request waits for an engine that is still opening.
-START_SECONDS = 30.0
-SECONDS_OF_AN_HOUR = 3600.0
-
-
-class LateHub:
-    """A hub that is still being made: requests wait for it a while instead of failing."""
-
-    def __init__(self) -> None:
-        self._arrival: asyncio.Future[TinkerHub] = asyncio.get_running_loop().create_future()
-
-    def arrive(self, hub: TinkerHub) -> None:
-        """From now on the hub answers."""
-        self._arrival.set_result(hub)
-
-    def ready(self) -> bool:
-        """Whether the engine answers."""
-        return self._arrival.done() and self._arrival.result().ready()
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        async def when_there(*arguments: Any) -> Any:
-            try:
-                hub = await asyncio.wait_for(asyncio.shield(self._arrival), START_SECONDS)
-            except TimeoutError:
-                raise NotReady("the server is still opening its base model") from None
-            return await getattr(hub, name)(*arguments)
-
-        return when_there
 
 
 class Service:
@@ -131,6 +102,7 @@ class Service:
             await asyncio.to_thread(self.hub.submitted.close)
             await asyncio.to_thread(parts.promises.close)
             await asyncio.sleep(0)  # what the last outcomes left for the loop to do
+            await parts.settle()
             await asyncio.to_thread(self._close_journal, parts)
         await asyncio.to_thread(self.store.close)
 

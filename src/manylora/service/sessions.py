@@ -3,17 +3,17 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from manylora.service.errors import Gone, NotFound
+from manylora.service.errors import Gone, missing
 from manylora.service.wire.messages import CreateSessionRequest, FinishSessionRequest
 from manylora.store import SessionRow, Store
 
 
 @dataclass(slots=True)
 class Session:
-    """An open session; `heard_at` is monotonic."""
+    """An open session; `heard_at` is when its client last gave a sign of life."""
 
     id: str
     tenant: str
@@ -23,8 +23,9 @@ class Session:
 class Sessions:
     """The open sessions of a server, with those that ended in the database."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic):
         self._store = store
+        self._clock = clock
         self._open: dict[str, Session] = {}
 
     async def create(self, tenant: str, request: CreateSessionRequest) -> str:
@@ -36,12 +37,12 @@ class Sessions:
             sdk_version=request.sdk_version,
         )  # fmt: skip
         await asyncio.to_thread(self._store.sessions.create, row)
-        self._open[id] = Session(id, tenant, time.monotonic())
+        self._open[id] = Session(id, tenant, self._clock())
         return id
 
     def restore(self, row: SessionRow) -> None:
         """A session that was open when the server stopped; its silence starts anew."""
-        self._open[row.id] = Session(row.id, row.tenant, time.monotonic())
+        self._open[row.id] = Session(row.id, row.tenant, self._clock())
 
     async def require(self, tenant: str, session_id: str) -> Session:
         """The session, which was just heard of.
@@ -51,13 +52,13 @@ class Sessions:
         """
         session = self._open.get(session_id)
         if session is not None and session.tenant == tenant:
-            session.heard_at = time.monotonic()
+            session.heard_at = self._clock()
             return session
         if session is None:
             row = await asyncio.to_thread(self._store.sessions.get, tenant, session_id)
             if row is not None:
                 raise Gone(f"session {session_id!r} is over ({row.end_reason}); start a new one")
-        raise NotFound(f"there is no session {session_id!r}")
+        raise missing("session")
 
     async def end(self, session: Session, reason: str, detail: str = "") -> None:
         """End a session; the first reason stays."""
@@ -79,7 +80,7 @@ class Sessions:
 
     def silent(self, seconds: float) -> Iterator[Session]:
         """Open sessions that were not heard of for so long."""
-        limit = time.monotonic() - seconds
+        limit = self._clock() - seconds
         return iter([s for s in self._open.values() if s.heard_at < limit])
 
     def is_open(self, session_id: str) -> bool:

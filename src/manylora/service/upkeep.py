@@ -12,6 +12,7 @@ log = logging.getLogger("manylora.service")
 
 EVERY_SECONDS = 1.0
 SWEEP_SECONDS = 300.0
+SECONDS_OF_AN_HOUR = 3600.0
 # A client goes on sending a lost request for five minutes.
 GAP_SECONDS = 330.0
 # A journal beyond this many bytes has the states saved that hold it back.
@@ -21,11 +22,13 @@ JOURNAL_BYTES = 512 << 20
 class Upkeep:
     """Saves states, closes silent sessions, forgets what is no longer needed."""
 
-    def __init__(self, hub: TinkerHub):
+    def __init__(self, hub: TinkerHub, gap_seconds: float = GAP_SECONDS):
+        """`gap_seconds`: how long operations wait for one that has not come."""
         self._hub = hub
         self._parts = hub.parts
-        self._swept_at = 0.0
-        self._closing: set[str] = set()
+        self._gap_seconds = gap_seconds
+        self._swept_at = hub.parts.clock() - SWEEP_SECONDS
+        self._closing: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Until cancelled. A fault in one round is logged, and the next one comes."""
@@ -38,17 +41,16 @@ class Upkeep:
 
     async def round(self) -> None:
         """Everything that is due."""
-        now = time.monotonic()
+        now = self._parts.clock()
         self._save_states(now)
         await self._cover()
         for model in self._hub.models:
-            if model.order.num_early and now - model.arrived_at > GAP_SECONDS:
-                self._hub.models.give_up(model)
-        for session in self._hub.sessions.silent(self._parts.settings.session_seconds):
-            if not self._is_busy(session) and session.id not in self._closing:
-                self._closing.add(session.id)
-                await self._close(session)
-        if now - self._swept_at > SWEEP_SECONDS:
+            if model.order.num_early and now - model.arrived_at > self._gap_seconds:
+                await self._hub.models.close_gap(model)
+        for session in self._silent():
+            if session.id not in self._closing:
+                self._closing[session.id] = asyncio.create_task(self._close(session))
+        if now - self._swept_at >= SWEEP_SECONDS:
             self._swept_at = now
             await self._sweep()
 
@@ -71,11 +73,21 @@ class Upkeep:
             for stream, seq in covered:
                 self._parts.journal.covered(stream, seq)
 
-        await asyncio.to_thread(work)
+        try:
+            await asyncio.to_thread(work)
+        except ManyloraError:  # a full disk; the journal keeps it until there is room
+            self._parts.covered.extendleft(reversed(covered))
+            raise
+
+    def _silent(self) -> list[Session]:
+        """Sessions that have been silent for too long and have nothing queued."""
+        seconds = self._parts.settings.session_seconds
+        return [s for s in self._hub.sessions.silent(seconds) if not self._is_busy(s)]
 
     def _is_busy(self, session: Session) -> bool:
         own = (model for model in self._hub.models if model.row.session_id == session.id)
-        return any(model.running for model in own) or self._hub.samplers.is_busy(session.id)
+        waiting = any(model.running or model.order.num_early for model in own)
+        return waiting or self._hub.samplers.is_busy(session.id)
 
     async def _close(self, session: Session) -> None:
         """End a silent session; what its models have learned since they were last saved is kept as
@@ -83,14 +95,16 @@ class Upkeep:
         log.info("session %s is silent; its models are saved and closed", session.id)
         try:
             for model in self._hub.models:
-                if model.row.session_id == session.id:
+                if model.row.session_id == session.id and model.fault is None:
                     await self._hub.keep_last(model)
+            if session not in self._silent():  # it came back meanwhile
+                return
             await self._hub.sessions.end(session, "silent")
-            await self._hub.close_models(session)
+            await self._hub.close_models(session.tenant, session.id)
         except ManyloraError as error:
             log.error("session %s could not be closed: %s", session.id, error)
         finally:
-            self._closing.discard(session.id)
+            self._closing.pop(session.id, None)
 
     async def _sweep(self) -> None:
         saving, store = self._parts.settings.saving, self._parts.store
@@ -103,4 +117,5 @@ class Upkeep:
             store.models.set_steps(steps)
 
         await asyncio.to_thread(work)
-        del saving
+        self._parts.promises.let_go()
+        await self._hub.samplers.drop_unused(saving.snapshot_hours * SECONDS_OF_AN_HOUR)

@@ -26,7 +26,8 @@ from manylora.types import AdamParams, DataError, Datum, ForwardBackwardResult, 
 from manylora.types.data import Array
 
 REFUSED_LOSSES = {
-    "stable_reinforce": "it needs what the sampler recorded of each sequence",
+    "stable_reinforce": "it needs what the sampler recorded of each sequence; pass "
+    "loss_fn='importance_sampling', 'ppo' or 'cispo'",
     "custom": "custom losses run in the client; leave the loss handle out and the SDK does so",
 }
 OUTPUT_TYPE = "ArrayRecord"

@@ -33,6 +33,7 @@ BaseName = Annotated[
     str, StringConstraints(min_length=1, max_length=256, pattern=r"^[\x21-\x7e]+$")
 ]
 SequenceNumber = Annotated[int, Field(ge=0, le=2**31 - 1)]
+OrderNumber = Annotated[int, Field(ge=1, le=2**31 - 1)]  # a model's own numbers start at 1
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TTL = Annotated[int, Field(ge=SECONDS_OF_AN_HOUR, le=SECONDS_OF_TEN_YEARS)]
 
@@ -137,7 +138,7 @@ class Numbered(Request):
     """A request in a model's own order."""
 
     model_id: Identifier
-    seq_id: SequenceNumber
+    seq_id: OrderNumber
 
 
 class WireAdamParams(Request):
@@ -174,7 +175,7 @@ class LoadWeightsRequest(Request):
     session_id: Identifier | None = None
     model_seq_id: SequenceNumber | None = None
     model_id: Identifier | None = None
-    seq_id: SequenceNumber | None = None
+    seq_id: OrderNumber | None = None
     base_model: BaseName | None = None
     user_metadata: Metadata | None = None
     optimizer_config: OptimizerConfig | None = None

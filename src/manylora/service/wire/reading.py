@@ -49,6 +49,6 @@ def peek_json_ids(prefix: bytes) -> tuple[str, int] | None:
     model_id, seq_id = content.get("model_id"), content.get("seq_id")
     if not isinstance(model_id, str) or len(model_id) > MAX_IDENTIFIER:
         return None
-    if type(seq_id) is not int or not 0 <= seq_id < 2**31:
+    if type(seq_id) is not int or not 1 <= seq_id < 2**31:
         return None
     return (model_id, seq_id) if re.fullmatch(IDENTIFIER, model_id) else None

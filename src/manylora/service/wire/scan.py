@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from manylora.service.errors import TooLarge
 from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.paths import IDENTIFIER, MAX_IDENTIFIER
-from manylora.types import DataError, Unsupported
+from manylora.types import DataError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 # Field numbers of ForwardBackwardRequest and of Datum.
 MODEL_ID, SEQ_ID, DATA = 1, 2, 3
-CHUNKS, INPUTS, SPANS = 1, 2, (3, 4)
+CHUNKS, INPUTS = 1, 2
 
 
 class _Torn(ValueError):
@@ -75,7 +75,7 @@ def peek_ids(prefix: bytes) -> tuple[str, int] | None:
                 break
     except (_Torn, UnicodeDecodeError):
         pass
-    if model_id is None or seq_id is None or seq_id >= 2**31:
+    if model_id is None or seq_id is None or not 1 <= seq_id < 2**31:
         return None
     return (model_id, seq_id) if re.fullmatch(IDENTIFIER, model_id) else None
 
@@ -85,7 +85,6 @@ def check_outline(body: bytes, limits: WireLimits) -> None:
 
     Raises:
         TooLarge: more data or parts than the limits allow.
-        Unsupported: provenance spans.
         DataError: no protobuf.
     """
     data = parts = 0
@@ -106,11 +105,6 @@ def check_outline(body: bytes, limits: WireLimits) -> None:
 def _datum_parts(body: bytes, start: int, end: int, index: int, limits: WireLimits) -> int:
     parts = inputs = 0
     for number, _, _, _ in _fields(body, start, end):
-        if number in SPANS:
-            raise Unsupported(
-                f"data[{index}] has provenance spans; only the loss 'stable_reinforce' reads them, "
-                "and it is not supported"
-            )
         parts += 1
         inputs += number == INPUTS
         if inputs > limits.inputs:

@@ -94,7 +94,9 @@ def check_csr(crow: Array, col_E: Array, shape: tuple[int, int], num_values: int
         raise DataError(
             f"{what}: crow_indices has {crow.size} entries; {rows} rows need {rows + 1}"
         )
-    if crow[0] != 0 or crow[-1] != num_values or (np.diff(crow) < 0).any():
+    # The bounds come first: differences of numbers near 2⁶³ wrap around.
+    outside = crow.min() < 0 or crow.max() > num_values
+    if outside or crow[0] != 0 or crow[-1] != num_values or (np.diff(crow) < 0).any():
         raise DataError(f"{what}: crow_indices must rise from 0 to {num_values}")
     if col_E.size != num_values:
         raise DataError(f"{what}: {num_values} values and {col_E.size} col_indices")

@@ -1,0 +1,62 @@
+"""The half of the hub that lists and changes what is kept: training runs and checkpoints."""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+from manylora.service.keeping import Keeping
+from manylora.service.listing import listed, training_run, weights_info
+from manylora.service.models import Models
+from manylora.service.parts import Parts
+from manylora.service.wire.paths import TinkerPath
+from manylora.service.wire.replies import (
+    CheckpointList,
+    Cursor,
+    TrainingRun,
+    TrainingRunList,
+    WeightsInfo,
+)
+
+
+class Shelves:
+    """See `contract.Hub`."""
+
+    parts: Parts
+    keeping: Keeping
+    models: Models
+
+    async def training_run(self, tenant: str, model_id: str) -> TrainingRun:
+        row = await self.models.row(tenant, model_id)
+        return training_run(row, await self.keeping.of_model(tenant, model_id))
+
+    async def training_runs(self, tenant: str, limit: int, offset: int) -> TrainingRunList:
+        page = await asyncio.to_thread(self.parts.store.models.page, tenant, limit, offset)
+        runs = [training_run(r, await self.keeping.of_model(tenant, r.id)) for r in page.rows]
+        cursor = Cursor(offset=offset, limit=limit, total_count=page.total)
+        return TrainingRunList(training_runs=runs, cursor=cursor)
+
+    async def checkpoints_of(self, tenant: str, model_id: str) -> CheckpointList:
+        await self.models.row(tenant, model_id)
+        rows = await self.keeping.of_model(tenant, model_id)
+        return CheckpointList(checkpoints=[listed(row) for row in rows])
+
+    async def checkpoints(self, tenant: str, limit: int, offset: int) -> CheckpointList:
+        return await self.keeping.page(tenant, limit, offset)
+
+    async def delete_checkpoint(self, tenant: str, path: TinkerPath) -> None:
+        await self.keeping.delete(tenant, path)
+
+    async def set_ttl(self, tenant: str, path: TinkerPath, ttl_seconds: int | None) -> None:
+        await self.keeping.set_ttl(tenant, path, ttl_seconds)
+
+    async def set_public(self, tenant: str, path: TinkerPath, public: bool) -> None:
+        await self.keeping.set_public(tenant, path, public)
+
+    async def weights_info(self, tenant: str, path: TinkerPath) -> WeightsInfo:
+        row = await self.keeping.readable(
+            tenant, path, "weights", "sampler_weights", "external_weights"
+        )
+        return weights_info(row)
+
+    async def external_files(self, tenant: str, path: TinkerPath) -> Mapping[str, Path]:
+        return await self.keeping.external_files(tenant, path)

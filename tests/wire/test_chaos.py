@@ -1,0 +1,104 @@
+"""Eight tenants through kill -9, broken connections, duplicates and disorder: nothing is lost, and
+everything is, to the last bit, what an undisturbed server gives."""
+
+import asyncio
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from manylora.store import Store
+from tests.wire.forked import ForkedServer
+from tests.wire.server import Server
+from tests.wire.tenants import RANKS, Luck, Seen, Tenant, everybody
+
+STEPS = 8
+PLANS = 4
+# Far more than a run takes, so that a slow machine is not taken for a stuck future.
+SECONDS = 240.0
+FEW, MANY = 2, int(os.environ.get("MANYLORA_CHAOS_SEEDS", "50"))
+FIRST = int(os.environ.get("MANYLORA_CHAOS_FIRST", "0"))
+
+_calm: dict[int, list[Seen]] = {}
+
+
+def new_keys(folder: Path) -> list[str]:
+    """A key of each of eight tenants."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store = Store.in_folder(folder)
+    try:
+        return [store.keys.create(f"tenant{number}") for number in range(len(RANKS))]
+    finally:
+        store.close()
+
+
+pytestmark = pytest.mark.usefixtures("nursery")
+
+
+def undisturbed(plan: int, folder: Path) -> list[Seen]:
+    """What the eight see of a server that nobody disturbs, one request at a time."""
+    if plan not in _calm:
+        keys = new_keys(folder)
+        with ForkedServer(folder) as server:
+            tenants = [
+                Tenant(number, plan, lambda: server.port, key, Luck())
+                for number, key in enumerate(keys)
+            ]
+            _calm[plan] = asyncio.run(everybody(tenants, STEPS, SECONDS))
+    return _calm[plan]
+
+
+async def shake(server: Server, draw: random.Random, kills: int) -> None:
+    """Kill the server at any moment, even while it starts."""
+    for _ in range(kills):
+        await asyncio.sleep(draw.uniform(0.0, 2.5))
+        await asyncio.to_thread(server.kill)
+        if draw.random() < 0.25:
+            await asyncio.to_thread(server.start_and_kill, draw.uniform(0.5, 5.0))
+        await asyncio.to_thread(server.start)
+
+
+def storm(seed: int, folder: Path) -> tuple[list[Seen], Server]:
+    """What the eight see of a server that is shaken."""
+    draw = random.Random(seed)
+    every = draw.choice((1, 3, 8))
+    options = ["--set", f"saving.every_steps={every}", "--set", "saving.every_seconds=0.5"]
+    if seed % 2:
+        options += ["--max-resident", str(draw.choice((1, 2, 5)))]
+    keys = new_keys(folder)
+    with ForkedServer(folder, *options) as server:
+        tenants = [
+            Tenant(
+                number, seed % PLANS, lambda: server.port, key,
+                Luck(seed, window=draw.randint(1, 8), drop=draw.choice((0.0, 0.1, 0.3)),
+                     repeat=draw.choice((0.0, 0.2)), late=0.3, slow=draw.choice((0.0, 0.2))),
+            )
+            for number, key in enumerate(keys)
+        ]  # fmt: skip
+        shaking = shake(server, draw, kills=draw.randint(1, 5))
+        seen = asyncio.run(everybody(tenants, STEPS, SECONDS, shaking))
+        assert not any("Traceback" in line or "traceback" in line for line in server.log)
+    return seen, server
+
+
+def check(seed: int, folder: Path) -> None:
+    calm = undisturbed(seed % PLANS, folder / "calm")
+    seen, server = storm(seed, folder / "shaken")
+    assert server.num_kills >= 1
+    for number, (one, other) in enumerate(zip(seen, calm, strict=True)):
+        assert one.results.keys() == other.results.keys(), number
+        for name, result in other.results.items():
+            assert one.results[name] == result, f"tenant {number}: {name}"
+        assert one.weights == other.weights, f"tenant {number}: its weights"
+
+
+@pytest.mark.parametrize("seed", range(FEW))
+def test_a_storm_changes_nothing(seed: int, tmp_path: Path):
+    check(seed, tmp_path)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + MANY))
+def test_many_storms_change_nothing(seed: int, tmp_path: Path):
+    check(seed, tmp_path)
