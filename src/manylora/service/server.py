@@ -83,6 +83,9 @@ class Service:
         count = await Replay(self.hub, self._limits).run(recovery)
         if count:
             log.info("%d operations of the last server go on", count)
+        runs = await self.hub.submitted.resume()
+        if runs:
+            log.info("%d runs of the last server go on", runs)
         self._upkeep = loop.create_task(Upkeep(self.hub).run())
         return self.hub
 
@@ -100,9 +103,11 @@ class Service:
             parts = self.hub.parts
             parts.promises.closing = True
             deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
+            await self.hub.submitted.stop(self.settings.drain_seconds)
             while self._is_working() and asyncio.get_running_loop().time() < deadline:
                 await asyncio.sleep(0.05)
             await asyncio.to_thread(parts.host.close, cancel=True)
+            await asyncio.to_thread(self.hub.submitted.close)
             await asyncio.to_thread(parts.promises.close)
             await asyncio.sleep(0)  # what the last outcomes left for the loop to do
             await parts.settle()
