@@ -4,6 +4,7 @@ M tokens of the prompt, V vocabulary.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,9 +57,9 @@ def reference(engine: Engine, name: str | None, tokens: np.ndarray) -> np.ndarra
     return torch.log_softmax(logits_MV.float(), dim=-1).numpy()
 
 
-def ask(engine: Engine, name: str | None, wanted: Scoring, prompt=PROMPT, **params) -> SampleResult:
-    params = SamplingParams(**{"max_tokens": 3, "stop": (), **params})
-    sample = Sample(adapter=name, prompts=[prompt], params=params, scoring=wanted)
+def ask(engine: Engine, name: str | None, wanted: Scoring, **settings: Any) -> SampleResult:
+    params = replace(SamplingParams(max_tokens=3, stop=()), **settings)
+    sample = Sample(adapter=name, prompts=[PROMPT], params=params, scoring=wanted)
     (result,) = must(engine.sample([sample]))
     return result
 
@@ -117,6 +118,7 @@ def test_candidates_of_each_place(engine: Engine):
     found = scores(engine, "head", wanted)
     own = np.take_along_axis(expected_MV[:-1], np.maximum(candidates, 0), axis=1)
     own[candidates < 0] = np.nan
+    assert found.candidates is not None
     np.testing.assert_allclose(found.candidates, own, **CLOSE)
     assert np.isfinite(found.logprobs).sum() == 5
 
