@@ -135,8 +135,7 @@ class DecodeLoop:
         if chunks:
             self._read(chunks)
         hidden = [self._feed()] if self._running else []
-        begun = self._beginning
-        self._beginning = []
+        begun = list(self._beginning)
         hidden += [s.prompt.hidden_H[None] for s in begun if s.prompt.hidden_H is not None]
         if hidden:
             self._take(torch.cat(hidden), begun)
@@ -327,6 +326,7 @@ class DecodeLoop:
             running = [] if self._batch is None else self._batch.sequences
             parts = self._parts([*running, *begun])
             self._running += begun
+            self._beginning.clear()
             self._batch = None
         else:
             assert self._batch is not None

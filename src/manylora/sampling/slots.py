@@ -83,6 +83,8 @@ def _widened(array: Array, width: int, fill: int) -> Array:
     count, now = array.shape
     if width <= now:
         return array
-    wide = np.full((count, max(width, 2 * now)), fill, array.dtype)
+    shape = (count, max(width, 2 * now))
+    # Zeros cost no memory until they are written.
+    wide = np.full(shape, fill, array.dtype) if fill else np.zeros(shape, array.dtype)
     wide[:, :now] = array
     return wide

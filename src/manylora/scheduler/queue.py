@@ -307,6 +307,8 @@ class OperationQueue:
         adapters: dict[LaneKey, Lane] = {}
         room, misfits, turns = self.token_budget, 0, self._turns[kind]
         while (name := turns.first()) is not None and misfits < MISFITS:
+            if kind is Sample and not self._free_places:
+                break
             lanes = self._tenants[name].lanes[kind]
             key = lanes.first()
             assert key is not None

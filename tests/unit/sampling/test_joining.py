@@ -167,8 +167,9 @@ def test_long_ones_too(tiny, family: str, dtype: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_continuations_of_one_prompt(engine: Engine, name: str | None):
     """They differ; the first is the one that a single continuation gives; more change nothing."""
+    crowd = alone(engine, request(name, 70, 9, 37, temperature=1.0)).sequences
     many = alone(engine, request(name, 70, 9, 7, temperature=1.0)).sequences
-    assert len({s.tokens for s in many}) == 7
+    assert len({s.tokens for s in crowd}) == 37 and crowd[:7] == many
     assert alone(engine, request(name, 70, 9, 1, temperature=1.0)).sequences == many[:1]
     assert alone(engine, request(name, 70, 9, 3, temperature=1.0)).sequences == many[:3]
     verbs = decoder(engine, max_sequences=2, max_cached_tokens=128)  # room for one at a time
@@ -280,3 +281,47 @@ def test_nothing_to_continue_and_nothing_asked(engine: Engine):
     assert verbs.decode(1.0) == [] and verbs.decoding == 0
     (error,) = verbs.admit([replace(request(None, 3, 3), num_samples=0)])
     assert isinstance(error, DataError) and "num_samples is 0" in str(error)
+
+
+def test_who_takes_over_a_slot_takes_nothing_else_over(engine: Engine):
+    """Stop tokens, limits and settings are the new one's own, while another runs on."""
+    verbs = decoder(engine, max_sequences=3)
+    runs_on = request(None, 5, 200)
+    every = replace(
+        request("all", 5, 50, temperature=1.0), params=SamplingParams(stop=(*range(VOCAB),))
+    )
+    (stopped,) = alone(engine, every).sequences
+    assert (len(stopped.tokens), stopped.stop_reason) == (1, "stop")
+    after = [request("all", 9, 20, seed=seed) for seed in range(4)]
+    expected = [alone(engine, sample) for sample in after]
+    found = run(verbs, {0: [runs_on], 1: [every], 3: after[:2], 40: after[2:]})
+    assert found[id(every)] == alone(engine, every)
+    assert [found[id(sample)] for sample in after] == expected
+
+
+@pytest.mark.parametrize("method", ["hidden", "logits"])
+def test_a_step_that_fails_leaves_nothing_behind(engine: Engine, method: str, monkeypatch):
+    """Out of memory, say, at any call: once the requests are cancelled, all room is free."""
+    base, inner, calls = type(engine.base), getattr(type(engine.base), method), [0]
+
+    def failing(*args: Any) -> Any:
+        calls[0] -= 1
+        if calls[0] == 0:
+            raise RuntimeError("out of memory")
+        return inner(*args)
+
+    monkeypatch.setattr(base, method, failing)
+    verbs = decoder(engine, max_sequences=5)
+    for count in range(1, 13):
+        crowd = [request(name, 30 * (n + 1), 6, 2, seed=n) for n, name in enumerate(NAMES)]
+        calls[0] = count
+        verbs.admit(crowd)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            while verbs.decoding:
+                verbs.decode(1.0)
+        for sample in crowd:
+            verbs.cancel(sample)
+        assert empty(verbs)
+    calls[0] = 0
+    sample = request("all", 50, 5)
+    assert verbs.sample([sample]) == [alone(engine, sample)]
