@@ -4,6 +4,7 @@ M tokens of the prompt, V vocabulary.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,8 +58,10 @@ def reference(engine: Engine, name: str | None, tokens: np.ndarray) -> np.ndarra
 
 
 def ask(engine: Engine, name: str | None, wanted: Scoring, prompt=PROMPT, **params) -> SampleResult:
-    params = SamplingParams(**{"max_tokens": 3, "stop": (), **params})
-    sample = Sample(adapter=name, prompts=[prompt], params=params, scoring=wanted)
+    settings: dict[str, Any] = {"max_tokens": 3, "stop": (), **params}
+    sample = Sample(
+        adapter=name, prompts=[prompt], params=SamplingParams(**settings), scoring=wanted
+    )
     (result,) = must(engine.sample([sample]))
     return result
 
@@ -117,6 +120,7 @@ def test_candidates_of_each_place(engine: Engine):
     found = scores(engine, "head", wanted)
     own = np.take_along_axis(expected_MV[:-1], np.maximum(candidates, 0), axis=1)
     own[candidates < 0] = np.nan
+    assert found.candidates is not None
     np.testing.assert_allclose(found.candidates, own, **CLOSE)
     assert np.isfinite(found.logprobs).sum() == 5
 
