@@ -21,6 +21,7 @@ from manylora.types import (
     ForwardBackward,
     OptimStep,
     SamplingParams,
+    Scoring,
     StepRefused,
     TargetError,
 )
@@ -189,3 +190,54 @@ def test_threads_and_budget(tiny):
     with Trainer(tiny("llama"), threads=2):
         assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
+
+
+def test_a_step_waits_for_samples_of_the_living_weights(trainer):
+    """What was asked before a step is answered by the weights before it, whatever runs when."""
+    adapter, other = trainer.create("a", rank=4), trainer.create("b", rank=4)
+    learn(adapter, 1)
+    expected = adapter.sample([[5], [6, 7]], GREEDY).result()
+    long = SamplingParams(max_tokens=100, stop=())
+    asked = adapter.sample([[5]], long)
+    steps = [learn_ahead(adapter, number) for number in range(3)]
+    assert learn(other, 2)  # goes on meanwhile
+    found = asked.result().sequences[0]
+    assert found.tokens[:5] == expected.sequences[0].tokens
+    assert found.logprobs[:5] == expected.sequences[0].logprobs
+    assert [step.result().step for step in steps] == [2, 3, 4]
+
+
+def learn_ahead(handle, number: int):
+    handle.forward_backward(batch(number))
+    return handle.optim_step(lr=1e-2)
+
+
+def test_training_has_the_same_bits_while_others_sample(tiny):
+    def train(busy: bool) -> list[tuple[float, float]]:
+        with Trainer(tiny("llama"), token_budget=128) as trainer:
+            adapter, other = trainer.create("a", rank=4), trainer.create("b", rank=8)
+            sampled = [
+                other.sample([[5] * n], SamplingParams(max_tokens=90, temperature=1.0, seed=n))
+                for n in range(1, 9 if busy else 1)
+            ]
+            found = learn(adapter, 6)
+            assert all(future.result() for future in sampled)
+            return found
+
+    assert train(busy=True) == train(busy=False)
+
+
+def test_several_answers_scores_and_giving_up(trainer):
+    adapter = trainer.create("a", rank=4)
+    params = SamplingParams(max_tokens=5, temperature=1.0, stop=())
+    wanted = Scoring(prompt=True, topk_sampled=2)
+    for door in (trainer, adapter, adapter.snapshot()):
+        result = door.sample([[5, 6], [7]], params, num_samples=3, scoring=wanted).result()
+        assert len(result.sequences) == 6 and len({s.tokens for s in result.sequences}) > 1
+        assert [len(s.logprobs) for s in result.prompts] == [2, 1]
+        assert all(s.topk is not None and s.topk.tokens.shape == (5, 2) for s in result.sequences)
+    endless = adapter.sample([[5]] * 200, SamplingParams(max_tokens=120, stop=()), num_samples=20)
+    step = adapter.optim_step(lr=1e-2)
+    assert endless.cancel()
+    assert step.result(20).step == 1  # the lane goes on at once
+    assert trainer._engine.decoding == 0

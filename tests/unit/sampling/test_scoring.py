@@ -57,11 +57,9 @@ def reference(engine: Engine, name: str | None, tokens: np.ndarray) -> np.ndarra
     return torch.log_softmax(logits_MV.float(), dim=-1).numpy()
 
 
-def ask(engine: Engine, name: str | None, wanted: Scoring, prompt=PROMPT, **params) -> SampleResult:
-    settings: dict[str, Any] = {"max_tokens": 3, "stop": (), **params}
-    sample = Sample(
-        adapter=name, prompts=[prompt], params=SamplingParams(**settings), scoring=wanted
-    )
+def ask(engine: Engine, name: str | None, wanted: Scoring, **settings: Any) -> SampleResult:
+    params = replace(SamplingParams(max_tokens=3, stop=()), **settings)
+    sample = Sample(adapter=name, prompts=[PROMPT], params=params, scoring=wanted)
     (result,) = must(engine.sample([sample]))
     return result
 
