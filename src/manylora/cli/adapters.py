@@ -59,6 +59,23 @@ def find_adapter(folder: Path) -> AdapterFolder:
     )
 
 
+def find_checkpoint(path: str, data_dir: Path, database: str | None) -> Path:
+    """The folder of a checkpoint in a server's data folder, whoever owns it.
+
+    Raises:
+        CheckpointError: there is none. StoreError: the database cannot be read.
+    """
+    from manylora.store import DATABASE, Store
+
+    if database is None and not (data_dir / DATABASE).is_file():
+        raise CheckpointError(f"{data_dir}: is no data folder of a server (there is no {DATABASE})")
+    with Store.in_folder(data_dir, database) as store:
+        row = store.checkpoints.anybodys(path)
+    if row is None or not (data_dir / row.folder).is_dir():
+        raise CheckpointError(f"{path}: there is no such checkpoint in {data_dir}")
+    return data_dir / row.folder
+
+
 def common_base(adapters: list[AdapterFolder], given: str | None) -> str:
     """The base that all adapters share, or the one that the user gave.
 

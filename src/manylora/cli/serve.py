@@ -15,6 +15,7 @@ import click
 @click.option("--base", help="`seedling`, a folder, or a hub id.")
 @click.option("--alias", "aliases", multiple=True, help="A further name for the base.")
 @click.option("--data-dir", help="Folder of everything that outlives the server.")
+@click.option("--data-root", "data_roots", multiple=True, help="Folder of data files for runs.")
 @click.option("--host", help="Address to listen on [127.0.0.1]; others need API keys.")
 @click.option("--port", type=int, help="0 = any free one [8000].")
 @click.option("--max-resident", type=int, help="Adapters in the engine at once.")
@@ -30,8 +31,10 @@ def serve(file: Path | None, overrides: tuple[str, ...], **options: Any) -> int:
     from manylora.config import load_server_file
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    words = {**given, "aliases": list(given["aliases"])} if "aliases" in given else given
-    texts = [f"{name}={json.dumps(value)}" for name, value in words.items()]
+    texts = [
+        f"{name}={json.dumps(list(value) if isinstance(value, tuple) else value)}"
+        for name, value in given.items()
+    ]
     settings = load_server_file(file, [*texts, *overrides])
 
     from manylora.service.run import run_server

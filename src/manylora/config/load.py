@@ -77,12 +77,16 @@ def load_server_file(path: str | PathLike[str] | None, overrides: Sequence[str] 
     name = "the server's settings" if path is None else str(path)
     text = "{}" if path is None else _read_text(Path(path))
     server = _validate(ServerFile, read_document(text, name), name, overrides, "name its base")
-    given = {override.partition("=")[0].strip() for override in overrides}
+    given = {override.partition("=")[0].strip().partition(".")[0] for override in overrides}
+
+    def folder_of(setting: str) -> Path:
+        return Path.cwd() if path is None or setting in given else Path(path).resolve().parent
+
+    roots = [_below(folder_of("data_roots"), root) for root in server.data_roots]
     if path is None or "data_dir" in given:
-        return server
-    return server.model_copy(
-        update={"data_dir": _below(Path(path).resolve().parent, server.data_dir)}
-    )
+        return server.model_copy(update={"data_roots": roots})
+    data_dir = _below(folder_of("data_dir"), server.data_dir)
+    return server.model_copy(update={"data_dir": data_dir, "data_roots": roots})
 
 
 def _validate(
@@ -97,7 +101,9 @@ def _validate(
         return model.model_validate(document.data)
     except ValidationError as error:
         found = sorted(error.errors(include_url=False), key=lambda one: _line(one, document))
-        raise problems_error(name, [_describe(details, document) for details in found]) from error
+        raise problems_error(
+            name, [_describe(details, document, model) for details in found]
+        ) from error
 
 
 def _read_text(file: Path) -> str:
@@ -155,9 +161,9 @@ def _line(details: ErrorDetails, document: Document) -> int:
     return int(line) if line.isdecimal() else sys.maxsize
 
 
-def _describe(details: ErrorDetails, document: Document) -> str:
+def _describe(details: ErrorDetails, document: Document, root: type[BaseModel]) -> str:
     path = _path(details)
-    return f"{document.place(path)}: {_spell(path, document.data)}: {_remedy(details, path)}"
+    return f"{document.place(path)}: {_spell(path, document.data)}: {_remedy(details, path, root)}"
 
 
 def _spell(path: KeyPath, data: object) -> str:
@@ -178,7 +184,7 @@ def _spell(path: KeyPath, data: object) -> str:
     return ".".join(words)
 
 
-def _remedy(details: ErrorDetails, path: KeyPath) -> str:
+def _remedy(details: ErrorDetails, path: KeyPath, root: type[BaseModel]) -> str:
     kind, context = details["type"], details.get("ctx", {})
     given = _shown(details["input"])
     if kind == "setting":
@@ -186,9 +192,9 @@ def _remedy(details: ErrorDetails, path: KeyPath) -> str:
     if "betas" in path[-2:-1] + path[-1:] and kind in ("missing", "too_short", "too_long"):
         return "must list two numbers, such as [0.9, 0.999]"
     if kind == "missing":
-        return f"is missing{_meaning(path)}"
+        return f"is missing{_meaning(path, root)}"
     if kind == "extra_forbidden":
-        return f"is not a setting here{_suggestion(path)}"
+        return f"is not a setting here{_suggestion(path, root)}"
     if kind == "literal_error":
         return f"is {given}; choose {str(context['expected']).replace(chr(39), '')}"
     if kind in _LIMITS:
@@ -211,16 +217,16 @@ def _shown(value: object) -> str:
     return text if len(text) <= _ONE_LINE else f"{text[:_ONE_LINE]}…"
 
 
-def _meaning(path: KeyPath) -> str:
-    model = _model_at(path[:-1])
+def _meaning(path: KeyPath, root: type[BaseModel]) -> str:
+    model = _model_at(path[:-1], root)
     field = model.model_fields.get(str(path[-1])) if model else None
     if field is None or not field.description:
         return ""
     return f"; it says: {' '.join(field.description.split()).rstrip('.')}"
 
 
-def _suggestion(path: KeyPath) -> str:
-    model = _model_at(path[:-1])
+def _suggestion(path: KeyPath, root: type[BaseModel]) -> str:
+    model = _model_at(path[:-1], root)
     if model is None:
         return ""
     names = list(model.model_fields)
@@ -240,8 +246,8 @@ def _home(name: str) -> str | None:
     return None
 
 
-def _model_at(path: KeyPath) -> type[BaseModel] | None:
-    model: type[BaseModel] | None = RunFile
+def _model_at(path: KeyPath, root: type[BaseModel]) -> type[BaseModel] | None:
+    model: type[BaseModel] | None = root
     for part in path:
         if isinstance(part, int) or model is None:
             continue

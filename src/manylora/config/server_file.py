@@ -60,6 +60,8 @@ class ServerFile(Settings):
     """Further names under which clients may ask for the base."""
     data_dir: Annotated[Path, Field(strict=False)]
     """Folder of the database, the journal, checkpoints and results."""
+    data_roots: Annotated[list[Annotated[Path, Field(strict=False)]], Field(default_factory=list)]
+    """Folders in which runs that are submitted may name data files; none by default."""
     host: Text = "127.0.0.1"
     """Address to listen on; any other than this machine's own needs API keys."""
     port: Port = 8000

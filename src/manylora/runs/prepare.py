@@ -1,7 +1,7 @@
 """From a run file's entry to what the loop of an adapter needs."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,14 +22,23 @@ EXTRA_TOKENS, MAX_ANSWER_TOKENS = 8, 256
 ANNOUNCED_EXAMPLES = 5000
 
 
-def plan_job(entry: AdapterEntry) -> Job:
-    """The job of one adapter; its data are read later, by `prepare`."""
+# Reads the training or the evaluation data of an adapter.
+Read = Callable[[Literal["train", "eval"]], Source]
+
+
+def plan_job(entry: AdapterEntry, *, name: str | None = None, read: Read | None = None) -> Job:
+    """The job of one adapter; its data are read later, by `prepare`.
+
+    Args:
+        name: of the adapter at the door; by default the entry's.
+        read: where its data come from, if not from what the entry names.
+    """
 
     def prepare(door: Any, progress: Progress) -> Prepared:
-        return prepare_sft(entry, door, progress)
+        return prepare_sft(entry, door, progress, read)
 
     return Job(
-        name=entry.name,
+        name=entry.name if name is None else name,
         spec=entry.spec(),
         prepare=prepare,
         steps=entry.sft.max_steps or 0,
@@ -38,14 +47,26 @@ def plan_job(entry: AdapterEntry) -> Job:
     )
 
 
-def prepare_sft(entry: AdapterEntry, door: Any, progress: Progress) -> Prepared:
+def prepare_sft(
+    entry: AdapterEntry, door: Any, progress: Progress, read: Read | None = None
+) -> Prepared:
     """Read and tokenise everything, so that a bad line is found before the first step.
+
+    Args:
+        read: where the data come from, if not from what the entry names.
 
     Raises:
         DataError: a line that is wrong, named with its file; DatumTooLong: or is too long.
     """
     sft = entry.sft
-    data = _encoded(read_source(sft.train), door, progress, "training data")
+
+    def read_named(which: Literal["train", "eval"]) -> Source:
+        named = sft.train if which == "train" else sft.eval
+        assert named is not None
+        return read_source(named)
+
+    read = read or read_named
+    data = _encoded(read("train"), door, progress, "training data")
     order = DataOrder(
         size=len(data), batch_size=sft.batch_size, seed=entry.seed, shuffle=sft.shuffle
     )
@@ -59,7 +80,7 @@ def prepare_sft(entry: AdapterEntry, door: Any, progress: Progress) -> Prepared:
 
     evals = EvalSet()
     if sft.eval is not None:
-        source = read_source(sft.eval)
+        source = read("eval")
         held_out = _encoded(source, door, progress, "evaluation data")
         evals = eval_set(source, held_out, door.tokenizer)
     return Prepared(steps, batch, adam, evals)

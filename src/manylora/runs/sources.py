@@ -67,26 +67,28 @@ class Source:
         return _place(self.name, self.unit, example.line)
 
 
-def read_source(source: str) -> Source:
+def read_source(source: str, *, name: str | None = None) -> Source:
     """Read and check every row.
 
     Args:
         source: a .jsonl or .parquet file, or a hub id `org/name` or `org/name:split` (the split is
             `train` unless given).
+        name: what messages call it; by default as `source` does.
 
     Raises:
         DataError: nothing there, or a row that is wrong; names the file, the line, what is wrong
             and what would be right.
     """
+    name = source if name is None else name
     if not is_data_file(source):
-        return _collect(source, "row", enumerate(_hub_rows(source), start=1))
+        return _collect(name, "row", enumerate(_hub_rows(source), start=1))
     path = Path(source)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "there is no such file"
-        raise DataError(f"{source}: {what}; name a .jsonl or .parquet file, or a hub id")
+        raise DataError(f"{name}: {what}; name a .jsonl or .parquet file, or a hub id")
     if path.suffix.lower() == ".parquet":
-        return _collect(source, "row", enumerate(_parquet_rows(source), start=1))
-    return _collect(source, "line", _json_lines(path))
+        return _collect(name, "row", enumerate(_parquet_rows(source, name), start=1))
+    return _collect(name, "line", _json_lines(path, name))
 
 
 def _place(name: str, unit: str, line: int) -> str:
@@ -116,16 +118,16 @@ def _collect(name: str, unit: Literal["line", "row"], rows: Iterable[tuple[int, 
     return Source(name, kind, examples, unit)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
+def _json_lines(path: Path, name: str) -> Iterator[tuple[int, object]]:
     try:
         with path.open("rb") as file:
             for line, raw in enumerate(file, start=1):
                 # Some editors begin a file with a byte order mark.
                 content = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
                 if content.strip():
-                    yield line, _parse(f"{path}:{line}", content)
+                    yield line, _parse(f"{name}:{line}", content)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{name}: cannot be read: {error.strerror}") from error
 
 
 def _parse(place: str, raw: bytes) -> object:
@@ -142,7 +144,7 @@ def _parse(place: str, raw: bytes) -> object:
         raise DataError(f"{place}: is nested too deeply; {FORMS}") from error
 
 
-def _parquet_rows(source: str) -> Iterator[object]:
+def _parquet_rows(source: str, name: str) -> Iterator[object]:
     import datasets
     import pyarrow
 
@@ -152,7 +154,7 @@ def _parquet_rows(source: str) -> Iterator[object]:
             "parquet", data_files=os.path.abspath(source), split="train", streaming=True
         )
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(f"{source}: cannot be read as Parquet: {_first_line(error)}") from error
+        raise DataError(f"{name}: cannot be read as Parquet: {_first_line(error)}") from error
 
 
 def _hub_rows(source: str) -> Iterable[object]:

@@ -20,6 +20,7 @@ from manylora.service import (
     routes_checkpoints,
     routes_futures,
     routes_refused,
+    routes_runs,
     routes_sampling,
     routes_sessions,
     routes_training,
@@ -57,6 +58,7 @@ _ROUTERS = (
     routes_sampling.router,
     routes_futures.router,
     routes_checkpoints.router,
+    routes_runs.router,
     routes_refused.router,
 )
 

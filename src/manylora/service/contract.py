@@ -36,6 +36,7 @@ from manylora.service.wire.replies import (
     TrainingRunList,
     WeightsInfo,
 )
+from manylora.service.wire.runs import Adapter, AdapterList, Run, RunList, SubmitRunRequest
 from manylora.types import ManyloraError
 
 JSON_TYPE = "application/json"
@@ -151,6 +152,24 @@ class Hub(Protocol):
             NotFound: there never was such a request. Gone: its result's time to live has passed.
         """
         ...
+
+    # --- runs that the server trains by itself, and open models
+
+    async def submit_run(self, tenant: str, request: SubmitRunRequest) -> Run: ...
+
+    async def runs(self, tenant: str, limit: int, offset: int) -> RunList: ...
+
+    async def run(self, tenant: str, run_id: str, after: int) -> Run:
+        """A run, with figures of its steps after that one."""
+        ...
+
+    async def cancel_run(self, tenant: str, run_id: str) -> Run: ...
+
+    async def adapters(self, tenant: str) -> AdapterList: ...
+
+    async def adapter(self, tenant: str, adapter_id: str) -> Adapter: ...
+
+    async def close_adapter(self, tenant: str, adapter_id: str) -> Adapter: ...
 
     # --- checkpoints
 

@@ -9,12 +9,13 @@ import time
 from contextlib import suppress
 
 from manylora.service.contract import JSON_TYPE, Outcome, Waiting
-from manylora.service.errors import QuotaExceeded
 from manylora.service.keeping import Keeping
 from manylora.service.missing import Missing
-from manylora.service.models import Model, Models, seed_of
+from manylora.service.models import Models, seed_of
 from manylora.service.operations import Operations, Request, adapter_spec
 from manylora.service.parts import Parts
+from manylora.service.plain import Plain
+from manylora.service.runs import Runs
 from manylora.service.samplers import Samplers
 from manylora.service.sessions import Sessions
 from manylora.service.shelves import Shelves
@@ -55,7 +56,7 @@ CREATION = 0
 MANY_BATCHES = 16
 
 
-class TinkerHub(Shelves):
+class TinkerHub(Shelves, Plain):
     """`contract.Hub`, over one engine and one data directory."""
 
     def __init__(self, parts: Parts):
@@ -65,7 +66,8 @@ class TinkerHub(Shelves):
         self.samplers = Samplers(parts, self.keeping)
         operations = Operations(parts, self.keeping, self.samplers.publish)
         self.models = Models(parts, operations)
-        self.missing = Missing(self.models, self.samplers, time.time())
+        self.submitted = Runs(parts, self.keeping)
+        self.missing = Missing(self.models, self.samplers, parts.wall())
         # A copy must not replace what a model has learned since an equal request made it.
         self._loading = asyncio.Lock()
 
@@ -105,14 +107,6 @@ class TinkerHub(Shelves):
         await asyncio.gather(*(self.models.close(model) for model in own))
         await self.samplers.forget_session(tenant, session_id)
 
-    async def keep_last(self, model: Model) -> None:
-        """Write what a model has learned since it was last saved as its checkpoint `last`."""
-        saved = await self.keeping.of_model(model.tenant, model.id)
-        steps = [row.step for row in saved if row.kind == "weights"]
-        if not model.steps or model.steps in steps:
-            return
-        await self.models.keep_last(model)
-
     # -- making models ---------------------------------------------------
 
     async def create_model(self, tenant: str, request: CreateModelRequest) -> Submitted:
@@ -123,7 +117,7 @@ class TinkerHub(Shelves):
             raise Unsupported(
                 f"optimizer {request.optimizer_config.type!r} is not done here: adamw"
             )
-        self._check_base(request.base_model)
+        self.check_base(request.base_model)
         lora, limit = request.lora_config, self.parts.settings.limits.rank
         if lora.rank > limit:
             raise DataError(f"lora_config.rank is {lora.rank}; at most {limit} here")
@@ -159,7 +153,7 @@ class TinkerHub(Shelves):
         assert request.session_id is not None and request.model_seq_id is not None
         await self.sessions.require(tenant, request.session_id)
         if request.base_model is not None:
-            self._check_base(request.base_model)
+            self.check_base(request.base_model)
         async with self._loading:
             return await self._create_from(tenant, request, path, checkpoint)
 
@@ -274,11 +268,6 @@ class TinkerHub(Shelves):
             request.model_dump_json().encode(), digest or digest_json(request),
         )  # fmt: skip
 
-    def _check_base(self, name: str) -> None:
-        names = self.parts.base_names
-        if name not in names:
-            raise DataError(f"base_model is {name!r}; this server's is {' or '.join(names)}")
-
     def _new_row(
         self,
         tenant: str,
@@ -304,12 +293,8 @@ class TinkerHub(Shelves):
         Raises:
             QuotaExceeded: the tenant has all that it may have. Conflict: the number is taken.
         """
-        quota = self.parts.settings.quotas.adapters
-        if not self.models.is_open(row.id) and self.models.count(row.tenant) >= quota:
-            raise QuotaExceeded(
-                f"you have {quota} adapters open, which is all that you may: finish a session, or "
-                "let one end"
-            )
+        if not self.models.is_open(row.id):
+            self.check_adapters(row.tenant)
         kept = await asyncio.to_thread(self.parts.store.models.create, row)
         if self.models.is_open(row.id) or kept.closed_at is not None:
             return False

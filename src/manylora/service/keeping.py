@@ -5,9 +5,8 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from manylora.api import Host
@@ -15,8 +14,9 @@ from manylora.api.states import write_peft, write_state
 from manylora.config import ServerFile
 from manylora.lora.state import AdapterState
 from manylora.service.errors import QuotaExceeded, missing
+from manylora.service.listing import listed
 from manylora.service.wire.paths import PathKind, TinkerPath
-from manylora.service.wire.replies import Checkpoint, CheckpointList, Cursor
+from manylora.service.wire.replies import CheckpointList, Cursor
 from manylora.store import CheckpointRow, Store
 from manylora.types import CheckpointExists, DataError, SaveFailed
 
@@ -54,6 +54,20 @@ class Keeping:
         Raises:
             CheckpointExists: the name is taken. QuotaExceeded. SaveFailed.
         """
+
+        def put(folder: Path) -> None:
+            if order.path.kind == "external_weights":
+                write_peft(host.engine, folder, state)
+            else:
+                write_state(host.engine, folder, state, position=0)
+
+        return self._keep(order, state.step, put)
+
+    def adopt(self, order: Order, source: Path, step: int) -> CheckpointRow:
+        """Make a folder that is whole a checkpoint, without a copy. See `write`."""
+        return self._keep(order, step, lambda folder: link_folder(source, folder))
+
+    def _keep(self, order: Order, step: int, put: Callable[[Path], None]) -> CheckpointRow:
         path, existing = str(order.path), self._store.checkpoints.get(order.tenant, str(order.path))
         if existing is not None and existing.request_id == order.request_id:
             return existing
@@ -61,16 +75,13 @@ class Keeping:
             raise CheckpointExists(f"{path} exists: take another name, or pass overwrite=True")
         relative = self._relative(order)
         folder = self._folder / relative
-        if order.path.kind == "external_weights":
-            write_peft(host.engine, folder, state)
-        else:
-            write_state(host.engine, folder, state, position=0)
+        put(folder)
         size = _bytes_below(folder)
         self._check_quota(order.tenant, size, existing, folder)
         row = CheckpointRow(
             path=path, tenant=order.tenant, model_id=order.path.model_id, kind=order.path.kind,
             name=order.path.name, folder=relative, size_bytes=size, created_at=time.time(),
-            request_id=order.request_id, spec=dict(order.spec), step=state.step,
+            request_id=order.request_id, spec=dict(order.spec), step=step,
             expires_at=None if order.ttl_seconds is None else time.time() + order.ttl_seconds,
             user_metadata=dict(order.user_metadata or {}),
         )  # fmt: skip
@@ -121,18 +132,7 @@ class Keeping:
         Raises:
             SaveFailed
         """
-        if target.exists():
-            return
-        partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-        try:
-            partial.mkdir(parents=True)
-            for file in self.folder_of(row).iterdir():
-                os.link(file, partial / file.name)
-            partial.rename(target)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if not target.exists():
-                raise SaveFailed(f"{row.path} could not be read: {error}") from error
+        link_folder(self.folder_of(row), target)
 
     async def external_files(self, tenant: str, path: TinkerPath) -> dict[str, Path]:
         """The files of an external checkpoint by name."""
@@ -196,23 +196,20 @@ class Keeping:
         shutil.rmtree(self.folder_of(row), ignore_errors=True)
 
 
-def listed(row: CheckpointRow) -> Checkpoint:
-    """A checkpoint as lists show it."""
-    path = TinkerPath.parse(row.path)
-    return Checkpoint(
-        checkpoint_id=path.checkpoint_id,
-        checkpoint_type=path.checkpoint_type,
-        time=_time(row.created_at),
-        tinker_path=row.path,
-        size_bytes=row.size_bytes,
-        public=row.public,
-        user_metadata=row.user_metadata or None,
-        expires_at=None if row.expires_at is None else _time(row.expires_at),
-    )
-
-
-def _time(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
+def link_folder(source: Path, target: Path) -> None:
+    """Give a folder's files a second name each. Raises SaveFailed."""
+    if target.exists():
+        return
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    try:
+        partial.mkdir(parents=True)
+        for file in source.iterdir():
+            os.link(file, partial / file.name)
+        partial.rename(target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not target.exists():
+            raise SaveFailed(f"{target.name} could not be linked: {error}") from error
 
 
 def _bytes_below(folder: Path) -> int:

@@ -37,6 +37,7 @@ class BodyLimits:
         default_factory=lambda: {
             "/api/v1/forward_backward": 64 * MIB,
             "/api/v1/asample": 32 * MIB,
+            "/api/v1/runs": 64 * MIB,
             "/api/v1/telemetry": 8 * MIB,
         }
     )

@@ -14,10 +14,12 @@ from functools import partial
 
 from manylora.scheduler import Record
 from manylora.service.errors import Backpressure, Gone, ModelFault, missing
+from manylora.service.listing import adapter_info
 from manylora.service.operations import Operations, Request, snapshot_made_by
 from manylora.service.order import InOrder
 from manylora.service.parts import Parts
 from manylora.service.wire.replies import Submitted
+from manylora.service.wire.runs import Adapter
 from manylora.store import ModelRow
 from manylora.types import Cancelled, CheckpointDamaged, DataError, ManyloraError
 
@@ -66,6 +68,10 @@ class Model:
     @property
     def tenant(self) -> str:
         return self.row.tenant
+
+    def info(self) -> Adapter:
+        """As its owner sees it."""
+        return adapter_info(self.row, step=self.steps, running=self.running, fault=self.fault)
 
 
 class Models:

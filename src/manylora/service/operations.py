@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from manylora.api.futures import flattened
-from manylora.lora.sites import Site
+from manylora.lora.sites import Site, resolve_targets
 from manylora.service.contract import JSON_TYPE, PROTOBUF_TYPE
 from manylora.service.keeping import Keeping, Order
 from manylora.service.parts import Parts
@@ -255,6 +255,11 @@ def adapter_spec(spec: Mapping[str, Any], sites: Sequence[Site]) -> AdapterSpec:
     Raises:
         DataError: nothing is left to train.
     """
+    if "adapter" in spec:
+        whole = dict(spec["adapter"])
+        if isinstance(whole["targets"], list):
+            whole["targets"] = tuple(whole["targets"])
+        return AdapterSpec(**whole)
     wanted = {kind for kind in ("attn", "mlp", "unembed") if spec[f"train_{kind}"]}
     leaves = {site.name.rpartition(".")[2] for site in sites if _kind_of(site) in wanted}
     if not leaves:
@@ -264,6 +269,18 @@ def adapter_spec(spec: Mapping[str, Any], sites: Sequence[Site]) -> AdapterSpec:
     return AdapterSpec(
         rank=int(spec["rank"]), alpha=ALPHA, targets=tuple(sorted(leaves)), seed=int(spec["seed"])
     )
+
+
+def row_spec(adapter: AdapterSpec, base_model: str, sites: Sequence[Site]) -> dict[str, Any]:
+    """What a model's row says of an adapter that the wire's own words cannot describe."""
+    kinds = {_kind_of(target.site) for target in resolve_targets(adapter, sites)}
+    return {
+        "rank": adapter.rank,
+        "seed": adapter.seed,
+        **{f"train_{kind}": kind in kinds for kind in ("attn", "mlp", "unembed")},
+        "base_model": base_model,
+        "adapter": asdict(adapter),
+    }
 
 
 def _kind_of(site: Site) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,16 @@ class Service:
         store: Store,
         limits: WireLimits,
         observe: Callable[[BatchReport], None] = lambda report: None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ):
-        """`store`: open, and closed by `stop`."""
+        """`store`: open, and closed by `stop`. `clock` and `wall`: see `Parts`."""
         self.settings, self.store = settings, store
         self.folder = Path(settings.data_dir)
         self._limits = limits
         self._observe = observe
+        self._clock, self._wall = clock, wall
         self.hub: TinkerHub | None = None
         self._upkeep: asyncio.Task[None] | None = None
 
@@ -53,6 +58,7 @@ class Service:
             folder / "results",
             ttl_seconds=settings.saving.result_hours * SECONDS_OF_AN_HOUR,
             memory_bytes=RESULT_BYTES,
+            clock=self._wall,
         )
         journal, recovery = await asyncio.to_thread(_open_journal, folder / "journal")
         promises = Promises(results)
@@ -70,11 +76,16 @@ class Service:
                 on_saved=saved, observe=self._observe,
             )
         )  # fmt: skip
-        parts = Parts(settings, folder, self.store, journal, promises, host)
+        parts = Parts(
+            settings, folder, self.store, journal, promises, host, self._clock, self._wall
+        )  # fmt: skip
         self.hub = TinkerHub(parts)
         count = await Replay(self.hub, self._limits).run(recovery)
         if count:
             log.info("%d operations of the last server go on", count)
+        runs = await self.hub.submitted.resume()
+        if runs:
+            log.info("%d runs of the last server go on", runs)
         self._upkeep = loop.create_task(Upkeep(self.hub).run())
         return self.hub
 
@@ -92,9 +103,11 @@ class Service:
             parts = self.hub.parts
             parts.promises.closing = True
             deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
+            await self.hub.submitted.stop(self.settings.drain_seconds)
             while self._is_working() and asyncio.get_running_loop().time() < deadline:
                 await asyncio.sleep(0.05)
             await asyncio.to_thread(parts.host.close, cancel=True)
+            await asyncio.to_thread(self.hub.submitted.close)
             await asyncio.to_thread(parts.promises.close)
             await asyncio.sleep(0)  # what the last outcomes left for the loop to do
             await parts.settle()

@@ -8,6 +8,7 @@ Talks to: types only. Synchronous and thread-safe; each method is one short tran
 worker thread. No torch.
 """
 
+from manylora.store.database import DATABASE
 from manylora.store.rows import (
     CheckpointRow,
     KeyRow,
@@ -20,6 +21,7 @@ from manylora.store.rows import (
 from manylora.store.store import Store
 
 __all__ = [
+    "DATABASE",
     "CheckpointRow",
     "KeyRow",
     "ModelRow",

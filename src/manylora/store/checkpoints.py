@@ -59,6 +59,10 @@ class Checkpoints:
             Checkpoint, Checkpoint.path == path, Checkpoint.public.is_(True), self._alive()
         )
 
+    def anybodys(self, path: str) -> CheckpointRow | None:
+        """Whoever owns it: for whoever may read the data folder anyway."""
+        return self._database.one(Checkpoint, Checkpoint.path == path, self._alive())
+
     def of_model(self, tenant: str, model_id: str) -> list[CheckpointRow]:
         """In the order in which they were made."""
         where = [Checkpoint.tenant == tenant, Checkpoint.model_id == model_id, self._alive()]

@@ -16,6 +16,7 @@ from manylora.service.contract import (
 from manylora.service.errors import Gone, missing
 from manylora.service.wire import messages as m
 from manylora.service.wire import replies as r
+from manylora.service.wire import runs as plain
 from manylora.service.wire.codec import encode_forward_backward
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.pieces import ForwardBackwardSubmit, SampleSubmit
@@ -26,6 +27,16 @@ MODEL, SAMPLER, SESSION = "s1:train:0", "s1:sample:0", "s1"
 WEIGHTS = TinkerPath(MODEL, "weights", "step-1")
 EXTERNAL = TinkerPath(MODEL, "external_weights", "out")
 OWNER = "alice"
+RUN = plain.Run(id="run-1", name="mine", status="running", created_at=NOW, updated_at=NOW)
+ADAPTER = plain.Adapter(
+    adapter_id=MODEL,
+    session_id=SESSION,
+    base_model="base",
+    rank=4,
+    created_at=NOW,
+    step=0,
+    running=0,
+)
 
 
 class FakeHub:
@@ -137,6 +148,35 @@ class FakeHub:
         if isinstance(outcome, ManyloraError):
             raise outcome
         return outcome
+
+    async def submit_run(self, tenant: str, request: plain.SubmitRunRequest) -> plain.Run:
+        self._note(tenant, request)
+        return RUN
+
+    async def runs(self, tenant: str, limit: int, offset: int) -> plain.RunList:
+        self.asked.append((tenant, (limit, offset)))
+        own = [RUN] if tenant == OWNER else []
+        cursor = r.Cursor(offset=offset, limit=limit, total_count=len(own))
+        return plain.RunList(runs=own, cursor=cursor)
+
+    async def run(self, tenant: str, run_id: str, after: int) -> plain.Run:
+        self._note(tenant, (run_id, after), run_id == RUN.id, kind="run")
+        return RUN
+
+    async def cancel_run(self, tenant: str, run_id: str) -> plain.Run:
+        self._note(tenant, run_id, run_id == RUN.id, kind="run")
+        return RUN
+
+    async def adapters(self, tenant: str) -> plain.AdapterList:
+        return plain.AdapterList(adapters=[ADAPTER] if tenant == OWNER else [])
+
+    async def adapter(self, tenant: str, adapter_id: str) -> plain.Adapter:
+        self._note(tenant, adapter_id, adapter_id == MODEL, kind="adapter")
+        return ADAPTER
+
+    async def close_adapter(self, tenant: str, adapter_id: str) -> plain.Adapter:
+        self._note(tenant, adapter_id, adapter_id == MODEL, kind="adapter")
+        return ADAPTER
 
     async def training_run(self, tenant: str, model_id: str) -> r.TrainingRun:
         self._note(tenant, model_id, model_id == MODEL, kind="training run")
