@@ -262,7 +262,7 @@ RECIPES = {
             FRESH,
             "renderer_name=qwen3_instruct",
             "group_size=4",
-            "batch_size=2",
+            "batch_size=1",
             "learning_rate=1e-3",
             "max_tokens=8",
             "eval_every=0",

@@ -1,8 +1,7 @@
-"""Requests over plain sockets, which a client may drop whenever it likes. One connection each."""
+"""Requests over plain sockets, which a client may drop whenever it likes."""
 
 import asyncio
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +27,28 @@ class Dropped(Exception):
     """The client closed the connection before the answer came, as it was told to."""
 
 
+class Connection:
+    """One connection that stays open from request to request."""
+
+    def __init__(self, port: int, key: str) -> None:
+        self._port, self._key = port, key
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def request(
+        self, method: str, path: str, body: bytes = b"", content_type: str = JSON
+    ) -> Answer:
+        """One request and its answer. Raises OSError, EOFError: the server went away."""
+        if self._streams is None:
+            self._streams = await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = self._streams
+        writer.write(_head(method, path, self._key, content_type, len(body), "keep-alive") + body)
+        return await _answer(reader)
+
+    def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].transport.abort()
+
+
 async def request(
     port: int,
     method: str,
@@ -36,7 +57,6 @@ async def request(
     *,
     key: str,
     content_type: str = JSON,
-    headers: Mapping[str, str] | None = None,
     drop_after: float | None = None,
     slow: float = 0.0,
 ) -> Answer:
@@ -51,16 +71,7 @@ async def request(
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        lines = [
-            f"{method} {path} HTTP/1.1",
-            "Host: 127.0.0.1",
-            f"X-API-Key: {key}",
-            "Connection: close",
-            f"Content-Type: {content_type}",
-            f"Content-Length: {len(body)}",
-            *(f"{name}: {value}" for name, value in (headers or {}).items()),
-        ]
-        writer.write("\r\n".join([*lines, "", ""]).encode())
+        writer.write(_head(method, path, key, content_type, len(body), "close"))
         half = len(body) // 2 if slow else 0
         writer.write(body[:half])
         if slow:
@@ -73,6 +84,20 @@ async def request(
         return await _answer(reader)
     finally:
         writer.transport.abort()
+
+
+def _head(
+    method: str, path: str, key: str, content_type: str, length: int, connection: str
+) -> bytes:
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        "Host: 127.0.0.1",
+        f"X-API-Key: {key}",
+        f"Connection: {connection}",
+        f"Content-Type: {content_type}",
+        f"Content-Length: {length}",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 async def _answer(reader: asyncio.StreamReader) -> Answer:

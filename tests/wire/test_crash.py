@@ -85,6 +85,6 @@ def test_a_stop_drains_saves_and_exits_cleanly(serve, connect):
         last = client.optim_step(sdk_adam(STEP))
     assert server.stop() == 0
     server.start()
-    assert last.result().metrics["step"] == 5
+    assert last.result().metrics["optim/step"] == 5
     after = exported_factors(server, client, "end")
     assert any(np.abs(b).max() > 0 for _, b in after.values())

@@ -201,6 +201,20 @@ def test_the_defaults_of_the_sdks_adam(service: tinker.ServiceClient):
     assert_close(forward(client, PROBE), oracle.logprobs(PROBE), 1e-3)
 
 
+def test_what_a_step_measures(service: tinker.ServiceClient):
+    """Its names are none that recipes give to columns of their own, which they would overwrite."""
+    client, oracle = create(service), Oracle(4, 1)
+    for number in (1, 2):
+        data = random_data(number, 3)
+        client.forward_backward(to_sdk(data), "cross_entropy").result()
+        oracle.forward_backward(data)
+        metrics = client.optim_step(sdk_adam(LINEAR)).result().metrics
+        assert metrics is not None
+        assert metrics["grad_norm"] == pytest.approx(oracle.step(LINEAR), rel=1e-4)
+        assert metrics["optim/step"] == number
+        assert metrics.keys().isdisjoint({"step", "epoch", "progress", "batch"})
+
+
 def test_gradients_add_up_until_the_step(service: tinker.ServiceClient, server: Server):
     parts, together, oracle = create(service), create(service), Oracle(4, 1)
     first, second = random_data(41, 3), random_data(42, 5)

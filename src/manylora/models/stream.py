@@ -16,8 +16,8 @@ from manylora.models.cache import DecodeStep, Filling
 # and an elementwise kernel handles every element alike when no thread's share has a ragged end.
 # Both hold for streams whose length is a multiple of this.
 ROW_MULTIPLE = 32
-# In fp32 it holds for multiples of this too (the widest vector of a CPU). Decoding uses it, where
-# few rows are the rule and padding costs as much as tokens.
+# In fp32 it holds for multiples of this too (the widest vector of a CPU), where rows are of even
+# length. Decoding uses it: few rows are the rule there, and padding costs as much as tokens.
 DECODE_MULTIPLE = 16
 
 
@@ -26,9 +26,9 @@ def padded_rows(rows: int, multiple: int = ROW_MULTIPLE) -> int:
     return -(-rows // multiple) * multiple
 
 
-def decode_multiple(dtype: torch.dtype) -> int:
-    """Rows of a decode step are a multiple of this."""
-    return DECODE_MULTIPLE if dtype == torch.float32 else ROW_MULTIPLE
+def decode_multiple(dtype: torch.dtype, vocab: int) -> int:
+    """Rows of a decode step, the longest of which are logits, are a multiple of this."""
+    return DECODE_MULTIPLE if dtype == torch.float32 and vocab % 2 == 0 else ROW_MULTIPLE
 
 
 @dataclass(slots=True)

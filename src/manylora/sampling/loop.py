@@ -91,7 +91,7 @@ class DecodeLoop:
         self._beginning: list[Sequence] = []  # their prompt is read; the first token comes next
         self._batch: _Batch | None = None
         self._logits_rows = logits_rows(base.vocab_size)
-        self._multiple = decode_multiple(base.dtype)
+        self._multiple = decode_multiple(base.dtype, base.vocab_size)
         self._finished: list[tuple[Request, Answer]] = []
 
     @property
@@ -122,6 +122,7 @@ class DecodeLoop:
             mine.append(prompt.source)
         for sequence in mine:
             self._leave(sequence)
+        self._room.tidy()
 
     @torch.no_grad()
     def step(self) -> list[tuple[Request, Answer]]:
@@ -139,6 +140,7 @@ class DecodeLoop:
         hidden += [s.prompt.hidden_H[None] for s in begun if s.prompt.hidden_H is not None]
         if hidden:
             self._take(torch.cat(hidden), begun)
+        self._room.tidy()
         finished = self._finished
         self._finished = []
         return finished

@@ -99,6 +99,7 @@ class WaitingRoom:
         self._free = _Held(max_rows, max_tokens)
         self._held: dict[str, _Held] = {}
         self._waiting: OrderedDict[str, deque[Prompt]] = OrderedDict()
+        self._late: Prompt | None = None  # what becomes free is for this one
 
     def enter(self, prompt: Prompt) -> None:
         """Behind the tenant's others; a tenant that has nothing here is next."""
@@ -111,6 +112,14 @@ class WaitingRoom:
     def give_back(self, tenant: str, tokens: int) -> None:
         """A continuation that held so many tokens has ended."""
         self._count(tenant, -1, -blocks(tokens))
+
+    def tidy(self) -> None:
+        """Forget the prompts that wait for nothing more."""
+        for tenant, queue in list(self._waiting.items()):
+            while queue and queue[0].leaves:
+                queue.popleft()
+            if not queue:
+                del self._waiting[tenant]
 
     def plan(
         self, token_budget: int, chunk: int, begin: Callable[[Prompt], bool]
@@ -125,8 +134,10 @@ class WaitingRoom:
         """
         plan: list[tuple[Prompt, int]] = []
         room = token_budget
+        heads = (queue[0] for queue in self._waiting.values())
+        self._late = next((prompt for prompt in heads if prompt.patience <= 0), None)
         queues = {tenant: iter(queue) for tenant, queue in self._waiting.items()}
-        served: set[str] = set()
+        served: dict[str, None] = {}
         while queues:
             for tenant in list(queues):
                 prompt = next(queues[tenant], None)
@@ -134,14 +145,15 @@ class WaitingRoom:
                 late = tokens > room and bool(plan)
                 if prompt is None or late or not self._serve(prompt, begin):
                     del queues[tenant]
-                    if prompt is not None and prompt.patience <= 0:
-                        return self._served(plan, served)  # what becomes free is for this one
                     continue
                 if tokens and not prompt.dropped:
                     plan.append((prompt, tokens))
                     room -= tokens
-                served.add(tenant)
-        return self._served(plan, served)
+                served[tenant] = None
+        # Who was served goes behind those who were not.
+        for tenant in served:
+            self._waiting.move_to_end(tenant)
+        return plan
 
     def _serve(self, prompt: Prompt, begin: Callable[[Prompt], bool]) -> bool:
         """Make what room it needs; False if it has to wait, and its tenant's later ones with it."""
@@ -153,6 +165,8 @@ class WaitingRoom:
         return True
 
     def _begin(self, prompt: Prompt, begin: Callable[[Prompt], bool]) -> bool:
+        if self._late not in (None, prompt):
+            return False
         tenant, tokens = prompt.request.tenant, blocks(prompt.tokens)
         rows_left, tokens_left = self._free.rows - 1, self._free.tokens - tokens
         fits = rows_left >= 0 and tokens_left >= 0
@@ -173,15 +187,3 @@ class WaitingRoom:
         self._free.rows, self._free.tokens = self._free.rows - rows, self._free.tokens - tokens
         if not held.rows:
             del self._held[tenant]
-
-    def _served(self, plan: list[tuple[Prompt, int]], served: set[str]) -> list[tuple[Prompt, int]]:
-        """Who was served goes behind those who were not; who waits for nothing more goes."""
-        for tenant in list(self._waiting):
-            queue = self._waiting[tenant]
-            while queue and queue[0].leaves:
-                queue.popleft()
-            if not queue:
-                del self._waiting[tenant]
-            elif tenant in served:
-                self._waiting.move_to_end(tenant)
-        return plan

@@ -67,7 +67,7 @@ class TinkerHub(Shelves, Plain):
         operations = Operations(parts, self.keeping, self.samplers.publish)
         self.models = Models(parts, operations)
         self.submitted = Runs(parts, self.keeping)
-        self.missing = Missing(self.models, self.samplers, time.time())
+        self.missing = Missing(self.models, self.samplers, parts.wall())
         # A copy must not replace what a model has learned since an equal request made it.
         self._loading = asyncio.Lock()
 

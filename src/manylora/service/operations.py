@@ -118,8 +118,9 @@ class Operations:
         step = OptimStep(adapter=row.id, params=params, tenant=row.tenant, seq=seq)
 
         def encode(result: OptimStepResult) -> tuple[str, bytes]:
+            # Recipes write these beside their own `step`, and go by that when they resume.
             return _json(
-                OptimStepReply(metrics={"step": result.step, "grad_norm": result.grad_norm})
+                OptimStepReply(metrics={"optim/step": result.step, "grad_norm": result.grad_norm})
             )
 
         return self._parts.host.submit(step), encode

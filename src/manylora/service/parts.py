@@ -53,7 +53,7 @@ class Parts:
     """One server's settings and the things that it is made of.
 
     Attributes:
-        clock: of silences and of what is due; monotonic.
+        clock: of silences and of what is due; monotonic. wall: unix seconds.
         coming: snapshots that accepted operations will make.
         in_flight: tenant → tokens of its requests that were accepted and are not done.
         covered: streams of the journal and up to which number they are needed no longer; the
@@ -67,6 +67,7 @@ class Parts:
     promises: Promises
     host: Host
     clock: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
     coming: Coming = field(default_factory=Coming)
     in_flight: dict[str, int] = field(default_factory=dict)
     covered: deque[tuple[str, int]] = field(default_factory=deque)

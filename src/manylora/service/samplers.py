@@ -3,9 +3,8 @@
 import asyncio
 import hashlib
 import os
-import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,11 +30,10 @@ MOST_CACHED = 10_000
 class Samplers:
     """The sampling sessions of a server."""
 
-    def __init__(self, parts: Parts, keeping: Keeping, wall: Callable[[], float] = time.time):
-        """`wall`: unix seconds."""
+    def __init__(self, parts: Parts, keeping: Keeping):
         self._parts = parts
         self._keeping = keeping
-        self._wall = wall
+        self._wall = parts.wall
         self._rows: OrderedDict[str, SamplerRow] = OrderedDict()
         # Model → snapshot that its `inflight` samplers use.
         self._published: dict[str, str] = {}
@@ -74,7 +72,7 @@ class Samplers:
         row = SamplerRow(
             id=id, tenant=tenant, session_id=request.session_id,
             seq_id=request.sampling_session_seq_id, digest=digest,
-            kind="base" if path is None else "path", base_model=base, created_at=time.time(),
+            kind="base" if path is None else "path", base_model=base, created_at=self._wall(),
             model_path=None if path is None else str(path), snapshot=snapshot,
         )  # fmt: skip
         self._note(await asyncio.to_thread(self._parts.store.samplers.create, row))
@@ -88,7 +86,7 @@ class Samplers:
         row = SamplerRow(
             id=id, tenant=tenant, session_id=session_id, seq_id=seq, digest=model_id,
             kind="inflight" if kind == "inflight" else "snapshot", base_model=base,
-            created_at=time.time(), model_id=model_id, snapshot=id,
+            created_at=self._wall(), model_id=model_id, snapshot=id,
         )  # fmt: skip
         self._note(await asyncio.to_thread(self._parts.store.samplers.create, row))
         self._used_at.setdefault(id, self._wall())

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,16 @@ class Service:
         store: Store,
         limits: WireLimits,
         observe: Callable[[BatchReport], None] = lambda report: None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ):
-        """`store`: open, and closed by `stop`."""
+        """`store`: open, and closed by `stop`. `clock` and `wall`: see `Parts`."""
         self.settings, self.store = settings, store
         self.folder = Path(settings.data_dir)
         self._limits = limits
         self._observe = observe
+        self._clock, self._wall = clock, wall
         self.hub: TinkerHub | None = None
         self._upkeep: asyncio.Task[None] | None = None
 
@@ -53,6 +58,7 @@ class Service:
             folder / "results",
             ttl_seconds=settings.saving.result_hours * SECONDS_OF_AN_HOUR,
             memory_bytes=RESULT_BYTES,
+            clock=self._wall,
         )
         journal, recovery = await asyncio.to_thread(_open_journal, folder / "journal")
         promises = Promises(results)
@@ -70,7 +76,9 @@ class Service:
                 on_saved=saved, observe=self._observe,
             )
         )  # fmt: skip
-        parts = Parts(settings, folder, self.store, journal, promises, host)
+        parts = Parts(
+            settings, folder, self.store, journal, promises, host, self._clock, self._wall
+        )  # fmt: skip
         self.hub = TinkerHub(parts)
         count = await Replay(self.hub, self._limits).run(recovery)
         if count:

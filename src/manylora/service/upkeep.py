@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 
 from manylora.service.hub import TinkerHub
 from manylora.service.sessions import Session
@@ -111,7 +110,7 @@ class Upkeep:
         steps = {model.id: model.steps for model in self._hub.models}
 
         def work() -> None:
-            self._parts.promises.results.sweep(time.time())
+            self._parts.promises.results.sweep()
             self._hub.keeping.remove_expired()
             store.sessions.touch(self._hub.sessions.open_ids())
             store.models.set_steps(steps)
