@@ -192,7 +192,7 @@ class Operations:
         theirs = replace(spec, seed=int(checkpoint.spec["seed"]))
 
         def run() -> None:
-            state = host.read(folder, spec=theirs, moments=asked.optimizer)
+            state = host.read(folder, spec=theirs, moments=asked.optimizer, called=asked.path)
             host.pager.replace(row.id, replace(state, spec=spec), seq)
 
         reply = LoadWeightsReply(model_id=row.id, path=asked.path)
