@@ -58,9 +58,7 @@ class Client:
     async def data(self, data: Sequence[Datum]) -> str:
         self.seq += 1
         body = encode(self.model, self.seq, data)
-        answer = await self.connection.request(
-            "POST", "/api/v1/forward_backward", body, PROTOBUF
-        )
+        answer = await self.connection.request("POST", "/api/v1/forward_backward", body, PROTOBUF)
         assert answer.status == 200, answer.body
         return answer.json()["request_id"]
 
@@ -79,8 +77,11 @@ def tokens(count: int, seed: int = 0) -> list[Datum]:
 
 async def poll_forever(client: Client, request_id: str) -> None:
     """As the SDK does, for a result that does not come."""
-    while True:
-        await client.result(request_id)
+    try:
+        while True:
+            await client.result(request_id)
+    finally:
+        client.connection.close()
 
 
 async def idle_pollers(server: Server, count: int) -> list[asyncio.Task[None]]:
@@ -93,6 +94,7 @@ async def idle_pollers(server: Server, count: int) -> list[asyncio.Task[None]]:
         id = await owner.step()
         client = Client(server)
         tasks.append(asyncio.create_task(poll_forever(client, id)))
+    owner.connection.close()
     await asyncio.sleep(1.0)
     return tasks
 
@@ -218,9 +220,7 @@ def sdk_work(service: tinker.ServiceClient, seed: int, steps: int) -> Callable[[
 
 def throughput(server: Server, rounds: int, steps: int) -> dict[str, Any]:
     """Eight clients of the SDK at once against one after another, in turns."""
-    services = [
-        tinker.ServiceClient(base_url=server.url, api_key=DEVELOPER) for _ in range(8)
-    ]
+    services = [tinker.ServiceClient(base_url=server.url, api_key=DEVELOPER) for _ in range(8)]
     works = [sdk_work(service, number, steps) for number, service in enumerate(services)]
     total = len(works) * steps * TOKENS
     rates: dict[str, list[float]] = {"one after another": [], "at once": []}

@@ -154,8 +154,8 @@ def _body_limits(settings: ServerFile) -> BodyLimits:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends at once (TCP_NODELAY) only where it sees that it is TCP; else every answer, which
-    # is a head and a body, waits 40 ms for the client's acknowledgement in between.
+    # asyncio sends at once (TCP_NODELAY) only where it sees that it is TCP; else the second part of
+    # every answer waits 40 ms for the client to acknowledge the first.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
