@@ -77,8 +77,11 @@ def tokens(count: int, seed: int = 0) -> list[Datum]:
 
 async def poll_forever(client: Client, request_id: str) -> None:
     """As the SDK does, for a result that does not come."""
-    while True:
-        await client.result(request_id)
+    try:
+        while True:
+            await client.result(request_id)
+    finally:
+        client.connection.close()
 
 
 async def idle_pollers(server: Server, count: int) -> list[asyncio.Task[None]]:
@@ -91,6 +94,7 @@ async def idle_pollers(server: Server, count: int) -> list[asyncio.Task[None]]:
         id = await owner.step()
         client = Client(server)
         tasks.append(asyncio.create_task(poll_forever(client, id)))
+    owner.connection.close()
     await asyncio.sleep(1.0)
     return tasks
 

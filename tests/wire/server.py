@@ -88,11 +88,15 @@ class Server:
     def start(self) -> Self:
         """Start and wait until it answers; a second start takes the same port."""
         found = self._launch()
-        assert found.wait(START_SECONDS), self._complaint("printed no URL")
-        end = time.monotonic() + START_SECONDS
-        while not self.is_ready():
-            assert time.monotonic() < end, self._complaint("is not ready")
-            time.sleep(0.02)
+        try:
+            assert found.wait(START_SECONDS), self._complaint("printed no URL")
+            end = time.monotonic() + START_SECONDS
+            while not self.is_ready():
+                assert time.monotonic() < end, self._complaint("is not ready")
+                time.sleep(0.02)
+        except BaseException:
+            self._end(signal.SIGKILL)
+            raise
         return self
 
     def start_and_kill(self, seconds: float) -> None:

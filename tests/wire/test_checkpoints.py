@@ -68,6 +68,24 @@ def test_without_its_optimizer_the_moments_are_fresh(service: tinker.ServiceClie
     assert differ(forward(fresh[0], PROBE), forward(client, PROBE))
 
 
+@pytest.mark.filterwarnings("ignore:DEPRECATED. TrainingClient.load_state:FutureWarning")
+def test_a_new_client_can_still_load_the_old_way(service: tinker.ServiceClient):
+    client = create(service)
+    train(client, 1, 2, 3)
+    path = client.save_state("three").result().path
+    whole, weights = create(service, seed=8), create(service, seed=8)
+    whole.load_state_with_optimizer(path).result()
+    weights.load_state(path).result()
+    for one in (whole, weights):
+        assert_same_bits(forward(one, PROBE), forward(client, PROBE))
+    for one in (client, whole, weights):
+        train(one, 4)
+    assert_same_bits(forward(whole, PROBE), forward(client, PROBE))
+    assert differ(forward(weights, PROBE), forward(client, PROBE))
+    with pytest.raises(tinker.TinkerError, match="create a training client"):
+        client.load_state(path).result()
+
+
 def test_a_save_takes_the_weights_of_its_place_in_the_order(service: tinker.ServiceClient):
     """Submitted between two steps that are submitted before anything is read."""
     client, plain = create(service), create(service)

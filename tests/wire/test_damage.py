@@ -152,6 +152,8 @@ def test_a_flipped_bit_in_the_journals_middle(
         server.start()
         assert any("journal is damaged" in line for line in server.log)
         go_on(learners, calm)
+        if where == "body":  # the header says whose it was, so nobody has to ask for it first
+            harmed.is_told(lost + 1, "was lost")
         if not read:
             harmed.is_told(lost, f"operation {lost} was lost")
         harmed.is_told(lost + 1, "was lost")

@@ -14,7 +14,7 @@ from safetensors.numpy import load
 from manylora.runs.train import train_run_file
 from tests.wire.data import forward, random_data, sdk_adam, to_sdk
 from tests.wire.plain import Plain, entry, lines
-from tests.wire.server import BASE_ALIAS, Server, create_key
+from tests.wire.server import BASE_ALIAS, DEVELOPER, Server, create_key
 from tests.wire.test_crash import STEP
 from tests.wire.weights import WEIGHTS_FILE, download
 
@@ -111,7 +111,7 @@ def test_what_a_run_made_is_a_model_like_any_other(server: Server, connect) -> N
     prompt = tinker.ModelInput.from_ints([9, 10, 11])
     params = tinker.SamplingParams(max_tokens=4, temperature=0.0)
     assert sampler.sample(prompt, 1, params).result().sequences[0].tokens
-    rest = service.create_rest_client()
+    rest = tinker.RestClient(base_url=server.url, api_key=DEVELOPER)
     listed = rest.list_checkpoints(run["path"].split("/")[2]).result().checkpoints
     assert {c.checkpoint_id for c in listed} == {
         "weights/final", "sampler_weights/final", "external_weights/final",

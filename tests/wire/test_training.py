@@ -169,7 +169,7 @@ def test_adamw_with_settings_that_change_from_step_to_step(
     client, oracle = create(service, rank=16, seed=2), Oracle(16, 2)
     steps = [
         AdamParams(lr=1e-3, beta2=0.95, eps=1e-8),
-        AdamParams(lr=5e-4, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.1),
+        AdamParams(lr=5e-4, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=30.0),
         AdamParams(lr=2e-3, beta2=0.999, eps=1e-8, clip_norm=0.5),
         AdamParams(lr=1e-3, beta1=0.0, beta2=0.9, eps=1e-4, weight_decay=0.01, clip_norm=1e6),
         AdamParams(lr=0.0, eps=1e-8),

@@ -93,26 +93,29 @@ class Host:
         """Queue something that needs the engine for itself."""
         return self.queue.submit(Call(adapter, run, tenant=tenant, seq=seq))
 
-    def read(self, folder: Path, *, spec: AdapterSpec, moments: bool) -> AdapterState:
+    def read(self, folder: Path, *, spec: AdapterSpec, moments: bool, called: str) -> AdapterState:
         """An adapter's state from its files.
 
         Args:
             spec: the settings that it must have.
             moments: with the optimizer's state and counters; without, weights only.
+            called: what an error calls the folder.
 
         Raises:
             CheckpointDamaged, CheckpointMismatch
         """
-        state = read_state(self.engine, folder, spec=spec).state
+        state = read_state(self.engine, folder, spec=spec, called=called).state
         return state if moments else weights_only(state)
 
-    def adopt(self, name: str, folder: Path, *, spec: AdapterSpec, moments: bool) -> None:
+    def adopt(
+        self, name: str, folder: Path, *, spec: AdapterSpec, moments: bool, called: str
+    ) -> None:
         """Copy a state to where an adapter of that name will look for its own. Any thread.
 
         Raises:
             CheckpointDamaged, CheckpointMismatch, SaveFailed
         """
-        state = self.read(folder, spec=spec, moments=moments)
+        state = self.read(folder, spec=spec, moments=moments, called=called)
         write_state(self.engine, self.pager.state_folder(name), state, position=0)
 
     def close(self, *, cancel: bool) -> None:

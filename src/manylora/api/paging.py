@@ -314,7 +314,8 @@ class Pager:
             return
         state = page.held
         if state is None and page.fresh is None:
-            state = read_state(self.engine, self.state_folder(name)).state
+            called = f"the state of {name!r}"
+            state = read_state(self.engine, self.state_folder(name), called=called).state
         needed = 1 if state is None else state.layout.num_params * BYTES_PER_PARAMETER
         self._page_out(self.adapters.excess(keep, incoming=needed))
         if state is None:

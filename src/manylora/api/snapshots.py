@@ -45,7 +45,8 @@ class Snapshots:
             folder = None if self._folder is None else self.folder_of(snapshot)
             if folder is None or not folder.exists():
                 raise AdapterNotFound(f"no snapshot named {snapshot!r}")
-            self._engine.install_snapshot(snapshot, read_state(self._engine, folder).state)
+            state = read_state(self._engine, folder, called=f"snapshot {snapshot!r}").state
+            self._engine.install_snapshot(snapshot, state)
         self._note(snapshot)
 
     def drop(self, snapshot: str) -> None:

@@ -8,18 +8,30 @@ from manylora.engine import Engine
 from manylora.lora.layout import Factor, plan_layout
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
-from manylora.types import AdapterSpec, CheckpointMismatch
+from manylora.types import AdapterSpec, CheckpointError, CheckpointMismatch
 
 
-def read_state(engine: Engine, folder: Path, *, spec: AdapterSpec | None = None) -> SavedState:
+def read_state(
+    engine: Engine, folder: Path, *, spec: AdapterSpec | None = None, called: str | None = None
+) -> SavedState:
     """A training state from its files, with the layout of the engine's base.
 
     Args:
         spec: the settings that the caller expects; others are refused.
+        called: what an error calls the folder, where whoever reads it shall not learn its path.
 
     Raises:
         CheckpointDamaged, CheckpointMismatch
     """
+    try:
+        return _read(engine, folder, spec)
+    except CheckpointError as error:
+        if called is None:
+            raise
+        raise type(error)(str(error).replace(str(folder), called)) from error
+
+
+def _read(engine: Engine, folder: Path, spec: AdapterSpec | None) -> SavedState:
     saved = load_state(folder, spec=spec, base_fingerprint=engine.base.fingerprint)
     # Planned anew, because input groups are numbered by the base that is open.
     layout = plan_layout(saved.state.spec, resolve_targets(saved.state.spec, engine.sites))

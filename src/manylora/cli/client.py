@@ -8,25 +8,13 @@ import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
-import click
-
+from manylora.cli.options import KEY_VARIABLE
 from manylora.types import ConfigError, ManyloraError
 
 JSON_TYPE = "application/json"
 SECONDS = 120.0
-KEY_VARIABLE, URL_VARIABLE = "TINKER_API_KEY", "TINKER_BASE_URL"
-
-URL = click.option(
-    "--url", envvar=URL_VARIABLE, required=True, help=f"The server's address (or {URL_VARIABLE})."
-)
-KEY_FILE = click.option(
-    "--key-file",
-    type=click.Path(path_type=Path),
-    help=f"File that holds the API key; by default {KEY_VARIABLE} in the environment.",
-)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 class Refused(ManyloraError):
@@ -97,11 +85,6 @@ class Client:
             raise Unreachable(f"{self.url} does not answer: {reason}") from None
         except ValueError:
             raise Unreachable(f"{self.url} does not answer as a manylora server does") from None
-
-
-def part(text: str) -> str:
-    """A text as one part of a path."""
-    return quote(text, safe="")
 
 
 def _read_key(file: Path | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from manylora.cli.client import Client, Refused, Unreachable, part
+from manylora.cli.client import Client, Refused, Unreachable
 from manylora.config import AdapterEntry, RunFile, is_data_file
 from manylora.runs.events import (
     AdapterEnded,
@@ -114,7 +114,7 @@ class Following:
         while going := [run for run in self._followed if not run.ended]:
             for run in going:
                 try:
-                    path = f"runs/{part(run.id)}?after={run.step}"
+                    path = f"runs/{run.id}?after={run.step}"
                     run.info = self._client.get(path)
                 except Unreachable as error:
                     if time.monotonic() - heard > PATIENCE_SECONDS:

@@ -4,12 +4,15 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
-from manylora.cli.client import AS_JSON, KEY_FILE, URL, Client, Refused, part
-from manylora.types import ConfigError
+from manylora.cli.options import AS_JSON, KEY_FILE, URL
+
+if TYPE_CHECKING:
+    from manylora.cli.client import Client
 
 PAGE = 1000
 SCHEME = "tinker://"
@@ -17,7 +20,18 @@ SCHEME = "tinker://"
 Titles = Mapping[str, str]
 
 
-def _all(client: Client, kind: str) -> list[dict[str, Any]]:
+def _client(url: str, key_file: Path | None) -> "Client":
+    from manylora.cli.client import Client
+
+    return Client(url, key_file)
+
+
+def _part(text: str) -> str:
+    """A text as one part of a path."""
+    return quote(text, safe="")
+
+
+def _all(client: "Client", kind: str) -> list[dict[str, Any]]:
     """Every item of a list that comes in pages."""
     found: list[dict[str, Any]] = []
     while True:
@@ -79,7 +93,7 @@ def adapters() -> None:
 @AS_JSON
 def list_adapters(url: str, key_file: Path | None, as_json: bool) -> None:
     """List the adapters that clients have open."""
-    items = Client(url, key_file).get("adapters")["adapters"]
+    items = _client(url, key_file).get("adapters")["adapters"]
     titles = {"adapter_id": "adapter", "rank": "rank", "step": "step", "created_at": "made"}
     _print(items, titles, as_json=as_json)
 
@@ -91,7 +105,7 @@ def list_adapters(url: str, key_file: Path | None, as_json: bool) -> None:
 @AS_JSON
 def show_adapter(adapter: str, url: str, key_file: Path | None, as_json: bool) -> None:
     """Show an open ADAPTER."""
-    _print_one(Client(url, key_file).get(f"adapters/{part(adapter)}"), as_json=as_json)
+    _print_one(_client(url, key_file).get(f"adapters/{_part(adapter)}"), as_json=as_json)
 
 
 @adapters.command("delete")
@@ -101,7 +115,7 @@ def show_adapter(adapter: str, url: str, key_file: Path | None, as_json: bool) -
 @AS_JSON
 def delete_adapter(adapter: str, url: str, key_file: Path | None, as_json: bool) -> None:
     """Close ADAPTER; what it has learned since it was last saved becomes its checkpoint `last`."""
-    closed = Client(url, key_file).call("DELETE", f"adapters/{part(adapter)}")
+    closed = _client(url, key_file).call("DELETE", f"adapters/{_part(adapter)}")
     _print_one(closed, as_json=as_json)
 
 
@@ -126,7 +140,7 @@ def list_runs(url: str, key_file: Path | None, as_json: bool) -> None:
         "id": "run", "name": "adapter", "status": "status", "step": "step", "steps": "of",
         "last_loss": "loss", "path": "checkpoint",
     }  # fmt: skip
-    _print(_all(Client(url, key_file), "runs"), titles, as_json=as_json)
+    _print(_all(_client(url, key_file), "runs"), titles, as_json=as_json)
 
 
 @runs.command("show")
@@ -136,7 +150,7 @@ def list_runs(url: str, key_file: Path | None, as_json: bool) -> None:
 @AS_JSON
 def show_run(run: str, url: str, key_file: Path | None, as_json: bool) -> None:
     """Show RUN; as JSON with the figures of its last steps."""
-    _print_one(Client(url, key_file).get(f"runs/{part(run)}"), as_json=as_json)
+    _print_one(_client(url, key_file).get(f"runs/{_part(run)}"), as_json=as_json)
 
 
 @runs.command("delete")
@@ -146,7 +160,7 @@ def show_run(run: str, url: str, key_file: Path | None, as_json: bool) -> None:
 @AS_JSON
 def delete_run(run: str, url: str, key_file: Path | None, as_json: bool) -> None:
     """Cancel RUN and keep what it has learned; one that is over stays as it is."""
-    _print_one(Client(url, key_file).call("DELETE", f"runs/{part(run)}"), as_json=as_json)
+    _print_one(_client(url, key_file).call("DELETE", f"runs/{_part(run)}"), as_json=as_json)
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
@@ -167,7 +181,7 @@ def checkpoints() -> None:
 def list_checkpoints(url: str, key_file: Path | None, as_json: bool) -> None:
     """List checkpoints, the newest first."""
     titles = {"tinker_path": "checkpoint", "size_bytes": "bytes", "time": "made"}
-    _print(_all(Client(url, key_file), "checkpoints"), titles, as_json=as_json)
+    _print(_all(_client(url, key_file), "checkpoints"), titles, as_json=as_json)
 
 
 @checkpoints.command("show")
@@ -177,11 +191,13 @@ def list_checkpoints(url: str, key_file: Path | None, as_json: bool) -> None:
 @AS_JSON
 def show_checkpoint(path: str, url: str, key_file: Path | None, as_json: bool) -> None:
     """Show a checkpoint."""
-    client, run, _ = Client(url, key_file), *_apart(path)
+    client, run, _ = _client(url, key_file), *_apart(path)
+    from manylora.cli.client import Refused
+
     about = client.call("POST", "weights_info", {"tinker_path": path})
     items: list[dict[str, Any]] = []
     with suppress(Refused):  # somebody else's that is public
-        items = client.get(f"training_runs/{part(run)}/checkpoints")["checkpoints"]
+        items = client.get(f"training_runs/{_part(run)}/checkpoints")["checkpoints"]
     own = [item for item in items if item["tinker_path"] == path]
     _print_one({"tinker_path": path, **(own[0] if own else {}), **about}, as_json=as_json)
 
@@ -194,7 +210,7 @@ def show_checkpoint(path: str, url: str, key_file: Path | None, as_json: bool) -
 def delete_checkpoint(path: str, url: str, key_file: Path | None, as_json: bool) -> None:
     """Delete a checkpoint and its files."""
     run, name = _apart(path)
-    Client(url, key_file).call("DELETE", f"training_runs/{part(run)}/checkpoints/{name}")
+    _client(url, key_file).call("DELETE", f"training_runs/{_part(run)}/checkpoints/{name}")
     _print_one({"deleted": path}, as_json=as_json)
 
 
@@ -202,6 +218,8 @@ def _apart(path: str) -> tuple[str, str]:
     """The training run and the rest of a checkpoint's path."""
     run, _, name = path.removeprefix(SCHEME).partition("/")
     kind, _, rest = name.partition("/")
+    from manylora.types import ConfigError
+
     if not path.startswith(SCHEME) or not run or not kind or not rest or "/" in rest:
         raise ConfigError(f"{path!r} is no checkpoint; a path is {SCHEME}RUN/KIND/NAME")
-    return run, f"{part(kind)}/{part(rest)}"
+    return run, f"{_part(kind)}/{_part(rest)}"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from manylora.cli.client import KEY_FILE, URL, Client
+from manylora.cli.options import KEY_FILE, URL
 
 if TYPE_CHECKING:
     from manylora.config import AdapterEntry, RunFile
@@ -37,6 +37,7 @@ def submit(
     goes on when this command is stopped. Exit codes are those of train. What concerns a whole
     process (`out`, `token_budget`, `device`, trackers) is the server's affair and is not sent.
     """
+    from manylora.cli.client import Client
     from manylora.cli.following import EXIT_INTERRUPTED, Following
     from manylora.config import load_run_file
 

@@ -106,8 +106,17 @@ def _caller(request: Request) -> Caller:
     return Caller(get_door(request), request.state.tenant, request.state.request_id)
 
 
-TheDoor = Annotated[Door, Depends(get_door)]
-TheCaller = Annotated[Caller, Depends(_caller)]
+# FastAPI runs a dependency that is no coroutine in a thread.
+async def _find_door(request: Request) -> Door:
+    return get_door(request)
+
+
+async def _find_caller(request: Request) -> Caller:
+    return _caller(request)
+
+
+TheDoor = Annotated[Door, Depends(_find_door)]
+TheCaller = Annotated[Caller, Depends(_find_caller)]
 
 _NUMBERED = (Numbered, LoadWeightsRequest)
 _schemas: dict[str, type[BaseModel]] = {}

@@ -169,7 +169,9 @@ class TinkerHub(Shelves, Plain):
         host, folder = self.parts.host, self.keeping.folder_of(checkpoint)
         adapter = adapter_spec(spec, host.engine.sites)
         if not self.models.is_open(id):
-            await asyncio.to_thread(host.adopt, id, folder, spec=adapter, moments=request.optimizer)
+            await asyncio.to_thread(
+                host.adopt, id, folder, spec=adapter, moments=request.optimizer, called=str(path)
+            )
         row = self._new_row(tenant, id, request, base, spec, digest_json(request), str(path))
         if await self._add(row):
             registered = host.call(id, lambda: host.pager.register(id, adapter, 0), tenant=tenant)

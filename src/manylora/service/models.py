@@ -193,10 +193,10 @@ class Models:
         absent, last = model.order.next_seq, max(seq for seq, _ in model.order.early())
         record = Record(
             stream=model.id, seq=absent, kind=GIVEN_UP, tenant=model.tenant,
-            request_id=f"{model.id}:{missing}", digest="", body=b"", meta={"until": last + 1},
+            request_id=f"{model.id}:{absent}", digest="", body=b"", meta={"until": last + 1},
         )  # fmt: skip
         await asyncio.wrap_future(self._parts.journal.append(record))
-        if model.order.next_seq == missing:
+        if model.order.next_seq == absent:
             self.give_up(model)
 
     def save(self, model: Model) -> None:

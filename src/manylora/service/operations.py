@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from manylora.api.futures import flattened
@@ -188,9 +188,12 @@ class Operations:
             )
         folder, host = self._keeping.folder_of(checkpoint), self._parts.host
         spec = adapter_spec(row.spec, host.engine.sites)
+        # A seed has had its effect when an adapter is made; this one keeps its own.
+        theirs = replace(spec, seed=int(checkpoint.spec["seed"]))
 
         def run() -> None:
-            host.pager.replace(row.id, host.read(folder, spec=spec, moments=asked.optimizer), seq)
+            state = host.read(folder, spec=theirs, moments=asked.optimizer, called=asked.path)
+            host.pager.replace(row.id, replace(state, spec=spec), seq)
 
         reply = LoadWeightsReply(model_id=row.id, path=asked.path)
         return self._call(row, seq, run), lambda _: _json(reply)

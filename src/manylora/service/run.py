@@ -168,8 +168,8 @@ def _body_limits(settings: ServerFile) -> BodyLimits:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends at once (TCP_NODELAY) only where it sees that it is TCP; else every answer, a head
-    # and a body, waits 40 ms for the client's acknowledgement in between.
+    # asyncio sends at once (TCP_NODELAY) only where it sees that it is TCP; otherwise every answer,
+    # which is a head and a body, waits 40 ms for the client's word in between.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -97,7 +97,7 @@ def find(roots: Sequence[Path], name: str) -> Path:
     if not is_data_file(name):
         raise Unsupported(f"{name}: a server loads nothing from a hub; send the data with the run")
     relative = PurePosixPath(name)
-    if not relative.is_absolute() and ".." not in relative.parts and "\0" not in name:
+    if not relative.is_absolute() and "\0" not in name:
         for root in roots:
             path = (root / relative).resolve()
             if path.is_relative_to(root.resolve()) and path.is_file():

@@ -252,7 +252,8 @@ class Runs:
         state = newest_state(live.paths.checkpoints)
         if state is None:
             return None
-        row, step = live.row, outcome.steps
+        # Metrics may be ahead of the newest state.
+        row, step = live.row, int(state.name.removeprefix("step-"))
         completed = outcome.status == "completed"
         base, host = self._parts.settings.base, self._parts.host
         spec = row_spec(live.data.entry.spec(), base, host.engine.sites)

@@ -1,13 +1,16 @@
 """Adapters of several owners on one host, more of them than fit."""
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import manylora.api.door as door_module
 from manylora.api import AdapterDoor, AdapterHandle, Host, Trainer
-from manylora.checkpoint import load_state
+from manylora.checkpoint import load_state, save_state
 from manylora.types import Datum, SamplingParams, SaveFailed
 from tests.laws.tenants import random_data
 from tests.models import TinyBases
@@ -57,15 +60,24 @@ def test_operations_without_numbers_are_paged_like_others(tiny: TinyBases, tmp_p
 
 
 def test_training_does_not_wait_for_a_save_and_the_save_is_of_its_place(
-    tiny: TinyBases, tmp_path: Path
+    tiny: TinyBases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write = threading.Event()
+
+    def slow_save(*arguments: Any, **named: Any) -> None:
+        assert write.wait(60)
+        save_state(*arguments, **named)
+
+    monkeypatch.setattr(door_module, "save_state", slow_save)
     with Trainer(tiny("llama"), token_budget=64) as trainer:
         handle = trainer.create("a", rank=2)
         learn([handle], 2)
         saved = handle.save(tmp_path / "two")
         handle.forward_backward(batch(9))
-        handle.optim_step(lr=0.1)
-        handle.unload()
+        assert handle.optim_step(lr=0.1).result().step == 3
+        handle.unload().result()
+        assert not saved.done()
+        write.set()
         assert load_state(saved.result()).state.step == 2
         assert trainer.sample([[5]], SamplingParams(max_tokens=2, stop=())).result()
 

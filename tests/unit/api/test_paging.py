@@ -150,6 +150,7 @@ def test_a_state_that_is_gone_harms_its_adapter_alone(make: Make) -> None:
     (pager.state_folder("a0") / "state.safetensors").write_bytes(b"nothing")
     outcomes = pager.forward_backward([work(0, 2), work(1, 2)])
     assert isinstance(outcomes[0], CheckpointDamaged)
+    assert "the state of 'a0'" in str(outcomes[0]) and "/" not in str(outcomes[0]).split(":")[0]
     assert not isinstance(outcomes[1], ManyloraError)
     with pytest.raises(AdapterNotFound):
         pager.save("nobody")

@@ -121,7 +121,7 @@ class Place:
     async def written(self) -> None:
         """Until the engine has nothing queued, and the writer nothing in hand."""
         host = self.hub.parts.host
-        await asyncio.wrap_future(host.call(None, host.pager._drain))
+        await asyncio.wrap_future(host.call(None, host.pager._writer.drain))
 
     def later(self, seconds: float) -> None:
         self.clock.now += seconds
