@@ -38,18 +38,20 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--pollers", type=int, default=500)
     parser.add_argument("--only", default=",".join(GOALS))
+    parser.add_argument("--threads", type=int, default=1, help="Of the server's engine.")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     os.environ["TINKER_TELEMETRY"] = "0"
     report: dict[str, Any] = {
         "machine": {**machine(), "cores": os.cpu_count()},
+        "threads": options.threads,
         "load_before": os.getloadavg(),
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
 
         def served(measure: Callable[[Server], Any]) -> Any:
-            with Server(folder / "served") as server:
+            with Server(folder / "served", "--set", f"threads={options.threads}") as server:
                 return measure(server)
 
         arms: dict[str, Callable[[], Any]] = {
@@ -78,8 +80,9 @@ def text(report: dict[str, Any]) -> str:
         "# The service on seedling",
         "",
         f"{about['cores']} cores of {about['cpu']}, torch {about['torch']}, Python "
-        f"{about['python']}; load average before {_numbers(report['load_before'])}, after "
-        f"{_numbers(report['load_after'])}. Medians (10–90 %).",
+        f"{about['python']}, engine on {report['threads']} thread(s); load average before "
+        f"{_numbers(report['load_before'])}, after {_numbers(report['load_after'])}. "
+        "Medians (10–90 %).",
     ]
     for name, goal in GOALS.items():
         if name not in report:

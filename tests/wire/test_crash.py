@@ -15,7 +15,7 @@ from tests.wire.data import random_data, sdk_adam, to_sdk
 from tests.wire.server import BASE_ALIAS, Server
 from tests.wire.weights import Array, exported_factors
 
-TENANTS, STEPS, AHEAD, KILLS = 3, 30, 6, 3
+TENANTS, STEPS, AHEAD, KILLS = 3, 40, 6, 3
 STEP = AdamParams(lr=2e-3, beta2=0.95, weight_decay=0.01, clip_norm=0.5)
 
 Factors = dict[str, tuple[Array, Array]]
@@ -59,7 +59,7 @@ def test_killed_again_and_again(serve, connect, options: tuple[str, ...]):
     def shake() -> None:
         # A client that cannot connect is silent for longer and longer: leave it some time.
         for _ in range(KILLS):
-            if not done.wait(draw.uniform(0.5, 4.0)):
+            if not done.wait(draw.uniform(0.3, 1.2)):
                 shaken.restart()
 
     shaker = threading.Thread(target=shake)

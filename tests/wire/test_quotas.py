@@ -57,7 +57,7 @@ def test_tokens_in_flight_are_waited_for_by_the_sdk(tight: tuple[Server, str, st
     futures = [client.forward_backward(data, "cross_entropy") for _ in range(6)]
     step = client.optim_step(sdk_adam(STEP))
     assert [len(future.result().loss_fn_outputs) for future in futures] == [12] * 6
-    assert step.result().metrics["step"] == 1
+    assert step.result().metrics["optim/step"] == 1
 
 
 def test_too_many_tokens_in_flight_are_told_so(tight: tuple[Server, str, str]):

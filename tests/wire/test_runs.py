@@ -72,7 +72,7 @@ def test_runs_beside_a_client_and_a_bad_line_that_fails_alone(
         for number in range(first, first + 5):
             client.forward_backward(to_sdk(random_data(number, 2)), "cross_entropy")
             steps.append(client.optim_step(sdk_adam(STEP)))
-        return steps[-1].result().metrics["step"]
+        return steps[-1].result().metrics["optim/step"]
 
     assert learn(0) == 5
     small, large = entry("small", rank=2, seed=7), entry("large", rank=8, steps=9)
@@ -104,7 +104,7 @@ def test_what_a_run_made_is_a_model_like_any_other(server: Server, connect) -> N
     client = service.create_training_client_from_state_with_optimizer(run["path"]).result()
     before = forward(client, PROBE)
     client.forward_backward(to_sdk(PROBE), "cross_entropy")
-    assert client.optim_step(sdk_adam(STEP)).result().metrics["step"] == 13
+    assert client.optim_step(sdk_adam(STEP)).result().metrics["optim/step"] == 13
     assert not np.array_equal(forward(client, PROBE)[0], before[0])
     sampled = run["path"].replace("/weights/", "/sampler_weights/")
     sampler = service.create_sampling_client(model_path=sampled).result()
