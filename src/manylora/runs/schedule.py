@@ -24,8 +24,7 @@ def learning_rate(
     if step < 0:
         raise ValueError(f"step is {step}; steps are counted from 0")
     if step < warmup_steps:
-        # The share first: it is at most 1, so rounding cannot lift the rate above lr.
-        return lr * ((step + 1) / warmup_steps)
+        return min(lr, lr * (step + 1) / warmup_steps)  # rounding may lift the quotient above lr
     if schedule == "constant":
         return lr
     if step >= total_steps:
