@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.service_load import summary
 from manylora.config import ServerFile
+from manylora.engine import Engine
 from manylora.scheduler import Journal, Record
 from manylora.service.contract import Failed, Ready
 from manylora.service.hub import TinkerHub
@@ -83,7 +84,7 @@ async def journal_cost(
     """CPU of a step with and without the journal; a shape is models at once, tokens of each."""
     settings = ServerFile(base="seedling", aliases=[], data_dir=folder, threads=1)
     service = Service(settings, Store.in_folder(folder), WireLimits())
-    hub = await service.start()
+    hub = await service.start(Engine("seedling", threads=1))
     real = hub.parts.journal
     journals: dict[str, Any] = {"journal": real, "none": NullJournal(real)}
     engine, writer = hub.parts.host.worker._thread, real._thread

@@ -55,7 +55,7 @@ class AdapterDoor:
     @property
     def tokenizer(self) -> Any:
         """The base's tokenizer; None if its folder has none."""
-        return self._engine.base.tokenizer
+        return self._engine.tokenizer
 
     @property
     def context_length(self) -> int:

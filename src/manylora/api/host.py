@@ -5,14 +5,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from manylora.api.paging import Pager
 from manylora.api.states import read_state, weights_only, write_state
-from manylora.engine import Engine, free_bytes
+from manylora.api.verbs import Verbs
 from manylora.lora.state import AdapterState
 from manylora.scheduler import BatchReport, Call, Operation, OperationQueue, Residency, Worker
-from manylora.types import AdapterSpec, ConfigError
+from manylora.types import AdapterSpec
+from manylora.types.machine import free_host_bytes
 
 # Of the memory that is free once the base is open: for adapters in the engine, for their states on
 # their way in and out, and for snapshots. The rest is for activations and caches.
@@ -27,43 +26,29 @@ class Host:
 
     def __init__(
         self,
-        base: str | Path,
+        engine: Verbs,
         folder: Path | None = None,
         *,
         token_budget: int = 4096,
-        dtype: str = "auto",
-        device: str = "auto",
-        activation_checkpointing: bool = False,
-        threads: int | None = None,
         max_resident: int | None = None,
         before_save: Callable[[], None] = lambda: None,
         on_saved: Callable[[str, int], None] = lambda name, position: None,
         observe: Callable[[BatchReport], None] = lambda report: None,
+        apart: Callable[[Operation], bool] = lambda operation: False,
     ):
-        """Open a base.
+        """Put a queue before an engine.
 
         Args:
+            engine: open, and closed by whoever opened it.
             folder: for adapters' states and snapshots; None = all of them stay in the engine.
+            token_budget: that the engine was opened with.
             max_resident: adapters in the engine at once; None = what measured memory allows.
             before_save, on_saved: see `Pager`.
             observe: told of each batch that was run.
-
-        Raises:
-            ConfigError: a setting is out of range.
-            BaseModelError, Unsupported: see `Engine`.
+            apart: see `OperationQueue`.
         """
-        if token_budget < 1:
-            raise ConfigError(f"token_budget is {token_budget}; it must be ≥ 1")
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.engine = Engine(
-            base,
-            token_budget=token_budget,
-            dtype=dtype,
-            device=device,
-            activation_checkpointing=activation_checkpointing,
-        )
-        on_device, on_host = free_bytes(self.engine.base.device), free_bytes(torch.device("cpu"))
+        self.engine = engine
+        on_device, on_host = engine.free_bytes, free_host_bytes()
         adapters, snapshots = Residency(), Residency()
         if folder is not None:
             adapters = Residency(
@@ -80,7 +65,7 @@ class Host:
             before_save=before_save,
             on_saved=on_saved,
         )
-        self.queue = OperationQueue(token_budget, max_adapters=max_resident)
+        self.queue = OperationQueue(token_budget, max_adapters=max_resident, apart=apart)
         self.worker = Worker(self.queue, self.pager, observe=observe)
 
     def submit(self, operation: Operation) -> Future[Any]:
@@ -117,6 +102,14 @@ class Host:
         """
         state = self.read(folder, spec=spec, moments=moments, called=called)
         write_state(self.engine, self.pager.state_folder(name), state, position=0)
+
+    def abandon(self) -> None:
+        """Stop, after the engine was lost: what it held is not saved; what was on its way to disk
+        gets there."""
+        self.queue.close()
+        self.queue.cancel_waiting()
+        self.worker.join()
+        self.pager.close()
 
     def close(self, *, cancel: bool) -> None:
         """Run what is queued (or, with `cancel`, drop what has not started), save every state that

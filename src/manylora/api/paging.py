@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from manylora.api.page import BYTES_PER_PARAMETER, Page, bytes_of, file_name
 from manylora.api.snapshots import Snapshots
 from manylora.api.states import read_state, write_state
+from manylora.api.verbs import Verbs
 from manylora.api.writer import Writer
-from manylora.engine import Engine
 from manylora.lora.state import AdapterState
 from manylora.scheduler import Residency
 from manylora.types import (
@@ -45,7 +45,7 @@ class Pager:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Verbs,
         folder: Path | None,
         *,
         adapters: Residency,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from manylora.api.page import bytes_of, file_name
 from manylora.api.states import read_state, write_state
+from manylora.api.verbs import Verbs
 from manylora.api.writer import Writer
-from manylora.engine import Engine
 from manylora.scheduler import Residency
 from manylora.types import AdapterNotFound
 
@@ -14,7 +14,7 @@ from manylora.types import AdapterNotFound
 class Snapshots:
     """The snapshots of an engine. Methods belong to the engine's thread."""
 
-    def __init__(self, engine: Engine, folder: Path | None, resident: Residency, writer: Writer):
+    def __init__(self, engine: Verbs, folder: Path | None, resident: Residency, writer: Writer):
         """See `Pager`; `resident`: how many may be in the engine at once."""
         self._engine, self._folder, self._writer = engine, folder, writer
         self._resident = resident
@@ -58,8 +58,7 @@ class Snapshots:
             self._writer.write(lambda: shutil.rmtree(folder, ignore_errors=True), 0)
 
     def _note(self, snapshot: str) -> None:
-        weights_P = self._engine.snapshots[snapshot].weights_P
-        self._resident.use(snapshot, weights_P.numel() * weights_P.element_size())
+        self._resident.use(snapshot, self._engine.snapshots[snapshot].num_bytes)
         for victim in self._resident.excess(keep={snapshot}):
             if not self.folder_of(victim).exists():
                 self._writer.drain()

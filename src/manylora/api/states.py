@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from manylora.api.verbs import Verbs
 from manylora.checkpoint import SavedState, export_peft, load_state, save_state
-from manylora.engine import Engine
 from manylora.lora.layout import Factor, plan_layout
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
@@ -12,7 +12,7 @@ from manylora.types import AdapterSpec, CheckpointError, CheckpointMismatch
 
 
 def read_state(
-    engine: Engine, folder: Path, *, spec: AdapterSpec | None = None, called: str | None = None
+    engine: Verbs, folder: Path, *, spec: AdapterSpec | None = None, called: str | None = None
 ) -> SavedState:
     """A training state from its files, with the layout of the engine's base.
 
@@ -31,7 +31,7 @@ def read_state(
         raise type(error)(str(error).replace(str(folder), called)) from error
 
 
-def _read(engine: Engine, folder: Path, spec: AdapterSpec | None) -> SavedState:
+def _read(engine: Verbs, folder: Path, spec: AdapterSpec | None) -> SavedState:
     saved = load_state(folder, spec=spec, base_fingerprint=engine.base.fingerprint)
     # Planned anew, because input groups are numbered by the base that is open.
     layout = plan_layout(saved.state.spec, resolve_targets(saved.state.spec, engine.sites))
@@ -40,7 +40,7 @@ def _read(engine: Engine, folder: Path, spec: AdapterSpec | None) -> SavedState:
     return dataclasses.replace(saved, state=dataclasses.replace(saved.state, layout=layout))
 
 
-def write_state(engine: Engine, folder: Path, state: AdapterState, *, position: int) -> None:
+def write_state(engine: Verbs, folder: Path, state: AdapterState, *, position: int) -> None:
     """Write a training state, with the `seq` of the last operation in it. Raises SaveFailed."""
     base = engine.base
     save_state(
@@ -49,7 +49,7 @@ def write_state(engine: Engine, folder: Path, state: AdapterState, *, position: 
     )  # fmt: skip
 
 
-def write_peft(engine: Engine, folder: Path, state: AdapterState) -> None:
+def write_peft(engine: Verbs, folder: Path, state: AdapterState) -> None:
     """Write an adapter's weights as PEFT's files. Raises SaveFailed."""
     base = engine.base
     export_peft(

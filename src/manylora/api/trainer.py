@@ -5,6 +5,7 @@ from typing import Self
 
 from manylora.api.door import AdapterDoor
 from manylora.api.host import Host
+from manylora.engine import Engine
 
 
 class Trainer(AdapterDoor):
@@ -49,16 +50,15 @@ class Trainer(AdapterDoor):
             BaseModelError: the base cannot be opened.
             Unsupported: its architecture would not keep its numbers here.
         """
-        super().__init__(
-            Host(
-                base,
-                token_budget=token_budget,
-                dtype=dtype,
-                device=device,
-                activation_checkpointing=activation_checkpointing,
-                threads=threads,
-            )
+        engine = Engine(
+            base,
+            token_budget=token_budget,
+            dtype=dtype,
+            device=device,
+            activation_checkpointing=activation_checkpointing,
+            threads=threads,
         )
+        super().__init__(Host(engine, token_budget=token_budget))
 
     def __enter__(self) -> Self:
         return self

@@ -76,6 +76,9 @@ class ServerFile(Settings):
     """`auto` (CUDA if there is one), `cpu`, `cuda:1`, …"""
     threads: Count | None = None
     """CPU threads of one operation."""
+    step_seconds: Positive = 600.0
+    """A step of the engine that takes longer is taken for hung: the engine's processes write down
+    where they stand, and are started again."""
     max_resident: Count | None = None
     """Adapters in the engine at once; by default as many as measured memory allows."""
     long_poll_seconds: Annotated[float, Field(gt=0, le=40)] = 30.0

@@ -5,7 +5,7 @@ P parameters of an adapter, T tokens of a stream, H hidden size.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manylora.engine.decoding import Decoder
 from manylora.engine.head_loss import HeadLoss
-from manylora.engine.host_memory import keep_freed_memory
+from manylora.engine.host_memory import free_bytes, keep_freed_memory
 from manylora.engine.microbatch import MicroBatch, build
 from manylora.engine.plan import cut, pack
 from manylora.engine.results import Rows, results
@@ -34,6 +34,7 @@ from manylora.types import (
     AdapterExists,
     AdapterNotFound,
     AdapterSpec,
+    ConfigError,
     DataError,
     Datum,
     DatumTooLong,
@@ -66,6 +67,7 @@ class Engine:
         dtype: str = "auto",
         device: str = "auto",
         activation_checkpointing: bool = False,
+        threads: int | None = None,
     ):
         """Open the base.
 
@@ -74,10 +76,16 @@ class Engine:
             token_budget: tokens of one micro-batch; a longer datum runs alone.
             dtype, device: see `manylora.models.open_base`.
             activation_checkpointing: recompute each block in the backward.
+            threads: CPU threads of one operation, for the whole process; None = torch's choice.
 
         Raises:
+            ConfigError: a setting is out of range.
             BaseModelError, Unsupported: see `manylora.models.open_base`.
         """
+        if token_budget < 1:
+            raise ConfigError(f"token_budget is {token_budget}; it must be ≥ 1")
+        if threads is not None:
+            torch.set_num_threads(threads)
         self.base: BaseModel = open_base(base, dtype=dtype, device=device)
         if self.base.device.type == "cpu":
             keep_freed_memory()
@@ -102,6 +110,16 @@ class Engine:
         self.snapshots: dict[str, AdapterWeights] = {}
         loop = DecodeLoop(self.base, token_budget=token_budget)
         self.decoder = Decoder(self.base, loop, self._sampled_weights)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer; None if its folder has none."""
+        return self.base.tokenizer
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the device that could be taken now."""
+        return free_bytes(self.base.device)
 
     # -- adapters -------------------------------------------------------------------------------
 

@@ -6,11 +6,11 @@ about a tenth of a step of the toy benchmark went there.
 """
 
 import ctypes
-import os
 import sys
-from pathlib import Path
 
 import torch
+
+from manylora.types.machine import free_host_bytes
 
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
@@ -41,9 +41,4 @@ def free_bytes(device: torch.device) -> int:
     """Bytes that could be taken on this device now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return int(kibibytes) * 1024
+    return free_host_bytes()

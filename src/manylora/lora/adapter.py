@@ -35,6 +35,11 @@ class AdapterWeights:
             group: _block(factors, weights_P, sites) for group, factors in layout.groups()
         }
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the vector."""
+        return self.weights_P.numel() * self.weights_P.element_size()
+
     def snapshot(self, sites: "SiteIndex") -> "AdapterWeights":
         """A frozen copy: one clone of the vector."""
         return AdapterWeights(self.spec, self.layout, self.weights_P.clone(), sites)

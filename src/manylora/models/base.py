@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as hub_logging
 
 from manylora.models import attention
 from manylora.models.stream import PackedStream, packed, padded_rows
+from manylora.models.tokenizer import open_tokenizer
 from manylora.types import BaseModelError, Unsupported
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEEDLING = "seedling"
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 # Rotary variants that choose their frequencies by the longest position in the batch: beyond the
 # original length one tenant's long sequence would change another's numbers.
@@ -125,7 +125,7 @@ def open_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") ->
         model=model,
         backbone=model.base_model,
         head=head,
-        tokenizer=_tokenizer(folder),
+        tokenizer=open_tokenizer(folder),
         context_length=_context_length(text_config),
         eos_token_ids=_eos(model),
         vocab_size=head.weight_VH.shape[0],
@@ -198,17 +198,6 @@ def _context_length(config: Any) -> int:
             )
             longest = min(longest, int(original or longest))
     return longest
-
-
-def _tokenizer(folder: str) -> Any:
-    # transformers makes up an empty tokenizer of the model's family where there are no files.
-    place = Path(folder)
-    if place.is_dir() and not any(any(place.glob(name)) for name in TOKENIZER_FILES):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _eos(model: Any) -> tuple[int, ...]:

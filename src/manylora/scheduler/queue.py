@@ -117,6 +117,7 @@ class OperationQueue:
         *,
         max_adapters: int | None = None,
         places: int = PLACES,
+        apart: Callable[[Operation], bool] = lambda operation: False,
         clock: Callable[[], float] = time.monotonic,
     ):
         """An empty queue.
@@ -126,10 +127,12 @@ class OperationQueue:
             max_adapters: most adapters of one batch; None = any number.
             places: continuations that may be in the decode loop; a larger request may be, if its
                 tenant has no other there.
+            apart: whether an operation is to run in a batch of its own.
         """
         self.token_budget = token_budget
         self.max_adapters = max_adapters
         self.places = places
+        self.apart = apart
         self.clock = clock
         self._lanes: dict[LaneKey, Lane] = {}
         self._tenants: dict[str, Tenant] = {}
@@ -305,7 +308,7 @@ class OperationQueue:
         batch: list[Pending] = []
         aside: list[tuple[str, LaneKey]] = []
         adapters: dict[LaneKey, Lane] = {}
-        room, misfits, turns = self.token_budget, 0, self._turns[kind]
+        room, misfits, turns, alone = self.token_budget, 0, self._turns[kind], False
         while (name := turns.first()) is not None and misfits < MISFITS:
             if kind is Sample and not self._free_places:
                 break
@@ -313,10 +316,11 @@ class OperationQueue:
             key = lanes.first()
             assert key is not None
             lane = self._lanes[key]
-            if self._fits(lane, kind, room, adapters):
+            alone = self.apart(lane.waiting[0].operation)
+            if self._fits(lane, kind, room, adapters) and not (alone and batch):
                 room -= self._take(lane, kind, batch)
                 adapters[key] = lane
-                if kind is Call and batch:
+                if (kind is Call or alone) and batch:
                     break
                 # A second step of an adapter needs the outcome of the first.
                 if kind is not OptimStep or lane.kind is not OptimStep:
@@ -331,7 +335,7 @@ class OperationQueue:
             self._tenants[name].lanes[kind].put_back(key)
             if name not in turns:
                 turns.put_back(name)
-        if kind is ForwardBackward and len(adapters) == self.max_adapters:
+        if kind is ForwardBackward and len(adapters) == self.max_adapters and not alone:
             self._top_up(list(adapters.values()), room, batch)
         return batch
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from manylora.scheduler.queue import Call, OperationQueue, Pending
+from manylora.scheduler.queue import Call, Operation, OperationQueue, Pending
 from manylora.scheduler.share import DeviceShare
 from manylora.types import (
+    EngineLost,
     ForwardBackward,
     ForwardBackwardResult,
     ManyloraError,
@@ -71,7 +72,11 @@ class BatchReport:
 
 
 class Worker:
-    """Runs one thing after another on a thread of its own, until the queue is closed."""
+    """Runs one thing after another on a thread of its own, until the queue is closed.
+
+    Attributes:
+        lost_with: what was running when the engine was lost; empty while it is there.
+    """
 
     def __init__(
         self,
@@ -101,6 +106,7 @@ class Worker:
         # Samples in the decode loop. Equal ones have equal answers, so which is which is no matter.
         self._decoding: dict[int, list[Pending]] = {}
         self._began: list[tuple[Pending, float]] = []
+        self.lost_with: list[Operation] = []
         self._thread = threading.Thread(target=self._loop, name="manylora-engine", daemon=True)
         self._thread.start()
 
@@ -142,6 +148,8 @@ class Worker:
             if not isinstance(error, ManyloraError):
                 log.exception("a batch of %d operations failed", len(batch))
             outcomes = [error] * len(batch)
+        for outcome in outcomes:
+            self._note_loss(outcome, operations)
         seconds = self._clock() - began
         self._share.charge(training=True, seconds=seconds)
         for pending, outcome in zip(batch, outcomes, strict=True):
@@ -164,6 +172,7 @@ class Worker:
         try:
             errors: Sequence[Exception | None] = self.runner.admit(operations)
         except Exception as error:
+            self._note_loss(error, operations)
             log.exception("%d samples were not admitted", len(batch))
             self._cancel_all(operations)
             errors = [error] * len(batch)
@@ -183,6 +192,7 @@ class Worker:
         except Exception as error:
             log.exception("the decode loop failed")
             waiting = [p for entries in self._decoding.values() for p in entries]
+            self._note_loss(error, [pending.operation for pending in waiting])
             found = [(cast(Sample, pending.operation), error) for pending in waiting]
             self._cancel_all([pending.operation for pending in waiting])
         seconds = self._clock() - began
@@ -218,6 +228,10 @@ class Worker:
                 self.runner.cancel(operation)
             except Exception:  # the engine is in trouble already
                 log.exception("a sample could not be cancelled")
+
+    def _note_loss(self, error: Any, operations: Sequence[Operation]) -> None:
+        if isinstance(error, EngineLost) and not self.lost_with:
+            self.lost_with = list(operations)
 
     def _finish(self, pending: Pending, outcome: Any) -> None:
         """Give a sample's places back, and its client the outcome, if it still waits."""

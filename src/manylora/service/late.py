@@ -1,4 +1,4 @@
-"""The hub while it is being made. No torch here: the server listens before that is loaded."""
+"""The hub while it is being made, or made again. No torch here."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -12,14 +12,26 @@ START_SECONDS = 30.0
 
 
 class LateHub:
-    """A hub that is still being made: requests wait for it a while instead of failing."""
+    """A hub that comes and goes: requests wait a while for it instead of failing."""
 
     def __init__(self) -> None:
         self._arrival: asyncio.Future[Hub] = asyncio.get_running_loop().create_future()
+        self._inside = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
 
     def arrive(self, hub: Hub) -> None:
         """From now on the hub answers."""
         self._arrival.set_result(hub)
+
+    def depart(self) -> None:
+        """From now on requests wait for the next hub; those that the last one has are its own."""
+        if self._arrival.done():
+            self._arrival = asyncio.get_running_loop().create_future()
+
+    async def settle(self) -> None:
+        """Wait until the last hub has answered what it had begun to answer."""
+        await self._empty.wait()
 
     def ready(self) -> bool:
         """Whether the engine answers."""
@@ -30,7 +42,14 @@ class LateHub:
             try:
                 hub = await asyncio.wait_for(asyncio.shield(self._arrival), START_SECONDS)
             except TimeoutError:
-                raise NotReady("the server is still opening its base model") from None
-            return await getattr(hub, name)(*arguments)
+                raise NotReady("the server is opening its base model") from None
+            self._inside += 1
+            self._empty.clear()
+            try:
+                return await getattr(hub, name)(*arguments)
+            finally:
+                self._inside -= 1
+                if not self._inside:
+                    self._empty.set()
 
         return when_there

@@ -238,6 +238,8 @@ class Models:
         request_id = f"{model.id}:{seq}"
         model.running += 1
         then = partial(self._done, model, seq, request)
+        if self._parts.breakages.is_numbered_given_up(model.id, seq) and model.fault is None:
+            self.set_fault(model, f"operation {seq} was running each time the engine broke down")
         if model.fault is not None:
             refusal = ModelFault(model.fault)
         if refusal is not None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from manylora.api import Host
 from manylora.config import ServerFile
 from manylora.scheduler import Journal, Record
+from manylora.service.breakages import Breakages
 from manylora.service.errors import Backpressure
 from manylora.service.promises import Promises
 from manylora.store import Store
@@ -53,6 +54,7 @@ class Parts:
     """One server's settings and the things that it is made of.
 
     Attributes:
+        breakages: operations that have cost an engine.
         clock: of silences and of what is due; monotonic. wall: unix seconds.
         coming: snapshots that accepted operations will make.
         in_flight: tenant → tokens of its requests that were accepted and are not done.
@@ -66,6 +68,7 @@ class Parts:
     journal: Journal
     promises: Promises
     host: Host
+    breakages: Breakages = field(default_factory=Breakages)
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
     coming: Coming = field(default_factory=Coming)

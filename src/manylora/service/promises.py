@@ -15,7 +15,7 @@ from typing import Any
 from manylora.service.contract import Failed, Outcome, Ready, Waiting
 from manylora.service.errors import answer_to
 from manylora.service.results import Results
-from manylora.types import Cancelled, DataError, SaveFailed
+from manylora.types import Cancelled, DataError, EngineLost, SaveFailed
 
 log = logging.getLogger("manylora.service")
 
@@ -165,7 +165,7 @@ class Promises:
         try:
             content_type, body = encode(done.result())
         except BaseException as caught:
-            if self.closing and isinstance(caught, Cancelled):
+            if isinstance(caught, EngineLost) or (self.closing and isinstance(caught, Cancelled)):
                 return  # it is in the journal, and runs after the next start
             error = caught
             content_type, body = FAILURE_TYPE, _failure(request_id, caught)

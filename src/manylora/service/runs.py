@@ -34,7 +34,7 @@ from manylora.service.wire.paths import PathKind, TinkerPath
 from manylora.service.wire.replies import Cursor
 from manylora.service.wire.runs import ENDED, Run, RunList, SubmitRunRequest
 from manylora.store import ModelRow, RunRow, SessionRow
-from manylora.types import ManyloraError, StoreError, errors
+from manylora.types import EngineLost, ManyloraError, StoreError, errors
 
 log = logging.getLogger("manylora.service")
 
@@ -221,7 +221,8 @@ class Runs:
         """Write down how a run ended; what it has learned becomes checkpoints. In a thread."""
         status, figures = outcome.status or "failed", outcome.to_dict()
         figures["error"] = _told(figures["error"], live.row.id)
-        if self._closing and status != "completed" and not live.cancelled:
+        broken = bool(figures["error"]) and figures["error"]["type"] == EngineLost.__name__
+        if broken or (self._closing and status != "completed" and not live.cancelled):
             return  # the next start goes on with it
         model_id = None
         try:

@@ -5,12 +5,13 @@ import hashlib
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
 from manylora.scheduler import Record
 from manylora.service.contract import PROTOBUF_TYPE
-from manylora.service.errors import missing
+from manylora.service.errors import Lost, missing
 from manylora.service.keeping import Keeping
 from manylora.service.operations import sampler_id
 from manylora.service.parts import Parts
@@ -20,7 +21,7 @@ from manylora.service.wire.pieces import SampleSubmit
 from manylora.service.wire.replies import SamplerInfo, Submitted
 from manylora.service.wire.sampling import encode_sample
 from manylora.store import SamplerRow
-from manylora.types import DataError, Sample
+from manylora.types import DataError, Sample, SampleResult
 
 KIND = "sample"
 # Rows kept in memory; the others are in the database.
@@ -271,9 +272,14 @@ class Samplers:
             parts.finished(request_id)
 
         def submit_it() -> None:
+            future: Future[SampleResult] = Future()
+            if parts.breakages.is_given_up(operation):
+                future.set_exception(Lost("the engine broke down each time this was running"))
+            else:
+                future = parts.host.submit(operation)
             parts.promises.follow(
                 request_id,
-                parts.host.submit(operation),
+                future,
                 lambda result: (PROTOBUF_TYPE, encode_sample(result, submit.wanted)),
                 done,
             )

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from manylora.api import Host
+from manylora.api.verbs import Verbs
 from manylora.config import ServerFile
 from manylora.scheduler import BatchReport, Journal
+from manylora.service.breakages import Breakages
 from manylora.service.hub import TinkerHub
 from manylora.service.parts import Parts
 from manylora.service.promises import Promises
@@ -44,14 +46,18 @@ class Service:
         self._limits = limits
         self._observe = observe
         self._clock, self._wall = clock, wall
+        self._breakages = Breakages()
         self.hub: TinkerHub | None = None
         self._upkeep: asyncio.Task[None] | None = None
 
-    async def start(self) -> TinkerHub:
-        """Open the base, and take up what was going on when the last server stopped.
+    async def start(self, engine: Verbs) -> TinkerHub:
+        """Take up what was going on when the last server stopped, or the last engine was lost.
+
+        Args:
+            engine: open on the base of the settings.
 
         Raises:
-            BaseModelError, Unsupported: the base. StoreError: the data directory is in use.
+            StoreError: the data directory is in use.
         """
         settings, folder, loop = self.settings, self.folder, asyncio.get_running_loop()
         results = Results(
@@ -68,16 +74,14 @@ class Service:
             if parts is not None:
                 parts.covered.append((name, position))
 
-        host = await asyncio.to_thread(
-            lambda: Host(
-                settings.base, folder, token_budget=settings.token_budget, dtype=settings.dtype,
-                device=settings.device, threads=settings.threads,
-                max_resident=settings.max_resident, before_save=promises.store_all,
-                on_saved=saved, observe=self._observe,
-            )
+        host = Host(
+            engine, folder, token_budget=settings.token_budget, max_resident=settings.max_resident,
+            before_save=promises.store_all, on_saved=saved, observe=self._observe,
+            apart=self._breakages.is_suspect,
         )  # fmt: skip
         parts = Parts(
-            settings, folder, self.store, journal, promises, host, self._clock, self._wall
+            settings, folder, self.store, journal, promises, host, self._breakages, self._clock,
+            self._wall,
         )  # fmt: skip
         self.hub = TinkerHub(parts)
         count = await Replay(self.hub, self._limits).run(recovery)
@@ -93,6 +97,26 @@ class Service:
         """Let waiting polls go, so that connections can close."""
         if self.hub is not None:
             self.hub.parts.promises.wake()
+
+    async def abandon(self) -> None:
+        """Stop after the engine was lost, so that `start` can take everything up with another.
+
+        Waiting polls must have been let go, and no request be on its way in.
+        """
+        if self.hub is None:
+            return
+        parts, submitted, self.hub = self.hub.parts, self.hub.submitted, None
+        if self._upkeep is not None:
+            self._upkeep.cancel()
+        parts.promises.closing = True
+        await submitted.stop(0.0)
+        await asyncio.to_thread(parts.host.abandon)
+        self._breakages.note(parts.host.worker.lost_with)
+        await asyncio.to_thread(submitted.close)
+        await asyncio.to_thread(parts.promises.close)
+        await asyncio.sleep(0)
+        await parts.settle()
+        await asyncio.to_thread(self._close_journal, parts)
 
     async def stop(self) -> None:
         """Finish what is queued, for a while; save every adapter; what is left stays in the

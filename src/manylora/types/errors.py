@@ -12,6 +12,7 @@
     ├── NotFinite (ArithmeticError)       NaN or Inf in one adapter's loss or gradient
     ├── StepRefused                       an optimizer step whose gradients were dropped
     ├── Cancelled                         an operation that was dropped before it ran
+    ├── EngineLost                        the processes of an engine are gone, and what they held
     ├── StoreError                        the database, or a folder that only one process may write
     │   ├── Conflict (ValueError)         an id that is taken by another request
     │   ├── CheckpointExists (ValueError) the name is taken, and replacing it was not asked for
@@ -76,6 +77,10 @@ class StepRefused(ManyloraError):
 
 class Cancelled(ManyloraError):
     """The operation was dropped before it ran."""
+
+
+class EngineLost(ManyloraError):
+    """The processes of an engine are gone, and with them what was not saved."""
 
 
 class StoreError(ManyloraError):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from manylora.config import Quotas, ServerFile
+from manylora.engine import Engine
 from manylora.service.contract import Failed, Ready, Waiting
 from manylora.service.errors import Gone, NotFound
 from manylora.service.hub import TinkerHub
@@ -56,7 +57,7 @@ class Place:
         service = Service(
             settings, Store.in_folder(self.folder), WireLimits(), clock=self.clock, wall=self.wall
         )
-        self.hub = await service.start()
+        self.hub = await service.start(Engine("seedling", threads=1))
         assert service._upkeep is not None
         service._upkeep.cancel()
         self.upkeep = Upkeep(self.hub, gap_seconds=GAP)

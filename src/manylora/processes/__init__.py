@@ -1,0 +1,14 @@
+"""The engine in processes of its own: one for each device, started, watched and replaced.
+
+Owns: messages between our processes, the group of processes behind one engine, what each of them
+does with a command, and the watch over them.
+Does not own: what a verb computes (engine), whose turn it is (scheduler), what is lost with a group
+and done again (service, runs).
+Talks to: engine and lora below; the api puts a `RemoteEngine` where a program of its own has an
+`Engine`. All but `member` and `launch`, which run in those processes, is free of torch.
+"""
+
+from manylora.processes.group import EngineGroup
+from manylora.processes.remote import RemoteEngine
+
+__all__ = ["EngineGroup", "RemoteEngine"]

@@ -1,0 +1,166 @@
+"""What one process of an engine does: it joins the others, opens its part of the base, and obeys.
+
+It lives as long as its connection to the control process: when that is closed, or its end is gone,
+the process ends at once, whatever it is doing.
+"""
+
+import faulthandler
+import os
+import queue
+import socket
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+import manylora
+from manylora.engine import Engine, free_bytes
+from manylora.lora.layout import plan_layout
+from manylora.lora.sites import resolve_targets
+from manylora.lora.state import AdapterState
+from manylora.processes.commands import VERBS, About, Hello, Opening, Vectors
+from manylora.processes.connection import Connection
+from manylora.types import AdapterSpec, ManyloraError, Sample, SampleResult
+
+# Exit statuses: the control process is gone; a command took too long is faulthandler's own, 1.
+CONTROL_GONE = 3
+CONNECT_SECONDS = 30.0
+
+
+def run(address: str, secret: bytes) -> None:
+    """Serve one control process until it says `stop`.
+
+    The environment says which process of how many this is, as torch's launcher sets it.
+    """
+    connection = Connection.made(address, secret, CONNECT_SECONDS)
+    connection.send(
+        Hello(
+            world_rank=int(os.environ.get("RANK", "0")),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            generation=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=manylora.__version__,
+        )
+    )
+    commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, commands), daemon=True).start()
+    member: Member | None = None
+    stacks: TextIO | None = None
+    while (command := commands.get())["verb"] != "stop":
+        if command["verb"] == "open":
+            opening: Opening = command["arguments"][0]
+            stacks = Path(f"{opening.stacks}.{os.environ.get('RANK', '0')}").open("w")  # noqa: SIM115
+            reply = _reply(lambda opening=opening: Member(opening))
+            if "value" in reply:
+                member = reply["value"]
+                assert member is not None
+                reply = {"value": member.about()}
+        else:
+            assert stacks is not None, "a command before `open`"
+            faulthandler.dump_traceback_later(command["seconds"], exit=True, file=stacks)
+            reply = _reply(lambda command=command: _obey(member, command))
+            faulthandler.cancel_dump_traceback_later()
+        try:
+            connection.send(reply)
+        except TypeError:
+            connection.send({"fault": traceback.format_exc()})
+
+
+class Member:
+    """One process's engine, with the arguments of commands as they travel."""
+
+    def __init__(self, opening: Opening):
+        """Join the other processes, and open this one's part of the base."""
+        if opening.threads is not None:
+            torch.set_num_threads(opening.threads)
+        self.engine = Engine(
+            opening.base,
+            token_budget=opening.token_budget,
+            dtype=opening.dtype,
+            device=opening.device,
+            activation_checkpointing=opening.activation_checkpointing,
+        )
+        self._samples: dict[int, Sample] = {}
+
+    def about(self) -> About:
+        """What the control process needs to know of the engine."""
+        base = self.engine.base
+        return About(
+            base.name, base.folder, base.fingerprint, base.context_length, base.vocab_size,
+            self.engine.sites, free_bytes(base.device),
+        )  # fmt: skip
+
+    def restore(self, name: str, spec: AdapterSpec, vectors: Vectors) -> None:
+        """See `Engine.restore`."""
+        self.engine.restore(name, self._state(spec, vectors))
+
+    def create(self, name: str, spec: AdapterSpec) -> None:
+        """See `Engine.create`."""
+        self.engine.create(name, spec)
+
+    def state(self, name: str) -> Vectors:
+        """See `Engine.state`."""
+        return Vectors.of(self.engine.state(name))
+
+    def snapshot_state(self, snapshot: str) -> Vectors:
+        """See `Engine.snapshot_state`."""
+        return Vectors.of(self.engine.snapshot_state(snapshot))
+
+    def install_snapshot(self, snapshot: str, spec: AdapterSpec, vectors: Vectors) -> None:
+        """See `Engine.install_snapshot`."""
+        self.engine.install_snapshot(snapshot, self._state(spec, vectors))
+
+    def admit(self, first: int, samples: Sequence[Sample]) -> list[ManyloraError | None]:
+        """See `Engine.admit`; requests are numbered from `first` on."""
+        verdicts = self.engine.admit(samples)
+        for number, (sample, error) in enumerate(zip(samples, verdicts, strict=True), first):
+            if error is None:
+                self._samples[number] = sample
+        return verdicts
+
+    def decode(self, seconds: float) -> list[tuple[int, SampleResult | ManyloraError]]:
+        """See `Engine.decode`."""
+        numbers = {id(sample): number for number, sample in self._samples.items()}
+        found = [(numbers[id(s)], outcome) for s, outcome in self.engine.decode(seconds)]
+        for number, _ in found:
+            del self._samples[number]
+        return found
+
+    def cancel(self, number: int) -> None:
+        """See `Engine.cancel`."""
+        self.engine.cancel(self._samples.pop(number))
+
+    def _state(self, spec: AdapterSpec, vectors: Vectors) -> AdapterState:
+        return vectors.state(spec, plan_layout(spec, resolve_targets(spec, self.engine.sites)))
+
+
+def _obey(member: Member | None, command: dict[str, Any]) -> Any:
+    verb = command["verb"]
+    assert member is not None and verb in VERBS, f"no verb {verb!r}"
+    method: Callable[..., Any] = getattr(member, verb, None) or getattr(member.engine, verb)
+    return method(*command["arguments"])
+
+
+def _reply(work: Callable[[], Any]) -> dict[str, Any]:
+    """What came of it: a value, an error raised on purpose, or the words of any other."""
+    try:
+        return {"value": work()}
+    except ManyloraError as error:
+        return {"refusal": error}
+    except Exception:
+        return {"fault": traceback.format_exc()}
+
+
+def _listen(connection: Connection, commands: "queue.SimpleQueue[dict[str, Any]]") -> None:
+    try:
+        while True:
+            command = connection.receive()
+            commands.put(command)
+            if command["verb"] == "stop":
+                return
+    except (EOFError, OSError, ValueError):
+        os._exit(CONTROL_GONE)
