@@ -3,7 +3,8 @@
 Owns: `Trainer` and the adapter handles, and the composition of one engine with one queue (`Host`),
 which the server shares between its tenants.
 Does not own: training recipes (runs), files' formats (checkpoint), tensors (engine).
-Talks to: processes, scheduler, engine and checkpoint below; programs, runs and the command line use it.
+Talks to: processes, scheduler, engine and checkpoint below; programs, runs, service and the command
+line use it.
 """
 
 from importlib import import_module

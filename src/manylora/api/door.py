@@ -14,9 +14,9 @@ from manylora.api.futures import flattened
 from manylora.api.handle import JSON, AdapterHandle, SnapshotHandle
 from manylora.api.host import Host
 from manylora.api.states import read_state, term, write_peft
+from manylora.api.verbs import Resident
 from manylora.checkpoint import import_peft, save_state
 from manylora.checkpoint.tensors import rounded
-from manylora.lora.adapter import Adapter
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.lora.state import AdapterState
@@ -224,14 +224,14 @@ class AdapterDoor:
 
         return flattened(self._call(name, run))
 
-    def _make(self, name: str, what: AdapterSpec | AdapterState) -> Adapter:
+    def _make(self, name: str, what: AdapterSpec | AdapterState) -> Resident:
         if isinstance(what, AdapterSpec):
             self._pager.create(name, what)
         else:
             self._pager.restore(name, what)
         return self._engine.adapters[name]
 
-    def _handle(self, new: Adapter, name: str) -> AdapterHandle:
+    def _handle(self, new: Resident, name: str) -> AdapterHandle:
         self.adapters[name] = AdapterHandle(self, name, new.spec, new.layout.num_params)
         return self.adapters[name]
 

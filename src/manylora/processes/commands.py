@@ -30,7 +30,7 @@ class Hello:
         world_rank, world_size: which of how many.
         generation: how often its group was started before; processes of one generation belong
             together.
-        host, pid: where it is. version: of its code.
+        host, pid: where it is. code: the digest of its code.
     """
 
     world_rank: int
@@ -38,7 +38,7 @@ class Hello:
     generation: int
     host: str
     pid: int
-    version: str
+    code: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import hmac
 import secrets
 import socket
 import struct
+from contextlib import suppress
 from typing import Any
 
 from manylora.processes.message import Encoded, decode
@@ -102,10 +103,8 @@ class Connection:
 
     def close(self) -> None:
         """Wake whoever receives, and free the socket."""
-        try:
+        with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._socket.close()
 
     def _exactly(self, size: int) -> bytearray:

@@ -14,16 +14,16 @@ import sys
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import manylora
+from manylora.processes.code import code_digest
 from manylora.processes.commands import About, Assignment, Hello, Opening
 from manylora.processes.connection import SECRET_BYTES, Connection
 from manylora.processes.remote import RemoteEngine
-from manylora.types import BaseModelError, EngineLost, ManyloraError
+from manylora.types import BaseModelError, ConfigError, EngineLost, ManyloraError
 
 log = logging.getLogger("manylora.processes")
 
@@ -80,7 +80,7 @@ class EngineGroup:
         self._step_seconds = step_seconds
         self._size = opening.dp * opening.tp
         self._generation = -1
-        self._waiting: dict[int, dict[int, Connection]] = defaultdict(dict)
+        self._waiting: dict[int, dict[int, tuple[Hello, Connection]]] = defaultdict(dict)
         self._changed = threading.Condition()
         self._engine: RemoteEngine | None = None
         secret = secrets.token_bytes(SECRET_BYTES)
@@ -103,8 +103,8 @@ class EngineGroup:
             on_lost: told why, once the engine is lost; any thread.
 
         Raises:
-            BaseModelError, Unsupported: the base. EngineLost: the processes could not be started,
-                or went while they opened it.
+            ConfigError: other code elsewhere. BaseModelError, Unsupported: the base.
+            EngineLost: the processes could not be started, or went while they opened it.
         """
         connections = self._next_generation()
         try:
@@ -120,7 +120,7 @@ class EngineGroup:
 
     def stacks(self) -> str:
         """Where each process stood when a command took too long; empty if none did."""
-        texts = []
+        texts: list[str] = []
         for number in range(self._size):
             path = Path(f"{self._opening.stacks}.{number}")
             text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -132,7 +132,7 @@ class EngineGroup:
         if self._engine is not None:
             self._engine.close()
         with self._changed:
-            rest = [one for members in self._waiting.values() for one in members.values()]
+            rest = [one for members in self._waiting.values() for _, one in members.values()]
             self._waiting.clear()
         for connection in rest:
             connection.close()
@@ -163,16 +163,8 @@ class EngineGroup:
                 continue
             if isinstance(hello, Hello):
                 with self._changed:
-                    self._waiting[hello.generation][hello.world_rank] = connection
-                    self._greeted(hello)
+                    self._waiting[hello.generation][hello.world_rank] = (hello, connection)
                     self._changed.notify_all()
-
-    def _greeted(self, hello: Hello) -> None:
-        if hello.version != manylora.__version__:
-            log.error(
-                "process %d on %s runs manylora %s, this is %s; install the same version everywhere",
-                hello.world_rank, hello.host, hello.version, manylora.__version__,
-            )  # fmt: skip
 
     def _next_generation(self) -> list[Connection]:
         with self._changed:
@@ -182,7 +174,9 @@ class EngineGroup:
                     if generation > self._generation and len(members) == self._size:
                         self._generation = generation
                         self._waiting.clear()
-                        return [members[rank] for rank in range(self._size)]
+                        ordered = [members[rank] for rank in range(self._size)]
+                        _check_code([hello for hello, _ in ordered])
+                        return [connection for _, connection in ordered]
                 status = self._launcher.poll()
                 if status is not None:
                     raise EngineLost(
@@ -215,3 +209,13 @@ class EngineGroup:
                 f"{len(prints)} different ones; have every machine read the same files"
             )
         return replace(abouts[0], free_bytes=min(about.free_bytes for about in abouts))
+
+
+def _check_code(hellos: Sequence[Hello]) -> None:
+    """Raises ConfigError: a process runs other code than this one."""
+    for hello in hellos:
+        if hello.code != code_digest():
+            raise ConfigError(
+                f"process {hello.world_rank} on {hello.host} runs other code of manylora than this "
+                "process does; install the same version everywhere"
+            )

@@ -10,17 +10,15 @@ import queue
 import socket
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
-import manylora
-from manylora.engine import Engine, free_bytes
+from manylora.engine import Engine
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
+from manylora.processes.code import code_digest
 from manylora.processes.commands import VERBS, About, Hello, Opening, Vectors
 from manylora.processes.connection import Connection
 from manylora.types import AdapterSpec, ManyloraError, Sample, SampleResult
@@ -43,27 +41,14 @@ def run(address: str, secret: bytes) -> None:
             generation=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
             host=socket.gethostname(),
             pid=os.getpid(),
-            version=manylora.__version__,
+            code=code_digest(),
         )
     )
     commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, commands), daemon=True).start()
-    member: Member | None = None
-    stacks: TextIO | None = None
+    member = Member()
     while (command := commands.get())["verb"] != "stop":
-        if command["verb"] == "open":
-            opening: Opening = command["arguments"][0]
-            stacks = Path(f"{opening.stacks}.{os.environ.get('RANK', '0')}").open("w")  # noqa: SIM115
-            reply = _reply(lambda opening=opening: Member(opening))
-            if "value" in reply:
-                member = reply["value"]
-                assert member is not None
-                reply = {"value": member.about()}
-        else:
-            assert stacks is not None, "a command before `open`"
-            faulthandler.dump_traceback_later(command["seconds"], exit=True, file=stacks)
-            reply = _reply(lambda command=command: _obey(member, command))
-            faulthandler.cancel_dump_traceback_later()
+        reply = member.obey(command)
         try:
             connection.send(reply)
         except TypeError:
@@ -71,27 +56,54 @@ def run(address: str, secret: bytes) -> None:
 
 
 class Member:
-    """One process's engine, with the arguments of commands as they travel."""
+    """One process's part of an engine, with the arguments of commands as they travel."""
 
-    def __init__(self, opening: Opening):
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+        self._stacks: TextIO | None = None
+        self._samples: dict[int, Sample] = {}
+
+    def obey(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        """Do as told; what came of it is a value, an error raised on purpose, or the words of any
+        other. Writes down where this process stands, and ends it, if it takes too long."""
+        verb, arguments = command["verb"], command["arguments"]
+        if self._stacks is not None:
+            faulthandler.dump_traceback_later(command["seconds"], exit=True, file=self._stacks)
+        try:
+            if verb == "open":
+                return {"value": self._open(*arguments)}
+            assert verb in VERBS, f"no verb {verb!r}"
+            method: Callable[..., Any] = getattr(self, verb, None) or getattr(self.engine, verb)
+            return {"value": method(*arguments)}
+        except ManyloraError as error:
+            return {"refusal": error}
+        except Exception:
+            return {"fault": traceback.format_exc()}
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    @property
+    def engine(self) -> Engine:
+        """Once it is open."""
+        assert self._engine is not None, "a command before `open`"
+        return self._engine
+
+    def _open(self, opening: Opening) -> About:
         """Join the other processes, and open this one's part of the base."""
-        if opening.threads is not None:
-            torch.set_num_threads(opening.threads)
-        self.engine = Engine(
+        path = Path(f"{opening.stacks}.{os.environ.get('RANK', '0')}")
+        self._stacks = path.open("w", encoding="utf-8")
+        self._engine = Engine(
             opening.base,
             token_budget=opening.token_budget,
             dtype=opening.dtype,
             device=opening.device,
             activation_checkpointing=opening.activation_checkpointing,
+            threads=opening.threads,
         )
-        self._samples: dict[int, Sample] = {}
-
-    def about(self) -> About:
-        """What the control process needs to know of the engine."""
-        base = self.engine.base
+        base = self._engine.base
         return About(
             base.name, base.folder, base.fingerprint, base.context_length, base.vocab_size,
-            self.engine.sites, free_bytes(base.device),
+            self._engine.sites, self._engine.free_bytes,
         )  # fmt: skip
 
     def restore(self, name: str, spec: AdapterSpec, vectors: Vectors) -> None:
@@ -136,23 +148,6 @@ class Member:
 
     def _state(self, spec: AdapterSpec, vectors: Vectors) -> AdapterState:
         return vectors.state(spec, plan_layout(spec, resolve_targets(spec, self.engine.sites)))
-
-
-def _obey(member: Member | None, command: dict[str, Any]) -> Any:
-    verb = command["verb"]
-    assert member is not None and verb in VERBS, f"no verb {verb!r}"
-    method: Callable[..., Any] = getattr(member, verb, None) or getattr(member.engine, verb)
-    return method(*command["arguments"])
-
-
-def _reply(work: Callable[[], Any]) -> dict[str, Any]:
-    """What came of it: a value, an error raised on purpose, or the words of any other."""
-    try:
-        return {"value": work()}
-    except ManyloraError as error:
-        return {"refusal": error}
-    except Exception:
-        return {"fault": traceback.format_exc()}
 
 
 def _listen(connection: Connection, commands: "queue.SimpleQueue[dict[str, Any]]") -> None:

@@ -46,7 +46,7 @@ class Encoded:
         """Lay the buffers into `payload`, which has `size` bytes."""
         start = 0
         for buffer in self.buffers:
-            payload[start : start + buffer.nbytes] = memoryview(buffer.reshape(-1)).cast("B")
+            payload[start : start + buffer.nbytes] = buffer.reshape(-1).view(np.uint8).data
             start += _padded(buffer.nbytes)
 
     def _node(self, value: Any) -> Any:

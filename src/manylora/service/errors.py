@@ -70,8 +70,8 @@ class ModelFault(ManyloraError):
 
 
 class Lost(ManyloraError):
-    """A request that was accepted, and cannot be run: it went with a damaged part of the journal, or
-    the engine breaks down over it."""
+    """A request that was accepted and cannot be run: a damaged part of the journal took it, or the
+    engine breaks down over it."""
 
 
 class NotReady(ManyloraError):

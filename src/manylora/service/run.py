@@ -8,19 +8,18 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
 from manylora.config import ServerFile
 from manylora.processes import EngineGroup
-from manylora.processes.commands import Opening
 from manylora.service.app import build_app
 from manylora.service.auth import DEV_TENANT, KEY_PREFIX
 from manylora.service.door import DoorSettings
+from manylora.service.keeping_up import keep_up, opening_of
 from manylora.service.late import LateHub
 from manylora.service.limits import BodyLimits
 from manylora.service.metrics import Metrics
@@ -28,13 +27,11 @@ from manylora.service.server import Service
 from manylora.service.wire.limits import WireLimits
 from manylora.store import Store
 from manylora.store.access import Keys
-from manylora.types import ConfigError, EngineLost, SaveFailed
+from manylora.types import ConfigError, SaveFailed
 
 log = logging.getLogger("manylora.service")
 
 BACKLOG = 2048
-# An engine that lives shorter than this does not stay up; so many in a row are the end.
-STEADY_SECONDS, MOST_FAILURES = 30.0, 8
 
 
 class StoreAuthenticator:
@@ -88,7 +85,7 @@ def run_server(settings: ServerFile) -> int:
         store.close()
         raise
     # First of all, because its processes take seconds to import what they need.
-    group = EngineGroup(_opening(settings), step_seconds=settings.step_seconds)
+    group = EngineGroup(opening_of(settings), step_seconds=settings.step_seconds)
     try:
         with listener:
             return asyncio.run(_serve(settings, store, group, listener, keyed=keyed))
@@ -133,9 +130,8 @@ async def _serve(
     web = asyncio.create_task(server.serve(sockets=[listener]))
     stop = asyncio.create_task(server.asked_to_stop.wait())
     try:
-        await _keep_up(
-            hub, service, group, stop, lambda: _announce(settings, listener, keyed=keyed)
-        )
+        announce = partial(_announce, settings, listener, keyed=keyed)
+        await keep_up(hub, service, group, stop, announce)
         service.wake()
         await web
     finally:
@@ -143,73 +139,6 @@ async def _serve(
         await asyncio.wait([web])
         await service.stop()
     return 0
-
-
-async def _keep_up(
-    hub: LateHub,
-    service: Service,
-    group: EngineGroup,
-    stop: "asyncio.Task[Any]",
-    announce: Callable[[], None],
-) -> None:
-    """Keep an engine behind the hub until `stop` is done. Clients see a pause when one is lost.
-
-    Raises:
-        BaseModelError, Unsupported: the base cannot be opened. EngineLost: no engine stays up.
-    """
-    failures, announced = 0, False
-    while not stop.done():
-        began = asyncio.get_running_loop().time()
-        lost = Loss()
-        try:
-            engine = await asyncio.to_thread(group.open, lost.note)
-            hub.arrive(await service.start(engine))
-        except EngineLost as error:
-            lost.note(str(error))
-        else:
-            if not announced:
-                announce()
-            announced = True
-        waiting = asyncio.create_task(lost.wait())
-        await asyncio.wait([stop, waiting], return_when=asyncio.FIRST_COMPLETED)
-        if stop.done():
-            waiting.cancel()
-            return
-        lived = asyncio.get_running_loop().time() - began
-        failures = failures + 1 if lived < STEADY_SECONDS else 0
-        log.error("the engine was lost: %s\n%s", lost.reason, group.stacks())
-        if failures == MOST_FAILURES or not announced:
-            raise EngineLost(f"the engine breaks down again and again: {lost.reason}")
-        hub.depart()
-        service.wake()
-        await hub.settle()
-        await service.abandon()
-
-
-class Loss:
-    """Whether an engine was lost, and why. Noted by any thread, awaited on the event loop."""
-
-    def __init__(self) -> None:
-        self.reason = ""
-        self._loop = asyncio.get_running_loop()
-        self._noted = asyncio.Event()
-
-    def note(self, reason: str) -> None:
-        """It was; the first reason counts."""
-        self.reason = self.reason or reason
-        self._loop.call_soon_threadsafe(self._noted.set)
-
-    async def wait(self) -> None:
-        """Return once it was."""
-        await self._noted.wait()
-
-
-def _opening(settings: ServerFile) -> Opening:
-    return Opening(
-        base=settings.base, token_budget=settings.token_budget, dtype=settings.dtype,
-        device=settings.device, threads=settings.threads, activation_checkpointing=False,
-        dp=1, tp=1, stacks="",
-    )  # fmt: skip
 
 
 def _announce(settings: ServerFile, listener: socket.socket, *, keyed: bool) -> None:

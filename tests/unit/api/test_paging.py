@@ -56,6 +56,11 @@ def make(base: Path, tmp_path: Path) -> Iterator[Make]:
         pager.close()
 
 
+def _engine(pager: Pager) -> Engine:
+    assert isinstance(pager.engine, Engine)
+    return pager.engine
+
+
 def spec(number: int) -> AdapterSpec:
     dtype = "bf16" if number == 3 else "fp32"
     dropout = 0.3 if number == 1 else 0.0
@@ -190,11 +195,11 @@ def test_snapshots_stay_as_they_were(make: Make) -> None:
     for step in range(1, 5):
         train(pager, [2], range(step, step + 1), 1)
         pager.snapshot("a2", f"s{step}", 0)
-        frozen[f"s{step}"] = pager.engine.snapshots[f"s{step}"].weights_P.clone()
+        frozen[f"s{step}"] = _engine(pager).snapshots[f"s{step}"].weights_P.clone()
     assert len(pager.engine.snapshots) == 2
     for name, weights_P in frozen.items():
         pager.snapshots.bring(name)
-        assert torch.equal(pager.engine.snapshots[name].weights_P, weights_P)
+        assert torch.equal(_engine(pager).snapshots[name].weights_P, weights_P)
     pager.drop_snapshot("s1")
     pager.close()
     with pytest.raises(AdapterNotFound):
