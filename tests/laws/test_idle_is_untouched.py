@@ -1,7 +1,7 @@
 """Law 2: an adapter without work keeps every bit; a retired one leaves nothing behind.
 
 Faults that were planted and seen to fail here: decay of idle weights or of idle moments when
-another adapter steps, a snapshot that shares the vector.
+another adapter steps, a snapshot that shares the vector, an array given away that is the tensor.
 """
 
 import gc
@@ -23,6 +23,7 @@ from manylora.types import (
     Sample,
     SamplingParams,
 )
+from manylora.types.adapter import DType
 from tests.laws.tenants import (
     Tenant,
     assert_same_bits,
@@ -154,6 +155,24 @@ def test_unloading_frees_every_tensor(engine: Engine):
     engine.unload("busy")
     gc.collect()
     assert [ref() for ref in gone] == [None] * len(gone)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_snapshots_state_and_a_base_weight_are_detached(engine: Engine, dtype: DType):
+    engine.create("other", AdapterSpec(rank=2, dtype=dtype, seed=8))
+    engine.snapshot("other", "frozen")
+    state = engine.snapshot_state("frozen")
+    kept = state.weights.copy()
+    state.weights.fill(0)
+    assert np.array_equal(engine.snapshot_state("frozen").weights, kept)
+    state.weights[:] = kept
+    engine.install_snapshot("again", state)
+    state.weights.fill(0)
+    assert np.array_equal(engine.snapshot_state("again").weights, kept)
+    weight_NK = engine.base_weight("lm_head")
+    copy_NK = weight_NK.copy()
+    weight_NK.fill(0)
+    assert copy_NK.any() and np.array_equal(engine.base_weight("lm_head"), copy_NK)
 
 
 def test_a_state_is_detached(engine: Engine):

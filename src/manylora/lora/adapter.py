@@ -102,9 +102,9 @@ class Adapter:
 
     def require_grad(self) -> Tensor:
         """The gradient vector, made (as zeros) and tied to the blocks on first use."""
-        return (
-            self._tie_grad(torch.zeros_like(self.master_P)) if self.grad_P is None else self.grad_P
-        )
+        if self.grad_P is None:
+            return self._tie_grad(torch.zeros_like(self.master_P))
+        return self.grad_P
 
     def _tie_grad(self, grad_P: Tensor) -> Tensor:
         self.grad_P = grad_P
