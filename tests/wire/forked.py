@@ -17,6 +17,8 @@ from io import TextIOWrapper
 from types import TracebackType
 from typing import Any, Self
 
+from manylora.processes.commands import Assignment
+from manylora.processes.launch import main as launch_main
 from tests.wire.server import Process, Server, environment
 
 
@@ -94,6 +96,42 @@ class ForkedServer(Server):
         return self.nursery.fork(words)
 
 
+class ForkedLauncher:
+    """The launcher of a forked server, itself forked: it has everything imported, too."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        reading, self._writing = os.pipe()
+        self._status: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            os.dup2(reading, 3)
+            os.closerange(4, 1024)  # the server's sockets are not ours
+            code = 1
+            with suppress(BaseException):
+                code = launch_main(assignment, 3)
+            os._exit(code)
+        os.close(reading)
+
+    def poll(self) -> int | None:
+        if self._status is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                self._status = os.waitstatus_to_exitcode(status)
+        return self._status
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = time.monotonic() + (timeout or 1e9)
+        while (status := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("launcher", timeout or 0.0)
+            time.sleep(0.005)
+        return status
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
 def ask(connection: socket.socket, message: Any, *descriptors: int) -> None:
     """Send a message, with descriptors."""
     data = json.dumps(message).encode()
@@ -114,10 +152,11 @@ def hear(connection: socket.socket) -> tuple[Any, list[int]]:
 
 
 def _nurse(connection: socket.socket) -> None:
-    import manylora.service.run  # noqa: F401
+    import manylora.service.run
     from manylora.cli.main import main
     from manylora.models.base import open_base
 
+    manylora.service.run.launch = ForkedLauncher  # type: ignore[assignment]
     open_base("seedling")  # transformers imports a model's classes when they are first asked for
     statuses: dict[int, int] = {}
     while True:

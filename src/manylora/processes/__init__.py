@@ -8,7 +8,7 @@ Talks to: engine and lora below; the api puts a `RemoteEngine` where a program o
 `Engine`. All but `member` and `launch`, which run in those processes, is free of torch.
 """
 
-from manylora.processes.group import EngineGroup
+from manylora.processes.group import EngineGroup, launch
 from manylora.processes.remote import RemoteEngine
 
-__all__ = ["EngineGroup", "RemoteEngine"]
+__all__ = ["EngineGroup", "RemoteEngine", "launch"]

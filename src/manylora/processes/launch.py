@@ -72,12 +72,11 @@ def _import_all(base: str) -> None:
 
 
 def _end_with(control: int) -> None:
-    """Wait for the control process's end, then end, and the processes with it."""
+    """Wait for the control process's end, then end, and the processes with it: they share a process
+    group of their own."""
     while os.read(control, 1):
         pass
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.killpg(0, signal.SIGTERM)
-    os._exit(1)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from types import FrameType
 import uvicorn
 
 from manylora.config import ServerFile
-from manylora.processes import EngineGroup
+from manylora.processes import EngineGroup, launch
 from manylora.service.app import build_app
 from manylora.service.auth import DEV_TENANT, KEY_PREFIX
 from manylora.service.door import DoorSettings
@@ -85,7 +85,7 @@ def run_server(settings: ServerFile) -> int:
         store.close()
         raise
     # First of all, because its processes take seconds to import what they need.
-    group = EngineGroup(opening_of(settings), step_seconds=settings.step_seconds)
+    group = EngineGroup(opening_of(settings), step_seconds=settings.step_seconds, start=launch)
     try:
         with listener:
             return asyncio.run(_serve(settings, store, group, listener, keyed=keyed))
