@@ -89,12 +89,17 @@ class Connection:
             if part:
                 self._socket.sendall(part)
 
-    def receive(self) -> Any:
+    def receive(self, seconds: float | None = None) -> Any:
         """The next message.
 
+        Args:
+            seconds: how long its end may take to answer; None = for ever.
+
         Raises:
-            EOFError: the other end is gone. OSError: the connection broke. ValueError: not ours.
+            EOFError: the other end is gone. OSError: the connection broke, or it took too long.
+            ValueError: not ours.
         """
+        self._socket.settimeout(seconds)
         head_size, payload_size = _PREFIX.unpack(self._exactly(_PREFIX.size))
         if head_size > MOST_HEAD_BYTES:
             raise ValueError(f"a head of {head_size} bytes")

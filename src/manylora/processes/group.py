@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -106,15 +108,22 @@ class EngineGroup:
             ConfigError: other code elsewhere. BaseModelError, Unsupported: the base.
             EngineLost: the processes could not be started, or went while they opened it.
         """
-        connections = self._next_generation()
+        members = self._next_generation()
+        connections = [connection for _, connection in members]
+
+        def lost(reason: str) -> None:
+            _kill([hello for hello, _ in members])
+            on_lost(reason)
+
         try:
+            _check_code([hello for hello, _ in members])
             about = self._opened(connections)
         except BaseException:
             for connection in connections:
                 connection.close()
             raise
         self._engine = RemoteEngine(
-            connections, about, step_seconds=self._step_seconds, on_lost=on_lost
+            connections, about, step_seconds=self._step_seconds, on_lost=lost
         )
         return self._engine
 
@@ -166,7 +175,7 @@ class EngineGroup:
                     self._waiting[hello.generation][hello.world_rank] = (hello, connection)
                     self._changed.notify_all()
 
-    def _next_generation(self) -> list[Connection]:
+    def _next_generation(self) -> list[tuple[Hello, Connection]]:
         with self._changed:
             while True:
                 for generation in sorted(self._waiting, reverse=True):
@@ -174,9 +183,7 @@ class EngineGroup:
                     if generation > self._generation and len(members) == self._size:
                         self._generation = generation
                         self._waiting.clear()
-                        ordered = [members[rank] for rank in range(self._size)]
-                        _check_code([hello for hello, _ in ordered])
-                        return [connection for _, connection in ordered]
+                        return [members[rank] for rank in range(self._size)]
                 status = self._launcher.poll()
                 if status is not None:
                     raise EngineLost(
@@ -219,3 +226,11 @@ def _check_code(hellos: Sequence[Hello]) -> None:
                 f"process {hello.world_rank} on {hello.host} runs other code of manylora than this "
                 "process does; install the same version everywhere"
             )
+
+
+def _kill(hellos: Sequence[Hello]) -> None:
+    """End processes of this machine that may not be able to end themselves."""
+    for hello in hellos:
+        if hello.host == socket.gethostname():
+            with suppress(ProcessLookupError):
+                os.kill(hello.pid, signal.SIGKILL)
