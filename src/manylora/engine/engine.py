@@ -86,10 +86,11 @@ class Engine:
         self.sites = tuple(
             Site(
                 found.name,
-                found.layer.in_features,
-                found.layer.out_features,
+                found.in_features,
+                found.out_features,
                 found.group,
                 found.is_head,
+                found.split,
             )
             for found in linears
         )
