@@ -17,13 +17,20 @@ from manylora.engine.host_memory import keep_freed_memory
 from manylora.engine.microbatch import MicroBatch, build
 from manylora.engine.plan import cut, pack
 from manylora.engine.results import Rows, results
-from manylora.lora.adapter import TORCH_DTYPES, Adapter, AdapterWeights, SiteIndex
+from manylora.lora.adapter import (
+    TORCH_DTYPES,
+    Adapter,
+    AdapterWeights,
+    SiteIndex,
+    to_array,
+    to_tensor,
+)
 from manylora.lora.init import fresh_state
 from manylora.lora.layout import plan_layout
 from manylora.lora.linear import wrap_linears
 from manylora.lora.routing import RoutingTable, routing
 from manylora.lora.sites import Site, resolve_targets
-from manylora.lora.state import AdapterState
+from manylora.lora.state import AdapterState, Floats
 from manylora.losses import Loss, Settings, get_loss
 from manylora.models import BaseModel, PackedStream, open_base, packed
 from manylora.models.base import checkpoint_activations
@@ -125,11 +132,11 @@ class Engine:
         self.adapters[name] = Adapter(state, self.index, self.base.device)
         return self.adapters[name]
 
-    def base_weight(self, site: str) -> Tensor:
-        """The frozen weight [N, K] of a linear layer."""
+    def base_weight(self, site: str) -> Floats:
+        """A copy of the frozen weight [N, K] of a linear layer, in fp32."""
         weight = self.base.model.get_submodule(site).weight
         assert isinstance(weight, Tensor)
-        return weight.detach().cpu()
+        return to_array(weight)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; its snapshots stay."""
@@ -151,14 +158,14 @@ class Engine:
         self.snapshots[snapshot] = self._adapter(name).weights.snapshot(self.index)
 
     def snapshot_state(self, snapshot: str) -> AdapterState:
-        """A snapshot as a state (CPU, fp32), for keeping it elsewhere."""
+        """A snapshot as a state (fp32), for keeping it elsewhere."""
         weights = self.snapshots[snapshot]
-        copied_P = weights.weights_P.to("cpu", torch.float32, copy=True)
-        return AdapterState(weights.spec, weights.layout, copied_P)
+        return AdapterState(weights.spec, weights.layout, to_array(weights.weights_P))
 
     def install_snapshot(self, snapshot: str, state: AdapterState) -> None:
         """Bring a snapshot back that `snapshot_state` gave."""
-        weights_P = state.weights.to(self.base.device, TORCH_DTYPES[state.spec.dtype])
+        dtype = TORCH_DTYPES[state.spec.dtype]
+        weights_P = to_tensor(state.weights, self.base.device, dtype)
         self.snapshots[snapshot] = AdapterWeights(state.spec, state.layout, weights_P, self.index)
 
     def drop_snapshot(self, snapshot: str) -> None:

@@ -1,19 +1,29 @@
 """The adapter itself: a few vectors of one length, and views of them for each input group.
 
 P parameters of the adapter, R rank (summed over an input group's members), K input features,
-N output features.
+N output features, S shares of a pending gradient.
 """
 
 import torch
 from torch import Tensor
 
 from manylora.kernels import Block, Member
-from manylora.lora.layout import Factor, Layout
+from manylora.lora.layout import Factor, Layout, rows
 from manylora.lora.sites import Site
-from manylora.lora.state import AdapterState
+from manylora.lora.state import AdapterState, Floats
 from manylora.types import AdapterSpec
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def to_tensor(array: Floats, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A copy of `array` on `device`, of its own memory."""
+    return torch.tensor(array, dtype=dtype, device=device)
+
+
+def to_array(tensor: Tensor) -> Floats:
+    """A copy of `tensor` in host memory, fp32, of its own."""
+    return tensor.detach().to("cpu", torch.float32, copy=True).numpy()
 
 
 class AdapterWeights:
@@ -73,29 +83,40 @@ class Adapter:
     def __init__(self, state: AdapterState, sites: SiteIndex, device: torch.device):
         dtype = TORCH_DTYPES[state.spec.dtype]
         self.spec, self.layout = state.spec, state.layout
-        self.master_P = state.weights.detach().to(device, torch.float32, copy=True)
+        self.master_P = to_tensor(state.weights, device)
         living_P = self.master_P if dtype == torch.float32 else self.master_P.to(dtype)
         self.weights = AdapterWeights(state.spec, state.layout, living_P, sites)
-        self.exp_avg_P = _copied(state.exp_avg, device)
-        self.exp_avg_sq_P = _copied(state.exp_avg_sq, device)
+        self.exp_avg_P = _tensor_or_none(state.exp_avg, device)
+        self.exp_avg_sq_P = _tensor_or_none(state.exp_avg_sq, device)
         self.grad_P: Tensor | None = None
         self.step, self.draws = state.step, state.draws
         self.has_grad = False
         self.poison = state.poison
         if state.grad is not None:
-            self.require_grad().copy_(state.grad)
-            self.has_grad = True
+            self._take_grad(state.grad)
 
     def require_grad(self) -> Tensor:
         """The gradient vector, made (as zeros) and tied to the blocks on first use."""
-        if self.grad_P is None:
-            self.grad_P = torch.zeros_like(self.master_P)
-            for group, factors in self.layout.groups():
-                block = self.weights.blocks[group]
-                block.grad_a_RK = _a_rows(factors, self.grad_P)
-                for member, factor in zip(block.members, factors, strict=True):
-                    member.grad_bt_RN = factor.b_transposed(self.grad_P)
-        return self.grad_P
+        return (
+            self._tie_grad(torch.zeros_like(self.master_P)) if self.grad_P is None else self.grad_P
+        )
+
+    def _tie_grad(self, grad_P: Tensor) -> Tensor:
+        self.grad_P = grad_P
+        for group, factors in self.layout.groups():
+            block = self.weights.blocks[group]
+            block.grad_a_RK = _a_rows(factors, grad_P)
+            for member, factor in zip(block.members, factors, strict=True):
+                member.grad_bt_RN = factor.b_transposed(grad_P)
+        return grad_P
+
+    def _take_grad(self, grad_SP: Floats) -> None:
+        """Begin with a pending gradient: its shares are added up in their order."""
+        device = self.master_P.device
+        grad_P = self._tie_grad(to_tensor(grad_SP[0], device))
+        for share_P in grad_SP[1:]:
+            grad_P.add_(to_tensor(share_P, device))
+        self.has_grad = True
 
     def require_moments(self) -> tuple[Tensor, Tensor]:
         """AdamW's two moments, made (as zeros) on first use."""
@@ -116,19 +137,19 @@ class Adapter:
             self.weights.weights_P.copy_(self.master_P)
 
     def state(self) -> AdapterState:
-        """A detached copy on the CPU of everything that training needs to go on.
+        """A detached copy, in numpy arrays, of everything that training needs to go on.
 
         Gradients that must not be used are left out, as the next step will be refused and drop
         them; that it will be is part of the state.
         """
-        whole = self.has_grad and self.poison is None
+        grad_P = self.grad_P if self.has_grad and self.poison is None else None
         return AdapterState(
             spec=self.spec,
             layout=self.layout,
-            weights=self.master_P.detach().to("cpu", copy=True),
-            exp_avg=_copied(self.exp_avg_P, torch.device("cpu")),
-            exp_avg_sq=_copied(self.exp_avg_sq_P, torch.device("cpu")),
-            grad=_copied(self.grad_P, torch.device("cpu")) if whole else None,
+            weights=to_array(self.master_P),
+            exp_avg=_array_or_none(self.exp_avg_P),
+            exp_avg_sq=_array_or_none(self.exp_avg_sq_P),
+            grad=None if grad_P is None else to_array(grad_P)[None],
             step=self.step,
             draws=self.draws,
             poison=self.poison,
@@ -151,11 +172,15 @@ def _block(factors: tuple[Factor, ...], vector_P: Tensor, sites: SiteIndex) -> B
     return Block(a_RK, tuple(members), [factor.rank for factor in factors])
 
 
+def _tensor_or_none(array: Floats | None, device: torch.device) -> Tensor | None:
+    return None if array is None else to_tensor(array, device)
+
+
+def _array_or_none(tensor: Tensor | None) -> Floats | None:
+    return None if tensor is None else to_array(tensor)
+
+
 def _a_rows(factors: tuple[Factor, ...], vector_P: Tensor) -> Tensor:
     """The adjacent A factors of one input group as one [R, K] view."""
     rank, in_features = sum(f.rank for f in factors), factors[0].in_features
-    return vector_P.narrow(0, factors[0].a_start, rank * in_features).view(rank, in_features)
-
-
-def _copied(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.detach().to(device, torch.float32, copy=True)
+    return rows(vector_P, factors[0].a_start, rank, in_features)
