@@ -7,11 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from manylora.types import ALL_LINEAR, AdapterSpec, TargetError
 
 Value = TypeVar("Value")
+
+Split = Literal["whole", "column", "row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Site:
         group: number of its input group: the sites that read the very same tensor (q, k and v of
             a layer, say), which share one pass over it.
         is_head: whether it is the output head.
+        split: over tensor-parallel ranks: `column` splits N, `row` splits K, `whole` neither.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Site:
     out_features: int
     group: int
     is_head: bool = False
+    split: Split = "whole"
 
     @property
     def leaf(self) -> str:
