@@ -5,7 +5,7 @@ Does not own: what is split and why (models, lora, optim), starting and watching
 Talks to: torch.distributed; models, lora, sampling and engine use it.
 """
 
-from manylora.parallel.mesh import Axis, Mesh
+from manylora.parallel.mesh import Axis, Mesh, share
 from manylora.parallel.traffic import Traffic
 
-__all__ = ["Axis", "Mesh", "Traffic"]
+__all__ = ["Axis", "Mesh", "Traffic", "share"]

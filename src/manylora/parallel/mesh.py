@@ -20,6 +20,9 @@ from manylora.types.mesh import AXES, MeshShape
 # Below this many bytes one message each way costs less than two smaller ones.
 SMALL_BYTES = 1 << 16
 
+# torch 2.13 gave it a new name, and warns of the old one.
+gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -39,6 +42,10 @@ class Axis:
     index: int
     group: dist.ProcessGroup | None
     traffic: Traffic
+
+    def share(self, count: int) -> tuple[int, int]:
+        """Where this rank's part of `count` things begins and ends; see `share`."""
+        return share(count, self.size, self.index)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks, in place; the same bits on each of them."""
@@ -80,7 +87,7 @@ class Axis:
 
     def _gather(self, tensor: Tensor) -> Tensor:
         parts = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather_into_tensor(parts.view(-1), tensor.reshape(-1), group=self.group)
+        gather_into(parts.view(-1), tensor.reshape(-1), group=self.group)
         return parts
 
     def _exchange(self, tensor: Tensor) -> Tensor:
@@ -169,3 +176,12 @@ def _added(parts: Tensor) -> Tensor:
     for part in parts[1:]:
         total += part
     return total.to(parts.dtype)
+
+
+def share(count: int, size: int, index: int) -> tuple[int, int]:
+    """Where share `index` of `count` things begins and ends: the first shares are equally long.
+
+    As `torch.chunk` cuts, and with it `fully_shard`: the last ones may be shorter, or empty.
+    """
+    length = -(-count // size)
+    return min(index * length, count), min((index + 1) * length, count)
