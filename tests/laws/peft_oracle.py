@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrain
 
 from manylora.lora.layout import Layout
 from manylora.lora.sites import Site
+from manylora.lora.state import Floats
 
 SIZES = {
     "vocab_size": 96,
@@ -56,10 +57,10 @@ def sites_of(model: PreTrainedModel) -> list[Site]:
     return sites
 
 
-def acting_weights(layout: Layout, seed: int = 3) -> torch.Tensor:
+def acting_weights(layout: Layout, seed: int = 3) -> Floats:
     """Random factors [P], B ≠ 0, so large that a wrong one shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
-    return 0.15 * torch.randn(layout.num_params, generator=generator)
+    return (0.15 * torch.randn(layout.num_params, generator=generator)).numpy()
 
 
 @torch.no_grad()
@@ -71,11 +72,12 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 @torch.no_grad()
-def summed_logits(base: PreTrainedModel, layout: Layout, weights_P: torch.Tensor) -> torch.Tensor:
+def summed_logits(base: PreTrainedModel, layout: Layout, weights: Floats) -> torch.Tensor:
     """Logits of the base with scale·B·A added to its weights, element by element of the layout.
 
     Reads the vector by plain slicing, so that it shares no code with the exporters.
     """
+    weights_P = torch.from_numpy(weights)
     model = copy.deepcopy(base)
     head = model.get_output_embeddings()
     assert head is not None

@@ -54,8 +54,8 @@ class StockPeft:
         assert adapted == {factor.site for factor in self.layout.factors}
         with torch.no_grad():
             for factor, a, b in self._factors():
-                a.copy_(factor.a(state.weights))
-                b.copy_(factor.b_transposed(state.weights).t())
+                a.copy_(torch.tensor(factor.a(state.weights)))
+                b.copy_(torch.tensor(factor.b_transposed(state.weights)).t())
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1.0)
 

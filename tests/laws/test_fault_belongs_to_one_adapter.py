@@ -16,6 +16,7 @@ import torch
 from manylora.checkpoint import training_state
 from manylora.config import RunFile
 from manylora.runs.train import train_run_file
+from manylora.types.adapter import DType
 from tests.laws.tiny_runs import losses, make_base, make_run, summary, weights
 
 VICTIM, NEIGHBOURS = "reverse", ("double", "upper")
@@ -73,15 +74,15 @@ def bad_target(victim: dict[str, Any], data: Path, _: pytest.MonkeyPatch) -> Non
 
 def full_disk(victim: dict[str, Any], data: Path, patch: pytest.MonkeyPatch) -> None:
     """The victim's tensors do not fit on the disk any more; everybody else's do."""
-    save_file = training_state.save_file
+    write_tensors = training_state.write_tensors
 
-    def full(tensors: Any, path: Path) -> None:
+    def full(path: Path, tensors: Any, dtype: DType) -> None:
         if f"/{VICTIM}/" in str(path):
             path.write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        save_file(tensors, path)
+        write_tensors(path, tensors, dtype)
 
-    patch.setattr(training_state, "save_file", full)
+    patch.setattr(training_state, "write_tensors", full)
 
 
 @pytest.mark.parametrize(

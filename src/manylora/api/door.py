@@ -14,8 +14,9 @@ from manylora.api.futures import flattened
 from manylora.api.handle import JSON, AdapterHandle, SnapshotHandle
 from manylora.api.host import Host
 from manylora.api.states import read_state, term, write_peft
-from manylora.checkpoint import export_merged, import_peft, save_state
-from manylora.lora.adapter import TORCH_DTYPES, Adapter
+from manylora.checkpoint import import_peft, save_state
+from manylora.checkpoint.tensors import rounded
+from manylora.lora.adapter import Adapter
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.lora.state import AdapterState
@@ -172,8 +173,10 @@ class AdapterDoor:
             if not merged:
                 write_peft(self._engine, folder, state)
                 return
+            from manylora.checkpoint.merged import export_merged
+
             # As the layers read them, which in half precision is not the master copy.
-            weights_P = state.weights.to(TORCH_DTYPES[state.spec.dtype]).float()
+            weights_P = rounded(state.weights, state.spec.dtype)
             export_merged(
                 folder, self._engine.base.folder, state.layout, weights_P,
                 base_fingerprint=self.fingerprint,

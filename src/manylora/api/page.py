@@ -33,7 +33,7 @@ class Page:
 def bytes_of(state: AdapterState) -> int:
     """Memory of a state's vectors."""
     vectors = (state.weights, state.exp_avg, state.exp_avg_sq, state.grad)
-    return sum(v.numel() * v.element_size() for v in vectors if v is not None)
+    return sum(v.nbytes for v in vectors if v is not None)
 
 
 def file_name(name: str) -> str:

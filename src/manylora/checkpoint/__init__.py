@@ -4,13 +4,13 @@ Owns: what an adapter looks like as files, folders that are whole or not there, 
 is refused when files are read.
 Does not own: the adapter's vectors and layout (lora), the base model (models), when to save and
 what to delete (engine and runs).
-Talks to: lora, models and types below; engine, sampling and the doors use it.
+Talks to: lora, models and types below; engine, sampling and the doors use it. Only
+`merged`, which opens a base, knows torch; import it where it is needed.
 """
 
 from manylora.checkpoint.atomic import clean_strays, write_folder
 from manylora.checkpoint.describe import describe
 from manylora.checkpoint.manifest import JSON, Manifest, read_manifest, verify
-from manylora.checkpoint.merged import export_merged
 from manylora.checkpoint.peft_files import ImportedAdapter, export_peft, import_peft
 from manylora.checkpoint.training_state import SavedState, load_state, newest_state, save_state
 
@@ -21,7 +21,6 @@ __all__ = [
     "SavedState",
     "clean_strays",
     "describe",
-    "export_merged",
     "export_peft",
     "import_peft",
     "load_state",

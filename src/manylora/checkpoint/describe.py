@@ -6,8 +6,8 @@ import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from manylora.checkpoint import merged, peft_files, training_state
-from manylora.checkpoint.manifest import JSON, MANIFEST, SIDECAR, read_object, verify
+from manylora.checkpoint import peft_files, training_state
+from manylora.checkpoint.manifest import JSON, MANIFEST, MERGED, SIDECAR, read_object, verify
 from manylora.types import CheckpointDamaged, CheckpointError
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -45,7 +45,7 @@ def describe(folder: str | Path) -> dict[str, JSON]:
         report["kind"], name, fill = peft_files.KIND, SIDECAR, _fill_peft
     elif (folder / "config.json").is_file():
         merged_here = (folder / SIDECAR).is_file()
-        report["kind"] = merged.KIND if merged_here else "model"
+        report["kind"] = MERGED if merged_here else "model"
         name, fill = SIDECAR, _fill_model
     else:
         raise CheckpointDamaged(f"{folder} holds no adapter, no training state and no model")

@@ -19,6 +19,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 # The same thing beside files that other programs read; the name says whose it is.
 SIDECAR = "manylora.json"
+# Kind of a base with an adapter added to it.
+MERGED = "merged-model"
 
 _CHUNK_BYTES = 1 << 20
 

@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from manylora.checkpoint.atomic import logger, write_folder
-from manylora.checkpoint.manifest import JSON, SIDECAR
+from manylora.checkpoint.manifest import JSON, MERGED, SIDECAR
 from manylora.lora.layout import Factor, Layout
+from manylora.lora.state import Floats
 from manylora.types import BaseModelError, CheckpointMismatch, NotFinite, Unsupported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-KIND = "merged-model"
 
 
 def export_merged(
     folder: str | Path,
     base: str | Path,
     layout: Layout,
-    weights_P: torch.Tensor,
+    weights_P: Floats,
     *,
     base_fingerprint: str | None = None,
 ) -> None:
@@ -33,6 +32,7 @@ def export_merged(
     the embedding and has factors is untied, since the embedding must stay as it is.
 
     Args:
+        weights_P: fp32 [P].
         base: folder or locally cached name of the base, which is loaded anew.
 
     Raises:
@@ -50,7 +50,7 @@ def export_merged(
         raise CheckpointMismatch(
             f"weights have shape {list(weights_P.shape)}, the layout needs [{layout.num_params}]"
         )
-    weights_P = weights_P.detach().to("cpu", torch.float32)
+    vector_P = torch.tensor(weights_P, dtype=torch.float32)
     source = resolve_base(base)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -60,9 +60,9 @@ def export_merged(
         raise BaseModelError(f"base model {base} cannot be opened: {error}") from error
     _untie_head(model, layout)
     for factor in layout.factors:
-        _add(model, factor, weights_P)
+        _add(model, factor, vector_P)
     about: dict[str, JSON] = {"base_name": str(base), "base_fingerprint": base_fingerprint}
-    with write_folder(folder, kind=KIND, about=about, manifest_name=SIDECAR) as partial:
+    with write_folder(folder, kind=MERGED, about=about, manifest_name=SIDECAR) as partial:
         model.save_pretrained(partial)
         _save_tokenizer(source, partial)
 

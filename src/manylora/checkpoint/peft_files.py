@@ -10,13 +10,11 @@ K input features, N output features, R LoRA rank, P parameters of the adapter.
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import numpy as np
 
 from manylora.checkpoint.atomic import logger, write_folder
 from manylora.checkpoint.manifest import JSON, SIDECAR, read_object, verify
@@ -26,8 +24,19 @@ from manylora.checkpoint.peft_config import (
     exact_targets,
     parse_config,
 )
+from manylora.checkpoint.tensors import (
+    DTYPES,
+    Encoded,
+    FileTensor,
+    decoded,
+    encoded,
+    read_tensors,
+    rounded,
+    write_tensors,
+)
 from manylora.lora.layout import Factor, Layout, plan_layout
 from manylora.lora.sites import Site, resolve_targets
+from manylora.lora.state import Floats
 from manylora.types import (
     AdapterSpec,
     CheckpointDamaged,
@@ -41,11 +50,6 @@ from manylora.types.adapter import DType
 KIND = "peft-adapter"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-_TORCH: dict[DType, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 _KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
 # PEFT saves the frozen weight along when the output head is a target.
 _BASE_COPY = re.compile(r"base_model\.model\.(?P<site>.+)\.base_layer\.weight")
@@ -59,13 +63,13 @@ class ImportedAdapter:
         spec: settings that give the same scale at every site; its targets match the file's modules
             and no other.
         layout: `plan_layout` of that spec.
-        weights_P: fp32 [P] on the CPU, exactly the file's numbers.
+        weights_P: fp32 [P], exactly the file's numbers.
         base_name: the base that the file names, if any.
     """
 
     spec: AdapterSpec
     layout: Layout
-    weights_P: torch.Tensor
+    weights_P: Floats
     base_name: str | None
 
 
@@ -73,7 +77,7 @@ def export_peft(
     folder: str | Path,
     spec: AdapterSpec,
     layout: Layout,
-    weights_P: torch.Tensor,
+    weights_P: Floats,
     *,
     base_name: str,
     sites: Sequence[Site],
@@ -84,6 +88,7 @@ def export_peft(
     rsLoRA is folded into alpha, because not every consumer of these files reads `use_rslora`.
 
     Args:
+        weights_P: fp32 [P].
         sites: every linear layer of the base, targeted or not, so that the written
             `target_modules` match the adapter's modules and no other.
 
@@ -100,14 +105,14 @@ def export_peft(
     if unknown:
         raise CheckpointMismatch(f"the base has no linear layers {sorted(unknown)}")
     # Also a private copy: training may go on while the file is written.
-    weights_P = weights_P.detach().to("cpu", _TORCH[spec.dtype], copy=True)
-    if not bool(torch.isfinite(weights_P).all()):
+    numbers_P = encoded(weights_P, spec.dtype)
+    if not np.isfinite(decoded(numbers_P, spec.dtype)).all():
         raise NotFinite(f"{folder} was not written: the adapter has NaN or Inf in {spec.dtype}")
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Encoded] = {}
     for factor in layout.factors:
         prefix = f"base_model.model.{factor.site}"
-        tensors[f"{prefix}.lora_A.weight"] = factor.a(weights_P).clone()
-        tensors[f"{prefix}.lora_B.weight"] = factor.b_transposed(weights_P).T.contiguous()
+        tensors[f"{prefix}.lora_A.weight"] = factor.a(numbers_P)
+        tensors[f"{prefix}.lora_B.weight"] = factor.b_transposed(numbers_P).T
     config = _config_json(spec, layout, base_name, sites)
     about: dict[str, JSON] = {
         "base_name": base_name,
@@ -115,7 +120,7 @@ def export_peft(
         "use_rslora": spec.use_rslora,
     }
     with write_folder(folder, kind=KIND, about=about, manifest_name=SIDECAR) as partial:
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(partial / WEIGHTS, tensors, spec.dtype, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
 
@@ -126,7 +131,7 @@ def import_peft(
     *,
     seed: int = 0,
     dtype: DType | None = None,
-    base_weight: Callable[[str], torch.Tensor] | None = None,
+    base_weight: Callable[[str], Floats] | None = None,
 ) -> ImportedAdapter:
     """Read a PEFT LoRA folder, whoever wrote it.
 
@@ -134,8 +139,8 @@ def import_peft(
         sites: every linear layer of the base.
         seed: of the adapter from now on (files do not tell).
         dtype: of the adapter from now on; None = the file's, or fp32 where it holds several.
-        base_weight: module path → the base's weight [N, K]. A file may hold a copy of the output
-            head's frozen weight; with this it is compared, without it a warning is logged.
+        base_weight: module path → the base's weight [N, K], fp32. A file may hold a copy of the
+            output head's frozen weight; with this it is compared, without it a warning is logged.
 
     Raises:
         Unsupported: anything else than plain LoRA factors, by name.
@@ -148,16 +153,17 @@ def import_peft(
     config = parse_config(read_object(folder / CONFIG), str(folder / CONFIG))
     tensors = _read_tensors(folder)
     factors, copies = _sort_keys(folder, tensors, sites, config)
+    _refuse_dtypes(folder, tensors)
     for site, key in copies.items():
         _check_base_copy(folder, site, tensors[key], base_weight)
-    dtype = dtype or _file_dtype(folder, {key: tensors[key] for key in factors.values()})
+    dtype = dtype or _file_dtype(tensors[key] for key in factors.values())
     spec = _spec_of(folder, config, {site for site, _ in factors}, sites, seed, dtype)
     layout = plan_layout(spec, resolve_targets(spec, sites))
-    weights_P = torch.zeros(layout.num_params)
+    weights_P = np.zeros(layout.num_params, np.float32)
     for factor in layout.factors:
-        factor.a(weights_P).copy_(tensors[factors[factor.site, "A"]])
-        factor.b_transposed(weights_P).copy_(tensors[factors[factor.site, "B"]].T)
-    if not bool(torch.isfinite(weights_P).all()):
+        factor.a(weights_P)[...] = tensors[factors[factor.site, "A"]].fp32()
+        factor.b_transposed(weights_P)[...] = tensors[factors[factor.site, "B"]].fp32().T
+    if not np.isfinite(weights_P).all():
         raise CheckpointDamaged(f"{folder / WEIGHTS} holds NaN or Inf")
     return ImportedAdapter(spec, layout, weights_P, config.base_name)
 
@@ -212,7 +218,7 @@ def _verify_sidecar(folder: Path) -> None:
         ) from error
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: Path) -> dict[str, FileTensor]:
     path = folder / WEIGHTS
     if not path.is_file():
         if (folder / "adapter_model.bin").exists():
@@ -221,14 +227,11 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
                 "it is read; save the adapter as safetensors"
             )
         raise CheckpointDamaged(f"{folder} is incomplete: {WEIGHTS} is missing")
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
+    return read_tensors(path)
 
 
 def _sort_keys(
-    folder: Path, tensors: Mapping[str, torch.Tensor], sites: Sequence[Site], config: PeftConfig
+    folder: Path, tensors: Mapping[str, FileTensor], sites: Sequence[Site], config: PeftConfig
 ) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
     """(site, "A" or "B") → key, and site → key of a copy of the base's weight.
 
@@ -279,28 +282,30 @@ def _sort_keys(
 def _check_base_copy(
     folder: Path,
     site: str,
-    copy_NK: torch.Tensor,
-    base_weight: Callable[[str], torch.Tensor] | None,
+    copy: FileTensor,
+    base_weight: Callable[[str], Floats] | None,
 ) -> None:
     if base_weight is None:
         logger.warning("%s: its copy of the base's %s was not compared with the base", folder, site)
         return
-    weight_NK = base_weight(site).detach().cpu()
-    # Either side may have been rounded to the other's dtype.
+    copy_NK, weight_NK = copy.fp32(), base_weight(site)
+    # Either side may have been rounded to the other's dtype; the base's does not show in fp32.
     if not (
-        torch.equal(copy_NK.to(weight_NK.dtype), weight_NK)
-        or torch.equal(weight_NK.to(copy_NK.dtype), copy_NK)
+        any(np.array_equal(rounded(copy_NK, dtype), weight_NK) for dtype in DTYPES)
+        or np.array_equal(rounded(weight_NK, copy.known or "fp32"), copy_NK)
     ):
         raise CheckpointMismatch(f"{folder} holds another {site} weight than this base has")
 
 
-def _file_dtype(folder: Path, factors: Mapping[str, torch.Tensor]) -> DType:
-    names = {torch_dtype: name for name, torch_dtype in _TORCH.items()}
-    for key, tensor in factors.items():
-        if tensor.dtype not in names:
-            raise Unsupported(f"{folder / WEIGHTS}: {key} is {tensor.dtype}; only {list(_TORCH)}")
-    found = {names[tensor.dtype] for tensor in factors.values()}
-    return found.pop() if len(found) == 1 else "fp32"
+def _refuse_dtypes(folder: Path, tensors: Mapping[str, FileTensor]) -> None:
+    for key, tensor in tensors.items():
+        if tensor.known is None:
+            raise Unsupported(f"{folder / WEIGHTS}: {key} is {tensor.dtype}; only {list(DTYPES)}")
+
+
+def _file_dtype(factors: Iterable[FileTensor]) -> DType:
+    found = {tensor.known for tensor in factors}
+    return (found.pop() if len(found) == 1 else None) or "fp32"
 
 
 def _spec_of(

@@ -1,12 +1,13 @@
 """An adapter's training state on disk: everything needed to go on bit for bit.
 
     step-7/
-        state.safetensors   weights, exp_avg, exp_avg_sq, grad: fp32 [P], absent ones left out
+        state.safetensors   weights, exp_avg, exp_avg_sq, grad: fp32 [P], absent ones left out;
+                            a gradient of several shares is [S, P]
         state.json          the adapter's settings, its counters, why its pending gradients are to
                             be refused, and the client's own notes
         manifest.json       base, layout, and the SHA-256 of the two files above
 
-P parameters of the adapter.
+P parameters of the adapter, S shares of its work.
 """
 
 import json
@@ -15,14 +16,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import numpy as np
 
 from manylora.checkpoint.atomic import clean_strays, logger, write_folder
 from manylora.checkpoint.manifest import JSON, read_object, verify
+from manylora.checkpoint.tensors import read_fp32, write_tensors
 from manylora.lora.layout import Factor, Layout
-from manylora.lora.state import AdapterState
+from manylora.lora.state import AdapterState, Floats
 from manylora.types import (
     AdapterSpec,
     CheckpointDamaged,
@@ -46,7 +46,7 @@ class SavedState:
     """What `load_state` found, verified.
 
     Attributes:
-        state: the adapter's state, CPU tensors of its own memory.
+        state: the adapter's state, arrays of its own memory.
         client: what the saver put beside it.
         base_name, base_fingerprint: the base that it was trained on.
     """
@@ -89,7 +89,7 @@ def save_state(
         "layout": _layout_json(state.layout),
     }
     with write_folder(folder, kind=KIND, about=about) as partial:
-        save_file(vectors, partial / TENSORS)
+        write_tensors(partial / TENSORS, vectors, "fp32")
         (partial / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
@@ -172,36 +172,43 @@ def newest_state(parent: str | Path) -> Path | None:
     return None
 
 
-def _vectors(state: AdapterState) -> dict[str, torch.Tensor]:
-    vectors: dict[str, torch.Tensor] = {}
+def _vectors(state: AdapterState) -> dict[str, Floats]:
+    vectors: dict[str, Floats] = {}
     for name in _VECTORS:
-        vector_P = getattr(state, name)
-        if vector_P is None:
+        vector: Floats | None = getattr(state, name)
+        if vector is None:
             continue
-        if vector_P.dtype != torch.float32 or vector_P.shape != (state.layout.num_params,):
+        wanted = _wanted_shape(name, vector, state.layout.num_params)
+        if vector.dtype != np.float32 or vector.shape != wanted:
             raise SaveFailed(
-                f"{name} is {vector_P.dtype} {list(vector_P.shape)}; "
-                f"a training state has torch.float32 [{state.layout.num_params}]"
+                f"{name} is {vector.dtype} {list(vector.shape)}; "
+                f"a training state has float32 {list(wanted)}"
             )
-        vectors[name] = vector_P.detach().cpu().contiguous()
+        # One share is written as the vector that it is.
+        vectors[name] = vector[0] if name == "grad" and len(vector) == 1 else vector
     return vectors
 
 
-def _read_vectors(path: Path, num_params: int) -> dict[str, torch.Tensor]:
-    try:
-        vectors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
+def _read_vectors(path: Path, num_params: int) -> dict[str, Floats]:
+    vectors = read_fp32(path)
     if "weights" not in vectors or set(vectors) - set(_VECTORS):
         raise CheckpointMismatch(f"{path} holds {sorted(vectors)}; expected some of {_VECTORS}")
-    for name, vector_P in vectors.items():
-        if vector_P.dtype != torch.float32 or vector_P.shape != (num_params,):
+    if "grad" in vectors and vectors["grad"].ndim == 1:
+        vectors["grad"] = vectors["grad"][None]
+    for name, vector in vectors.items():
+        wanted = _wanted_shape(name, vector, num_params)
+        if vector.shape != wanted:
             raise CheckpointMismatch(
-                f"{path}: {name} is {vector_P.dtype} {list(vector_P.shape)}, "
-                f"its layout needs torch.float32 [{num_params}]"
+                f"{path}: {name} is {list(vector.shape)}, its layout needs {list(wanted)}"
             )
-    # The library maps the file into memory; a state must not change or vanish with the file.
-    return {name: vector_P.clone() for name, vector_P in vectors.items()}
+    return vectors
+
+
+def _wanted_shape(name: str, vector: Floats, num_params: int) -> tuple[int, ...]:
+    """[P]; of a gradient [S, P] with as many shares as it has, but one at least."""
+    if name != "grad":
+        return (num_params,)
+    return max(1, len(vector) if vector.ndim == 2 else 1), num_params
 
 
 def _require_json(value: object, where: str) -> None:

@@ -49,8 +49,8 @@ class ReferenceEngine:
             owner = self.model.get_submodule(parent)
             linear = ReferenceLinear(
                 getattr(owner, leaf),
-                factor.a(state.weights),
-                factor.b_transposed(state.weights).t(),
+                torch.tensor(factor.a(state.weights)),
+                torch.tensor(factor.b_transposed(state.weights).T),
                 factor.scale,
             )
             setattr(owner, leaf, linear)

@@ -30,7 +30,7 @@ def fresh_state(spec: AdapterSpec, layout: Layout) -> AdapterState:
             a_RK.uniform_(-bound, bound, generator=generator)
         else:
             a_RK.normal_(0.0, 1.0 / factor.rank, generator=generator)
-    return AdapterState(spec, layout, weights_P)
+    return AdapterState(spec, layout, weights_P.numpy())
 
 
 def named_seed(seed: int, name: str) -> int:

@@ -11,11 +11,19 @@ for all of them. Both factors are stored rank-major: A as [R, K], B transposed a
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-
-import torch
+from typing import Any, Protocol, TypeVar
 
 from manylora.lora.sites import Target
 from manylora.types import AdapterSpec
+
+
+class Vector(Protocol):
+    """A numpy array or a torch tensor of one dimension."""
+
+    def __getitem__(self, index: slice, /) -> Any: ...
+
+
+V = TypeVar("V", bound=Vector)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +40,13 @@ class Factor:
     a_start: int
     b_start: int
 
-    def a(self, vector_P: torch.Tensor) -> torch.Tensor:
-        """A [R, K], a view."""
-        return vector_P.narrow(0, self.a_start, self.rank * self.in_features).view(self.rank, -1)
+    def a(self, vector_P: V) -> V:
+        """A [R, K], a view of a numpy or torch vector."""
+        return rows(vector_P, self.a_start, self.rank, self.in_features)
 
-    def b_transposed(self, vector_P: torch.Tensor) -> torch.Tensor:
-        """Bᵀ [R, N], a view."""
-        return vector_P.narrow(0, self.b_start, self.rank * self.out_features).view(self.rank, -1)
+    def b_transposed(self, vector_P: V) -> V:
+        """Bᵀ [R, N], a view of a numpy or torch vector."""
+        return rows(vector_P, self.b_start, self.rank, self.out_features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,11 @@ class Layout:
         """(input group, its factors); their A blocks are adjacent."""
         for group, factors in groupby(self.factors, key=lambda factor: factor.group):
             yield group, tuple(factors)
+
+
+def rows(vector_P: V, start: int, height: int, width: int) -> V:
+    """The [height, width] matrix that begins at `start`, a view."""
+    return vector_P[start : start + height * width].reshape(height, width)
 
 
 def plan_layout(spec: AdapterSpec, targets: Sequence[Target]) -> Layout:

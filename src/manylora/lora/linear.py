@@ -23,9 +23,10 @@ from torch.nn import functional
 from manylora.kernels import Columns, shrink_expand, shrink_expand_backward
 from manylora.lora.adapter import SiteIndex
 from manylora.lora.routing import RoutingTable, current_table
-from manylora.models.splitting import Split, SplitLinear
+from manylora.models.splitting import SplitLinear
 from manylora.parallel import Axis
 from manylora.types import Unsupported
+from manylora.types.mesh import Split
 
 
 class InputGroup:

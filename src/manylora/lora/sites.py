@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from manylora.models.splitting import Split
 from manylora.types import ALL_LINEAR, AdapterSpec, TargetError
+from manylora.types.mesh import Split
 
 Value = TypeVar("Value")
 
@@ -26,8 +26,8 @@ class Site:
         group: number of its input group: the sites that read the very same tensor (q, k and v of
             a layer, say), which share one pass over it.
         is_head: whether it is the output head.
-        split: how tensor parallelism splits it: each rank has some of its outputs (`column`) or
-            some of its inputs (`row`). K and N are those of the whole layer.
+        split: over tensor-parallel ranks: `column` splits N, `row` splits K, `whole` neither. K and
+            N are those of the whole layer.
     """
 
     name: str

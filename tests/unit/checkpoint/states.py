@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
@@ -28,12 +28,12 @@ def spec_of(**changes: Any) -> AdapterSpec:
     return replace(plain, **changes)
 
 
-def state_of(spec: AdapterSpec | None = None, *, step: int = 4, seed: int = 0) -> AdapterState:
+def state_of(
+    spec: AdapterSpec | None = None, *, step: int = 4, seed: int = 0, shares: int = 1
+) -> AdapterState:
     """A state in mid-training; every vector is random, so that a mix-up shows."""
     spec = spec or spec_of()
     layout = plan_layout(spec, resolve_targets(spec, SITES))
-    generator = torch.Generator().manual_seed(seed)
-    weights, exp_avg, exp_avg_sq, grad = (
-        torch.randn(layout.num_params, generator=generator) for _ in range(4)
-    )
-    return AdapterState(spec, layout, weights, exp_avg, exp_avg_sq.abs(), grad, step, draws=11)
+    draw = np.random.default_rng(seed)
+    rows = draw.normal(size=(3 + shares, layout.num_params)).astype(np.float32)
+    return AdapterState(spec, layout, rows[0], rows[1], rows[2] ** 2, rows[3:], step, draws=11)

@@ -4,13 +4,14 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from manylora.checkpoint import export_merged, verify
+from manylora.checkpoint import verify
+from manylora.checkpoint.merged import export_merged
 from manylora.lora.layout import Layout, plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.types import AdapterSpec, BaseModelError, CheckpointMismatch, NotFinite
@@ -38,7 +39,7 @@ def layout_of(name: str = NAME, k: int = 8, n: int = 12) -> Layout:
 
 
 def merge(tmp_path: Path, base: Path, layout: Layout, fill: float = 1.0) -> None:
-    export_merged(tmp_path / "out", base, layout, torch.full((layout.num_params,), fill))
+    export_merged(tmp_path / "out", base, layout, np.full(layout.num_params, fill, np.float32))
 
 
 def test_the_tokenizer_goes_along(tmp_path: Path, base: Path):
@@ -67,7 +68,7 @@ def test_a_base_without_a_tokenizer_is_merged_with_a_warning(tmp_path: Path, bas
     ],
 )
 def test_factors_of_another_base_are_refused(tmp_path: Path, base: Path, layout, message: str):
-    weights_P = torch.zeros(layout_of(n=layout.factors[0].out_features).num_params)
+    weights_P = np.zeros(layout_of(n=layout.factors[0].out_features).num_params, np.float32)
     with pytest.raises(CheckpointMismatch, match=message):
         export_merged(tmp_path / "out", base, layout, weights_P)
     assert not (tmp_path / "out").exists()

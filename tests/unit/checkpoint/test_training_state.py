@@ -6,13 +6,16 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from manylora.checkpoint import load_state, newest_state, save_state, verify
+from manylora.checkpoint.tensors import read_fp32
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import resolve_targets
-from manylora.lora.state import AdapterState
+from manylora.lora.state import AdapterState, Floats
 from manylora.types import AdapterSpec, CheckpointDamaged, CheckpointMismatch, SaveFailed
 from tests.unit.checkpoint.states import SITES, spec_of, state_of
 
@@ -30,7 +33,7 @@ def assert_same_state(found: AdapterState, saved: AdapterState) -> None:
         assert (one is None) == (other is None), name
         if one is not None:
             # As bits: -0.0, NaN and denormal numbers count too.
-            assert torch.equal(one.view(torch.int32), other.view(torch.int32)), name
+            assert np.array_equal(one.view(np.int32), other.view(np.int32)), name
     for name in ("spec", "layout", "step", "draws", "poison"):
         assert getattr(found, name) == getattr(saved, name), name
 
@@ -47,7 +50,7 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS)
 def test_everything_comes_back_bit_for_bit(tmp_path: Path, spec: AdapterSpec):
     state = state_of(spec)
-    state.weights[:3] = torch.tensor([-0.0, math.nan, 1e-42])
+    state.weights[:3] = [-0.0, math.nan, 1e-42]
     client = {"cursor": [1, 2, {"pi": 0.1 + 0.2}], "note": "ä", "none": None, "done": False}
 
     save(tmp_path / "step-4", state, client)
@@ -66,6 +69,47 @@ def test_what_is_not_there_stays_away(tmp_path: Path, absent: list[str]):
         setattr(state, name, None)
     save(tmp_path / "a", state)
     assert_same_state(load_state(tmp_path / "a").state, state)
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3])
+def test_a_gradient_of_several_shares_keeps_them_apart(tmp_path: Path, shares: int):
+    state = state_of(shares=shares)
+    num_params = state.layout.num_params
+    save(tmp_path / "a", state)
+    assert_same_state(load_state(tmp_path / "a").state, state)
+    in_file = read_fp32(tmp_path / "a" / "state.safetensors")["grad"]
+    assert in_file.shape == ((num_params,) if shares == 1 else (shares, num_params))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 1)], ids=str)
+def test_a_gradient_of_another_shape_is_refused(tmp_path: Path, monkeypatch, shape):
+    state = state_of()
+    grad = np.zeros((*shape, state.layout.num_params), np.float32)
+    with pytest.raises(SaveFailed, match="grad is"):
+        save(tmp_path / "a", replace(state, grad=grad))
+    if shape:  # a file may have [P]
+        monkeypatch.setattr(
+            "manylora.checkpoint.training_state._vectors",
+            lambda state: {"weights": state.weights, "grad": grad},
+        )
+        save(tmp_path / "a", state)
+        with pytest.raises(CheckpointMismatch, match="grad is"):
+            load_state(tmp_path / "a")
+
+
+def test_a_file_is_the_one_that_torch_wrote(tmp_path: Path):
+    """The same bytes as when states were made of torch tensors; those of then are read."""
+    state = state_of()
+    assert state.exp_avg is not None and state.exp_avg_sq is not None and state.grad is not None
+    save(tmp_path / "a", state)
+    vectors = {
+        "weights": state.weights,
+        "exp_avg": state.exp_avg,
+        "exp_avg_sq": state.exp_avg_sq,
+        "grad": state.grad[0],
+    }
+    save_file({k: torch.from_numpy(v) for k, v in vectors.items()}, tmp_path / "theirs")
+    assert (tmp_path / "theirs").read_bytes() == (tmp_path / "a" / FILES[0]).read_bytes()
 
 
 def test_why_a_step_is_refused_comes_back(tmp_path: Path):
@@ -97,14 +141,14 @@ def test_an_older_state_refuses_nothing(tmp_path: Path, monkeypatch, change: dic
 def test_a_loaded_state_has_its_own_memory(tmp_path: Path):
     save(tmp_path / "a", state_of())
     found = load_state(tmp_path / "a").state
-    found.weights.zero_()
+    found.weights.fill(0)
     (tmp_path / "a" / "state.safetensors").write_bytes(b"")
-    found.weights.copy_(state_of().weights)
+    found.weights[:] = state_of().weights
     assert_same_state(found, state_of())
 
 
 @pytest.mark.parametrize(
-    "client", [{"a": (1, 2)}, {"a": {1: 2}}, {"a": [object()]}, {"t": torch.zeros(1)}, {"b": b""}]
+    "client", [{"a": (1, 2)}, {"a": {1: 2}}, {"a": [object()]}, {"t": np.zeros(1)}, {"b": b""}]
 )
 def test_notes_that_would_come_back_changed_are_refused(tmp_path: Path, client: dict):
     with pytest.raises(SaveFailed, match="client"):
@@ -113,9 +157,9 @@ def test_notes_that_would_come_back_changed_are_refused(tmp_path: Path, client: 
 
 
 @pytest.mark.parametrize(
-    "weights", [torch.zeros(3), torch.zeros(state_of().layout.num_params, dtype=torch.bfloat16)]
+    "weights", [np.zeros(3, np.float32), np.zeros(state_of().layout.num_params)]
 )
-def test_a_vector_of_another_shape_or_dtype_is_refused(tmp_path: Path, weights: torch.Tensor):
+def test_a_vector_of_another_shape_or_dtype_is_refused(tmp_path: Path, weights: Floats):
     with pytest.raises(SaveFailed, match="weights is"):
         save(tmp_path / "a", replace(state_of(), weights=weights))
 

@@ -39,9 +39,8 @@ def wrapped_block() -> Block:
 def acting(targets: tuple[str, ...], seed: int) -> Adapter:
     spec = AdapterSpec(rank=2, alpha=3, targets=targets, seed=seed)
     state = fresh_state(spec, plan_layout(spec, resolve_targets(spec, SITES)))
-    state.weights += 0.2 * torch.randn(
-        state.weights.shape, generator=torch.Generator().manual_seed(seed)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    state.weights += 0.2 * torch.randn(state.weights.shape, generator=generator).numpy()
     adapter = Adapter(state, SiteIndex(SITES), torch.device("cpu"))
     adapter.require_grad()
     return adapter
