@@ -7,13 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from manylora.types import ALL_LINEAR, AdapterSpec, TargetError
+from manylora.types.mesh import Split
 
 Value = TypeVar("Value")
-
-Split = Literal["whole", "column", "row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +26,8 @@ class Site:
         group: number of its input group: the sites that read the very same tensor (q, k and v of
             a layer, say), which share one pass over it.
         is_head: whether it is the output head.
-        split: over tensor-parallel ranks: `column` splits N, `row` splits K, `whole` neither.
+        split: over tensor-parallel ranks: `column` splits N, `row` splits K, `whole` neither. K and
+            N are those of the whole layer.
     """
 
     name: str

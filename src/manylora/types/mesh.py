@@ -2,10 +2,14 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from manylora.types.errors import ConfigError
 
 AXES = ("dp", "tp")
+
+# How a linear layer is split over `tp`: by its outputs, by its inputs, or not at all.
+Split = Literal["whole", "column", "row"]
 
 
 @dataclass(frozen=True, slots=True)
