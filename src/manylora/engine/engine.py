@@ -89,7 +89,7 @@ class Engine:
         """
         # One process is one process, whatever it is called.
         self.mesh = mesh if mesh is not None and mesh.shape.size > 1 else None
-        self.base: BaseModel = open_base(base, dtype=dtype, device=device)
+        self.base: BaseModel = open_base(base, dtype=dtype, device=device, mesh=self.mesh)
         if self.base.device.type == "cpu":
             keep_freed_memory()
         self.token_budget = token_budget
@@ -97,10 +97,11 @@ class Engine:
         self.sites = tuple(
             Site(
                 found.name,
-                found.layer.in_features,
-                found.layer.out_features,
+                found.in_features,
+                found.out_features,
                 found.group,
                 found.is_head,
+                found.split,
             )
             for found in linears
         )

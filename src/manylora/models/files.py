@@ -85,7 +85,7 @@ def _files(folder: str) -> list[str]:
         folder, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False
     )
     if index is not None:
-        return list(get_checkpoint_shard_files(folder, index)[0])
+        return list(get_checkpoint_shard_files(folder, index)[0] or ())
     found = cached_file(folder, SAFE_WEIGHTS_NAME)
     assert found is not None
     return [found]

@@ -108,10 +108,8 @@ def _gather_for_lookups(embedding: nn.Module, table: Shared) -> None:
     def before(_: nn.Module, __: Any) -> None:
         table.take()
 
-    def after(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def after(_: nn.Module, __: Any, ___: Any) -> None:
         table.leave()
-        # Every rank's backward is to visit every block, whatever adapters its tokens have.
-        return output.requires_grad_() if torch.is_grad_enabled() else output
 
     embedding.register_forward_pre_hook(before, prepend=True)
     embedding.register_forward_hook(after)

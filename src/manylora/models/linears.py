@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from manylora.models.base import BaseModel
-from manylora.models.splitting import Split, SplitLinear
+from manylora.models.splitting import SplitLinear
 from manylora.models.stream import PackedStream, packed, padded_rows
+from manylora.types.mesh import Split
 
 
 @dataclass(frozen=True, slots=True)

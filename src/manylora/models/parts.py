@@ -6,6 +6,7 @@ Memory is bounded by the rank's own part and one tensor's part as stored.
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,13 +84,11 @@ def _empty_model(folder: str, config: Any, dtype: torch.dtype) -> Any:
     )
     if kept and dtype != torch.float32:
         raise Unsupported(
-            f"base {folder!r} ({type(model).__name__}) keeps {sorted(kept)} in fp32 beside {dtype}; "
-            "a mesh opens it with dtype fp32"
+            f"base {folder!r} ({type(model).__name__}) keeps {sorted(kept)} in fp32 beside "
+            f"{dtype}; a mesh opens it with dtype fp32"
         )
-    try:
+    with suppress(OSError):  # it may have none; the one made of the config stands
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    except OSError:
-        pass  # it has none; the one made of the config stands
     _fill_buffers(model)
     return model
 

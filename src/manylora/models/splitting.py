@@ -11,7 +11,7 @@ split how is the family's own plan in transformers (`base_model_tp_plan`).
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from manylora.parallel import Axis, share
 from manylora.types import Unsupported
+from manylora.types.mesh import Split
 
-Split = Literal["whole", "column", "row"]
 KINDS: dict[str, Split] = {"colwise": "column", "rowwise": "row"}
 # Modules that every rank holds; the remark concerns gradients that a frozen base has not.
 WHOLE = {"replicated_with_grad_allreduce"}
