@@ -6,11 +6,13 @@ P parameters of an adapter, L of them on a rank.
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from manylora.api.states import read_state, write_peft, write_state
 from manylora.engine import Engine
 from manylora.lora.state import AdapterState
 from manylora.parallel import Mesh
@@ -83,9 +85,11 @@ def works_of(tenants: Sequence[Tenant], number: int) -> list[ForwardBackward]:
     """A round's operations. A tenant's are the same whoever else is there."""
     if number % QUIET == QUIET - 1:
         tenants = [tenant for tenant in tenants if tenant.name == "quiet"]
-    works = [work for tenant in tenants for work in tenant.works(number)]
-    if number % QUIET == 1:
-        works += [replace(work, backward=False) for work in works[:2]]
+    works = []
+    for tenant in tenants:
+        works += tenant.works(number)
+        if number % QUIET == 1:
+            works += [replace(work, backward=False) for work in tenant.works(number)[:1]]
     return works
 
 
@@ -116,7 +120,10 @@ def steps_of(engine: Engine, tenants: Sequence[Tenant], number: int) -> list[Opt
 def train(
     mesh: Mesh, engine: Engine, tenants: Sequence[Tenant], rounds: Sequence[int]
 ) -> dict[str, Any]:
-    """Let all tenants train; what came out of it, the same on every rank."""
+    """Let all tenants train; what came out of it, the same on every rank.
+
+    Gradients are [S, P], as states have them.
+    """
     found: dict[str, Any] = {
         tenant.name: {"logprobs": [], "losses": [], "gradients": [], "norms": []}
         for tenant in tenants
@@ -135,7 +142,7 @@ def train(
         for step in steps:
             grad_SP = engine.state(step.adapter).grad
             assert grad_SP is not None
-            found[step.adapter]["gradients"].append(grad_SP.sum(0))
+            found[step.adapter]["gradients"].append(grad_SP)
         for step, result in zip(steps, must(engine.optim_step(steps)), strict=True):
             found[step.adapter]["norms"].append(result.grad_norm)
         assert_replicas(mesh, engine)
@@ -148,6 +155,38 @@ def as_json(state: AdapterState) -> dict[str, Any]:
     """A state's numbers; its spec and layout are known."""
     fields = (*VECTORS, "step", "draws", "poison")
     return {field: getattr(state, field) for field in fields}
+
+
+def save(mesh: Mesh, engine: Engine, folder: str) -> None:
+    """Write every adapter's state and its PEFT files; the leader writes."""
+    for name in sorted(engine.adapters):
+        state = engine.state(name)
+        if mesh.is_leader:
+            write_state(engine, Path(folder, name), state, position=0)
+            write_peft(engine, Path(folder, "peft", name), state)
+
+
+def load(engine: Engine, folder: str) -> None:
+    """Restore every adapter of a folder."""
+    for place in sorted(Path(folder).iterdir()):
+        if place.name != "peft":
+            engine.restore(place.name, read_state(engine, place).state)
+
+
+def assert_same_numbers(one: Any, other: Any, where: str = "") -> None:
+    """Results of ranks are the same to the last bit, the signs of zeros aside."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same_numbers(one[key], other[key], f"{where} {key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same_numbers(a, b, f"{where} {number}")
+    elif isinstance(one, np.ndarray):
+        assert isinstance(other, np.ndarray) and np.array_equal(one, other), where
+    else:
+        assert one == other, where
 
 
 def assert_replicas(mesh: Mesh, engine: Engine) -> None:
