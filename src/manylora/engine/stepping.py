@@ -50,14 +50,17 @@ def step_on_mesh(
             adapter.publish()
     elif stepped:
         living = [adapter.weights.weights_P for adapter in stepped]
-        publish([adapter.master_P for adapter in stepped], living, mesh.dp)
+        sizes = [adapter.part.slice_size for adapter in stepped]
+        publish([adapter.master_P for adapter in stepped], living, sizes, mesh.dp)
     return [_close(step, adapter, norm) for (step, adapter), norm in zip(due, found, strict=True)]
 
 
 def _pending(adapter: Adapter) -> Pending:
     part = adapter.part
     ranks = adapter.share_ranks()
-    return Pending(adapter.grad_P, part.local.num_params, ranks, part.num_whole, part.repeated)
+    return Pending(
+        adapter.grad_P, part.local.num_params, part.slice_size, ranks, part.num_whole, part.repeated
+    )
 
 
 def _update(step: OptimStep, adapter: Adapter, grad_P: torch.Tensor, norm: float) -> None:

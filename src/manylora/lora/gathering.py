@@ -47,21 +47,20 @@ def _unsliced(slice_C: Tensor, part: Part, mesh: Mesh) -> Tensor:
     """The local vector [L] of its dp slices."""
     if mesh.dp.size == 1:
         return slice_C
-    padded_C = slice_C.new_zeros(part.slice_size)
-    padded_C[: len(slice_C)] = slice_C
-    return mesh.dp.gather(padded_C).view(-1)[: part.local.num_params]
+    return mesh.dp.gather(_padded(slice_C, part.slice_size)).view(-1)[: part.local.num_params]
 
 
 def _joined(vector_L: Tensor, part: Part, mesh: Mesh) -> Floats:
     """The global vector of every tp rank's."""
-    return part.join([to_array(own_L) for own_L in mesh.tp.gather(vector_L)])
+    everyones = mesh.tp.gather(_padded(vector_L, part.longest))
+    return part.join([to_array(own_L) for own_L in everyones])
 
 
 def _pending(adapter: Adapter, mesh: Mesh) -> Floats:
     grad_L = adapter.grad_P
     if grad_L is None:
-        size = adapter.part.local.num_params
-        grad_L = torch.zeros(size, device=adapter.master_P.device)
+        grad_L = torch.zeros(0, device=adapter.master_P.device)
+    grad_L = _padded(grad_L, adapter.part.longest)
     # Only the shares that were used go on along tp.
     terms = mesh.tp.gather(mesh.dp.gather(grad_L)[adapter.share_ranks()])
     lanes = {
@@ -70,3 +69,11 @@ def _pending(adapter: Adapter, mesh: Mesh) -> Floats:
         for share in range(adapter.shares)
     }
     return adapter.part.pending(lanes)
+
+
+def _padded(vector: Tensor, length: int) -> Tensor:
+    if len(vector) == length:
+        return vector
+    padded = vector.new_zeros(length)
+    padded[: len(vector)] = vector
+    return padded

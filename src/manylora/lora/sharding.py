@@ -21,7 +21,6 @@ import numpy as np
 
 from manylora.lora.layout import Factor, Layout, rows
 from manylora.lora.sites import Site
-from manylora.types import Unsupported
 from manylora.types.data import Array
 from manylora.types.mesh import Split
 
@@ -47,6 +46,8 @@ class Part:
         whole: the adapter's layout, the same on every mesh.
         local: where the factors lie in this rank's vector of L numbers.
         place: whose part it is.
+        splits: how the layer of each factor is split.
+        longest: the largest L of all tp ranks.
         num_whole: numbers at the front of the local vector that every tp rank has.
         repeated: ranges of these, as (start, stop), whose gradient is complete on every tp rank
             rather than a term of a sum, because their layer is not split at all.
@@ -55,13 +56,15 @@ class Part:
     whole: Layout
     local: Layout
     place: Place
+    splits: tuple[Split, ...]
+    longest: int
     num_whole: int
     repeated: tuple[tuple[int, int], ...] = ()
 
     @property
     def slice_size(self) -> int:
         """Numbers of one dp slice; the last slices may be shorter."""
-        return -(-self.local.num_params // self.place.dp)
+        return -(-self.longest // self.place.dp)
 
     @property
     def own(self) -> slice:
@@ -80,9 +83,12 @@ class Part:
         return local_L
 
     def join(self, parts: Sequence[Array]) -> Array:
-        """The global vector [P] of what every tp rank holds [L], the inverse of `take`.
+        """The global vector [P] of what every tp rank holds, the inverse of `take`.
 
         What all of them have is read from the first.
+
+        Args:
+            parts: [L] each, or longer.
         """
         if self.place.tp == 1:
             return parts[0]
@@ -104,7 +110,7 @@ class Part:
         ones, of which there is only one term, are in the rows of i = 0.
 
         Args:
-            lanes: (share, tp index) → what is summed there [L].
+            lanes: (share, tp index) → what is summed there, [L] or longer.
         """
         tp = self.place.tp
         shares = 1 + max(share for share, _ in lanes)
@@ -149,19 +155,41 @@ class Part:
         return sum_L
 
     def _of(self, tp_index: int) -> "Part":
-        return replace(self, place=replace(self.place, tp_index=tp_index))
+        return _part(self.whole, self.splits, replace(self.place, tp_index=tp_index))
 
 
 def part_of(layout: Layout, sites: Iterable[Site], place: Place) -> Part:
-    """What the rank at `place` holds of an adapter.
-
-    Raises:
-        Unsupported: a layer's size is no multiple of the tensor-parallel ranks.
-    """
+    """What the rank at `place` holds of an adapter."""
     if place.tp == 1:
-        return Part(layout, layout, place, layout.num_params)
+        return Part(layout, layout, place, (), layout.num_params, layout.num_params)
     splits = {site.name: site.split for site in sites}
-    factors = [_local(factor, splits[factor.site], place.tp) for factor in layout.factors]
+    return _part(layout, tuple(splits[factor.site] for factor in layout.factors), place)
+
+
+def share(count: int, size: int, index: int) -> tuple[int, int]:
+    """Where a rank's share of `count` features begins and ends, as the base is cut."""
+    length = -(-count // size)
+    return min(index * length, count), min((index + 1) * length, count)
+
+
+def _part(layout: Layout, splits: tuple[Split, ...], place: Place) -> Part:
+    local, num_whole = _laid_out(layout, splits, place.tp, place.tp_index)
+    # The first rank's shares are the largest.
+    longest = _laid_out(layout, splits, place.tp, 0)[0].num_params
+    repeated = tuple(
+        span
+        for factor, split in zip(local.factors, splits, strict=True)
+        if split == "whole"
+        for span in _spans(factor)
+    )
+    return Part(layout, local, place, splits, longest, num_whole, repeated)
+
+
+def _laid_out(layout: Layout, splits: Sequence[Split], tp: int, index: int) -> tuple[Layout, int]:
+    """A tp rank's layout, and how many numbers of it every rank has."""
+    factors = [
+        _cut(factor, split, tp, index) for factor, split in zip(layout.factors, splits, strict=True)
+    ]
     grouped: dict[int, list[int]] = {}
     for number, factor in enumerate(factors):
         grouped.setdefault(factor.group, []).append(number)
@@ -170,38 +198,31 @@ def part_of(layout: Layout, sites: Iterable[Site], place: Place) -> Part:
     for front in (True, False):
         for members in grouped.values():
             for number in members:
-                factor = factors[number]
-                if (splits[factor.site] != "row") == front:
+                if (splits[number] != "row") == front:
                     a_starts[number] = offset
-                    offset += factor.rank * factor.in_features
+                    offset += factors[number].rank * factors[number].in_features
             for number in members:
-                factor = factors[number]
-                if (splits[factor.site] != "column") == front:
+                if (splits[number] != "column") == front:
                     b_starts[number] = offset
-                    offset += factor.rank * factor.out_features
+                    offset += factors[number].rank * factors[number].out_features
         if front:
             num_whole = offset
     placed = tuple(
         replace(factor, a_start=a, b_start=b)
         for factor, a, b in zip(factors, a_starts, b_starts, strict=True)
     )
-    repeated = tuple(
-        span for factor in placed if splits[factor.site] == "whole" for span in _spans(factor)
-    )
-    return Part(layout, Layout(placed, offset), place, num_whole, repeated)
+    return Layout(placed, offset), num_whole
 
 
-def _local(factor: Factor, split: Split, tp: int) -> Factor:
+def _cut(factor: Factor, split: Split, tp: int, index: int) -> Factor:
     """The factor's size on one rank."""
+    if split == "whole":
+        return factor
     size = factor.out_features if split == "column" else factor.in_features
-    if split != "whole" and size % tp:
-        raise Unsupported(
-            f"{factor.site} has {size} features, which {tp} tensor-parallel ranks cannot share "
-            "equally; choose another tp"
-        )
+    start, stop = share(size, tp, index)
     if split == "column":
-        return replace(factor, out_features=size // tp)
-    return replace(factor, in_features=size // tp) if split == "row" else factor
+        return replace(factor, out_features=stop - start)
+    return replace(factor, in_features=stop - start)
 
 
 def _spans(factor: Factor) -> list[tuple[int, int]]:
@@ -213,13 +234,12 @@ def _spans(factor: Factor) -> list[tuple[int, int]]:
 
 def _views(part: Part, local_L: Array, vector_P: Array) -> Iterable[tuple[Array, Array]]:
     """Pairs of views: a factor in the local vector, and the same numbers in the global one."""
-    index = part.place.tp_index
-    for own, its in zip(part.local.factors, part.whole.factors, strict=True):
-        for start, its_start, width, its_width in (
-            (own.a_start, its.a_start, own.in_features, its.in_features),
-            (own.b_start, its.b_start, own.out_features, its.out_features),
+    tp, index = part.place.tp, part.place.tp_index
+    for own, its, split in zip(part.local.factors, part.whole.factors, part.splits, strict=True):
+        for start, its_start, width, its_width, cut in (
+            (own.a_start, its.a_start, own.in_features, its.in_features, split == "row"),
+            (own.b_start, its.b_start, own.out_features, its.out_features, split == "column"),
         ):
-            own_RW = rows(local_L, start, own.rank, width)
+            first = share(its_width, tp, index)[0] if cut else 0
             its_RW = rows(vector_P, its_start, own.rank, its_width)
-            first = index * width if width < its_width else 0
-            yield own_RW, its_RW[:, first : first + width]
+            yield rows(local_L, start, own.rank, width), its_RW[:, first : first + width]

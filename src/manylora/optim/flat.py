@@ -23,7 +23,7 @@ class Pending:
 
     Attributes:
         grad_L: fp32; None where this rank has no term of it.
-        length: L.
+        length: L. slice_size: C.
         ranks: the dp ranks that hold its shares, in the order of the shares.
         num_whole: numbers at the front of which every tp rank has a term.
         repeated: ranges of these that are complete on every tp rank.
@@ -31,12 +31,10 @@ class Pending:
 
     grad_L: Tensor | None
     length: int
+    slice_size: int
     ranks: Sequence[int]
     num_whole: int
     repeated: Sequence[tuple[int, int]] = ()
-
-    def slice_size(self, slices: int) -> int:
-        return -(-self.length // slices)
 
 
 def reduced(due: Sequence[Pending], mesh: Mesh, device: torch.device) -> list[Tensor]:
@@ -49,7 +47,7 @@ def reduced(due: Sequence[Pending], mesh: Mesh, device: torch.device) -> list[Te
         return slices
     fronts = []
     for pending, slice_C in zip(due, slices, strict=True):
-        start = mesh.dp.index * pending.slice_size(mesh.dp.size)
+        start = mesh.dp.index * pending.slice_size
         fronts.append(slice_C[: _front(pending, start, slice_C)])
         if mesh.tp.index != 0:
             for first, last in pending.repeated:
@@ -64,7 +62,7 @@ def norms(due: Sequence[Pending], slices: Sequence[Tensor], mesh: Mesh) -> list[
     """L2 norm of each summed gradient, the same on every rank; every number counts once."""
     parts = []
     for pending, slice_C in zip(due, slices, strict=True):
-        start = mesh.dp.index * pending.slice_size(mesh.dp.size)
+        start = mesh.dp.index * pending.slice_size
         skipped = _front(pending, start, slice_C) if mesh.tp.index != 0 else 0
         # In fp64, since the terms come in other parts on every mesh.
         parts.append(torch.linalg.vector_norm(slice_C[skipped:], dtype=torch.float64))
@@ -73,26 +71,29 @@ def norms(due: Sequence[Pending], slices: Sequence[Tensor], mesh: Mesh) -> list[
     return mesh.world.sum_(squares_n).float().sqrt().tolist()
 
 
-def publish(masters: Sequence[Tensor], living: Sequence[Tensor], axis: Axis) -> None:
+def publish(
+    masters: Sequence[Tensor], living: Sequence[Tensor], sizes: Sequence[int], axis: Axis
+) -> None:
     """Let every rank have all slices of the new weights, in the dtype that layers read.
 
     Args:
         masters: this rank's slice of each adapter, fp32.
         living: what the layers read, [L] each; filled.
+        sizes: C of each.
     """
     # The wider dtypes first: a view of bytes as wider numbers has to begin at a multiple of theirs.
     order = sorted(range(len(living)), key=lambda i: -living[i].element_size())
-    sizes = [-(-len(living[i]) // axis.size) for i in order]
     parts = []
-    for i, size in zip(order, sizes, strict=True):
-        own_C = living[i].new_zeros(size)
+    for i in order:
+        own_C = living[i].new_zeros(sizes[i])
         own_C[: len(masters[i])] = masters[i]
         parts.append(own_C.view(torch.uint8))
     # Every rank's bytes have to begin there, too.
     parts.append(parts[0].new_zeros(-sum(map(len, parts)) % 8))
     everything = axis.gather(torch.cat(parts))
     start = 0
-    for i, size in zip(order, sizes, strict=True):
+    for i in order:
+        size = sizes[i]
         stop = start + size * living[i].element_size()
         for rank in range(axis.size):
             part_C = everything[rank, start:stop].view(living[i].dtype)
@@ -105,7 +106,7 @@ def _exchanged(due: Sequence[Pending], axis: Axis, device: torch.device) -> list
     """This rank's slice of every gradient, summed over dp."""
     if axis.size == 1:
         return [_grad(pending, device) for pending in due]
-    sizes = [pending.slice_size(axis.size) for pending in due]
+    sizes = [pending.slice_size for pending in due]
     sent = torch.zeros(axis.size, sum(sizes), device=device)
     for pending, columns in zip(due, sent.split(sizes, dim=1), strict=True):
         if pending.grad_L is None:
