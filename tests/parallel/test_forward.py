@@ -45,6 +45,10 @@ LOSSES = {
 }
 
 
+# Sums that nearly cancel: moving the base's weights by one rounding moves single factors by 1.3e-5.
+FACTOR = 3e-5
+
+
 def engine_with(
     mesh: Mesh | None, folder: str, names: list[str], *, checkpointing: bool = False
 ) -> Engine:
@@ -113,10 +117,11 @@ def compare(folder: str, names: list[str], mesh: str, *, checkpointing: bool = F
     assert leader.keys() == expected["gradients"].keys() == set(names)
     for name, layout in factors.items():
         found_P, expected_P = leader[name], expected["gradients"][name]
+        close(found_P, expected_P, 1e-5, f"gradient of {name}")
         for factor in layout.factors:
             what = f"{name}, {factor.site}"
-            close(factor.a(found_P), factor.a(expected_P), 1e-5, f"A of {what}")
-            close(factor.b_transposed(found_P), factor.b_transposed(expected_P), 1e-5, what)
+            close(factor.a(found_P), factor.a(expected_P), FACTOR, f"A of {what}")
+            close(factor.b_transposed(found_P), factor.b_transposed(expected_P), FACTOR, what)
 
 
 def names_for(base: str) -> list[str]:
@@ -196,10 +201,7 @@ def _stream_of(engine: Engine, data: Any, names: list[str]) -> tuple[_Stream, Ro
     """Each datum is a segment of one of the adapters in turn, or of none."""
     lengths = [len(datum) for datum in data]
     total = padded_rows(sum(lengths))
-    tokens_T, positions_T = (
-        torch.zeros(total, dtype=torch.long),
-        torch.zeros(total, dtype=torch.long),
-    )
+    tokens_T = torch.zeros(total, dtype=torch.long)
     segments = []
     for number, length in enumerate(lengths):
         adapter = engine.adapters[names[number % len(names)]] if names else None
@@ -208,7 +210,7 @@ def _stream_of(engine: Engine, data: Any, names: list[str]) -> tuple[_Stream, Ro
         segments.append(Segment(length, None if adapter is None else adapter.weights))
     segments.append(Segment(total - sum(lengths), None))
     table = RoutingTable(segments, training=True)
-    return _Stream(PackedStream(lengths, total), tokens_T, positions_T), table
+    return _Stream(PackedStream(lengths, total), tokens_T, tokens_T.clone()), table
 
 
 @pytest.mark.parametrize("names", [["one"], ["one", "three", "sixteen"], ["late"]])
@@ -233,6 +235,13 @@ def head_sent(mesh: Mesh, folder: str, names: list[str]):
     works = [work_of(name, "cross_entropy", data) for name in names or ["one"]]
     inner: dict[str, int] = {}
     loss = engine.head_loss
+    softmax, chunks = loss._softmax, list[int]()
+
+    def chunk(*arguments: Any) -> Any:
+        chunks.append(1)
+        return softmax(*arguments)
+
+    loss._softmax = chunk  # type: ignore[method-assign]
 
     def counted(*arguments: Any, **named: Any) -> Any:
         before = mesh.traffic.sent()
@@ -243,12 +252,13 @@ def head_sent(mesh: Mesh, folder: str, names: list[str]):
 
     engine.head_loss = counted  # type: ignore[assignment]
     must(engine.forward_backward(works))
-    return {name: calls for name, calls in inner.items() if calls}
+    return {"chunks": len(chunks), **{name: calls for name, calls in inner.items() if calls}}
 
 
 @pytest.mark.parametrize("names", [[], ["head"]])
-def test_the_loss_costs_two_collectives(tiny: TinyBases, names: list[str]):
-    """One for a chunk, which adapters on the head have their own of, and one for the stream."""
+def test_the_loss_costs_a_collective_for_each_chunk_and_one(tiny: TinyBases, names: list[str]):
+    """Adapters on the head have chunks of their own; the last collective sums the gradient."""
     folder = str(folder_of(tiny, "llama"))
     for result in run_ranks(head_sent, "tp=2", folder, names):
-        assert result == {"tp.gather": 2 if names else 1, "tp.sum": 1}
+        assert result == {"chunks": result["chunks"], "tp.gather": result["chunks"], "tp.sum": 1}
+        assert result["chunks"] > 1 if names else result["chunks"] == 1
