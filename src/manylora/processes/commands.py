@@ -4,13 +4,14 @@ P parameters of an adapter, S shares of a gradient.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from manylora.lora.layout import Layout
 from manylora.lora.sites import Site
 from manylora.lora.state import AdapterState
 from manylora.types import AdapterSpec
 from manylora.types.data import Array
+from manylora.types.mesh import MeshShape
 
 # Verbs of the engine that a control process may call, beside `open` and `stop`.
 VERBS = frozenset(
@@ -46,7 +47,6 @@ class Opening:
     """The engine that a group is to open; see `Engine`.
 
     Attributes:
-        dp, tp: the mesh.
         stacks: file that each process writes its stacks to if a command takes too long; its
             world rank is appended.
     """
@@ -56,10 +56,9 @@ class Opening:
     dtype: str
     device: str
     threads: int | None
-    activation_checkpointing: bool
-    dp: int
-    tp: int
-    stacks: str
+    activation_checkpointing: bool = False
+    mesh: MeshShape = field(default_factory=MeshShape)
+    stacks: str = ""
 
 
 @dataclass(frozen=True, slots=True)

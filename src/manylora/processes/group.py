@@ -80,7 +80,7 @@ class EngineGroup:
         self._folder = Path(tempfile.mkdtemp(prefix="manylora-"))
         self._opening = replace(opening, stacks=str(self._folder / "stacks"))
         self._step_seconds = step_seconds
-        self._size = opening.dp * opening.tp
+        self._size = opening.mesh.size
         self._generation = -1
         self._waiting: dict[int, dict[int, tuple[Hello, Connection]]] = defaultdict(dict)
         self._changed = threading.Condition()

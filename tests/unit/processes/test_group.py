@@ -37,7 +37,7 @@ SPEC = AdapterSpec(rank=3, init="gaussian", dropout=0.1, dtype="bf16")
 
 
 def opening(base: Path | str) -> Opening:
-    return Opening(str(base), 128, "auto", "cpu", 1, False, 1, 1, "")
+    return Opening(str(base), 128, "auto", "cpu", 1)
 
 
 @contextmanager
@@ -188,7 +188,7 @@ CONTROL = """
 import os, sys, time
 from manylora.processes import EngineGroup
 from manylora.processes.commands import Opening
-group = EngineGroup(Opening(sys.argv[1], 128, "auto", "cpu", 1, False, 1, 1, ""), step_seconds=60.0)
+group = EngineGroup(Opening(sys.argv[1], 128, "auto", "cpu", 1), step_seconds=60.0)
 group.open()
 print("open", flush=True)
 time.sleep(600)
