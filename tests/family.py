@@ -16,16 +16,22 @@ def below(pid: int) -> list[int]:
     return found[1:]
 
 
-def leaves_below(pid: int) -> list[int]:
-    """Those that have no children: the processes of a server's engine."""
-    own = below(pid)
-    return [one for one in own if not below(one)]
+def engine_processes(pid: int) -> list[int]:
+    """The processes of the engine of this control process: its launcher's children."""
+    launchers = _children([pid])
+    return _children(launchers)
 
 
 def runs(pid: int) -> bool:
     """Whether the process is there, and no zombie."""
     fields = _fields(pid)
     return bool(fields) and fields[0] not in "ZX"
+
+
+def _children(pids: list[int]) -> list[int]:
+    places = (int(place.name) for place in Path("/proc").glob("[0-9]*"))
+    fields = {pid: _fields(pid) for pid in places}
+    return [p for p, f in fields.items() if f and f[0] not in "ZX" and int(f[1]) in pids]
 
 
 def _fields(pid: int) -> list[str]:

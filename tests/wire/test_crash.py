@@ -13,7 +13,7 @@ import pytest
 import tinker
 
 from manylora.types import AdamParams
-from tests.family import leaves_below
+from tests.family import engine_processes
 from tests.wire.data import random_data, sdk_adam, to_sdk
 from tests.wire.server import BASE_ALIAS, Server
 from tests.wire.weights import Array, exported_factors
@@ -90,7 +90,7 @@ def test_an_engine_that_is_killed_again_and_again_is_a_pause(serve, connect):
     def shake() -> None:
         nonlocal losses, pauses
         while losses < KILLS and not done.wait(draw.uniform(0.3, 1.0)):
-            for pid in leaves_below(shaken.pid):
+            for pid in engine_processes(shaken.pid):
                 os.kill(pid, signal.SIGKILL)
             losses += 1
             while not done.wait(0.01) and not shaken.is_ready():

@@ -94,9 +94,9 @@ class EngineGroup:
         threading.Thread(
             target=self._accept, args=(secret,), name="manylora-meeting", daemon=True
         ).start()
-        self._launcher = start(
-            Assignment(f"unix:{path}", secret.hex(), self._size, self._opening.base)
-        )
+        self._start = start
+        self._assignment = Assignment(f"unix:{path}", secret.hex(), self._size, self._opening.base)
+        self._launcher = start(self._assignment)
 
     def open(self, on_lost: Callable[[str], None] = lambda reason: None) -> RemoteEngine:
         """Wait for the next generation and have it open the base.
@@ -185,7 +185,12 @@ class EngineGroup:
                         self._waiting.clear()
                         return [members[rank] for rank in range(self._size)]
                 status = self._launcher.poll()
-                if status is not None:
+                if status is not None and self._generation >= 0:
+                    log.error("the launcher went (exit status %s); another is started", status)
+                    self._generation = -1
+                    self._waiting.clear()
+                    self._launcher = self._start(self._assignment)
+                elif status is not None:
                     raise EngineLost(
                         f"the engine's processes could not be started (exit status {status}); the "
                         "log says why"

@@ -30,7 +30,7 @@ from manylora.types import (
     TargetError,
     causal_datum,
 )
-from tests.family import below, leaves_below, runs
+from tests.family import below, engine_processes, runs
 from tests.models import TinyBases
 
 SPEC = AdapterSpec(rank=3, init="gaussian", dropout=0.1, dtype="bf16")
@@ -56,7 +56,7 @@ def work(name: str, seed: int, length: int = 20) -> ForwardBackward:
 
 def member() -> int:
     """The one process of the one engine that runs."""
-    [pid] = leaves_below(os.getpid())
+    [pid] = engine_processes(os.getpid())
     return pid
 
 
