@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hub_logging
 
@@ -117,13 +118,22 @@ class BaseModel:
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """Logits [T, V] in fp32; adapters act on the head if a routing table is open.
 
-        On a mesh those of the rank's part of the vocabulary.
+        Under tensor parallelism the ranks' parts are gathered: for a bounded number of rows.
         """
         with self.head.gathered():
             logits_TV = self.model.get_output_embeddings()(hidden_TH).float()
+        if self.head.axis is not None:
+            logits_TV = _joined(logits_TV, self.head.axis, self.vocab_size)
         if self.head.softcap is not None:
             logits_TV = self.head.softcap * torch.tanh(logits_TV / self.head.softcap)
         return logits_TV
+
+
+def _joined(part_TV: Tensor, axis: Axis, vocab: int) -> Tensor:
+    """The ranks' parts of the vocabulary side by side."""
+    longest = -(-vocab // axis.size)
+    part_TV = functional.pad(part_TV, (0, longest - part_TV.shape[1]))
+    return axis.gather(part_TV.contiguous()).transpose(0, 1).flatten(1)[:, :vocab].contiguous()
 
 
 def resolve_base(name: str | Path) -> str:
@@ -289,7 +299,9 @@ def _check(base: BaseModel) -> None:
     with base.head.gathered():
         for tokens in sequences:
             output = base.model(input_ids=tokens.unsqueeze(0), use_cache=False)
-            stock.append(output.logits[0].float())
+            logits_TV = output.logits[0].float()
+            axis = base.head.axis
+            stock.append(logits_TV if axis is None else _joined(logits_TV, axis, base.vocab_size))
             forget_forward(base.backbone)
     base.model.set_attn_implementation(attention.NAME)
     total = padded_rows(sum(lengths))

@@ -176,7 +176,9 @@ def _fill(
                 begin = slices[0].start
                 slices[0] = slice(begin + first, begin + last)
             stored = files.part(sources[name], slices)
-            done[id(old)] = _parameter(stored.to(device, old.dtype), old)
+            # Copied, so that nothing of the mapped file stays.
+            values = torch.empty(stored.shape, dtype=old.dtype, device=device).copy_(stored)
+            done[id(old)] = _parameter(values, old)
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._parameters[leaf] = done[id(old)]
     for module in model.modules():
@@ -186,7 +188,6 @@ def _fill(
 
 def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
     """The values in the place of a parameter that had none."""
-    values = values.contiguous()
     if isinstance(like, DTensor):
         values = DTensor.from_local(
             values,
