@@ -1,6 +1,9 @@
 """Law 1 on a mesh: training together gives each adapter the bits that it gets alone there.
 
 Neither the neighbours nor the rank where its first share runs shows in an adapter's bits.
+
+Faults that were planted and seen to fail here: gradients added up in the order of the ranks instead
+of the shares, dropout drawn by rank.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,7 +22,8 @@ from tests.parallel.training import assert_same_numbers, crowd, train
 
 ROUNDS = 7
 FOUR = {"num_key_value_heads": 4}
-SHAPES = ["dp=2", "dp=4", "tp=2", "dp=2,tp=2"]
+SHAPES = ["dp=2", "dp=4", "dp=2,tp=2"]
+SLOW = [pytest.param(shape, marks=pytest.mark.slow) for shape in ("tp=2", "tp=4")]
 
 
 def trained(mesh: Mesh, folder: str, names: list[str] | None, seed: int | None) -> Any:
@@ -50,7 +54,7 @@ def trained(mesh: Mesh, folder: str, names: list[str] | None, seed: int | None) 
     return {"found": found, "homes": seen} if mesh.is_leader else None
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *SLOW])
 def test_together_as_alone_wherever_the_home_is(tiny, shape: str):
     folder: Path = tiny("llama", **FOUR)
     together = run_ranks(trained, shape, str(folder), None, None)[0]

@@ -1,4 +1,7 @@
-"""The optimizer's one pass on a mesh, against sums written down plainly; and what it sends."""
+"""The optimizer's one pass on a mesh, against sums written down plainly; and what it sends.
+
+Faults that were planted and seen to fail here: shares added up in the order of the ranks.
+"""
 
 from typing import Any
 
