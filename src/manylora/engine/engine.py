@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
 
 from manylora.engine.checking import check
 from manylora.engine.decoding import Decoder
@@ -39,6 +39,7 @@ from manylora.losses import Loss, Settings
 from manylora.models import BaseModel, open_base
 from manylora.models.base import checkpoint_activations
 from manylora.models.linears import find_linears
+from manylora.models.whole import whole_weight
 from manylora.parallel import Mesh
 from manylora.sampling import DecodeLoop
 from manylora.types import (
@@ -161,9 +162,9 @@ class Engine:
 
     def base_weight(self, site: str) -> Floats:
         """A copy of the frozen weight [N, K] of a linear layer, in fp32."""
-        weight = self.base.model.get_submodule(site).weight
-        assert isinstance(weight, Tensor)
-        return to_array(weight)
+        layer = self.base.model.get_submodule(site).base
+        assert isinstance(layer, nn.Linear)
+        return to_array(whole_weight(layer, self.base.mesh))
 
     def unload(self, name: str) -> None:
         """Forget an adapter; its snapshots stay."""
