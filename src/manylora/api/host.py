@@ -1,5 +1,6 @@
 """One engine, one queue, one worker: what every door submits to."""
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,8 +11,10 @@ from manylora.api.states import read_state, weights_only, write_state
 from manylora.api.verbs import Verbs
 from manylora.lora.state import AdapterState
 from manylora.scheduler import BatchReport, Call, Operation, OperationQueue, Residency, Worker
-from manylora.types import AdapterSpec
+from manylora.types import AdapterSpec, EngineLost
 from manylora.types.machine import free_host_bytes
+
+log = logging.getLogger("manylora.api")
 
 # Of the memory that is free once the base is open: for adapters in the engine, for their states on
 # their way in and out, and for snapshots. The rest is for activations and caches.
@@ -118,5 +121,9 @@ class Host:
         if cancel:
             self.queue.cancel_waiting()
         self.worker.join()
-        self.pager.save_all()
+        try:
+            if not self.worker.lost_with:
+                self.pager.save_all()
+        except EngineLost as error:
+            log.error("adapters could not be saved: %s", error)
         self.pager.close()

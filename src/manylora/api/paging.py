@@ -25,6 +25,7 @@ from manylora.types import (
     AdapterExists,
     AdapterNotFound,
     AdapterSpec,
+    EngineLost,
     ForwardBackward,
     ForwardBackwardResult,
     ManyloraError,
@@ -285,11 +286,15 @@ class Pager:
     ) -> list[Any]:
         faults = self._bring({operation.adapter for operation in operations})
         sound = [operation for operation in operations if operation.adapter not in faults]
+        lost = any(isinstance(fault, EngineLost) for fault in faults.values())
         try:
             outcomes = iter(verb(sound) if sound else ())
+        except EngineLost:
+            lost = True
+            raise
         finally:
-            # A failed operation is over, too.
-            for operation in operations:
+            # A failed operation is over, too; one that went with its engine will be run again.
+            for operation in operations if not lost else ():
                 if operation.adapter in self._pages:
                     self._advance(operation.adapter, operation.seq)
         return [

@@ -106,6 +106,7 @@ class Worker:
         # Samples in the decode loop. Equal ones have equal answers, so which is which is no matter.
         self._decoding: dict[int, list[Pending]] = {}
         self._began: list[tuple[Pending, float]] = []
+        self._loss: EngineLost | None = None
         self.lost_with: list[Operation] = []
         self._thread = threading.Thread(target=self._loop, name="manylora-engine", daemon=True)
         self._thread.start()
@@ -137,13 +138,7 @@ class Worker:
         taken, began = self.queue.clock(), self._clock()
         operations: list[Any] = [pending.operation for pending in batch]
         try:
-            first = operations[0]
-            if isinstance(first, Call):
-                outcomes: Sequence[Any] = [first.run()]
-            elif isinstance(first, OptimStep):
-                outcomes = self.runner.optim_step(operations)
-            else:
-                outcomes = self.runner.forward_backward(operations)
+            outcomes = self._run(operations)
         except Exception as error:  # a fault of ours or of the machine must not end the thread
             if not isinstance(error, ManyloraError):
                 log.exception("a batch of %d operations failed", len(batch))
@@ -162,6 +157,17 @@ class Worker:
         kind = _KINDS[type(operations[0])]
         self._report(kind, seconds, tokens, [(pending, taken) for pending in batch], fill)
 
+    def _run(self, operations: Sequence[Any]) -> Sequence[Any]:
+        if self._loss is not None:
+            # Whatever runs now would stand on something that did not.
+            raise self._loss
+        first = operations[0]
+        if isinstance(first, Call):
+            return [first.run()]
+        if isinstance(first, OptimStep):
+            return self.runner.optim_step(operations)
+        return self.runner.forward_backward(operations)
+
     # -- sampling -------------------------------------------------------------------------------
 
     def _admit(self) -> None:
@@ -170,12 +176,16 @@ class Worker:
             return
         operations: list[Any] = [pending.operation for pending in batch]
         try:
+            if self._loss is not None:
+                raise self._loss
             errors: Sequence[Exception | None] = self.runner.admit(operations)
         except Exception as error:
-            self._note_loss(error, operations)
-            log.exception("%d samples were not admitted", len(batch))
+            if not isinstance(error, EngineLost):
+                log.exception("%d samples were not admitted", len(batch))
             self._cancel_all(operations)
             errors = [error] * len(batch)
+        for error in errors:
+            self._note_loss(error, operations)
         for pending, error in zip(batch, errors, strict=True):
             if error is None:
                 self._decoding.setdefault(id(pending.operation), []).append(pending)
@@ -190,7 +200,8 @@ class Worker:
             if not found and not self.runner.decoding:
                 raise RuntimeError("the decode loop has lost its requests")
         except Exception as error:
-            log.exception("the decode loop failed")
+            if not isinstance(error, EngineLost):
+                log.exception("the decode loop failed")
             waiting = [p for entries in self._decoding.values() for p in entries]
             self._note_loss(error, [pending.operation for pending in waiting])
             found = [(cast(Sample, pending.operation), error) for pending in waiting]
@@ -226,12 +237,14 @@ class Worker:
         for operation in operations:
             try:
                 self.runner.cancel(operation)
+            except EngineLost:
+                return
             except Exception:  # the engine is in trouble already
                 log.exception("a sample could not be cancelled")
 
     def _note_loss(self, error: Any, operations: Sequence[Operation]) -> None:
-        if isinstance(error, EngineLost) and not self.lost_with:
-            self.lost_with = list(operations)
+        if isinstance(error, EngineLost) and self._loss is None:
+            self._loss, self.lost_with = error, list(operations)
 
     def _finish(self, pending: Pending, outcome: Any) -> None:
         """Give a sample's places back, and its client the outcome, if it still waits."""

@@ -12,6 +12,7 @@ from manylora.scheduler import BatchReport, Call, OperationQueue, Worker
 from manylora.types import (
     AdamParams,
     DataError,
+    EngineLost,
     ForwardBackward,
     OptimStep,
     Sample,
@@ -50,6 +51,8 @@ class Recorder:
         for operation in operations:
             if operation.adapter == "bad-machine":
                 raise RuntimeError("out of memory")
+            if operation.adapter == "deadly":
+                raise EngineLost("it is gone")
         return [DataError("bad data") if op.adapter == "bad-data" else op for op in operations]
 
     def forward_backward(self, works: Sequence[ForwardBackward]) -> list[Any]:
@@ -302,3 +305,22 @@ def test_training_and_sampling_take_turns_by_time():
     Worker(queue, recorder, observe=observe, clock=lambda: now[0]).join()
     assert order == (["optim_step"] + ["decode"] * 3) * 4
     assert recorder.turns == 12
+
+
+def test_after_the_engine_is_lost_nothing_runs_that_was_to_follow():
+    recorder, queue, ran = Recorder(), OperationQueue(100), []
+    worker = Worker(queue, recorder)
+    recorder.hold(queue)
+    futures = [queue.submit(step(name)) for name in ("deadly", "other")]
+    futures.append(queue.submit(Call("deadly", lambda: ran.append(1))))
+    recorder.gate.set()
+    for number in range(5):
+        with pytest.raises(EngineLost):
+            futures[number].result(WAIT)
+        if number == 0:
+            futures.append(queue.submit(Call(None, lambda: ran.append(2))))
+            futures.append(queue.submit(sample(None)))
+    assert [operation.adapter for operation in worker.lost_with] == ["deadly", "other"]
+    assert not ran
+    queue.close()
+    worker.join()
