@@ -70,13 +70,13 @@ def engine_with(
     return engine
 
 
-def worked(mesh: Mesh | None, folder: str, names: list[str], checkpointing: bool):
+def worked(mesh: Mesh | None, folder: str, names: list[str], checkpointing: bool, count: int = 4):
     """Two calls with gradients and one without; what they gave."""
     engine = engine_with(mesh, folder, names, checkpointing=checkpointing)
     vocab = engine.base.vocab_size
     rng = np.random.default_rng(11)
     calls = [
-        [work_of(n, LOSSES[n], random_data(rng, 4, LOSSES[n], vocab=vocab)) for n in chosen]
+        [work_of(n, LOSSES[n], random_data(rng, count, LOSSES[n], vocab=vocab)) for n in chosen]
         for chosen in (names, names[:1])
     ]
     forward = [work_of(n, "cross_entropy", random_data(rng, 2, vocab=vocab)) for n in names]
@@ -130,12 +130,39 @@ def names_for(base: str) -> list[str]:
     return [name for name in SPECS if not (uneven and "lm_head" in str(SPECS[name].targets))]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("base", BASES)
+# Every family on every mesh is a minute's work; without `slow` each is on two of them.
+GRID = [
+    pytest.param(
+        base,
+        mesh,
+        marks=() if base == "llama" or mesh in ("tp=4", "dp=2,tp=2") else pytest.mark.slow,
+    )
+    for base in BASES
+    for mesh in MESHES
+]
+
+
+@pytest.mark.parametrize(("base", "mesh"), GRID)
 def test_log_probabilities_and_gradients_are_those_of_one_process(
     tiny: TinyBases, base: str, mesh: str
 ):
     compare(str(folder_of(tiny, base)), names_for(base), mesh)
+
+
+@pytest.mark.parametrize("names", [["late"], ["late", "one"], ["head"]])
+@pytest.mark.parametrize("mesh", ["dp=2", "dp=4", "dp=2,tp=2"])
+def test_ranks_whose_adapters_reach_less_far_keep_step(
+    tiny: TinyBases, mesh: str, names: list[str]
+):
+    """One adapter acts on the last block only, another rank's on all; some ranks have no token."""
+    folder = str(folder_of(tiny, "llama"))
+    expected = worked(None, folder, names, False, 1)
+    for result in run_ranks(worked, mesh, folder, names, False, 1):
+        for number, row in enumerate(expected["logprobs"]):
+            close(result["logprobs"][number], row, 2e-6, f"log-probabilities {number}")
+        if result["gradients"]:
+            for name, gradient_P in expected["gradients"].items():
+                close(result["gradients"][name], gradient_P, 1e-5, name)
 
 
 @pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2", "tp=2"])

@@ -1,6 +1,8 @@
 """The optimizer's one pass on a mesh, against sums written down plainly; and what it sends.
 
-Faults that were planted and seen to fail here: shares added up in the order of the ranks.
+Faults that were planted and seen to fail here: shares added up in the order of the ranks, factors
+that are whole everywhere added up over tp, bytes of several dtypes end to end as they come, results
+that stay on their rank, a rank that refuses alone.
 """
 
 from typing import Any

@@ -107,6 +107,23 @@ def test_answers_are_those_of_one_process(tiny: TinyBases, base: str, mesh: str)
                         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
 
 
+def single(mesh: Mesh | None, folder: str):
+    engine = engine_for(mesh, folder)
+    sample = Sample(adapter="three", prompts=[list(range(40))], params=SamplingParams(max_tokens=6))
+    result = engine.sample([sample])[0]
+    assert isinstance(result, SampleResult)
+    return plain(result)
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "dp=4"])
+def test_ranks_without_a_request_keep_step(tiny: TinyBases, mesh: str):
+    folder = str(folder_of(tiny, "llama"))
+    expected = single(None, folder)
+    for result in run_ranks(single, mesh, folder):
+        assert result["tokens"] == expected["tokens"]
+        assert result["logprobs"][0].tobytes() == expected["logprobs"][0].tobytes()
+
+
 def cancelled(mesh: Mesh, folder: str):
     """One request is dropped half way; training goes on between two turns of the others."""
     engine = engine_for(mesh, folder)

@@ -115,6 +115,13 @@ class BaseModel:
             forget_forward(self.backbone)
         return output.last_hidden_state[0]
 
+    @torch.no_grad()
+    def run_nothing(self) -> None:
+        """A forward of padding rows: every rank of a mesh runs as many as the others."""
+        zeros_T = torch.zeros(padded_rows(1), dtype=torch.long, device=self.device)
+        with packed(PackedStream([], len(zeros_T))):
+            self.hidden(zeros_T, zeros_T)
+
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """Logits [T, V] in fp32; adapters act on the head if a routing table is open.
 

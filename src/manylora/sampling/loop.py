@@ -25,12 +25,12 @@ from manylora.models import BaseModel, KVCache, PackedStream, packed
 from manylora.models.cache import DecodeRows, DecodeStep, Extent, Filling
 from manylora.models.stream import decode_multiple, padded_rows
 from manylora.sampling.draw import Choice, RowSettings, choose, stream_key, uniforms
-from manylora.sampling.request import Answer, Request
-from manylora.sampling.scoring import PromptScorer, likeliest, logits_rows
+from manylora.sampling.request import Answer, Kinds, Request
+from manylora.sampling.scoring import PromptScorer, joined, likeliest, logits_rows
 from manylora.sampling.slots import Slots
 from manylora.sampling.stops import StopStrings
 from manylora.sampling.waiting import Prompt, Sequence, WaitingRoom
-from manylora.types import SampledSequence, TopK
+from manylora.types import SampledSequence
 from manylora.types.data import Array
 
 # Sequences that run at a time, and tokens that their cache may hold.
@@ -38,15 +38,6 @@ MAX_SEQUENCES = 256
 MAX_CACHED_TOKENS = 1 << 16
 # A prompt is read in pieces of this many tokens.
 PREFILL_CHUNK = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Kinds:
-    """What a step does: read prompts, feed sequences, begin some with the states they have."""
-
-    read: bool
-    feed: bool
-    begin: bool
 
 
 @dataclass(slots=True)
@@ -161,7 +152,7 @@ class DecodeLoop:
             self._read(chunks)
         hidden = [self._feed()] if self._running else []
         if kinds.feed and not hidden:
-            self._run_nothing()
+            self._base.run_nothing()
         begun = list(self._beginning)
         hidden += [s.prompt.hidden_H[None] for s in begun if s.prompt.hidden_H is not None]
         if hidden:
@@ -248,7 +239,7 @@ class DecodeLoop:
     def _read(self, chunks: list[tuple[Prompt, int]]) -> None:
         """Read the next tokens of some prompts."""
         if not chunks:
-            self._run_nothing()
+            self._base.run_nothing()
             return
         lengths = [tokens for _, tokens in chunks]
         kept = [prompt.read for prompt, _ in chunks]
@@ -289,14 +280,6 @@ class DecodeLoop:
             self._beginning.append(prompt.source)
         if prompt.scorer is not None and not prompt.scorer.finite:
             self._fail(prompt)
-
-    def _run_nothing(self) -> None:
-        """A forward of padding rows, for the other ranks' sake."""
-        zeros_T = torch.zeros(self._padded(1), dtype=torch.long, device=self._base.device)
-        segments = [Segment(len(zeros_T), None)]
-        table = RoutingTable(segments, training=False)
-        with routing(table), packed(PackedStream([], len(zeros_T))):
-            self._base.hidden(zeros_T, zeros_T)
 
     # -- decoding -------------------------------------------------------------------------------
 
@@ -410,11 +393,3 @@ class DecodeLoop:
 
     def _on_device(self, array: Array) -> Tensor:
         return torch.from_numpy(array).to(self._base.device, non_blocking=True)
-
-
-def joined(parts: list[TopK]) -> TopK:
-    """Places of one sequence as one."""
-    return TopK(
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([part.logprobs for part in parts]),
-    )

@@ -38,3 +38,12 @@ class Answer:
     sequences: tuple[SampledSequence, ...]
     scores: PromptScores | None
     finite: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    """What a step does: read prompts, feed sequences, begin some with the states they have."""
+
+    read: bool
+    feed: bool
+    begin: bool

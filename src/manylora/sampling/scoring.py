@@ -96,3 +96,11 @@ def likeliest(logprobs_cV: Tensor, k: int) -> TopK:
     """The k likeliest tokens of each row, best first; of equally likely ones the first."""
     values_ck, tokens_ck = logprobs_cV.topk(k, dim=-1)
     return TopK(tokens_ck.int().cpu().numpy(), values_ck.cpu().numpy())
+
+
+def joined(parts: list[TopK]) -> TopK:
+    """Places of one sequence as one."""
+    return TopK(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.logprobs for part in parts]),
+    )

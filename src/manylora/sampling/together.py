@@ -15,8 +15,8 @@ import torch
 
 from manylora.parallel import Mesh
 from manylora.sampling.answers import from_bytes, to_bytes
-from manylora.sampling.loop import DecodeLoop, Kinds
-from manylora.sampling.request import Answer, Request
+from manylora.sampling.loop import DecodeLoop
+from manylora.sampling.request import Answer, Kinds, Request
 
 
 @dataclass(slots=True)
