@@ -168,9 +168,9 @@ def same_with_adapters(rows: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-def peaks(tiny: TinyBases) -> Iterator[dict[str, Any]]:
-    """Activations at their peak, bytes of each token."""
-    for mesh, dtype in PEAKS:
+def peaks(tiny: TinyBases, chosen: Sequence[tuple[str, str]] = PEAKS) -> Iterator[dict[str, Any]]:
+    """Activations at their peak, bytes of each token, on (mesh, dtype)."""
+    for mesh, dtype in chosen:
         found = run_ranks(activation_peaks, mesh, folder_of(tiny, WIDE), dtype, 4)
         base = replace(WIDE, item=ITEMS[dtype])
         by_formula = activations(base, MeshShape.parse(mesh).tp, 4, WIDE.layers)
@@ -336,7 +336,8 @@ def main() -> None:
     if wrong:
         sys.exit("\n".join(["not as the formulas say:", *wrong]))
     if options.out:
-        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+        counts = [{name: value for name, value in row.items() if name != "formula"} for row in rows]
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in counts)
         parts = [f' "machine": {json.dumps(on)}', f' "rows": [\n{lines}\n ]']
         parts.append(f' "activations": {json.dumps(tokens)}')
         options.out.with_suffix(".json").write_text("{\n" + ",\n".join(parts) + "\n}\n")

@@ -1,6 +1,7 @@
 """Bytes that ranks hold and send are those of the formulas that docs/scale.md is made with."""
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,17 @@ def test_adapters_add_nothing_to_what_forward_backward_sends(rows: list[dict[str
     assert benchmark.same_with_adapters(rows) == []
 
 
+def test_activations_are_those_of_the_formula(tiny: TinyBases):
+    rows = list(benchmark.peaks(tiny, [("dp=1", "bf16")]))
+    assert [one for row in rows for one in benchmark.peak_differences(row)] == []
+    rows[0]["bytes_per_token"] *= 1.03
+    assert len(benchmark.peak_differences(rows[0])) == 1
+
+
 def test_differences_are_noticed(rows: list[dict[str, Any]]):
     for name in ("base", "gathered", "forward_backward_wire", "optim_step_peak"):
         wrong = copy.deepcopy(rows[1])
-        wrong["measured"][name] += 5000
+        wrong["measured"][name] += 1_000_000
         assert len(benchmark.differences(wrong)) == 1, name
     wrong = copy.deepcopy(rows[1])
     wrong["measured"]["held"]["moments"] += 4
@@ -88,7 +96,18 @@ def test_a_plan_is_sane():
     assert many.left(80e9) > few.left(80e9) and many.held(16) < few.held(16)
 
 
-def test_the_results_on_record_are_of_this_benchmark():
-    text = (REPO / "benchmarks/results/2026-11-20_mesh_gloo.md").read_text(encoding="utf-8")
-    assert f"{benchmark.BASE.parameters():,} parameters" in text
-    assert all(f"\n| {MeshShape.parse(mesh)} |" in text for mesh in benchmark.MESHES)
+def test_the_results_on_record_are_of_this_benchmark_and_these_formulas():
+    record = REPO / "benchmarks/results/2026-11-20_mesh_gloo.md"
+    found = json.loads(record.with_suffix(".json").read_text(encoding="utf-8"))
+    rows = found["rows"]
+    assert {row["mesh"] for row in rows} == {str(MeshShape.parse(m)) for m in benchmark.MESHES}
+    for row in rows:
+        row["formula"] = benchmark.formula(
+            row["mesh"], row["rank"], row["adapters"], checkpointing=row["checkpointing"]
+        )
+        assert benchmark.differences(row) == []
+    text = record.read_text(encoding="utf-8")
+    # All but the machine.
+    shown = benchmark.report(rows, found["activations"], "MACHINE")
+    before, after = shown.split("MACHINE")
+    assert text.startswith(before) and text.endswith(after + "\n")
