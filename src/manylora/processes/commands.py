@@ -47,8 +47,6 @@ class Opening:
 
     Attributes:
         dp, tp: the mesh.
-        stacks: file that each process writes its stacks to if a command takes too long; its
-            world rank is appended.
     """
 
     base: str
@@ -59,7 +57,6 @@ class Opening:
     activation_checkpointing: bool
     dp: int
     tp: int
-    stacks: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +112,20 @@ class Vectors:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Which processes to start, and whom they shall serve."""
+    """Which processes to start, and whom they shall serve.
+
+    Attributes:
+        address, secret: of the control process.
+        tp: each run of so many processes should share a machine.
+        base, device: what they will open, and where; see `Opening`.
+    """
 
     address: str
     secret: str
     num_processes: int
+    tp: int
     base: str
+    device: str
 
     def line(self) -> bytes:
         """As one line."""

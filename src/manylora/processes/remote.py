@@ -16,7 +16,7 @@ from manylora.lora.layout import Layout, plan_layout
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
 from manylora.processes.commands import About, Vectors
-from manylora.processes.connection import Connection, laid_out
+from manylora.processes.connection import Connection, Hung, answers, laid_out
 from manylora.types import (
     AdapterExists,
     AdapterNotFound,
@@ -57,6 +57,8 @@ class RemoteEngine:
     Attributes:
         base: what there is to know of the base. sites: where adapters can act.
         adapters, snapshots: what the processes hold, by name.
+        lost: why the processes are gone; None while they are there.
+        stacks: where each of them stood when a command took too long; empty if none did.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class RemoteEngine:
         self.adapters: dict[str, Resident] = {}
         self.snapshots: dict[str, Resident] = {}
         self.lost: str | None = None
+        self.stacks = ""
         self._connections = list(connections)
         self._step_seconds = step_seconds
         self._on_lost = on_lost
@@ -230,6 +233,7 @@ class RemoteEngine:
             try:
                 replies = self._ask(command)
             except (OSError, EOFError, ValueError) as error:
+                self.stacks = error.stacks if isinstance(error, Hung) else ""
                 raise self._lose(f"a process of the engine went during {verb}: {error}") from error
             return self._agreed(verb, replies)
 
@@ -237,12 +241,13 @@ class RemoteEngine:
         message = laid_out(command)
         for connection in self._connections:
             connection.send_frame(message)
-        return [connection.receive() for connection in self._connections]
+        replies = answers(self._connections, lambda reply: "fault" in reply)
+        return [replies[number] for number in sorted(replies)]
 
     def _agreed(self, verb: str, replies: Sequence[dict[str, Any]]) -> Any:
         """The leader's answer, if all are sound or all refuse alike."""
         faults = [reply["fault"] for reply in replies if "fault" in reply]
-        if faults and len(replies) == 1:  # as it would be in this process
+        if faults and len(self._connections) == 1:  # as it would be in this process
             raise RuntimeError(f"{verb} failed in the engine's process:\n{faults[0]}")
         refusals = ["refusal" in reply for reply in replies]
         if faults or any(refusals) != all(refusals):

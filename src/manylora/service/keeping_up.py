@@ -82,5 +82,5 @@ def opening_of(settings: ServerFile) -> Opening:
     return Opening(
         base=settings.base, token_budget=settings.token_budget, dtype=settings.dtype,
         device=settings.device, threads=settings.threads, activation_checkpointing=False,
-        dp=1, tp=1, stacks="",
+        dp=1, tp=1,
     )  # fmt: skip
