@@ -106,8 +106,8 @@ class Connection:
             except OSError as error:
                 raise Unreachable(
                     f"{socket.gethostname()} cannot reach the control process at {address}: "
-                    f"{error}; set engine_address to an address of the control process's machine that the "
-                    "cluster's machines can reach, and let no firewall stand between"
+                    f"{error}; set engine_address to an address of the control process's machine "
+                    "that the cluster's machines can reach, and let no firewall stand between"
                 ) from error
         self = cls(sock)
         theirs, ours = self._exactly(SECRET_BYTES), secrets.token_bytes(SECRET_BYTES)

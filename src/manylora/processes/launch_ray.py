@@ -38,13 +38,13 @@ Say = Callable[[dict[str, Any]], None]
 def main(address: str, place_seconds: float, say: Say) -> int:
     """Start the processes and watch them until they are told to stop; returns the exit status."""
     try:
-        say({"peer": _connected(address, say)})
+        say({"peer": connected(address, say)})
         line = sys.stdin.buffer.readline()
         if not line:
             return 0
         threading.Thread(target=_end_with, args=(sys.stdin.fileno(),), daemon=True).start()
         assignment = Assignment.parse(line)
-        keep_up(assignment, _placed(assignment, address, place_seconds))
+        keep_up(assignment, placed(assignment, address, place_seconds))
     except ManyloraError as error:
         say(_problem(error))
         return 1
@@ -171,7 +171,7 @@ def _peer_of(rank: int, places: Sequence[Place]) -> str:
     return next(others, places[rank].address)
 
 
-def _connected(address: str, say: Say) -> str:
+def connected(address: str, say: Say) -> str:
     """Join the cluster; the address of another of its machines."""
     try:
         import ray
@@ -187,8 +187,8 @@ def _connected(address: str, say: Say) -> str:
     except Exception as error:
         raise ConfigError(
             f"the Ray cluster {address!r} cannot be joined from {socket.gethostname()}: {error}; "
-            "this machine must be one of its nodes (ray start --address=HEAD:PORT, with --num-cpus=0 "
-            "--num-gpus=0 if it is to lend no device)"
+            "this machine must be one of its nodes (ray start --address=HEAD:PORT, with "
+            "--num-cpus=0 --num-gpus=0 if it is to lend no device)"
         ) from error
     patience.cancel()
     here = ray.util.get_node_ip_address()
@@ -214,7 +214,7 @@ def _give_up(address: str, say: Say) -> None:
     os._exit(1)
 
 
-def _placed(assignment: Assignment, address: str, seconds: float) -> Any:
+def placed(assignment: Assignment, address: str, seconds: float) -> Any:
     """A placement group with a device for each process, on as few machines as possible."""
     import ray
     from ray.util.placement_group import placement_group

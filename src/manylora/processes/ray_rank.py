@@ -23,6 +23,17 @@ class Place:
     gpus: tuple[str, ...]
 
 
+def prepare(environment: Mapping[str, str], peer: str) -> None:
+    """Let torch find its peers on the route toward `peer`, unless this machine is set up to use
+    another."""
+    os.environ.update(environment)
+    interface = interface_of(address_toward(peer))
+    if interface is not None:
+        # Otherwise gloo takes what the machine's own name resolves to, often 127.0.1.1.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+
+
 class RankActor:
     """Its methods run in the main thread of a process that belongs to it alone."""
 
@@ -51,12 +62,7 @@ class RankActor:
         Raises:
             Unreachable: nobody answers at `address`.
         """
-        os.environ.update(environment)
-        interface = interface_of(address_toward(peer))
-        if interface is not None:
-            # Otherwise gloo takes what the machine's own name resolves to, often 127.0.1.1.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+        prepare(environment, peer)
         # Not before: CUDA reads the environment when it is first imported.
         from manylora.processes import member
 

@@ -16,9 +16,8 @@ def address_toward(host: str) -> str:
     Raises:
         OSError: no such host, or no route.
     """
-    family, kind, protocol, _, target = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)[
-        0
-    ]
+    found = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)
+    family, kind, protocol, _, target = found[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(target)
         return probe.getsockname()[0]
