@@ -44,6 +44,7 @@ class OverRay:
         """
         word = self._heard()
         if "peer" not in word:
+            self.wait()
             raise self._as_error(word)
         return word["peer"]
 
@@ -66,13 +67,18 @@ class OverRay:
         status = self._process.poll()
         if status and self._problem is None:
             self._problem = self._as_error(self._heard())
+            self.wait()
         if self._problem is not None:
             raise self._problem
         return status
 
     def wait(self, timeout: float | None = None) -> int:
         """See `subprocess.Popen`."""
-        return self._process.wait(timeout)
+        status = self._process.wait(timeout)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        return status
 
     def kill(self) -> None:
         """End it at once; Ray ends its actors."""
