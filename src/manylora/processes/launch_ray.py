@@ -11,6 +11,7 @@ is connected, then reads an `Assignment`; if it ends before it is told to, it wr
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -29,8 +30,13 @@ REACH_SECONDS = 5.0
 CONNECT_SECONDS = 60.0
 # A group that is lost this often, each time so soon, is not started again.
 MOST_SHORT_LIVES, SHORT_SECONDS = 16, 30.0
+# How often a launcher that waits for a machine says so.
+REMIND_SECONDS = 30.0
 # How long the actors of a generation that is lost have for their end.
 END_SECONDS = 30.0
+
+_COLOURS = re.compile(r"\x1b\[\d*m")
+_WHERE = re.compile(r"\bip[=:] ?([0-9a-fA-F.:]+)")
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -97,7 +103,7 @@ def run_generation(assignment: Assignment, group: Any, generation: int) -> None:
     ]
     runs: list[Any] = []
     try:
-        places: list[Place] = ray.get([actor.place.remote() for actor in actors])
+        places = _places([actor.place.remote() for actor in actors], generation)
         order = ranks_of(places, assignment.tp)
         ordered = [actors[number] for number in order]
         spots = [places[number] for number in order]
@@ -121,6 +127,31 @@ def run_generation(assignment: Assignment, group: Any, generation: int) -> None:
         for actor in actors:
             ray.kill(actor)
         ray.wait(runs, num_returns=len(runs), timeout=END_SECONDS) if runs else None
+
+
+def _places(asked: Sequence[Any], generation: int) -> list[Place]:
+    """Where the actors are, once all are somewhere: a machine that went may take long to return.
+
+    Raises:
+        ConfigError: the first do not begin at all. RayError: later ones.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    while True:
+        there, missing = ray.wait(asked, num_returns=len(asked), timeout=REMIND_SECONDS)
+        try:
+            found: list[Place] = ray.get(there)
+        except RayError as error:
+            if generation == 0:
+                raise ConfigError(
+                    f"ray: a process of the engine cannot begin: {_cause(error)}; every machine of "
+                    "the cluster needs the same version of manylora and its own environment for it"
+                ) from error
+            raise
+        if not missing:
+            return found
+        print(f"the engine waits for {len(missing)} devices of the Ray cluster", file=sys.stderr)
 
 
 def ranks_of(places: Sequence[Place], tp: int) -> list[int]:
@@ -233,9 +264,11 @@ def placed(assignment: Assignment, address: str, seconds: float) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """What Ray's error is about, without the stacks that it quotes."""
-    cause = getattr(error, "cause", None) or error
-    return " ".join(line.strip() for line in str(cause).splitlines() if line.strip())[:2000]
+    """What Ray's error is about, and where: the last line of what it says."""
+    text = _COLOURS.sub("", str(getattr(error, "cause", None) or error)).strip()
+    where = _WHERE.search(text)
+    last = text.splitlines()[-1].strip() if text else type(error).__name__
+    return last + (f" (on {where[1]})" if where else "")
 
 
 def _problem(error: ManyloraError) -> dict[str, Any]:
