@@ -2,6 +2,8 @@
 one that writes nothing, in turns, in CPU time."""
 
 import asyncio
+import os
+import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -10,15 +12,17 @@ from typing import Any
 
 from benchmarks.service_load import summary
 from manylora.config import ServerFile
-from manylora.engine import Engine
+from manylora.processes import EngineGroup
 from manylora.scheduler import Journal, Record
 from manylora.service.contract import Failed, Ready
 from manylora.service.hub import TinkerHub
+from manylora.service.keeping_up import opening_of
 from manylora.service.server import Service
 from manylora.service.wire import messages as m
 from manylora.service.wire.codec import decode_forward_backward
 from manylora.service.wire.limits import WireLimits
 from manylora.store import Store
+from tests.family import engine_processes
 from tests.wire.data import random_data
 from tests.wire.raw import encode
 
@@ -81,48 +85,67 @@ async def _trainees(hub: TinkerHub, count: int, tokens: int) -> list[Trainee]:
 async def journal_cost(
     folder: Path, shapes: Sequence[tuple[int, int]], rounds: int, steps: int
 ) -> list[dict[str, Any]]:
-    """CPU of a step with and without the journal; a shape is models at once, tokens of each."""
+    """CPU of a step with and without the journal; a shape is models at once, tokens of each.
+
+    The engine has a process of its own, as in a server, so the control process's CPU time is what
+    the journal can add to, without the noise of the numbers.
+    """
     settings = ServerFile(base="seedling", aliases=[], data_dir=folder, threads=1)
+    group = EngineGroup(opening_of(settings), step_seconds=600.0)
     service = Service(settings, Store.in_folder(folder), WireLimits())
-    hub = await service.start(Engine("seedling", threads=1))
+    try:
+        hub = await service.start(await asyncio.to_thread(group.open))
+        rows = [await _cost(hub, *shape, rounds, steps) for shape in shapes]
+        await service.stop()
+    finally:
+        group.close()
+    return rows
+
+
+async def _cost(hub: TinkerHub, count: int, tokens: int, rounds: int, steps: int) -> dict[str, Any]:
     real = hub.parts.journal
     journals: dict[str, Any] = {"journal": real, "none": NullJournal(real)}
-    engine, writer = hub.parts.host.worker._thread, real._thread
-    rows = []
-    for count, tokens in shapes:
-        trainees = await _trainees(hub, count, tokens)
-        seen: dict[str, list[float]] = {
-            f"{what} {name}": [] for what in ("all", "engine", "wall") for name in journals
-        }
-        own: list[float] = []
-        for number in range(rounds + 1):
-            for name, journal in journals.items():
-                hub.parts.journal = journal
-                before = (time.process_time(), _cpu(engine), time.perf_counter(), _cpu(writer))
-                for _ in range(steps):
-                    await asyncio.gather(*(trainee.step() for trainee in trainees))
-                after = (time.process_time(), _cpu(engine), time.perf_counter(), _cpu(writer))
-                spent = [1e3 * (b - a) / steps for a, b in zip(before, after, strict=True)]
-                if number:  # the first round warms up
-                    for what, milliseconds in zip(("all", "engine", "wall"), spent, strict=False):
-                        seen[f"{what} {name}"].append(milliseconds)
-                    own += [spent[3]] if name == "journal" else []
-        ratios = [a / b - 1 for a, b in zip(seen["all journal"], seen["all none"], strict=True)]
-        engines = zip(seen["engine journal"], seen["engine none"], strict=True)
-        row = {
-            "models": count,
-            "tokens_each": tokens,
-            "ms_per_step": {name: summary(values) for name, values in seen.items()},
-            "writer_thread_ms": summary(own),
-            "writer_thread_share": summary(
-                [a / b for a, b in zip(own, seen["all journal"], strict=True)]
-            ),
-            "added_cpu_share": summary(ratios),
-            "added_engine_share": summary([a / b - 1 for a, b in engines]),
-        }
-        rows.append(row)
-    await service.stop()
-    return rows
+    trainees = await _trainees(hub, count, tokens)
+    what = ("control", "wall", "writer", "engine")
+    seen: dict[str, dict[str, list[float]]] = {name: {one: [] for one in what} for name in journals}
+    for number in range(rounds + 1):
+        # Who comes first changes from round to round.
+        for name in list(journals)[:: 1 if number % 2 else -1]:
+            hub.parts.journal = journals[name]
+            before = _clocks(real)
+            for _ in range(steps):
+                await asyncio.gather(*(trainee.step() for trainee in trainees))
+            spent = [1e3 * (b - a) / steps for a, b in zip(before, _clocks(real), strict=True)]
+            if number:  # the first round warms up
+                for one, milliseconds in zip(what, spent, strict=True):
+                    seen[name][one].append(milliseconds)
+    hub.parts.journal = real
+    whole = statistics.median(seen["none"]["control"]) + statistics.median(seen["none"]["engine"])
+    pairs = zip(seen["journal"]["control"], seen["none"]["control"], strict=True)
+    added = [a - b for a, b in pairs]
+    return {
+        "models": count,
+        "tokens_each": tokens,
+        "ms_per_step": {
+            f"{one}, {name}": summary(values)
+            for one in what
+            for name, values in ((name, seen[name][one]) for name in journals)
+        },
+        "added_control_ms": summary(added),
+        "added_share_of_a_step": summary([one / whole for one in added]),
+    }
+
+
+def _clocks(journal: Journal) -> tuple[float, float, float, float]:
+    """CPU of this process, time, CPU of the journal's thread, CPU of the engine's process."""
+    [engine] = engine_processes(os.getpid())
+    ran = int(Path(f"/proc/{engine}/schedstat").read_text().split()[0])
+    main = sum(
+        int((task / "schedstat").read_text().split()[0])
+        for task in Path(f"/proc/{engine}/task").iterdir()
+        if task.name != str(engine)
+    )
+    return time.process_time(), time.perf_counter(), _cpu(journal._thread), (ran + main) / 1e9
 
 
 def _cpu(thread: Any) -> float:

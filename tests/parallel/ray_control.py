@@ -7,14 +7,12 @@ import sys
 
 from manylora.processes import EngineGroup, OverRay, address_toward
 from manylora.processes.commands import Opening
+from manylora.types.mesh import MeshShape
 
 
 def opening(base: str, dp: int = 2) -> Opening:
     """A tiny base on `dp` processes."""
-    return Opening(
-        base=base, token_budget=64, dtype="fp32", device="cpu", threads=1,
-        activation_checkpointing=False, dp=dp, tp=1,
-    )  # fmt: skip
+    return Opening(base, 64, "fp32", "cpu", 1, mesh=MeshShape(dp=dp))
 
 
 def main(address: str, base: str) -> None:

@@ -35,7 +35,7 @@ class SumActor(RankActor):
 def main(address: str, folder: str) -> None:
     launch_ray.RankActor = SumActor  # type: ignore[misc]
     launch_ray.connected(address, print)
-    assignment = Assignment(folder, "", 2, 1, "", "cpu")
+    assignment = Assignment(folder, "", 2, "", "cpu")
     launch_ray.keep_up(assignment, launch_ray.placed(assignment, address, 30))
 
 

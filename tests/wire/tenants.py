@@ -240,6 +240,8 @@ class Tenant:
                 continue
             if answer.status == 408:
                 continue
+            if answer.status == 503 and b"opening its base" in answer.body:
+                continue  # there has been no engine for half a minute; the SDK comes again, too
             assert answer.status == 200, f"{path}: {answer.status} {answer.body[:500]!r}"
             return answer
 

@@ -4,11 +4,13 @@ everything is, to the last bit, what an undisturbed server gives."""
 import asyncio
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 
 from manylora.store import Store
+from tests.family import engine_processes
 from tests.wire.forked import ForkedServer
 from tests.wire.server import Server
 from tests.wire.tenants import RANKS, Luck, Seen, Tenant, everybody
@@ -18,9 +20,11 @@ PLANS = 4
 # Far more than a run takes, so that a slow machine is not taken for a stuck future.
 SECONDS = 240.0
 FEW, MANY = 2, int(os.environ.get("MANYLORA_CHAOS_SEEDS", "50"))
+MESHED = 10  # for each mesh
 FIRST = int(os.environ.get("MANYLORA_CHAOS_FIRST", "0"))
 
-_calm: dict[int, list[Seen]] = {}
+_calm: dict[tuple[int, str], list[Seen]] = {}
+ALONE = "dp=1"
 
 
 def new_keys(folder: Path) -> list[str]:
@@ -36,17 +40,17 @@ def new_keys(folder: Path) -> list[str]:
 pytestmark = pytest.mark.usefixtures("nursery")
 
 
-def undisturbed(plan: int, folder: Path) -> list[Seen]:
+def undisturbed(plan: int, folder: Path, mesh: str) -> list[Seen]:
     """What the eight see of a server that nobody disturbs, one request at a time."""
-    if plan not in _calm:
+    if (plan, mesh) not in _calm:
         keys = new_keys(folder)
-        with ForkedServer(folder) as server:
+        with ForkedServer(folder, "--mesh", mesh) as server:
             tenants = [
                 Tenant(number, plan, lambda: server.port, key, Luck())
                 for number, key in enumerate(keys)
             ]
-            _calm[plan] = asyncio.run(everybody(tenants, STEPS, SECONDS))
-    return _calm[plan]
+            _calm[plan, mesh] = asyncio.run(everybody(tenants, STEPS, SECONDS))
+    return _calm[plan, mesh]
 
 
 async def shake(server: Server, draw: random.Random, kills: int) -> None:
@@ -59,11 +63,27 @@ async def shake(server: Server, draw: random.Random, kills: int) -> None:
         await asyncio.to_thread(server.start)
 
 
-def storm(seed: int, folder: Path) -> tuple[list[Seen], Server]:
-    """What the eight see of a server that is shaken."""
+async def shake_engine(server: Server, draw: random.Random, kills: int) -> None:
+    """Kill one of the engine's processes at any moment, even while it starts."""
+    for _ in range(kills):
+        await asyncio.sleep(draw.uniform(0.0, 2.5))
+        processes = engine_processes(server.pid)
+        if processes:
+            os.kill(draw.choice(processes), signal.SIGKILL)
+
+
+def storm(seed: int, folder: Path, mesh: str) -> tuple[list[Seen], Server]:
+    """What the eight see of a server that is shaken, or of one whose mesh is."""
     draw = random.Random(seed)
     every = draw.choice((1, 3, 8))
-    options = ["--set", f"saving.every_steps={every}", "--set", "saving.every_seconds=0.5"]
+    options = [
+        "--mesh",
+        mesh,
+        "--set",
+        f"saving.every_steps={every}",
+        "--set",
+        "saving.every_seconds=0.5",
+    ]
     if seed % 2:
         options += ["--max-resident", str(draw.choice((1, 2, 5)))]
     keys = new_keys(folder)
@@ -76,16 +96,16 @@ def storm(seed: int, folder: Path) -> tuple[list[Seen], Server]:
             )
             for number, key in enumerate(keys)
         ]  # fmt: skip
-        shaking = shake(server, draw, kills=draw.randint(1, 5))
+        shaking = (shake if mesh == ALONE else shake_engine)(server, draw, draw.randint(1, 5))
         seen = asyncio.run(everybody(tenants, STEPS, SECONDS, shaking))
         assert not any("Traceback" in line or "traceback" in line for line in server.log)
     return seen, server
 
 
-def check(seed: int, folder: Path) -> None:
-    calm = undisturbed(seed % PLANS, folder / "calm")
-    seen, server = storm(seed, folder / "shaken")
-    assert server.num_kills >= 1
+def check(seed: int, folder: Path, mesh: str = ALONE) -> None:
+    calm = undisturbed(seed % PLANS, folder / "calm", mesh)
+    seen, server = storm(seed, folder / "shaken", mesh)
+    assert server.num_kills >= (mesh == ALONE)
     for number, (one, other) in enumerate(zip(seen, calm, strict=True)):
         assert one.results.keys() == other.results.keys(), number
         for name, result in other.results.items():
@@ -98,7 +118,19 @@ def test_a_storm_changes_nothing(seed: int, tmp_path: Path):
     check(seed, tmp_path)
 
 
+@pytest.mark.parametrize("mesh", ["dp=2", "tp=2"])
+def test_a_mesh_that_loses_its_processes_changes_nothing(mesh: str, tmp_path: Path):
+    check(3, tmp_path, mesh)
+
+
 @pytest.mark.chaos
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + MANY))
 def test_many_storms_change_nothing(seed: int, tmp_path: Path):
     check(seed, tmp_path)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("mesh", ["dp=2", "tp=2"])
+@pytest.mark.parametrize("seed", range(MESHED))
+def test_many_losses_of_a_mesh_change_nothing(seed: int, mesh: str, tmp_path: Path):
+    check(seed, tmp_path, mesh)

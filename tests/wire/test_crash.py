@@ -1,6 +1,8 @@
 """What was acknowledged is not lost: a server that is killed and started again goes on."""
 
+import os
 import random
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +13,7 @@ import pytest
 import tinker
 
 from manylora.types import AdamParams
+from tests.family import engine_processes
 from tests.wire.data import random_data, sdk_adam, to_sdk
 from tests.wire.server import BASE_ALIAS, Server
 from tests.wire.weights import Array, exported_factors
@@ -70,6 +73,39 @@ def test_killed_again_and_again(serve, connect, options: tuple[str, ...]):
         done.set()
         shaker.join()
     assert shaken.num_kills >= 1
+    for one, other in zip(factors(shaken, clients), calm, strict=True):
+        assert one.keys() == other.keys()
+        for layer, matrices in other.items():
+            for mine, theirs in zip(one[layer], matrices, strict=True):
+                assert np.array_equal(mine, theirs), layer
+
+
+def test_an_engine_that_is_killed_again_and_again_is_a_pause(serve, connect):
+    """The server stays, and says on `/readyz` when it has no engine."""
+    quiet: Server = serve(folder="calm")
+    calm = factors(quiet, everybody(quiet, connect))
+    shaken: Server = serve("--set", "saving.every_steps=7", folder="shaken")
+    done, draw, losses, pauses = threading.Event(), random.Random(1), 0, 0
+
+    def shake() -> None:
+        nonlocal losses, pauses
+        while losses < KILLS and not done.wait(draw.uniform(0.3, 1.0)):
+            for pid in engine_processes(shaken.pid):
+                os.kill(pid, signal.SIGKILL)
+            losses += 1
+            while not done.wait(0.01) and not shaken.is_ready():
+                pauses += 1
+
+    shaker = threading.Thread(target=shake)
+    shaker.start()
+    try:
+        clients = everybody(shaken, connect)
+    finally:
+        done.set()
+        shaker.join()
+    assert losses >= 1
+    assert pauses >= 1
+    assert shaken.num_kills == 0
     for one, other in zip(factors(shaken, clients), calm, strict=True):
         assert one.keys() == other.keys()
         for layer, matrices in other.items():

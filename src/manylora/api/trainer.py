@@ -5,7 +5,11 @@ from typing import Self
 
 from manylora.api.door import AdapterDoor
 from manylora.api.host import Host
+from manylora.api.verbs import Verbs
 from manylora.engine import Engine
+from manylora.processes import EngineGroup, launch
+from manylora.processes.commands import Opening
+from manylora.types.mesh import MeshShape
 
 
 class Trainer(AdapterDoor):
@@ -34,6 +38,8 @@ class Trainer(AdapterDoor):
         device: str = "auto",
         activation_checkpointing: bool = False,
         threads: int | None = None,
+        mesh: str = "dp=1,tp=1",
+        step_seconds: float = 600.0,
     ):
         """Open a base.
 
@@ -44,21 +50,45 @@ class Trainer(AdapterDoor):
             device: `auto` (CUDA if there is one), `cpu`, `cuda:1`, …
             activation_checkpointing: less memory for a third more time.
             threads: CPU threads of one operation; None = torch's choice.
+            mesh: processes that share the work, such as `dp=2,tp=2`; they are started and ended by
+                this one.
+            step_seconds: on a mesh, what takes longer is taken for hung.
 
         Raises:
             ConfigError: a setting is out of range.
             BaseModelError: the base cannot be opened.
             Unsupported: its architecture would not keep its numbers here.
         """
-        engine = Engine(
-            base,
-            token_budget=token_budget,
-            dtype=dtype,
-            device=device,
-            activation_checkpointing=activation_checkpointing,
-            threads=threads,
-        )
+        shape = MeshShape.parse(mesh)
+        self._token_budget = token_budget
+        self._group: EngineGroup | None = None
+        if shape.size == 1:
+            engine: Verbs = Engine(
+                base,
+                token_budget=token_budget,
+                dtype=dtype,
+                device=device,
+                activation_checkpointing=activation_checkpointing,
+                threads=threads,
+            )
+        else:
+            opening = Opening(
+                str(base), token_budget, dtype, device, threads, activation_checkpointing, shape
+            )
+            self._group = EngineGroup(opening, step_seconds=step_seconds, start=launch)
+            engine = self._opened(self._group)
         super().__init__(Host(engine, token_budget=token_budget))
+
+    def reopen(self) -> None:
+        """Open the base anew after the mesh was lost (`EngineLost`), without adapters.
+
+        Raises:
+            EngineLost: the processes cannot be started. BaseModelError, Unsupported.
+        """
+        assert self._group is not None, "an engine in this process is never lost"
+        self._host.abandon()
+        engine = self._opened(self._group)
+        super().__init__(Host(engine, token_budget=self._token_budget))
 
     def __enter__(self) -> Self:
         return self
@@ -68,4 +98,15 @@ class Trainer(AdapterDoor):
 
     def close(self, *, cancel: bool = False) -> None:
         """Run what is queued (or, with `cancel`, drop what has not started), then stop."""
-        self._host.close(cancel=cancel)
+        try:
+            self._host.close(cancel=cancel)
+        finally:
+            if self._group is not None:
+                self._group.close()
+
+    def _opened(self, group: EngineGroup) -> Verbs:
+        try:
+            return group.open()
+        except BaseException:
+            group.close()
+            raise

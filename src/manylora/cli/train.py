@@ -23,16 +23,22 @@ if TYPE_CHECKING:
     help="Change a setting, such as token_budget=2048 or adapters.NAME.sft.max_steps=5. "
     "May be repeated.",
 )
+@click.option("--mesh", help="Processes that share the work, such as dp=2,tp=2 [dp=1,tp=1].")
 @click.option("--overwrite", is_flag=True, help="Delete what an earlier run left in `out`.")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print events (or the plan) as JSON.")
 def train(
-    run_file: Path, overrides: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool
+    run_file: Path,
+    overrides: tuple[str, ...],
+    mesh: str | None,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> int:
     """Train all adapters of a run file; goes on where it was stopped."""
     from manylora.config import load_run_file
 
-    run = load_run_file(run_file, overrides)
+    run = load_run_file(run_file, (*overrides, *([f"mesh={json.dumps(mesh)}"] if mesh else [])))
     if dry_run:
         from manylora.runs.plan import plan_run
 

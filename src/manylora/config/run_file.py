@@ -7,10 +7,19 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from manylora.types import ALL_LINEAR, AdamParams, AdapterSpec
+from manylora.types.mesh import MeshShape
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -59,6 +68,13 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _mesh(text: str) -> str:
+    return str(MeshShape.parse(text))
+
+
+MeshText = Annotated[str, AfterValidator(_mesh)]
 
 
 class Settings(BaseModel):
@@ -270,6 +286,11 @@ class RunFile(Settings):
     """auto, cpu, cuda or cuda:N."""
     threads: Count | None = None
     """CPU threads; null = leave torch's choice."""
+    mesh: MeshText = "dp=1,tp=1"
+    """Processes that share the work, such as dp=2,tp=2. The tp processes of a group hold
+    the base's matrices in parts; tokens are dealt out over dp such groups."""
+    step_seconds: Positive = 600.0
+    """On a mesh: a step that takes longer is taken for hung, and its processes are started anew."""
     report: Flag = True
     """Write report.html."""
     tensorboard: Flag = True

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from manylora.config.run_file import Count, Positive, Settings, Text
+from manylora.config.run_file import Count, MeshText, Positive, Settings, Text
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -85,6 +85,9 @@ class ServerFile(Settings):
     step_seconds: Positive = 600.0
     """A step of the engine that takes longer is taken for hung: the engine's processes write down
     where they stand, and are started again."""
+    mesh: MeshText = "dp=1,tp=1"
+    """Processes of the engine, such as dp=2,tp=2. The tp processes of a group hold
+    the base's matrices in parts; tokens are dealt out over dp such groups."""
     max_resident: Count | None = None
     """Adapters in the engine at once; by default as many as measured memory allows."""
     long_poll_seconds: Annotated[float, Field(gt=0, le=40)] = 30.0

@@ -8,7 +8,7 @@ import numpy as np
 
 from manylora.lora.adapter import AdapterWeights
 from manylora.models import BaseModel
-from manylora.sampling import Answer, DecodeLoop, Request
+from manylora.sampling import Answer, DecodeLoop, LoopsTogether, Request
 from manylora.types import (
     DataError,
     DatumTooLong,
@@ -46,6 +46,10 @@ class Decoder:
         """`weights_of` tells what a request is to be answered with, or raises AdapterNotFound."""
         self.base = base
         self.loop = loop
+        self._together: LoopsTogether | None = None
+        self._queue: DecodeLoop | LoopsTogether = loop
+        if base.mesh.shape.size > 1:
+            self._queue = self._together = LoopsTogether(loop, base.mesh, base.device)
         self._weights_of = weights_of
         self._open: dict[Request, _Open] = {}
         self._whole: list[_Open] = []
@@ -72,7 +76,13 @@ class Decoder:
             run away).
         """
         until = time.monotonic() + seconds
-        while len(self.loop):
+        while self._together is not None and self._whole and not self._ready:
+            answered, time_is_up = self._together.turn(until)
+            for request, answer in answered:
+                self._take(request, answer)
+            if time_is_up:
+                break
+        while self._together is None and len(self.loop):
             for request, answer in self.loop.step():
                 self._take(request, answer)
             if self._ready or time.monotonic() >= until:
@@ -118,7 +128,7 @@ class Decoder:
             return None
         self._whole.append(entry)
         self._open.update(dict.fromkeys(requests, entry))
-        self.loop.admit(requests)
+        self._queue.admit(requests)
         return None
 
     def _take(self, request: Request, answer: Answer) -> None:
@@ -141,7 +151,7 @@ class Decoder:
         self._whole.remove(entry)
         for request in entry.requests:
             del self._open[request]
-            self.loop.cancel(request)
+            self._queue.cancel(request)
 
     def _check(self, sample: Sample) -> None:
         scoring = sample.scoring

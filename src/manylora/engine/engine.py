@@ -1,6 +1,6 @@
 """The engine's verbs: one base, many adapters, one packed batch.
 
-P parameters of an adapter, T tokens of a stream, H hidden size.
+P parameters of an adapter.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
 
+from manylora.engine.checking import check
 from manylora.engine.decoding import Decoder
 from manylora.engine.head_loss import HeadLoss
 from manylora.engine.host_memory import free_bytes, keep_freed_memory
 from manylora.engine.microbatch import MicroBatch, build
-from manylora.engine.plan import cut, pack
-from manylora.engine.results import Rows, results
+from manylora.engine.plan import Plan, make_plan
+from manylora.engine.results import Rows, found, gathered, results
+from manylora.engine.running import run, visit_every_block
+from manylora.engine.stepping import Due, step_alone, step_on_mesh
 from manylora.lora.adapter import (
     TORCH_DTYPES,
     Adapter,
@@ -25,26 +28,25 @@ from manylora.lora.adapter import (
     to_array,
     to_tensor,
 )
-from manylora.lora.init import fresh_state
+from manylora.lora.gathering import gathered_state, gathered_weights
+from manylora.lora.init import fresh_state, named_seed
 from manylora.lora.layout import plan_layout
 from manylora.lora.linear import wrap_linears
-from manylora.lora.routing import RoutingTable, routing
+from manylora.lora.sharding import ALONE, Place, part_of
 from manylora.lora.sites import Site, resolve_targets
 from manylora.lora.state import AdapterState, Floats
-from manylora.losses import Loss, Settings, get_loss
-from manylora.models import BaseModel, PackedStream, open_base, packed
+from manylora.losses import Loss, Settings
+from manylora.models import BaseModel, open_base
 from manylora.models.base import checkpoint_activations
 from manylora.models.linears import find_linears
-from manylora.optim import adamw_step, clip_, gradient_norms
+from manylora.models.whole import whole_weight
+from manylora.parallel import Mesh
 from manylora.sampling import DecodeLoop
 from manylora.types import (
     AdapterExists,
     AdapterNotFound,
     AdapterSpec,
     ConfigError,
-    DataError,
-    Datum,
-    DatumTooLong,
     ForwardBackward,
     ForwardBackwardResult,
     ManyloraError,
@@ -75,6 +77,7 @@ class Engine:
         device: str = "auto",
         activation_checkpointing: bool = False,
         threads: int | None = None,
+        mesh: Mesh | None = None,
     ):
         """Open the base.
 
@@ -84,6 +87,7 @@ class Engine:
             dtype, device: see `manylora.models.open_base`.
             activation_checkpointing: recompute each block in the backward.
             threads: CPU threads of one operation, for the whole process; None = torch's choice.
+            mesh: this rank's place among several; None = one process.
 
         Raises:
             ConfigError: a setting is out of range.
@@ -93,7 +97,9 @@ class Engine:
             raise ConfigError(f"token_budget is {token_budget}; it must be ≥ 1")
         if threads is not None:
             torch.set_num_threads(threads)
-        self.base: BaseModel = open_base(base, dtype=dtype, device=device)
+        # One process is one process, whatever it is called.
+        self.mesh = mesh if mesh is not None and mesh.shape.size > 1 else None
+        self.base: BaseModel = open_base(base, dtype=dtype, device=device, mesh=self.mesh)
         if self.base.device.type == "cpu":
             keep_freed_memory()
         self.token_budget = token_budget
@@ -101,17 +107,20 @@ class Engine:
         self.sites = tuple(
             Site(
                 found.name,
-                found.layer.in_features,
-                found.layer.out_features,
+                found.in_features,
+                found.out_features,
                 found.group,
                 found.is_head,
+                found.split,
             )
             for found in linears
         )
-        self.index = SiteIndex(self.sites)
+        self.index = SiteIndex(self.sites, _place(self.mesh))
         wrap_linears(self.base.model, self.index)
         if activation_checkpointing:
             checkpoint_activations(self.base)
+        if self._ranks > 1:
+            visit_every_block(self.base)
         self.head_loss = HeadLoss(self.base.head, self.sites[-1].group)
         self.adapters: dict[str, Adapter] = {}
         self.snapshots: dict[str, AdapterWeights] = {}
@@ -147,14 +156,15 @@ class Engine:
         """
         if name in self.adapters:
             raise AdapterExists(f"an adapter named {name!r} exists already; choose another name")
-        self.adapters[name] = Adapter(state, self.index, self.base.device)
+        home = named_seed(0, name) % self._ranks
+        self.adapters[name] = Adapter(state, self.index, self.base.device, home)
         return self.adapters[name]
 
     def base_weight(self, site: str) -> Floats:
         """A copy of the frozen weight [N, K] of a linear layer, in fp32."""
-        weight = self.base.model.get_submodule(site).weight
-        assert isinstance(weight, Tensor)
-        return to_array(weight)
+        layer = self.base.model.get_submodule(site).base
+        assert isinstance(layer, nn.Linear)
+        return to_array(whole_weight(layer, self.base.mesh))
 
     def unload(self, name: str) -> None:
         """Forget an adapter; its snapshots stay."""
@@ -169,7 +179,8 @@ class Engine:
 
     def state(self, name: str) -> AdapterState:
         """A detached copy of everything that training the adapter needs."""
-        return self._adapter(name).state()
+        adapter = self._adapter(name)
+        return adapter.state() if self.mesh is None else gathered_state(adapter, self.mesh)
 
     def snapshot(self, name: str, snapshot: str) -> None:
         """Freeze a copy of the adapter's weights under the name `snapshot`."""
@@ -178,13 +189,18 @@ class Engine:
     def snapshot_state(self, snapshot: str) -> AdapterState:
         """A snapshot as a state (fp32), for keeping it elsewhere."""
         weights = self.snapshots[snapshot]
-        return AdapterState(weights.spec, weights.layout, to_array(weights.weights_P))
+        if self.mesh is None:
+            vector_P = to_array(weights.weights_P)
+        else:
+            vector_P = gathered_weights(weights, self.mesh)
+        return AdapterState(weights.spec, weights.layout, vector_P)
 
     def install_snapshot(self, snapshot: str, state: AdapterState) -> None:
         """Bring a snapshot back that `snapshot_state` gave."""
         dtype = TORCH_DTYPES[state.spec.dtype]
-        weights_P = to_tensor(state.weights, self.base.device, dtype)
-        self.snapshots[snapshot] = AdapterWeights(state.spec, state.layout, weights_P, self.index)
+        part = part_of(state.layout, self.sites, self.index.place)
+        weights_P = to_tensor(part.take(state.weights), self.base.device, dtype)
+        self.snapshots[snapshot] = AdapterWeights(state.spec, part, weights_P, self.index)
 
     def drop_snapshot(self, snapshot: str) -> None:
         """Forget a snapshot."""
@@ -206,7 +222,8 @@ class Engine:
         losses: list[tuple[Loss, Settings] | None] = [None] * len(works)
         for number, work in enumerate(works):
             try:
-                losses[number] = self._check(work)
+                self._adapter(work.adapter)
+                losses[number] = check(work, self.base)
             except ManyloraError as error:
                 outcomes[number] = error
                 self._poison(work, error)
@@ -228,7 +245,8 @@ class Engine:
             gradient dropped), AdapterNotFound.
         """
         outcomes: list[OptimStepResult | ManyloraError | None] = [None] * len(steps)
-        due: list[tuple[int, OptimStep, Adapter]] = []
+        due: list[Due] = []
+        places: list[int] = []
         for number, step in enumerate(steps):
             adapter = self.adapters.get(step.adapter)
             if adapter is None:
@@ -240,10 +258,14 @@ class Engine:
                 )
                 adapter.drop_grad()
             else:
-                due.append((number, step, adapter))
-        norms = gradient_norms([adapter.require_grad() for *_, adapter in due]) if due else []
-        for (number, step, adapter), norm in zip(due, norms, strict=True):
-            outcomes[number] = _step(step, adapter, norm)
+                due.append((step, adapter))
+                places.append(number)
+        if self.mesh is None:
+            stepped = step_alone(due)
+        else:
+            stepped = step_on_mesh(due, self.mesh, self.base.device)
+        for number, outcome in zip(places, stepped, strict=True):
+            outcomes[number] = outcome
         return outcomes  # type: ignore[return-value]
 
     # -- sampling -------------------------------------------------------------------------------
@@ -289,62 +311,43 @@ class Engine:
             for number, work in enumerate(works)
             if losses[number] is not None and work.backward == backward
         ]
-        pieces = [p for number, work in runnable for p in cut(number, work, self.token_budget)]
+        plan = self._plan(runnable, backward=backward)
         rows = [
             self._run(
                 build(batch, self.adapters, losses, backward=backward, device=self.base.device),  # type: ignore[arg-type]
                 backward=backward,
             )
-            for batch in pack(pieces, self.token_budget)
+            for batch in plan.batches[self.index.place.dp_index]
         ]
-        for number, result in results(rows, runnable):
+        pieces = found(rows)
+        if self.mesh is not None and self._ranks > 1:
+            pieces = gathered(pieces, plan, self.mesh.dp, self.base.device)
+        for number, result in results(pieces, plan, runnable):
             outcomes[number] = self._finite(works[number], result)
 
     def _run(self, batch: MicroBatch, *, backward: bool) -> Rows:
-        """Forward, loss and backward of one micro-batch."""
-        table = RoutingTable(batch.segments, training=backward)
-        stream = PackedStream(batch.lengths, batch.total)
-        with torch.set_grad_enabled(backward), routing(table), packed(stream):
-            hidden_TH = self.base.hidden(batch.tokens_T, batch.positions_T)
-            out = self.head_loss(hidden_TH.detach(), batch, table, backward=backward)
-            # Nothing to do below the head if only the head carries adapters.
-            if out.grad_TH is not None and hidden_TH.requires_grad:
-                hidden_TH.backward(out.grad_TH)
-            out.grad_TH = None  # the rest is kept until all micro-batches have been started
-        for piece in batch.pieces:
-            if backward:
-                self.adapters[piece.adapter].has_grad = True
-        return Rows(batch, out)
+        return run(self.base, self.head_loss, batch, backward=backward)
 
-    def _check(self, work: ForwardBackward) -> tuple[Loss, Settings]:
-        self._adapter(work.adapter)
-        where = f"adapter {work.adapter!r}"
-        try:
-            loss = get_loss(work.loss)
-            settings = loss.settings(work.config)
-            for number, datum in enumerate(work.data):
-                where = f"adapter {work.adapter!r}, datum {number}"
-                loss.check(datum)
-                self._check_tokens(datum)
-        except DataError as error:
-            raise type(error)(f"{where}: {error}") from error
-        return loss, settings
+    def _plan(self, runnable: Sequence[tuple[int, ForwardBackward]], *, backward: bool) -> Plan:
+        """Who runs what. With `backward`, the adapters are told what they will have seen."""
+        adapters = {work.adapter: self.adapters[work.adapter] for _, work in runnable}
+        plan = make_plan(
+            runnable,
+            self.token_budget,
+            draws={name: adapter.draws for name, adapter in adapters.items()},
+            ranks=self._ranks,
+            homes={name: adapter.home for name, adapter in adapters.items() if backward},
+        )
+        if backward:
+            for name, count in plan.counts().items():
+                adapters[name].draws += count
+                adapters[name].note_grad(plan.homes[name], plan.shares[name])
+        return plan
 
-    def _check_tokens(self, datum: Datum) -> None:
-        if len(datum) > self.base.context_length:
-            raise DatumTooLong(
-                f"{len(datum)} tokens; the context of base {self.base.name!r} is "
-                f"{self.base.context_length}: shorten or split it"
-            )
-        for name, tokens in (
-            ("tokens", datum.tokens),
-            ("target_tokens", datum.loss_inputs["target_tokens"]),
-        ):
-            if tokens.min() < 0 or tokens.max() >= self.base.vocab_size:
-                stray = tokens[(tokens < 0) | (tokens >= self.base.vocab_size)].flat[0]
-                raise DataError(
-                    f"{name} holds {stray}; token ids are 0 … {self.base.vocab_size - 1}"
-                )
+    @property
+    def _ranks(self) -> int:
+        """Data-parallel ranks."""
+        return self.index.place.dp
 
     def _poison(self, work: ForwardBackward, error: Exception) -> None:
         adapter = self.adapters.get(work.adapter)
@@ -379,17 +382,7 @@ class Engine:
         return None if request.adapter is None else self._adapter(request.adapter).weights
 
 
-def _step(step: OptimStep, adapter: Adapter, norm: float) -> OptimStepResult | ManyloraError:
-    if not np.isfinite(norm):
-        adapter.drop_grad()
-        return NotFinite(
-            f"adapter {step.adapter!r}: the gradient's norm is {norm}; weights and moments are "
-            "unchanged. Lower the learning rate or look at the data of this step"
-        )
-    grad_P = adapter.require_grad()
-    clip_(grad_P, norm, step.params.clip_norm)
-    adamw_step(adapter.master_P, grad_P, *adapter.require_moments(), adapter.step, step.params)
-    adapter.step += 1
-    adapter.publish()
-    adapter.drop_grad()
-    return OptimStepResult(adapter.step, norm)
+def _place(mesh: Mesh | None) -> Place:
+    if mesh is None:
+        return ALONE
+    return Place(mesh.dp.size, mesh.dp.index, mesh.tp.size, mesh.tp.index)

@@ -2,7 +2,8 @@
 
 Logits exist for one chunk of rows at a time, so the memory of the loss does not grow with the
 stream. The head is frozen: it has no weight gradient, and the gradient of the hidden states is
-made in the same pass.
+made in the same pass. Under tensor parallelism a rank forms the logits of its own part of the
+vocabulary only (see `vocabulary`).
 
 T tokens, c rows of a chunk, H hidden size, V vocabulary; M targets beyond the first of each row,
 m of them in a chunk.
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from manylora.engine.microbatch import MicroBatch
+from manylora.engine.vocabulary import VocabularyPart
 from manylora.kernels import SegmentWork, shrink_expand, shrink_expand_backward
 from manylora.lora.routing import RoutingTable
 from manylora.losses.cross_entropy import cross_entropy
@@ -47,11 +49,13 @@ class HeadOutput:
 class _Softmax:
     """A chunk's forward: its input, what the adapters' backward needs, and exp(logits - max).
 
-    `cap_cV` is the derivative of the softcap, None where there is none.
+    `cap_cV` is the derivative of the softcap, None where there is none. The targets are places in
+    this rank's logits; `mine_c1` tells which of them are its own, None if all are.
     """
 
     h_cH: Tensor
     targets_c1: Tensor
+    mine_c1: Tensor | None
     sizes: list[int]
     work: list[SegmentWork]
     shrunk: list[Tensor]
@@ -65,11 +69,17 @@ class _Softmax:
 
 @dataclass(slots=True)
 class _More:
-    """A chunk's targets beyond the first: where in its logits, and how they fared."""
+    """A chunk's targets beyond the first: where in its logits, and how they fared.
+
+    `mine_m` tells which lie in this rank's logits, None if all do.
+    """
 
     start: int
     stop: int
+    rows_m: Tensor
+    targets_m: Tensor
     cells_m: Tensor
+    mine_m: Tensor | None
     weights_m: Tensor
     weight_c1: Tensor
     logprobs_m: Tensor
@@ -82,7 +92,8 @@ class HeadLoss:
         """`group` is the input group of the head's own site."""
         self.head = head
         self.group = group
-        rows = CHUNK_ELEMENTS // head.weight_VH.shape[0]
+        self.part = None if head.axis is None else VocabularyPart(head.axis, head.vocab)
+        rows = CHUNK_ELEMENTS // (head.vocab if self.part is None else self.part.longest)
         self.chunk_rows = max(ROW_MULTIPLE, rows // ROW_MULTIPLE * ROW_MULTIPLE)
 
     @torch.no_grad()
@@ -90,6 +101,12 @@ class HeadLoss:
         self, hidden_TH: Tensor, batch: MicroBatch, table: RoutingTable, *, backward: bool
     ) -> HeadOutput:
         """Run the head over a whole stream."""
+        with self.head.gathered():
+            return self._run(hidden_TH, batch, table, backward=backward)
+
+    def _run(
+        self, hidden_TH: Tensor, batch: MicroBatch, table: RoutingTable, *, backward: bool
+    ) -> HeadOutput:
         chunks = list(self._chunks(batch, table))
         inputs = {**batch.inputs, **self._sequence_inputs(hidden_TH, batch, table, chunks)}
         logprobs_T = torch.empty(batch.total, dtype=torch.float32, device=hidden_TH.device)
@@ -101,6 +118,8 @@ class HeadLoss:
             out.more_loss_M = torch.empty_like(batch.more.weights_M)
         for start, stop in chunks:
             self._chunk(hidden_TH, batch, inputs, table, start, stop, out)
+        if self.part is not None and out.grad_TH is not None:
+            self.part.axis.sum_(out.grad_TH)
         return out
 
     def _sequence_inputs(
@@ -175,18 +194,27 @@ class HeadLoss:
             logits_cV = head.softcap * torch.tanh(logits_cV / head.softcap)
         cap_cV = 1.0 - (logits_cV / head.softcap) ** 2 if head.softcap is not None else None
         # One exponential serves the normaliser, the log-probabilities and the gradient.
-        logits_cV = logits_cV.sub_(logits_cV.amax(dim=1, keepdim=True))
-        target_c1 = logits_cV.gather(1, targets_c1)
-        more = _gathered(batch, start, stop, logits_cV)
+        max_c1 = logits_cV.amax(dim=1, keepdim=True)
+        logits_cV = logits_cV.sub_(max_c1)
+        mine = None if self.part is None else self.part.mine(targets_c1)
+        places_c1 = targets_c1 if mine is None else mine.place
+        target_c1 = logits_cV.gather(1, places_c1)
+        more = _gathered(batch, start, stop, logits_cV, self.part)
         exp_cV = logits_cV.exp_()
         sum_c1 = exp_cV.sum(dim=1, keepdim=True)
-        log_c1 = sum_c1.log()
+        if self.part is not None:
+            sum_c1, log_c1, target_c1 = self._completed(
+                self.part, max_c1, sum_c1, target_c1, targets_c1, more
+            )
+        else:
+            log_c1 = sum_c1.log()
         logprobs_c = (target_c1 - log_c1).squeeze(1)
         if more is not None:
-            more.logprobs_m -= log_c1.view(-1)[more.cells_m // logits_cV.shape[1]]
+            more.logprobs_m -= log_c1.view(-1)[more.rows_m]
         return _Softmax(
             h_cH=h_cH,
-            targets_c1=targets_c1,
+            targets_c1=places_c1,
+            mine_c1=None if mine is None else mine.inside,
             sizes=sizes,
             work=work,
             shrunk=shrunk,
@@ -198,6 +226,27 @@ class HeadLoss:
             more=more,
         )
 
+    @staticmethod
+    def _completed(
+        part: VocabularyPart,
+        max_c1: Tensor,
+        sum_c1: Tensor,
+        target_c1: Tensor,
+        targets_c1: Tensor,
+        more: _More | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum, its logarithm and the targets' logits of the whole vocabulary; and `more`'s."""
+        nothing = targets_c1.new_empty(0)
+        more_m, rows_m, targets_m = (
+            (max_c1.new_empty(0), nothing, nothing)
+            if more is None
+            else (more.logprobs_m, more.rows_m, more.targets_m)
+        )
+        whole = part.whole(max_c1, sum_c1, target_c1, targets_c1, more_m, rows_m, targets_m)
+        if more is not None:
+            more.logprobs_m = whole.more_m
+        return whole.sum_c1, whole.log_c1, whole.target_c1
+
     def _gradient(self, chunk: _Softmax, slope_c: Tensor, slope_m: Tensor | None) -> Tensor:
         """The gradient of the chunk's hidden states [c, H]; uses up `exp_cV`."""
         # d loss / d logits = sum over targets of slope · (onehot(target) - softmax)
@@ -205,8 +254,12 @@ class HeadLoss:
         if chunk.more is not None:
             total_c1 = slope_c1 - chunk.more.weight_c1
         grad_cV = chunk.exp_cV.mul_(-total_c1 / chunk.sum_c1)
+        if chunk.mine_c1 is not None:
+            slope_c1 = slope_c1 * chunk.mine_c1
         grad_cV.scatter_add_(1, chunk.targets_c1, slope_c1)
         if chunk.more is not None and slope_m is not None:
+            if chunk.more.mine_m is not None:
+                slope_m = slope_m * chunk.more.mine_m
             # One dimension is added up in order, also where a row names a token twice.
             grad_cV.view(-1).scatter_add_(0, chunk.more.cells_m, slope_m)
         if chunk.cap_cV is not None:
@@ -248,7 +301,9 @@ def _losses(
     return loss_c, slope_c
 
 
-def _gathered(batch: MicroBatch, start: int, stop: int, logits_cV: Tensor) -> _More | None:
+def _gathered(
+    batch: MicroBatch, start: int, stop: int, logits_cV: Tensor, part: VocabularyPart | None
+) -> _More | None:
     """The shifted logits of a chunk's targets beyond the first, as `logprobs_m` to be completed."""
     more = batch.more
     first, last = batch.more_span(start, stop)
@@ -256,10 +311,22 @@ def _gathered(batch: MicroBatch, start: int, stop: int, logits_cV: Tensor) -> _M
         return None
     rows_c = torch.arange(stop - start, device=logits_cV.device)
     rows_m = rows_c.repeat_interleave(more.counts_T[start:stop], output_size=last - first)
-    cells_m = rows_m * logits_cV.shape[1] + more.targets_M[first:last]
+    targets_m = more.targets_M[first:last]
+    mine = None if part is None else part.mine(targets_m)
+    cells_m = rows_m * logits_cV.shape[1] + (targets_m if mine is None else mine.place)
     weight_c1 = _padded(more.weight_T, start, stop).unsqueeze(1)
     weights_m = more.weights_M[first:last]
-    return _More(first, last, cells_m, weights_m, weight_c1, logits_cV.view(-1)[cells_m])
+    return _More(
+        first,
+        last,
+        rows_m,
+        targets_m,
+        cells_m,
+        None if mine is None else mine.inside,
+        weights_m,
+        weight_c1,
+        logits_cV.view(-1)[cells_m],
+    )
 
 
 def _more_losses(more: _More | None, out: HeadOutput) -> Tensor | None:

@@ -5,15 +5,16 @@ returns the top of the heap after each, and the next step faults every page in a
 about a tenth of a step of the toy benchmark went there.
 """
 
-import ctypes
-import sys
-
 import torch
 
-from manylora.types.machine import free_host_bytes
-
-# Parameters of glibc's mallopt(3).
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
+from manylora.types.machine import (
+    M_ARENA_MAX,
+    M_MMAP_THRESHOLD,
+    M_TOP_PAD,
+    M_TRIM_THRESHOLD,
+    free_host_bytes,
+    set_malloc,
+)
 
 
 def keep_freed_memory() -> bool:
@@ -22,19 +23,14 @@ def keep_freed_memory() -> bool:
     One arena, because the engine allocates on a single thread, and only the main arena can keep
     blocks of any size.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    wanted = {
-        M_ARENA_MAX: 1,
-        M_MMAP_THRESHOLD: 32 << 20,  # the largest that glibc accepts
-        M_TRIM_THRESHOLD: (1 << 31) - 1,
-        M_TOP_PAD: 64 << 20,
-    }
-    accepted = [mallopt(parameter, value) == 1 for parameter, value in wanted.items()]
-    return all(accepted)
+    return set_malloc(
+        {
+            M_ARENA_MAX: 1,
+            M_MMAP_THRESHOLD: 32 << 20,  # the largest that glibc accepts
+            M_TRIM_THRESHOLD: (1 << 31) - 1,
+            M_TOP_PAD: 64 << 20,
+        }
+    )
 
 
 def free_bytes(device: torch.device) -> int:

@@ -100,15 +100,16 @@ def build(
     backward: bool,
     device: torch.device,
 ) -> MicroBatch:
-    """Lay pieces end to end. With `backward`, each takes the next place in its adapter's random
-    stream.
+    """Lay pieces end to end. Without any, the stream is padding alone.
 
     Args:
         losses: of each operation, by the pieces' `work`.
+        backward: whether the adapters need a gradient to add to.
     """
     data = [datum for piece in pieces for datum in piece.data]
     lengths = [len(datum) for datum in data]
-    rows, total = sum(lengths), padded_rows(sum(lengths))
+    rows = sum(lengths)
+    total = padded_rows(max(rows, 1))
     starts = np.cumsum([0, *(piece.rows for piece in pieces)])[:-1].tolist()
     names = sorted({name for piece in pieces for name in losses[piece.work][0].inputs})
     columns = {
@@ -123,18 +124,17 @@ def build(
     segments = []
     for piece in pieces:
         adapter = adapters[piece.adapter]
-        segments.append(Segment(piece.rows, adapter.weights, adapter.draws))
+        segments.append(Segment(piece.rows, adapter.weights, piece.draw))
         if backward:
             adapter.require_grad()
-            adapter.draws += 1
     segments.append(Segment(total - rows, None))
     return MicroBatch(
         pieces=pieces,
         starts=starts,
         lengths=lengths,
-        tokens_T=_stream([datum.tokens for datum in data], total, device),
-        positions_T=_stream([np.arange(n) for n in lengths], total, device),
-        targets_T=_stream([_first(d.loss_inputs["target_tokens"]) for d in data], total, device),
+        tokens_T=_tokens([datum.tokens for datum in data], total, device),
+        positions_T=_tokens([np.arange(n) for n in lengths], total, device),
+        targets_T=_tokens([_first(d.loss_inputs["target_tokens"]) for d in data], total, device),
         inputs={name: _stream(values, total, device) for name, values in columns.items()},
         losses=_shares(pieces, losses, total, device),
         segments=segments,
@@ -168,6 +168,10 @@ def _more_targets(data: Sequence[Datum], total: int, device: torch.device) -> Mo
         for array in (counts, np.concatenate(targets), np.concatenate(weights), weight)
     )
     return MoreTargets(np.cumsum(counts), counts_T, targets_M, weights_M, weight_T)
+
+
+def _tokens(parts: Sequence[Array], total: int, device: torch.device) -> Tensor:
+    return _stream(parts or [np.zeros(0, np.int64)], total, device)
 
 
 def _stream(parts: Sequence[Array], total: int, device: torch.device) -> Tensor:

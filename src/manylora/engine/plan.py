@@ -1,11 +1,19 @@
-"""Cutting work into pieces, and pieces into micro-batches.
+"""Cutting work into pieces, and dealing pieces out into micro-batches.
 
 The one rule that makes every adapter's numbers its own: how an adapter's work is cut depends on
 that work alone. Pieces are then packed whole beside other adapters' pieces, in order, so each
 adapter's gradient is the same sum of the same products whoever its neighbours are.
+
+Over several data-parallel ranks the rule goes on: an operation's pieces are dealt into shares, a
+function of that operation alone. Share s runs on rank (home + s) mod n. An adapter's home is
+chosen for balance, and kept while gradients are pending, so that each share is summed in one
+place; the shares are later added up in their order, wherever they were.
+
+A plan is a function of the operations and of what every rank knows of the adapters, so all ranks
+make the same one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from manylora.types import Datum, ForwardBackward
@@ -24,6 +32,8 @@ class Piece:
         first: number of its first datum within the operation.
         data: the data themselves.
         rows: their tokens.
+        draw: its position in the adapter's random stream.
+        share: which share of the operation it belongs to.
     """
 
     work: int
@@ -31,6 +41,72 @@ class Piece:
     first: int
     data: Sequence[Datum]
     rows: int
+    draw: int = 0
+    share: int = 0
+
+
+@dataclass(slots=True)
+class Plan:
+    """Who runs what.
+
+    Attributes:
+        pieces: all of them, in the order of the operations and of their data.
+        batches: for each rank its micro-batches; equally many, the last ones may be empty.
+        homes: of every adapter that has pieces.
+        shares: how many shares of every adapter have pieces; they are the first ones.
+    """
+
+    pieces: list[Piece]
+    batches: list[list[list[Piece]]]
+    homes: dict[str, int]
+    shares: dict[str, int]
+
+    def counts(self) -> dict[str, int]:
+        """Pieces of every adapter."""
+        counts: dict[str, int] = {}
+        for piece in self.pieces:
+            counts[piece.adapter] = counts.get(piece.adapter, 0) + 1
+        return counts
+
+
+def make_plan(
+    works: Iterable[tuple[int, ForwardBackward]],
+    token_budget: int,
+    *,
+    draws: Mapping[str, int],
+    ranks: int = 1,
+    homes: Mapping[str, int | None] | None = None,
+) -> Plan:
+    """Cut, deal out and pack.
+
+    Args:
+        works: operations with their numbers in the call.
+        draws: where each adapter stands in its random stream.
+        ranks: data-parallel ranks.
+        homes: of the adapters with pending gradients; None or absent = to be chosen.
+    """
+    pieces: list[Piece] = []
+    position: dict[str, int] = {}
+    for number, work in works:
+        own = cut(number, work, token_budget)
+        deal(own, ranks)
+        start = position.setdefault(work.adapter, draws[work.adapter])
+        for offset, piece in enumerate(own):
+            piece.draw = start + offset
+        position[work.adapter] += len(own)
+        pieces += own
+    shares: dict[str, int] = {}
+    for piece in pieces:
+        shares[piece.adapter] = max(shares.get(piece.adapter, 0), piece.share + 1)
+    chosen = choose_homes(pieces, ranks, homes or {})
+    queues: list[list[Piece]] = [[] for _ in range(ranks)]
+    for piece in pieces:
+        queues[(chosen[piece.adapter] + piece.share) % ranks].append(piece)
+    batches = [pack(queue, token_budget) for queue in queues]
+    longest = max(len(own_batches) for own_batches in batches)
+    for own_batches in batches:
+        own_batches += [[] for _ in range(longest - len(own_batches))]
+    return Plan(pieces, batches, chosen, shares)
 
 
 def cut(number: int, work: ForwardBackward, token_budget: int) -> list[Piece]:
@@ -46,6 +122,43 @@ def cut(number: int, work: ForwardBackward, token_budget: int) -> list[Piece]:
     if len(work.data) > start:
         pieces.append(Piece(number, work.adapter, start, work.data[start:], rows))
     return pieces
+
+
+def deal(pieces: Sequence[Piece], shares: int) -> None:
+    """Deal one operation's pieces into shares: the longest first, each onto the lightest."""
+    if shares == 1:
+        return
+    loads = [0] * shares
+    for piece in sorted(pieces, key=lambda p: -p.rows):
+        piece.share = min(range(shares), key=loads.__getitem__)
+        loads[piece.share] += piece.rows
+
+
+def choose_homes(
+    pieces: Iterable[Piece], ranks: int, kept: Mapping[str, int | None]
+) -> dict[str, int]:
+    """A home for every adapter, such that the ranks' tokens are as equal as may be.
+
+    The adapters that have a home come first, then the heaviest. Each goes where the sum of the
+    squares of the loads stays smallest.
+    """
+    tokens: dict[str, list[int]] = {}
+    for piece in pieces:
+        tokens.setdefault(piece.adapter, [0] * ranks)[piece.share] += piece.rows
+    loads = [0] * ranks
+    homes: dict[str, int] = {}
+    # Sorting is stable, so equals keep the order of the call.
+    for adapter in sorted(tokens, key=lambda a: (kept.get(a) is None, -sum(tokens[a]))):
+        own = tokens[adapter]
+        home = kept.get(adapter)
+        if home is None:
+            # Σ (load + own)² differs between homes by 2 Σ load · own only.
+            cost = [_product(loads, own, start) for start in range(ranks)]
+            home = cost.index(min(cost))
+        homes[adapter] = home
+        for share, rows in enumerate(own):
+            loads[(home + share) % ranks] += rows
+    return homes
 
 
 def pack(pieces: Iterable[Piece], token_budget: int) -> list[list[Piece]]:
@@ -66,3 +179,7 @@ def pack(pieces: Iterable[Piece], token_budget: int) -> list[list[Piece]]:
         batches[-1].append(piece)
         filled += piece.rows
     return batches
+
+
+def _product(loads: Sequence[int], own: Sequence[int], home: int) -> int:
+    return sum(loads[(home + share) % len(loads)] * rows for share, rows in enumerate(own))

@@ -7,10 +7,11 @@ Talks to: nobody; `lora` calls it.
 
 from manylora.kernels.lowrank import (
     Block,
+    Columns,
     Member,
     SegmentWork,
     shrink_expand,
     shrink_expand_backward,
 )
 
-__all__ = ["Block", "Member", "SegmentWork", "shrink_expand", "shrink_expand_backward"]
+__all__ = ["Block", "Columns", "Member", "SegmentWork", "shrink_expand", "shrink_expand_backward"]

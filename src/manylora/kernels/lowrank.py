@@ -65,6 +65,14 @@ class Block:
         self.scale = scales.pop() if len(scales) == 1 else None
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Where an input's columns lie in the whole input of `total`, of which others have the rest."""
+
+    start: int
+    total: int
+
+
 @dataclass(slots=True)
 class SegmentWork:
     """A block applied to one segment.
@@ -84,6 +92,7 @@ def shrink_expand(
     biases: Sequence[Tensor | None],
     sizes: list[int],
     work: Sequence[SegmentWork],
+    columns: Columns | None = None,
 ) -> list[Tensor]:
     """Write bias and low-rank term of every row into `ys`; the base's product is still to be added.
 
@@ -93,6 +102,7 @@ def shrink_expand(
         biases: [N_j] or None for each member.
         sizes: rows of each segment; they add up to T.
         work: the segments that have an adapter on this group.
+        columns: None if x is the whole input. Dropout masks are drawn for the whole one.
 
     Returns:
         sᵀ [R, t] of each item of `work`, which the backward needs.
@@ -106,7 +116,7 @@ def shrink_expand(
     shrunk = []
     for item in work:
         block, segment = item.block, item.segment
-        s_Rt = _matmul(block.a_RK, _dropped(xs[segment], item).t())
+        s_Rt = _matmul(block.a_RK, _dropped(xs[segment], item, columns).t())
         shrunk.append(s_Rt)
         for member, s_rt in zip(block.members, _rows(s_Rt, block), strict=True):
             y_tN = y_parts[member.output][segment]
@@ -127,6 +137,7 @@ def shrink_expand_backward(
     sizes: list[int],
     work: Sequence[SegmentWork],
     shrunk: Sequence[Tensor],
+    columns: Columns | None = None,
 ) -> None:
     """Add to the gradients of every segment's factors, and write the low-rank part of the input's.
 
@@ -135,7 +146,7 @@ def shrink_expand_backward(
         dys: gradient [T, N_j] of each output; None where nothing used the output.
         dx_TK: filled with the low-rank part of the input's gradient, to which the base's is still
             to be added; None if nobody needs it.
-        sizes, work: as in the forward.
+        sizes, work, columns: as in the forward.
         shrunk: what the forward returned.
     """
     xs = _segments(x_TK, sizes)
@@ -160,10 +171,10 @@ def shrink_expand_backward(
             _add_matmul(member.grad_bt_RN, s_rt, dy_tN, member.scale)
         assert block.grad_a_RK is not None
         scale = 1.0 if block.scale is None else block.scale
-        _add_matmul(block.grad_a_RK, ds_Rt, _dropped(xs[segment], item), scale)
+        _add_matmul(block.grad_a_RK, ds_Rt, _dropped(xs[segment], item, columns), scale)
         idle.discard(segment)
         if dx_parts is not None:
-            _write_input_gradient(dx_parts[segment], ds_Rt, scale, item)
+            _write_input_gradient(dx_parts[segment], ds_Rt, scale, item, columns)
     if dx_parts is not None:
         _zero(dx_parts, idle)
 
@@ -200,21 +211,26 @@ def _rows(s_Rt: Tensor, block: Block) -> Sequence[Tensor]:
     return (s_Rt,) if len(block.ranks) == 1 else s_Rt.split_with_sizes(block.ranks)
 
 
-def _write_input_gradient(dx_tK: Tensor, ds_Rt: Tensor, scale: float, item: SegmentWork) -> None:
+def _write_input_gradient(
+    dx_tK: Tensor, ds_Rt: Tensor, scale: float, item: SegmentWork, columns: Columns | None
+) -> None:
     _write_matmul(dx_tK, ds_Rt.t(), item.block.a_RK, scale)
     if item.dropout > 0.0:
-        dx_tK.mul_(_keep_mask(dx_tK, item))
+        dx_tK.mul_(_keep_mask(dx_tK, item, columns))
 
 
-def _dropped(x_tK: Tensor, item: SegmentWork) -> Tensor:
-    return x_tK if item.dropout == 0.0 else x_tK * _keep_mask(x_tK, item)
+def _dropped(x_tK: Tensor, item: SegmentWork, columns: Columns | None) -> Tensor:
+    return x_tK if item.dropout == 0.0 else x_tK * _keep_mask(x_tK, item, columns)
 
 
-def _keep_mask(x_tK: Tensor, item: SegmentWork) -> Tensor:
+def _keep_mask(x_tK: Tensor, item: SegmentWork, columns: Columns | None) -> Tensor:
     """0 or 1/(1-p) for each element; made again in the backward rather than stored."""
     keep = 1.0 - item.dropout
     generator = torch.Generator(x_tK.device).manual_seed(item.seed)
-    return torch.empty_like(x_tK).bernoulli_(keep, generator=generator).div_(keep)
+    if columns is None:
+        return torch.empty_like(x_tK).bernoulli_(keep, generator=generator).div_(keep)
+    whole = x_tK.new_empty(len(x_tK), columns.total).bernoulli_(keep, generator=generator)
+    return whole[:, columns.start : columns.start + x_tK.shape[1]].div_(keep)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

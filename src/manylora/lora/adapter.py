@@ -1,14 +1,17 @@
 """The adapter itself: a few vectors of one length, and views of them for each input group.
 
-P parameters of the adapter, R rank (summed over an input group's members), K input features,
-N output features, S shares of a pending gradient.
+On a mesh these are what one rank holds (see `sharding`).
+
+P parameters of the adapter that this rank holds, R rank (summed over an input group's members),
+K input features, N output features, S rows of a pending gradient.
 """
 
 import torch
 from torch import Tensor
 
 from manylora.kernels import Block, Member
-from manylora.lora.layout import Factor, Layout, rows
+from manylora.lora.layout import Factor, rows
+from manylora.lora.sharding import ALONE, Part, Place, part_of
 from manylora.lora.sites import Site
 from manylora.lora.state import AdapterState, Floats
 from manylora.types import AdapterSpec
@@ -33,16 +36,18 @@ class AdapterWeights:
 
     Attributes:
         weights_P: the vector, in the adapter's dtype.
-        spec, layout: the adapter's settings, and where its factors lie.
+        spec, layout: the adapter's settings, and where its factors lie in a state.
+        part: what this rank holds, and where that lies in the vector.
         blocks: input group → its factors, views of the vector.
     """
 
-    def __init__(self, spec: AdapterSpec, layout: Layout, weights_P: Tensor, sites: "SiteIndex"):
+    def __init__(self, spec: AdapterSpec, part: Part, weights_P: Tensor, sites: "SiteIndex"):
         self.spec = spec
-        self.layout = layout
+        self.layout = part.whole
+        self.part = part
         self.weights_P = weights_P
         self.blocks = {
-            group: _block(factors, weights_P, sites) for group, factors in layout.groups()
+            group: _block(factors, weights_P, sites) for group, factors in part.local.groups()
         }
 
     @property
@@ -52,14 +57,15 @@ class AdapterWeights:
 
     def snapshot(self, sites: "SiteIndex") -> "AdapterWeights":
         """A frozen copy: one clone of the vector."""
-        return AdapterWeights(self.spec, self.layout, self.weights_P.clone(), sites)
+        return AdapterWeights(self.spec, self.part, self.weights_P.clone(), sites)
 
 
 class SiteIndex:
-    """Which output of its input group each site is."""
+    """Which output of its input group each site is, and which rank of a mesh this is."""
 
-    def __init__(self, sites: tuple[Site, ...]):
+    def __init__(self, sites: tuple[Site, ...], place: Place = ALONE):
         self.sites = sites
+        self.place = place
         self.members: dict[int, list[Site]] = {}
         self.output_of: dict[str, int] = {}
         for site in sites:
@@ -74,54 +80,82 @@ class Adapter:
     In fp32 the weights are their own master copy, so an adapter costs 16 bytes a parameter once
     it has stepped: weights, gradient and two moments.
 
+    With several dp ranks `master_P` and the moments are this rank's slice only.
+
     Attributes:
         weights: the factors in the adapter's dtype, which the layers read.
+        layout: where they lie in a state. part: what this rank holds of them.
         master_P: fp32, what the optimizer updates.
         grad_P: fp32, summed over every call since the last step; None until first needed.
         exp_avg_P, exp_avg_sq_P: fp32 moments; None before the first step.
         step: optimizer steps made.
         draws: pieces of work seen, the position in the random stream of dropout.
-        has_grad: whether anything was accumulated since the last step.
+        has_grad: whether anything was accumulated since the last step, on any rank.
+        home: the dp rank of the first share of what was accumulated; None = nothing was.
+        shares: how many shares that is.
         poison: why this step's gradients must not be used; None when they may.
     """
 
-    def __init__(self, state: AdapterState, sites: SiteIndex, device: torch.device):
+    def __init__(self, state: AdapterState, sites: SiteIndex, device: torch.device, home: int = 0):
+        """`home` is where a pending gradient's first share goes."""
         dtype = TORCH_DTYPES[state.spec.dtype]
         self.spec, self.layout = state.spec, state.layout
-        self.master_P = to_tensor(state.weights, device)
-        living_P = self.master_P if dtype == torch.float32 else self.master_P.to(dtype)
-        self.weights = AdapterWeights(state.spec, state.layout, living_P, sites)
-        self.exp_avg_P = _tensor_or_none(state.exp_avg, device)
-        self.exp_avg_sq_P = _tensor_or_none(state.exp_avg_sq, device)
+        self.part = part = part_of(state.layout, sites.sites, sites.place)
+        whole_P = to_tensor(part.take(state.weights), device)
+        living_P = whole_P if dtype == torch.float32 else whole_P.to(dtype)
+        self.weights = AdapterWeights(state.spec, part, living_P, sites)
+        self.master_P = whole_P
+        if sites.place.dp > 1:
+            # Of fp32 weights a view, of others a copy that does not keep the rest alive.
+            own_P = whole_P[part.own]
+            self.master_P = own_P if living_P is whole_P else own_P.clone()
+        self.exp_avg_P = self._moment(state.exp_avg)
+        self.exp_avg_sq_P = self._moment(state.exp_avg_sq)
         self.grad_P: Tensor | None = None
         self.step, self.draws = state.step, state.draws
         self.has_grad = False
+        self.home: int | None = None
+        self.shares = 0
         self.poison = state.poison
         if state.grad is not None:
-            self._take_grad(state.grad)
+            self._take_grad(state.grad, home)
+
+    def _moment(self, array: Floats | None) -> Tensor | None:
+        if array is None:
+            return None
+        return to_tensor(self.part.take(array)[self.part.own], self.master_P.device)
 
     def require_grad(self) -> Tensor:
         """The gradient vector, made (as zeros) and tied to the blocks on first use."""
         if self.grad_P is None:
-            return self._tie_grad(torch.zeros_like(self.master_P))
+            return self._tie_grad(torch.zeros_like(self.weights.weights_P, dtype=torch.float32))
         return self.grad_P
 
     def _tie_grad(self, grad_P: Tensor) -> Tensor:
         self.grad_P = grad_P
-        for group, factors in self.layout.groups():
+        for group, factors in self.part.local.groups():
             block = self.weights.blocks[group]
             block.grad_a_RK = _a_rows(factors, grad_P)
             for member, factor in zip(block.members, factors, strict=True):
                 member.grad_bt_RN = factor.b_transposed(grad_P)
         return grad_P
 
-    def _take_grad(self, grad_SP: Floats) -> None:
-        """Begin with a pending gradient: its shares are added up in their order."""
-        device = self.master_P.device
-        grad_P = self._tie_grad(to_tensor(grad_SP[0], device))
-        for share_P in grad_SP[1:]:
-            grad_P.add_(to_tensor(share_P, device))
-        self.has_grad = True
+    def _take_grad(self, grad_SP: Floats, home: int) -> None:
+        """Begin with a pending gradient: its rows are added up in their order."""
+        self.note_grad(home, self.part.shares(len(grad_SP)))
+        own_P = self.part.take_pending(grad_SP, home)
+        if own_P is not None:
+            self._tie_grad(to_tensor(own_P, self.master_P.device))
+
+    def note_grad(self, home: int, shares: int) -> None:
+        """Something was accumulated, on this rank or another."""
+        self.has_grad, self.home = True, home
+        self.shares = max(self.shares, shares)
+
+    def share_ranks(self) -> list[int]:
+        """The dp ranks that hold what was accumulated, in the order of the shares."""
+        home = self.home or 0
+        return [(home + share) % self.part.place.dp for share in range(self.shares)]
 
     def require_moments(self) -> tuple[Tensor, Tensor]:
         """AdamW's two moments, made (as zeros) on first use."""
@@ -130,24 +164,31 @@ class Adapter:
             self.exp_avg_sq_P = torch.zeros_like(self.master_P)
         return self.exp_avg_P, self.exp_avg_sq_P
 
+    @property
+    def has_usable_grad(self) -> bool:
+        """Whether the next step may use what was accumulated."""
+        return self.has_grad and self.poison is None
+
     def drop_grad(self) -> None:
         """Forget what was accumulated."""
         if self.grad_P is not None:
             self.grad_P.zero_()
         self.has_grad, self.poison = False, None
+        self.home, self.shares = None, 0
 
     def publish(self) -> None:
-        """Let the layers see the master weights after they have changed."""
+        """Let the layers see the master weights after they have changed; not for dp slices."""
         if self.weights.weights_P is not self.master_P:
             self.weights.weights_P.copy_(self.master_P)
 
     def state(self) -> AdapterState:
         """A detached copy, in numpy arrays, of everything that training needs to go on.
 
-        Gradients that must not be used are left out, as the next step will be refused and drop
-        them; that it will be is part of the state.
+        Of an adapter that one rank holds; see `gathering` for others. Gradients that must not be
+        used are left out, as the next step will be refused and drop them; that it will be is part
+        of the state.
         """
-        grad_P = self.grad_P if self.has_grad and self.poison is None else None
+        grad_P = self.grad_P if self.has_usable_grad else None
         return AdapterState(
             spec=self.spec,
             layout=self.layout,
@@ -162,9 +203,9 @@ class Adapter:
 
     def num_bytes(self) -> int:
         """Bytes held by the adapter's vectors now."""
-        vectors = [self.master_P, self.grad_P, self.exp_avg_P, self.exp_avg_sq_P]
-        if self.weights.weights_P is not self.master_P:
-            vectors.append(self.weights.weights_P)
+        vectors = [self.weights.weights_P, self.grad_P, self.exp_avg_P, self.exp_avg_sq_P]
+        if self.spec.dtype != "fp32":
+            vectors.append(self.master_P)
         return sum(v.numel() * v.element_size() for v in vectors if v is not None)
 
 
@@ -175,10 +216,6 @@ def _block(factors: tuple[Factor, ...], vector_P: Tensor, sites: SiteIndex) -> B
         bt_RN = factor.b_transposed(vector_P)
         members.append(Member(sites.output_of[factor.site], factor.rank, factor.scale, bt_RN))
     return Block(a_RK, tuple(members), [factor.rank for factor in factors])
-
-
-def _tensor_or_none(array: Floats | None, device: torch.device) -> Tensor | None:
-    return None if array is None else to_tensor(array, device)
 
 
 def _array_or_none(tensor: Tensor | None) -> Floats | None:

@@ -6,6 +6,11 @@ The layers that read one tensor (q, k and v; gate and up) form an input group. T
 that is called computes the outputs of all of them, the others pick theirs up, and one backward
 serves the group: the frozen weights' input gradients and the low-rank terms are summed into one
 buffer, in a fixed order, so the result does not depend on which adapters are present.
+
+Under tensor parallelism a rank has parts of the layers, and of the factors: column-wise A whole and
+B split, row-wise A split and B whole. What it computes is a summand: of the input's gradient where
+the layers are split by columns, of the outputs where they are split by rows. Base and adapters are
+summed over the ranks together, once for each input group.
 """
 
 from collections.abc import Sequence
@@ -15,10 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from manylora.kernels import shrink_expand, shrink_expand_backward
+from manylora.kernels import Columns, shrink_expand, shrink_expand_backward
 from manylora.lora.adapter import SiteIndex
 from manylora.lora.routing import RoutingTable, current_table
+from manylora.models.splitting import SplitLinear
+from manylora.parallel import Axis
 from manylora.types import Unsupported
+from manylora.types.mesh import Split
 
 
 class InputGroup:
@@ -30,6 +38,19 @@ class InputGroup:
         # A leaf that makes autograd visit the group although neither its input nor any
         # registered parameter asks for a gradient, as in the first layer.
         self.anchor = torch.zeros((), requires_grad=True)
+        self.split: Split = "whole"
+        self.axis: Axis | None = None
+        self.columns: Columns | None = None
+        if isinstance(layers[0], SplitLinear):
+            self._split_over(layers[0])
+
+    def _split_over(self, layer: SplitLinear) -> None:
+        self.split, self.axis = layer.split, layer.axis
+        ways = {one.split if isinstance(one, SplitLinear) else "whole" for one in self.layers}
+        if len(ways) > 1:
+            raise Unsupported(f"layers that read one tensor are split differently: {sorted(ways)}")
+        if layer.split == "row":
+            self.columns = Columns(layer.axis.share(layer.whole_in)[0], layer.whole_in)
 
     def outputs(self, x: Tensor, table: RoutingTable) -> list[Tensor | None]:
         """The output of every member, base and adapters together."""
@@ -39,6 +60,13 @@ class InputGroup:
         return list(_GroupFunction.apply(x, anchor, self, table))
 
     def _forward(self, x: Tensor, table: RoutingTable) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        ys, shrunk = self._products(x, table)
+        if self.split == "row" and self.axis is not None:
+            for y in ys:
+                self.axis.sum_(y)
+        return ys, shrunk
+
+    def _products(self, x: Tensor, table: RoutingTable) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         work = table.work(self.number)
         if not work:
             return tuple(functional.linear(x, one.weight, one.bias) for one in self.layers), []
@@ -47,7 +75,8 @@ class InputGroup:
         rows_TK = x_TK if places is None else x_TK.index_select(0, places.rows)
         sizes = table.sizes if places is None else places.sizes
         ys = [x_TK.new_empty(len(rows_TK), layer.weight.shape[0]) for layer in self.layers]
-        shrunk = shrink_expand(rows_TK, ys, [one.bias for one in self.layers], sizes, work)
+        biases = [one.bias for one in self.layers]
+        shrunk = shrink_expand(rows_TK, ys, biases, sizes, work, self.columns)
         if places is not None:
             ys = [y.index_select(0, places.back_T) for y in ys]
         for y_TN, layer in zip(ys, self.layers, strict=True):
@@ -55,12 +84,17 @@ class InputGroup:
         return tuple(y_TN.view(*x.shape[:-1], -1) for y_TN in ys), shrunk
 
     def _input_gradient(self, flat: Sequence[Tensor | None], dx_TK: Tensor | None) -> Tensor | None:
-        """Add the base's products to `dx_TK`, if there is one, always in the same order."""
+        """Add the base's products to `dx_TK`, if there is one, always in the same order.
+
+        On a mesh summed over the ranks, where each has some of the outputs.
+        """
         for dy_TN, layer in zip(flat, self.layers, strict=True):
             if dy_TN is not None and dx_TK is None:
                 dx_TK = dy_TN @ layer.weight
             elif dy_TN is not None and dx_TK is not None:
                 dx_TK.addmm_(dy_TN, layer.weight)
+        if dx_TK is not None and self.split == "column" and self.axis is not None:
+            self.axis.sum_(dx_TK)
         return dx_TK
 
 
@@ -129,7 +163,7 @@ class _GroupFunction(torch.autograd.Function):
             x, *shrunk = ctx.saved_tensors
             x_TK = x.view(-1, x.shape[-1])
             dx_TK = torch.empty_like(x_TK) if ctx.needs_input_grad[0] else None
-            shrink_expand_backward(x_TK, flat, dx_TK, table.sizes, work, shrunk)
+            shrink_expand_backward(x_TK, flat, dx_TK, table.sizes, work, shrunk, group.columns)
         if ctx.needs_input_grad[0]:
             dx_TK = group._input_gradient(flat, dx_TK)
         return (None if dx_TK is None else dx_TK.view(ctx.in_shape)), None, None, None
@@ -147,7 +181,7 @@ def wrap_linears(model: nn.Module, sites: SiteIndex) -> None:
         layers = []
         for site in members:
             layer = model.get_submodule(site.name)
-            if type(layer) is not nn.Linear:
+            if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, SplitLinear):
                 raise Unsupported(
                     f"{site.name} is a {type(layer).__name__}; adapters need nn.Linear"
                 )

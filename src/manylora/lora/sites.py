@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from manylora.types import ALL_LINEAR, AdapterSpec, TargetError
+from manylora.types.mesh import Split
 
 Value = TypeVar("Value")
 
@@ -25,6 +26,8 @@ class Site:
         group: number of its input group: the sites that read the very same tensor (q, k and v of
             a layer, say), which share one pass over it.
         is_head: whether it is the output head.
+        split: over tensor-parallel ranks: `column` splits N, `row` splits K, `whole` neither. K and
+            N are those of the whole layer.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Site:
     out_features: int
     group: int
     is_head: bool = False
+    split: Split = "whole"
 
     @property
     def leaf(self) -> str:

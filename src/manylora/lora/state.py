@@ -25,8 +25,8 @@ class AdapterState:
         layout: where each factor lies in the vectors.
         weights: fp32 [P], the master weights.
         exp_avg, exp_avg_sq: fp32 [P], AdamW's moments; None before the first step.
-        grad: fp32 [S, P], gradient accumulated since the last step, which is the sum of its rows;
-            None when there is none.
+        grad: fp32 [S, P], gradient accumulated since the last step, which is the sum of its rows
+            (see `sharding.Part.pending`); None when there is none.
         step: optimizer steps made.
         draws: pieces of work seen, the position in the adapter's random stream.
         poison: why the gradients of this step must not be used, so that the next optimizer step is

@@ -3,23 +3,28 @@
 T tokens, H hidden size, V vocabulary.
 """
 
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as hub_logging
 
 from manylora.models import attention
+from manylora.models.gathering import Shared, forget_forward
+from manylora.models.parts import SAMPLED, open_part, sampled_fingerprint, sampling_stride
+from manylora.models.splitting import SplitLinear
 from manylora.models.stream import PackedStream, packed, padded_rows
 from manylora.models.tokenizer import open_tokenizer
+from manylora.parallel import Axis, Mesh
 from manylora.types import BaseModelError, Unsupported
+from manylora.types.mesh import MeshShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEEDLING = "seedling"
@@ -31,12 +36,46 @@ BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 @dataclass(slots=True)
 class Head:
-    """The frozen output head: logits = softcap·tanh((h Wᵀ + bias) / softcap), or without a cap."""
+    """The frozen output head: logits = softcap·tanh((h Wᵀ + bias) / softcap), or without a cap.
 
-    weight_VH: Tensor
-    bias_V: Tensor | None
+    On a mesh a rank has the logits of its part of the vocabulary, and the weight is read while
+    `gathered` is open.
+
+    Attributes:
+        layer: the linear layer.
+        axis: the ranks that have the other parts of the vocabulary; None where there is no mesh.
+    """
+
+    layer: nn.Linear
     softcap: float | None
     name: str
+    axis: Axis | None = None
+    shared: Shared = field(default_factory=Shared)
+
+    @property
+    def weight_VH(self) -> Tensor:
+        return self.layer.weight
+
+    @property
+    def bias_V(self) -> Tensor | None:
+        return self.layer.bias
+
+    @property
+    def vocab(self) -> int:
+        """V of the whole vocabulary."""
+        layer = self.layer
+        return layer.whole_out if isinstance(layer, SplitLinear) else layer.out_features
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """The part [first, last) of the vocabulary that this rank's logits are of."""
+        return (0, self.vocab) if self.axis is None else self.axis.share(self.vocab)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """While this is open the weight may be read; every rank opens it at the same point."""
+        with self.shared.gathered():
+            yield
 
 
 @dataclass(slots=True)
@@ -65,20 +104,36 @@ class BaseModel:
     device: torch.device
     dtype: torch.dtype
     fingerprint: str
+    mesh: Mesh
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
         """Last hidden states [T, H] of the stream that is open (see `packed`)."""
         output = self.backbone(
             input_ids=tokens_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False
         )
+        if not torch.is_grad_enabled():
+            forget_forward(self.backbone)
         return output.last_hidden_state[0]
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
-        """Logits [T, V] in fp32; adapters act on the head if a routing table is open."""
-        logits_TV = self.model.get_output_embeddings()(hidden_TH).float()
+        """Logits [T, V] in fp32; adapters act on the head if a routing table is open.
+
+        Under tensor parallelism the ranks' parts are gathered: for a bounded number of rows.
+        """
+        with self.head.gathered():
+            logits_TV = self.model.get_output_embeddings()(hidden_TH).float()
+        if self.head.axis is not None:
+            logits_TV = _joined(logits_TV, self.head.axis, self.vocab_size)
         if self.head.softcap is not None:
             logits_TV = self.head.softcap * torch.tanh(logits_TV / self.head.softcap)
         return logits_TV
+
+
+def _joined(part_TV: Tensor, axis: Axis, vocab: int) -> Tensor:
+    """The ranks' parts of the vocabulary side by side."""
+    longest = -(-vocab // axis.size)
+    part_TV = functional.pad(part_TV, (0, longest - part_TV.shape[1]))
+    return axis.gather(part_TV.contiguous()).transpose(0, 1).flatten(1)[:, :vocab].contiguous()
 
 
 def resolve_base(name: str | Path) -> str:
@@ -88,37 +143,48 @@ def resolve_base(name: str | Path) -> str:
     return str(name)
 
 
-def open_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> BaseModel:
+def open_base(
+    name: str | Path, *, dtype: str = "auto", device: str = "auto", mesh: Mesh | None = None
+) -> BaseModel:
     """Load a base, freeze it, and check that packed streams give its own numbers.
 
     Args:
         name: `seedling`, a folder, or a hub id.
         dtype: `auto` (as stored), `fp32`, `bf16` or `fp16`.
         device: `auto` (CUDA if there is one), or a torch device.
+        mesh: of which this rank opens its part; every rank opens the same base.
 
     Raises:
         BaseModelError: not found, unreadable, or not a causal LM.
-        Unsupported: an architecture whose numbers a packed stream would change.
+        Unsupported: an architecture whose numbers a packed stream would change, or that this mesh
+            cannot split.
     """
     folder = resolve_base(name)
     place = torch.device(
         device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     )
+    mesh = mesh or Mesh.join(MeshShape(), place)
     hub_logging.disable_progress_bar()
+    shared = Shared()
     try:
         config = AutoConfig.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES.get(dtype, dtype), attn_implementation=attention.NAME
-        )
+        if mesh.shape.size > 1:
+            opened = open_part(folder, config, DTYPES.get(dtype), place, mesh)
+            model, shared, print_ = opened.model.eval(), opened.head, opened.fingerprint
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=DTYPES.get(dtype, dtype), attn_implementation=attention.NAME
+            )
+            model.to(place).eval().requires_grad_(False)
+            print_ = fingerprint(model)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
             f"cannot open base {str(name)!r}: {error}. Name `{SEEDLING}`, a folder with "
             "config.json and safetensors, or a hub id"
         ) from error
-    model.to(place).eval().requires_grad_(False)
     _silence_dropout(model)
     text_config = config.get_text_config()
-    head = _head(model, text_config)
+    head = _head(model, text_config, mesh, shared)
     base = BaseModel(
         name=str(name),
         folder=folder,
@@ -128,10 +194,11 @@ def open_base(name: str | Path, *, dtype: str = "auto", device: str = "auto") ->
         tokenizer=open_tokenizer(folder),
         context_length=_context_length(text_config),
         eos_token_ids=_eos(model),
-        vocab_size=head.weight_VH.shape[0],
+        vocab_size=head.vocab,
         device=place,
         dtype=head.weight_VH.dtype,
-        fingerprint=fingerprint(model),
+        fingerprint=print_,
+        mesh=mesh,
     )
     _check(base)
     return base
@@ -142,14 +209,12 @@ def fingerprint(model: nn.Module) -> str:
 
     It reads a few hundred values of each tensor, so it costs milliseconds at any size.
     """
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict(keep_vars=True).items()):
+    values = {}
+    for name, value in model.state_dict(keep_vars=True).items():
         flat = value.detach().reshape(-1)
-        stride = max(1, flat.numel() // 256)
-        sample = flat[::stride][:257].float().cpu().numpy().tobytes()
-        digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
-        digest.update(sample)
-    return digest.hexdigest()
+        sample = flat[:: sampling_stride(flat.numel())][: SAMPLED + 1]
+        values[name] = (tuple(value.shape), value.dtype, sample)
+    return sampled_fingerprint(values)
 
 
 def checkpoint_activations(base: BaseModel) -> None:
@@ -176,15 +241,16 @@ def _silence_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def _head(model: Any, config: Any) -> Head:
+def _head(model: Any, config: Any, mesh: Mesh, shared: Shared) -> Head:
     layer = model.get_output_embeddings()
-    if type(layer) is not nn.Linear:
+    if type(layer) not in (nn.Linear, SplitLinear):
         raise Unsupported(
             f"the output head is a {type(layer).__name__}; only nn.Linear is supported"
         )
     name = next(n for n, module in model.named_modules() if module is layer)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, layer.bias, None if softcap is None else float(softcap), name)
+    axis = mesh.tp if mesh.tp.size > 1 else None
+    return Head(layer, None if softcap is None else float(softcap), name, axis, shared)
 
 
 def _context_length(config: Any) -> int:
@@ -219,8 +285,13 @@ def _check(base: BaseModel) -> None:
     ]
     stock = []
     base.model.set_attn_implementation("eager")
-    for tokens in sequences:
-        stock.append(base.model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0].float())
+    with base.head.gathered():
+        for tokens in sequences:
+            output = base.model(input_ids=tokens.unsqueeze(0), use_cache=False)
+            logits_TV = output.logits[0].float()
+            axis = base.head.axis
+            stock.append(logits_TV if axis is None else _joined(logits_TV, axis, base.vocab_size))
+            forget_forward(base.backbone)
     base.model.set_attn_implementation(attention.NAME)
     total = padded_rows(sum(lengths))
     tokens_T = torch.zeros(total, dtype=torch.long, device=base.device)

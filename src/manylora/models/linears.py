@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from manylora.models.base import BaseModel
+from manylora.models.splitting import SplitLinear
 from manylora.models.stream import PackedStream, packed, padded_rows
+from manylora.types.mesh import Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,23 @@ class FoundLinear:
     layer: nn.Linear
     group: int
     is_head: bool
+
+    @property
+    def in_features(self) -> int:
+        """K of the whole layer."""
+        layer = self.layer
+        return layer.whole_in if isinstance(layer, SplitLinear) else layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """N of the whole layer."""
+        layer = self.layer
+        return layer.whole_out if isinstance(layer, SplitLinear) else layer.out_features
+
+    @property
+    def split(self) -> Split:
+        """How it is split over tp."""
+        return self.layer.split if isinstance(self.layer, SplitLinear) else "whole"
 
 
 @torch.no_grad()

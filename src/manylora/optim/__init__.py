@@ -1,10 +1,11 @@
 """Optimizer arithmetic on an adapter's vectors.
 
-Owns: norms, clipping, AdamW.
+Owns: norms, clipping, AdamW; on a mesh, the sums of the gradients and the spreading of the weights.
 Does not own: which adapters step (engine), learning-rate schedules (clients).
-Talks to: nobody; the engine calls it.
+Talks to: parallel below; the engine calls it.
 """
 
 from manylora.optim.adamw import adamw_step, clip_, gradient_norms
+from manylora.optim.flat import Pending, norms, publish, reduced
 
-__all__ = ["adamw_step", "clip_", "gradient_norms"]
+__all__ = ["Pending", "adamw_step", "clip_", "gradient_norms", "norms", "publish", "reduced"]

@@ -4,13 +4,14 @@ P parameters of an adapter, S shares of a gradient.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from manylora.lora.layout import Layout
 from manylora.lora.sites import Site
 from manylora.lora.state import AdapterState
 from manylora.types import AdapterSpec
 from manylora.types.data import Array
+from manylora.types.mesh import MeshShape
 
 # Verbs of the engine that a control process may call, beside `open` and `stop`.
 VERBS = frozenset(
@@ -43,20 +44,15 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """The engine that a group is to open; see `Engine`.
-
-    Attributes:
-        dp, tp: the mesh.
-    """
+    """The engine that a group is to open; see `Engine`."""
 
     base: str
     token_budget: int
     dtype: str
     device: str
     threads: int | None
-    activation_checkpointing: bool
-    dp: int
-    tp: int
+    activation_checkpointing: bool = False
+    mesh: MeshShape = field(default_factory=MeshShape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +112,16 @@ class Assignment:
 
     Attributes:
         address, secret: of the control process.
-        tp: each run of so many processes should share a machine.
         base, device: what they will open, and where; see `Opening`.
+        tp: each run of so many processes should share a machine.
     """
 
     address: str
     secret: str
     num_processes: int
-    tp: int
     base: str
-    device: str
+    device: str = "auto"
+    tp: int = 1
 
     def line(self) -> bytes:
         """As one line."""

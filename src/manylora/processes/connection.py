@@ -128,13 +128,17 @@ class Connection:
             if part:
                 self._socket.sendall(part)
 
-    def receive(self) -> Any:
+    def receive(self, seconds: float | None = None) -> Any:
         """The next message.
 
+        Args:
+            seconds: how long its end may take to answer; None = for ever.
+
         Raises:
-            EOFError: the other end is gone. OSError: the connection broke. ValueError: not ours.
-            Hung: the other end took too long.
+            EOFError: the other end is gone. OSError: the connection broke, or it took too long.
+            ValueError: not ours. Hung: the other end ended itself, because it took too long.
         """
+        self._socket.settimeout(seconds)
         prefix = self._exactly(_PREFIX.size)
         if prefix.startswith(STACKS_BEGIN):
             raise Hung(self._rest(prefix).decode(errors="replace"))
@@ -180,13 +184,18 @@ def laid_out(value: Any) -> Frame:
     return _PREFIX.pack(len(message.head), len(payload)) + message.head, payload
 
 
-def answers(connections: Sequence[Connection], last: Callable[[Any], bool]) -> dict[int, Any]:
+def answers(
+    connections: Sequence[Connection], last: Callable[[Any], bool], seconds: float = float("inf")
+) -> dict[int, Any]:
     """The next message of each, by its place in `connections`, in the order in which they come.
 
-    One of which `last` is true ends the waiting: others may wait for its sender for ever.
+    Args:
+        last: true of one that ends the waiting: others may wait for its sender for ever.
+        seconds: how long all may take together.
 
     Raises:
-        Hung: one took too long, or several. EOFError, OSError, ValueError: one is gone, or broken.
+        Hung: one ended itself because it took too long, or several did.
+        EOFError, OSError, ValueError: one is gone, or broken, or not even that.
     """
     found: dict[int, Any] = {}
     stacks: dict[int, str] = {}
@@ -194,10 +203,12 @@ def answers(connections: Sequence[Connection], last: Callable[[Any], bool]) -> d
     with selectors.DefaultSelector() as waiting:
         for number, connection in enumerate(connections):
             waiting.register(connection, selectors.EVENT_READ, number)
-        end = float("inf")
+        end = time.monotonic() + seconds
         while waiting.get_map():
-            ready = waiting.select(None if loss is None else max(0.0, end - time.monotonic()))
+            rest = max(0.0, end - time.monotonic())
+            ready = waiting.select(None if rest == float("inf") else rest)
             if not ready:
+                loss = loss or TimeoutError("timed out")
                 break
             for key, _ in ready:
                 waiting.unregister(key.fileobj)

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -87,8 +89,9 @@ class EngineGroup:
             ConfigError: `host` is not an address of this machine.
         """
         self._opening = opening
+        self._near = host is None
         self._step_seconds = step_seconds
-        self._size = opening.dp * opening.tp
+        self._size = opening.mesh.size
         self._generation = -1
         self._waiting: dict[int, dict[int, _Met]] = defaultdict(dict)
         self._strangers = threading.BoundedSemaphore(self._size + STRANGERS)
@@ -105,9 +108,11 @@ class EngineGroup:
         threading.Thread(
             target=self._accept, args=(secret,), name="manylora-meeting", daemon=True
         ).start()
-        self._launcher = start(
-            Assignment(address, secret.hex(), self._size, opening.tp, opening.base, opening.device)
+        self._start = start
+        self._assignment = Assignment(
+            address, secret.hex(), self._size, opening.base, opening.device, opening.mesh.tp
         )
+        self._launcher = start(self._assignment)
 
     def open(self, on_lost: Callable[[str], None] = lambda reason: None) -> RemoteEngine:
         """Wait for the next generation and have it open the base.
@@ -122,6 +127,12 @@ class EngineGroup:
         """
         members = self._next_generation()
         connections = [connection for _, connection in members]
+
+        def lost(reason: str) -> None:
+            if self._near:
+                _kill([hello for hello, _ in members])
+            on_lost(reason)
+
         try:
             _check_code([hello for hello, _ in members])
             about = self._opened(members)
@@ -130,7 +141,7 @@ class EngineGroup:
                 connection.close()
             raise
         self._engine = RemoteEngine(
-            connections, about, step_seconds=self._step_seconds, on_lost=on_lost
+            connections, about, step_seconds=self._step_seconds, on_lost=lost
         )
         return self._engine
 
@@ -171,7 +182,7 @@ class EngineGroup:
     def _meet(self, sock: socket.socket, secret: bytes) -> None:
         try:
             connection = Connection.accepted(sock, secret, HANDSHAKE_SECONDS)
-            hello = connection.receive()
+            hello = connection.receive(HANDSHAKE_SECONDS)
         except (OSError, EOFError, ValueError) as error:
             log.warning("a process could not join the engine: %s", error)
             sock.close()
@@ -192,13 +203,29 @@ class EngineGroup:
                         self._generation = generation
                         self._waiting.clear()
                         return [members[rank] for rank in range(self._size)]
-                status = self._launcher.poll()
-                if status is not None:
+                status = self._launcher_status()
+                if status is not None and self._generation >= 0:
+                    log.error("the launcher went (exit status %s); another is started", status)
+                    self._generation = -1
+                    self._waiting.clear()
+                    self._launcher = self._start(self._assignment)
+                elif status is not None:
                     raise EngineLost(
                         f"the engine's processes could not be started (exit status {status}); the "
                         "log says why"
                     )
                 self._changed.wait(LOOK_SECONDS)
+
+    def _launcher_status(self) -> int | None:
+        """The launcher's exit status if it ended. Raises what it said, if none of its processes
+        has ever been met."""
+        try:
+            return self._launcher.poll()
+        except (ConfigError, EngineLost) as error:
+            if self._generation < 0:
+                raise
+            log.error("%s", error)
+            return 1
 
     def _opened(self, members: "Sequence[_Met]") -> About:
         command = {"verb": "open", "arguments": [self._opening]}
@@ -263,3 +290,10 @@ def _check_code(hellos: Sequence[Hello]) -> None:
                 f"process {hello.world_rank} on {hello.host} runs other code of manylora than this "
                 "process does; install the same version everywhere"
             )
+
+
+def _kill(hellos: Sequence[Hello]) -> None:
+    """End processes of this machine that may not be able to end themselves."""
+    for hello in hellos:
+        with suppress(ProcessLookupError):
+            os.kill(hello.pid, signal.SIGKILL)

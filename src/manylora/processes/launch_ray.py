@@ -129,7 +129,7 @@ def run_generation(assignment: Assignment, group: Any, generation: int) -> None:
         ray.wait(runs, num_returns=len(runs), timeout=END_SECONDS) if runs else None
 
 
-def _places(asked: Sequence[Any], generation: int) -> list[Place]:
+def _places(asked: list[Any], generation: int) -> list[Place]:
     """Where the actors are, once all are somewhere: a machine that went may take long to return.
 
     Raises:

@@ -11,16 +11,22 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from manylora.engine import Engine
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
+from manylora.parallel import Mesh
 from manylora.processes.code import code_digest
 from manylora.processes.commands import VERBS, About, Hello, Opening, Vectors
 from manylora.processes.connection import Connection
 from manylora.types import AdapterSpec, ManyloraError, Sample, SampleResult
+from manylora.types.mesh import MeshShape
 
 # Exit statuses: the control process is gone; a command took too long is faulthandler's own, 1.
 CONTROL_GONE = 3
@@ -90,13 +96,15 @@ class Member:
 
     def _open(self, opening: Opening) -> About:
         """Join the other processes, and open this one's part of the base."""
+        device = _device(opening.device)
         self._engine = Engine(
             opening.base,
             token_budget=opening.token_budget,
             dtype=opening.dtype,
-            device=opening.device,
+            device=device,
             activation_checkpointing=opening.activation_checkpointing,
             threads=opening.threads,
+            mesh=_joined(opening.mesh, device),
         )
         base = self._engine.base
         return About(
@@ -146,6 +154,25 @@ class Member:
 
     def _state(self, spec: AdapterSpec, vectors: Vectors) -> AdapterState:
         return vectors.state(spec, plan_layout(spec, resolve_targets(spec, self.engine.sites)))
+
+
+def _device(asked: str) -> str:
+    """This process's own, if there is one for each."""
+    if (asked == "auto" and torch.cuda.is_available()) or asked == "cuda":
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return asked
+
+
+def _joined(shape: MeshShape, device: str) -> Mesh:
+    """This process's place in the mesh, once all processes are there."""
+    if shape.size > 1:
+        on_gpu = device.startswith("cuda")
+        if on_gpu:
+            torch.cuda.set_device(device)
+        # How long a command may take is the control process's to say; it ends them all.
+        limit = timedelta(days=1)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit)
+    return Mesh.join(shape, device if device != "auto" else "cpu")
 
 
 def _listen(connection: Connection, commands: "queue.SimpleQueue[dict[str, Any]]") -> None:

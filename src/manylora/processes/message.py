@@ -17,6 +17,7 @@ from manylora.lora.sites import Site
 from manylora.processes.commands import About, Hello, Opening, Vectors
 from manylora.types import ManyloraError, errors
 from manylora.types.data import Array
+from manylora.types.mesh import MeshShape
 
 # Arrays begin at multiples of this, so that they can be used where they lie.
 ALIGNMENT = 64
@@ -26,7 +27,7 @@ _CLASSES: dict[str, type] = {
     one.__name__: one
     for one in (
         *(value for value in vars(types).values() if isinstance(value, type)),
-        *(About, Hello, Opening, Site, Vectors),
+        *(About, Hello, MeshShape, Opening, Site, Vectors),
     )
     if is_dataclass(one)
 }

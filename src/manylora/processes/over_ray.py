@@ -28,13 +28,11 @@ class OverRay:
             address: of the cluster: `auto` or HOST:PORT. This machine must be a node of it.
             place_seconds: how long to wait for enough devices.
         """
-        self._problem: ConfigError | EngineLost | None = None
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "manylora.processes.launch_ray", address, str(place_seconds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
+        self._words = [
+            *(sys.executable, "-m", "manylora.processes.launch_ray"),
+            *(address, str(place_seconds)),
+        ]
+        self._begin()
 
     def peer(self) -> str:
         """The address of another machine of the cluster; this one's own if it is alone.
@@ -49,7 +47,16 @@ class OverRay:
         return word["peer"]
 
     def __call__(self, assignment: Assignment) -> "OverRay":
-        """Start the processes. Call `peer` before."""
+        """Start the processes. Call `peer` before. May be called again once it has ended.
+
+        Raises:
+            ConfigError: as `peer` does, when called again.
+        """
+        if self._process.poll() is not None and self._started:
+            self.wait()
+            self._begin()
+            self.peer()
+        self._started = True
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(assignment.line())
@@ -83,6 +90,14 @@ class OverRay:
     def kill(self) -> None:
         """End it at once; Ray ends its actors."""
         self._process.kill()
+
+    def _begin(self) -> None:
+        self._problem: ConfigError | EngineLost | None = None
+        self._started = False
+        # A session of its own: Ctrl-C in a terminal reaches the control process alone.
+        self._process = subprocess.Popen(
+            self._words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
 
     def _heard(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -35,6 +35,10 @@ from manylora.types.data import Array
 log = logging.getLogger("manylora.processes")
 
 _CLOSED = "the engine is closed"
+# A process that takes too long ends itself, and says where it stood. One that cannot even do that
+# is waited for so much longer.
+GRACE_SECONDS = 30.0
+
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -241,7 +245,8 @@ class RemoteEngine:
         message = laid_out(command)
         for connection in self._connections:
             connection.send_frame(message)
-        replies = answers(self._connections, lambda reply: "fault" in reply)
+        limit = self._step_seconds + GRACE_SECONDS
+        replies = answers(self._connections, lambda reply: "fault" in reply, limit)
         return [replies[number] for number in sorted(replies)]
 
     def _agreed(self, verb: str, replies: Sequence[dict[str, Any]]) -> Any:

@@ -35,7 +35,14 @@ from manylora.runs.job import Job, Prepared, mean_weights
 from manylora.runs.layout import AdapterPaths, is_completed, read_json, write_json
 from manylora.runs.metrics import MetricsFile, cut_back, read_metrics
 from manylora.runs.outcome import Outcome
-from manylora.types import DataError, ManyloraError, NotFinite, SaveFailed, StepRefused
+from manylora.types import (
+    DataError,
+    EngineLost,
+    ManyloraError,
+    NotFinite,
+    SaveFailed,
+    StepRefused,
+)
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +87,12 @@ class AdapterRun:
         stop: asyncio.Event,
         preparing: asyncio.Lock,
         newest_state: NewestState,
+        patient: bool = False,
     ) -> None:
+        """`patient`: have no end of its own when the engine is lost."""
         self._door, self._job, self._paths = door, job, paths
         self._emit, self._stop, self._newest_state = emit, stop, newest_state
+        self._patient = patient
         # Tokenizers are not made for several threads; one adapter's data at a time.
         self._preparing = preparing
         self._adapter: Any = None
@@ -93,7 +103,8 @@ class AdapterRun:
         self.outcome = Outcome(total_steps=job.steps)
 
     async def run(self) -> Outcome:
-        """Train to the end. Never raises: whatever goes wrong is this adapter's outcome."""
+        """Train to the end. Never raises: whatever goes wrong is this adapter's outcome. It has no
+        status if the engine was lost, and the run is to be made again."""
         if is_completed(self._paths):
             self.outcome = Outcome.earlier(self._paths)
             self._end("completed")
@@ -103,6 +114,9 @@ class AdapterRun:
             self._end("completed")
         except StopAsked:
             await self._leave()
+        except EngineLost as error:
+            if not self._patient:
+                self._fail(error)
         except Exception as error:
             self._fail(error)
         finally:

@@ -45,8 +45,11 @@ class Stopper:
             signal.signal(number, handler)
 
     def heed(self, loop: asyncio.AbstractEventLoop, wish: Callable[[str], None]) -> None:
-        """From now on a signal calls `wish(name of the signal)` within the loop."""
+        """From now on a signal calls `wish(name of the signal)` within the loop; one that came
+        between two loops does so now."""
         self._loop, self._wish = loop, wish
+        if self._asked_at is not None:
+            loop.call_soon(wish, "the signal before")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

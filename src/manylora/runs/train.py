@@ -29,6 +29,8 @@ ViewKind = Literal["auto", "plain", "json"]
 OpenDoor = Callable[[RunFile], AbstractContextManager[Any]]
 
 EXIT_FAILED = 1
+# Engines that may be lost in a row without a step between them.
+MOST_LOSSES = 3
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ def open_trainer(run: RunFile) -> AbstractContextManager[Any]:
         device=run.device,
         activation_checkpointing=run.activation_checkpointing,
         threads=run.threads,
+        mesh=run.mesh,
+        step_seconds=run.step_seconds,
     )
 
 
@@ -150,11 +154,25 @@ class _Run:
             self.emit(Phase("", ""))
             begun = time.perf_counter()
             try:
-                asyncio.run(self._all(door, stopper))
+                self._train_on(door, stopper)
             finally:
                 self.seconds = time.perf_counter() - begun
 
-    async def _all(self, door: Any, stopper: Stopper) -> None:
+    def _train_on(self, door: Any, stopper: Stopper) -> None:
+        """Train to the end; when the engine is lost, go on from the newest states with another."""
+        losses, reached = 0, -1
+        while True:
+            asyncio.run(self._all(door, stopper, patient=losses < MOST_LOSSES))
+            if all(outcome.status for outcome in self.outcomes.values()):
+                return
+            steps = sum(outcome.steps for outcome in self.outcomes.values())
+            losses, reached = (losses + 1 if steps <= reached else 1), max(steps, reached)
+            log.error("the engine was lost; going on from the newest training states")
+            self.emit(Phase("", f"opening {self.run.base} again"))
+            door.reopen()
+            self.emit(Phase("", ""))
+
+    async def _all(self, door: Any, stopper: Stopper, *, patient: bool = False) -> None:
         """One task per adapter; none of them raises."""
         stop, preparing = asyncio.Event(), asyncio.Lock()
 
@@ -172,6 +190,7 @@ class _Run:
                 stop=stop,
                 preparing=preparing,
                 newest_state=self.outside.newest_state,
+                patient=patient,
             )
             for job in self.jobs
         ]

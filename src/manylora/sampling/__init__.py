@@ -8,5 +8,6 @@ Talks to: lora and models below; the engine calls it.
 
 from manylora.sampling.loop import MAX_CACHED_TOKENS, MAX_SEQUENCES, DecodeLoop
 from manylora.sampling.request import Answer, Request
+from manylora.sampling.together import LoopsTogether
 
-__all__ = ["MAX_CACHED_TOKENS", "MAX_SEQUENCES", "Answer", "DecodeLoop", "Request"]
+__all__ = ["MAX_CACHED_TOKENS", "MAX_SEQUENCES", "Answer", "DecodeLoop", "LoopsTogether", "Request"]

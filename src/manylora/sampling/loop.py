@@ -13,7 +13,7 @@ done leaves, between any two steps. A sequence's bits do not depend on who else 
 S sequences, T rows of a stream, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,15 @@ MAX_SEQUENCES = 256
 MAX_CACHED_TOKENS = 1 << 16
 # A prompt is read in pieces of this many tokens.
 PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    """What a step does: read prompts, feed sequences, begin some with the states they have."""
+
+    read: bool
+    feed: bool
+    begin: bool
 
 
 @dataclass(slots=True)
@@ -125,24 +134,38 @@ class DecodeLoop:
         self._room.tidy()
 
     @torch.no_grad()
-    def step(self) -> list[tuple[Request, Answer]]:
+    def step(self, agree: Callable[[Kinds], Kinds] | None = None) -> list[tuple[Request, Answer]]:
         """Read prompts, then make one token of every sequence.
+
+        Args:
+            agree: on a mesh, what any rank's loop does of what this one would do. Every rank does
+                as many forwards, with nothing in them where it has nothing to do.
 
         Returns:
             The requests that are done.
         """
         chunks = self._room.plan(self._token_budget, self._chunk, self._open)
-        if chunks:
-            self._read(chunks)
-        hidden = [self._feed()] if self._running else []
-        begun = list(self._beginning)
-        hidden += [s.prompt.hidden_H[None] for s in begun if s.prompt.hidden_H is not None]
-        if hidden:
-            self._take(torch.cat(hidden), begun)
+        kinds = Kinds(bool(chunks), bool(self._running), bool(self._beginning))
+        if agree is not None:
+            kinds = agree(kinds)
+        if kinds.read or kinds.feed or kinds.begin:
+            with self._base.head.gathered():
+                self._step(chunks, kinds)
         self._room.tidy()
         finished = self._finished
         self._finished = []
         return finished
+
+    def _step(self, chunks: list[tuple[Prompt, int]], kinds: Kinds) -> None:
+        if kinds.read:
+            self._read(chunks)
+        hidden = [self._feed()] if self._running else []
+        if kinds.feed and not hidden:
+            self._run_nothing()
+        begun = list(self._beginning)
+        hidden += [s.prompt.hidden_H[None] for s in begun if s.prompt.hidden_H is not None]
+        if hidden:
+            self._take(torch.cat(hidden), begun)
 
     # -- joining and leaving --------------------------------------------------------------------
 
@@ -224,6 +247,9 @@ class DecodeLoop:
 
     def _read(self, chunks: list[tuple[Prompt, int]]) -> None:
         """Read the next tokens of some prompts."""
+        if not chunks:
+            self._run_nothing()
+            return
         lengths = [tokens for _, tokens in chunks]
         kept = [prompt.read for prompt, _ in chunks]
         total = padded_rows(sum(lengths))
@@ -264,6 +290,14 @@ class DecodeLoop:
         if prompt.scorer is not None and not prompt.scorer.finite:
             self._fail(prompt)
 
+    def _run_nothing(self) -> None:
+        """A forward of padding rows, for the other ranks' sake."""
+        zeros_T = torch.zeros(self._padded(1), dtype=torch.long, device=self._base.device)
+        segments = [Segment(len(zeros_T), None)]
+        table = RoutingTable(segments, training=False)
+        with routing(table), packed(PackedStream([], len(zeros_T))):
+            self._base.hidden(zeros_T, zeros_T)
+
     # -- decoding -------------------------------------------------------------------------------
 
     def _feed(self) -> Tensor:
@@ -284,8 +318,14 @@ class DecodeLoop:
         return hidden_TH[:count]
 
     def _new_batch(self) -> _Batch:
-        # Sorted by adapter, so that each is one segment of the stream.
-        sequences = sorted(self._running, key=lambda s: (id(s.prompt.request.weights), s.slot))
+        # Sorted by adapter, so that each is one segment of the stream; in an order that the other
+        # ranks of a tensor-parallel group have too.
+        order: dict[int, int] = {}
+        for sequence in self._running:
+            order.setdefault(id(sequence.prompt.request.weights), len(order))
+        sequences = sorted(
+            self._running, key=lambda s: (order[id(s.prompt.request.weights)], s.slot)
+        )
         rows = DecodeRows(self._cache, [s.extent for s in sequences], self._base.device)
         slots_S = np.array([s.slot for s in sequences])
         parts = self._parts(sequences)

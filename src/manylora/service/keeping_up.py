@@ -11,6 +11,7 @@ from manylora.processes.commands import Opening
 from manylora.service.late import LateHub
 from manylora.service.server import Service
 from manylora.types import EngineLost
+from manylora.types.mesh import MeshShape
 
 log = logging.getLogger("manylora.service")
 
@@ -81,6 +82,5 @@ def opening_of(settings: ServerFile) -> Opening:
     """What the processes of the engine have to open."""
     return Opening(
         base=settings.base, token_budget=settings.token_budget, dtype=settings.dtype,
-        device=settings.device, threads=settings.threads, activation_checkpointing=False,
-        dp=1, tp=1,
+        device=settings.device, threads=settings.threads, mesh=MeshShape.parse(settings.mesh),
     )  # fmt: skip

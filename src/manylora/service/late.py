@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from manylora.service.contract import Hub
+from manylora.service.contract import Hub, Outcome, Waiting
 from manylora.service.errors import NotReady
 
 # How long a request waits for an engine that is still opening.
@@ -36,6 +36,13 @@ class LateHub:
     def ready(self) -> bool:
         """Whether the engine answers."""
         return self._arrival.done() and self._arrival.result().ready()
+
+    async def outcome(self, *arguments: Any) -> Outcome:
+        """A poll is told to come again while there is no engine; see `contract.Hub`."""
+        try:
+            return await self.__getattr__("outcome")(*arguments)
+        except NotReady as error:
+            return Waiting("paused_capacity", str(error))
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
         async def when_there(*arguments: Any) -> Any:

@@ -28,6 +28,7 @@ from manylora.service.wire.limits import WireLimits
 from manylora.store import Store
 from manylora.store.access import Keys
 from manylora.types import ConfigError, SaveFailed
+from manylora.types.machine import M_ARENA_MAX, set_malloc
 
 log = logging.getLogger("manylora.service")
 
@@ -72,6 +73,8 @@ def run_server(settings: ServerFile) -> int:
         BaseModelError, StoreError: what it needs cannot be opened.
     """
     _log_to_stderr()
+    # A dozen threads come and go here; with an arena each, memory would grow for hours.
+    set_malloc({M_ARENA_MAX: 1})
     store = Store.in_folder(settings.data_dir, settings.database)
     try:
         keyed = store.keys.any_keys()

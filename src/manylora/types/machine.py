@@ -1,7 +1,13 @@
 """What this machine has, as far as plans depend on it."""
 
+import ctypes
 import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+# Parameters of glibc's mallopt(3).
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 
 
 def free_host_bytes() -> int:
@@ -12,3 +18,14 @@ def free_host_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
     return int(kibibytes) * 1024
+
+
+def set_malloc(wanted: Mapping[int, int]) -> bool:
+    """Set parameters of this process's allocator; False where it is not glibc's, or refuses."""
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    accepted = [mallopt(parameter, value) == 1 for parameter, value in wanted.items()]
+    return all(accepted)

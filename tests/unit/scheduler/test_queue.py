@@ -78,6 +78,19 @@ def test_a_call_has_the_engine_for_itself():
     assert isinstance(batches[0][0].operation, Call)
 
 
+def test_a_suspect_runs_in_a_batch_of_its_own():
+    queue = OperationQueue(100, max_adapters=3, apart=lambda operation: operation.adapter == "b")
+    for adapter in "abcb":
+        queue.submit(work(adapter))
+    for adapter in "abc":
+        queue.submit(step(adapter))
+    batches = drain(queue)
+    for kind in (ForwardBackward, OptimStep):
+        found = [names(batch) for batch in batches if isinstance(batch[0].operation, kind)]
+        assert all(batch == ["b"] for batch in found if "b" in batch)
+        assert ["a", "c"] in [sorted(map(str, batch)) for batch in found]  # the others are merged
+
+
 @pytest.mark.parametrize("flood", [Call, OptimStep, ForwardBackward])
 def test_no_kind_keeps_the_others_out(flood: type):
     make = {

@@ -1,0 +1,79 @@
+"""Optimizer steps of the adapters that are due: in one process, and on a mesh."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from manylora.lora.adapter import Adapter
+from manylora.optim import Pending, adamw_step, clip_, gradient_norms, norms, publish, reduced
+from manylora.parallel import Mesh
+from manylora.types import NotFinite, OptimStep, OptimStepResult
+
+Due = tuple[OptimStep, Adapter]
+
+
+def step_alone(due: Sequence[Due]) -> list[OptimStepResult | NotFinite]:
+    """Step each adapter by its own norm, clip and hyper-parameters."""
+    if not due:
+        return []
+    found = gradient_norms([adapter.require_grad() for _, adapter in due])
+    outcomes: list[OptimStepResult | NotFinite] = []
+    for (step, adapter), norm in zip(due, found, strict=True):
+        if np.isfinite(norm):
+            _update(step, adapter, adapter.require_grad(), norm)
+            adapter.publish()
+        outcomes.append(_close(step, adapter, norm))
+    return outcomes
+
+
+def step_on_mesh(
+    due: Sequence[Due], mesh: Mesh, device: torch.device
+) -> list[OptimStepResult | NotFinite]:
+    """The same on every rank of a mesh: each updates its slice of each adapter.
+
+    The number of collectives is the same for any number of adapters; none if there are none.
+    """
+    if not due:
+        return []
+    pending = [_pending(adapter) for _, adapter in due]
+    slices = reduced(pending, mesh, device)
+    found = norms(pending, slices, mesh)
+    stepped: list[Adapter] = []
+    for (step, adapter), slice_C, norm in zip(due, slices, found, strict=True):
+        # The same norm on every rank, so that all of them refuse or none.
+        if np.isfinite(norm):
+            _update(step, adapter, slice_C, norm)
+            stepped.append(adapter)
+    if mesh.dp.size == 1:
+        for adapter in stepped:
+            adapter.publish()
+    elif stepped:
+        living = [adapter.weights.weights_P for adapter in stepped]
+        sizes = [adapter.part.slice_size for adapter in stepped]
+        publish([adapter.master_P for adapter in stepped], living, sizes, mesh.dp)
+    return [_close(step, adapter, norm) for (step, adapter), norm in zip(due, found, strict=True)]
+
+
+def _pending(adapter: Adapter) -> Pending:
+    part = adapter.part
+    ranks = adapter.share_ranks()
+    return Pending(
+        adapter.grad_P, part.local.num_params, part.slice_size, ranks, part.num_whole, part.repeated
+    )
+
+
+def _update(step: OptimStep, adapter: Adapter, grad_P: torch.Tensor, norm: float) -> None:
+    clip_(grad_P, norm, step.params.clip_norm)
+    adamw_step(adapter.master_P, grad_P, *adapter.require_moments(), adapter.step, step.params)
+    adapter.step += 1
+
+
+def _close(step: OptimStep, adapter: Adapter, norm: float) -> OptimStepResult | NotFinite:
+    adapter.drop_grad()
+    if np.isfinite(norm):
+        return OptimStepResult(adapter.step, norm)
+    return NotFinite(
+        f"adapter {step.adapter!r}: the gradient's norm is {norm}; weights and moments are "
+        "unchanged. Lower the learning rate or look at the data of this step"
+    )

@@ -1,0 +1,33 @@
+"""A weight of a base in parts, put together again.
+
+N output features, K input features.
+"""
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from manylora.models.splitting import SplitLinear
+from manylora.parallel import Axis, Mesh
+
+
+def whole_weight(layer: nn.Linear, mesh: Mesh) -> Tensor:
+    """A linear layer's frozen weight [N, K], on every rank; a collective."""
+    weight: Tensor = layer.weight
+    if isinstance(weight, DTensor):
+        # `fully_shard` shares out a rank's own rows.
+        weight = _joined(weight.to_local(), 0, weight.shape[0], mesh.dp)
+    if not isinstance(layer, SplitLinear):
+        return weight
+    if layer.split == "column":
+        return _joined(weight, 0, layer.whole_out, mesh.tp)
+    return _joined(weight, 1, layer.whole_in, mesh.tp)
+
+
+def _joined(part: Tensor, dim: int, count: int, axis: Axis) -> Tensor:
+    """Shares of `count` things along a dimension (see `parallel.share`), side by side."""
+    if axis.size == 1:
+        return part
+    own = part.movedim(dim, 0)
+    padded = own.new_zeros(-(-count // axis.size), *own.shape[1:])
+    padded[: len(own)] = own
+    return axis.gather(padded).flatten(0, 1)[:count].movedim(0, dim)

@@ -1,0 +1,60 @@
+"""The shape of a mesh: how many ranks, and along which axes."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from manylora.types.errors import ConfigError
+
+AXES = ("dp", "tp")
+
+# How a linear layer is split over `tp`: by its outputs, by its inputs, or not at all.
+Split = Literal["whole", "column", "row"]
+
+
+@dataclass(frozen=True, slots=True)
+class MeshShape:
+    """Ranks along each axis; world rank = dp index · tp + tp index.
+
+    Attributes:
+        dp: data parallel: tokens are dealt out, and the base's parameters are held in shares.
+        tp: tensor parallel: the base's matrices are split.
+
+    Raises:
+        ConfigError: an axis of less than one rank.
+    """
+
+    dp: int = 1
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            size = getattr(self, axis)
+            if size < 1:
+                raise ConfigError(f"mesh: {axis} is {size}; an axis has at least one rank")
+
+    @classmethod
+    def parse(cls, text: str) -> "MeshShape":
+        """`dp=2,tp=2`, in any order; an axis that is not named has one rank.
+
+        Raises:
+            ConfigError: anything else.
+        """
+        sizes: dict[str, int] = {}
+        for part in text.split(","):
+            found = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
+            if found is None or found[1] not in AXES or found[1] in sizes:
+                raise ConfigError(
+                    f"mesh {text!r}: {part.strip()!r} is not a new axis and its size; write "
+                    f"`dp=2,tp=2`, each of {', '.join(AXES)} at most once"
+                )
+            sizes[found[1]] = int(found[2])
+        return cls(**sizes)
+
+    @property
+    def size(self) -> int:
+        """Ranks of the mesh."""
+        return self.dp * self.tp
+
+    def __str__(self) -> str:
+        return f"dp={self.dp},tp={self.tp}"

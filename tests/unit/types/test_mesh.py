@@ -1,0 +1,32 @@
+import pytest
+
+from manylora.types import ConfigError
+from manylora.types.mesh import MeshShape
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("dp=2,tp=2", MeshShape(2, 2)),
+        ("tp=4", MeshShape(1, 4)),
+        (" tp = 2 , dp = 3 ", MeshShape(3, 2)),
+        ("dp=1", MeshShape()),
+    ],
+)
+def test_a_shape_is_read_and_written(text: str, shape: MeshShape):
+    assert MeshShape.parse(text) == shape
+    assert MeshShape.parse(str(shape)) == shape
+    assert shape.size == shape.dp * shape.tp
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2x2", "dp", "dp=", "dp=-1", "ep=2", "dp=2,dp=2", "dp=2;tp=2", "dp=2,", "dp=1.5"]
+)
+def test_anything_else_is_refused_with_an_example(text: str):
+    with pytest.raises(ConfigError, match="dp=2,tp=2"):
+        MeshShape.parse(text)
+
+
+def test_an_axis_has_at_least_one_rank():
+    with pytest.raises(ConfigError, match="tp is 0"):
+        MeshShape.parse("tp=0")
