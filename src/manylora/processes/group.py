@@ -93,6 +93,7 @@ class EngineGroup:
         self._step_seconds = step_seconds
         self._size = opening.mesh.size
         self._generation = -1
+        self._given_up = False
         self._waiting: dict[int, dict[int, _Met]] = defaultdict(dict)
         self._strangers = threading.BoundedSemaphore(self._size + STRANGERS)
         self._changed = threading.Condition()
@@ -144,6 +145,12 @@ class EngineGroup:
             connections, about, step_seconds=self._step_seconds, on_lost=lost
         )
         return self._engine
+
+    def give_up(self) -> None:
+        """Have an `open` that waits for processes raise EngineLost; any thread."""
+        with self._changed:
+            self._given_up = True
+            self._changed.notify_all()
 
     def stacks(self) -> str:
         """Where each process stood when a command took too long; empty if none did."""
@@ -203,6 +210,8 @@ class EngineGroup:
                         self._generation = generation
                         self._waiting.clear()
                         return [members[rank] for rank in range(self._size)]
+                if self._given_up:
+                    raise EngineLost("nobody waits for the engine's processes any more")
                 status = self._launcher_status()
                 if status is not None and self._generation >= 0:
                     log.error("the launcher went (exit status %s); another is started", status)
