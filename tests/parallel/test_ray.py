@@ -1,10 +1,12 @@
 """An engine on a Ray cluster of two nodes: its actors, their loss, their end, and what goes wrong.
 
-Faults that were planted and seen to fail here: see the names of the tests; each was made to fail by
-taking out what it is about.
+Faults that were planted and seen to fail here and in tests/unit/processes: ranks in the order of the
+bundles, a launcher that does not watch its control process, an unreachable address taken for a loss
+like any other, stacks of the first process only, an interface that is not chosen by its route.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ from manylora.types import (
     ForwardBackward,
     OptimStep,
 )
+from tests.family import below
 from tests.laws.tenants import random_data
 from tests.models import TinyBases
 from tests.parallel.ray_cluster import REPO, TwoNodes, actors, kill, wait_for
@@ -54,6 +57,10 @@ def opened(cluster: TwoNodes, base: str, step_seconds: float = 60.0) -> Iterator
     group = EngineGroup(opening(base), step_seconds=step_seconds, start=launcher, host=host)
     yield group
     group.close()
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def learn(engine: RemoteEngine, steps: int = 2) -> list[Any]:
@@ -91,6 +98,7 @@ def test_an_actor_that_is_killed_costs_a_generation(cluster: TwoNodes, base: str
     wait_for(lambda: not actors())
 
 
+@pytest.mark.slow
 def test_a_process_that_takes_too_long_says_where_it_stood(cluster: TwoNodes, base: str) -> None:
     with opened(cluster, base, step_seconds=0.001) as group:
         engine = group.open()
@@ -103,6 +111,21 @@ def test_a_process_that_takes_too_long_says_where_it_stood(cluster: TwoNodes, ba
         assert "member.py" in group.stacks()
 
 
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_is_replaced(cluster: TwoNodes, base: str) -> None:
+    with opened(cluster, base) as group:
+        engine = group.open()
+        [launcher] = [pid for pid in below(os.getpid()) if "launch_ray" in command_of(pid)]
+        kill(launcher)
+        wait_for(lambda: not actors())
+        with pytest.raises(EngineLost):
+            engine.create("a", SPEC)
+        again = group.open()
+        again.create("a", SPEC)
+        assert learn(again)
+
+
+@pytest.mark.slow
 def test_the_ranks_find_each_other(cluster: TwoNodes, tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "tests.parallel.ray_sum", cluster.address, str(tmp_path)],
@@ -116,7 +139,7 @@ def test_the_ranks_find_each_other(cluster: TwoNodes, tmp_path: Path) -> None:
     assert all(one["GLOO_SOCKET_IFNAME"] for one in told)
 
 
-@pytest.mark.parametrize("victim", ["control", "launcher"])
+@pytest.mark.parametrize("victim", ["control", pytest.param("launcher", marks=pytest.mark.slow)])
 def test_no_actor_outlives_its_control_process(cluster: TwoNodes, base: str, victim: str) -> None:
     control = subprocess.Popen(
         [sys.executable, "-m", "tests.parallel.ray_control", "auto", base],
@@ -166,6 +189,7 @@ def test_a_cluster_that_is_not_there_is_named(address: str, words: str) -> None:
         OverRay(address).peer()
 
 
+@pytest.mark.slow
 def test_a_machine_without_the_base_is_named(
     cluster: TwoNodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
