@@ -20,6 +20,7 @@ import click
 @click.option("--port", type=int, help="0 = any free one [8000].")
 @click.option("--mesh", help="Processes of the engine, such as dp=2,tp=2 [dp=1,tp=1].")
 @click.option("--max-resident", type=int, help="Adapters in the engine at once.")
+@click.option("--ray", metavar="ADDRESS", help="Use a Ray cluster's devices: auto or HOST:PORT.")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Any other setting.")
 def serve(file: Path | None, overrides: tuple[str, ...], **options: Any) -> int:
     """Train and sample for many clients over the Tinker wire protocol.

@@ -76,6 +76,12 @@ class ServerFile(Settings):
     """`auto` (CUDA if there is one), `cpu`, `cuda:1`, …"""
     threads: Count | None = None
     """CPU threads of one operation."""
+    ray: Text | None = None
+    """Address of a Ray cluster whose devices the engine is to use: `auto` or HOST:PORT. By default
+    the engine runs on this machine."""
+    engine_address: Text | None = None
+    """This machine's address for processes of the engine on other machines; by default the one on
+    the route toward them."""
     step_seconds: Positive = 600.0
     """A step of the engine that takes longer is taken for hung: the engine's processes write down
     where they stand, and are started again."""

@@ -5,10 +5,13 @@ does with a command, and the watch over them.
 Does not own: what a verb computes (engine), whose turn it is (scheduler), what is lost with a group
 and done again (service, runs).
 Talks to: engine and lora below; the api puts a `RemoteEngine` where a program of its own has an
-`Engine`. All but `member` and `launch`, which run in those processes, is free of torch.
+`Engine`. All but `member` and `launch`, which run in those processes, is free of torch, and all but
+`launch_ray` and `ray_rank` of ray.
 """
 
 from manylora.processes.group import EngineGroup, launch
+from manylora.processes.over_ray import OverRay
 from manylora.processes.remote import RemoteEngine
+from manylora.processes.routes import address_toward
 
-__all__ = ["EngineGroup", "RemoteEngine", "launch"]
+__all__ = ["EngineGroup", "OverRay", "RemoteEngine", "address_toward", "launch"]

@@ -44,12 +44,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """The engine that a group is to open; see `Engine`.
-
-    Attributes:
-        stacks: file that each process writes its stacks to if a command takes too long; its
-            world rank is appended.
-    """
+    """The engine that a group is to open; see `Engine`."""
 
     base: str
     token_budget: int
@@ -58,7 +53,6 @@ class Opening:
     threads: int | None
     activation_checkpointing: bool = False
     mesh: MeshShape = field(default_factory=MeshShape)
-    stacks: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +108,20 @@ class Vectors:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Which processes to start, and whom they shall serve."""
+    """Which processes to start, and whom they shall serve.
+
+    Attributes:
+        address, secret: of the control process.
+        base, device: what they will open, and where; see `Opening`.
+        tp: each run of so many processes should share a machine.
+    """
 
     address: str
     secret: str
     num_processes: int
     base: str
+    device: str = "auto"
+    tp: int = 1
 
     def line(self) -> bytes:
         """As one line."""

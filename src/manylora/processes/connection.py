@@ -6,13 +6,18 @@ Both ends prove that they know the group's secret before either reads a message 
     member → control   32 random bytes, HMAC(secret, "member" + control's bytes)
     control → member   HMAC(secret, "control" + member's bytes)
 
-A message is a prefix (length of the head, length of the payload), the head and the payload.
+A message is a prefix (length of the head, length of the payload), the head and the payload. In its
+place, a member whose command takes too long sends where each of its threads stands, and ends: that
+is faulthandler's own text, which knows no prefix.
 """
 
 import hmac
 import secrets
+import selectors
 import socket
 import struct
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -24,6 +29,25 @@ _DIGEST = "sha256"
 _DIGEST_BYTES = 32
 # A head describes arrays and holds small values; far more than any request needs.
 MOST_HEAD_BYTES = 1 << 30
+# What faulthandler writes begins with this. As a length it would be 10¹⁸ bytes.
+STACKS_BEGIN = b"Timeout ("
+# After one member has gone, for so long the others may say where they stood.
+LAST_WORDS_SECONDS = 0.3
+# A machine that is gone without a word is noticed after IDLE + COUNT · INTERVAL seconds.
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
+UNHEARD_MILLISECONDS = 30_000
+
+
+class Unreachable(ConnectionError):
+    """Nobody answers where the control process should be."""
+
+
+class Hung(EOFError):
+    """The other end took too long with a command, and has ended. Where it stood: `stacks`."""
+
+    def __init__(self, stacks: str):
+        super().__init__("it took too long")
+        self.stacks = stacks
 
 
 class Connection:
@@ -33,6 +57,14 @@ class Connection:
         self._socket = sock
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEPALIVE:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNHEARD_MILLISECONDS)
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._socket.fileno()
 
     @classmethod
     def accepted(cls, sock: socket.socket, secret: bytes, seconds: float) -> "Connection":
@@ -60,7 +92,7 @@ class Connection:
             address: `unix:PATH` or `HOST:PORT`.
 
         Raises:
-            OSError: nobody is there, or somebody else.
+            Unreachable: nobody is there. OSError, EOFError: somebody else is.
         """
         kind, _, path = address.partition(":")
         if kind == "unix":
@@ -69,7 +101,14 @@ class Connection:
             sock.connect(path)
         else:
             host, _, port = address.rpartition(":")
-            sock = socket.create_connection((host.strip("[]"), int(port)), seconds)
+            try:
+                sock = socket.create_connection((host.strip("[]"), int(port)), seconds)
+            except OSError as error:
+                raise Unreachable(
+                    f"{socket.gethostname()} cannot reach the control process at {address}: "
+                    f"{error}; set engine_address to an address of the control process's machine "
+                    "that the cluster's machines can reach, and let no firewall stand between"
+                ) from error
         self = cls(sock)
         theirs, ours = self._exactly(SECRET_BYTES), secrets.token_bytes(SECRET_BYTES)
         sock.sendall(ours + hmac.digest(secret, b"member" + theirs, _DIGEST))
@@ -97,10 +136,13 @@ class Connection:
 
         Raises:
             EOFError: the other end is gone. OSError: the connection broke, or it took too long.
-            ValueError: not ours.
+            ValueError: not ours. Hung: the other end ended itself, because it took too long.
         """
         self._socket.settimeout(seconds)
-        head_size, payload_size = _PREFIX.unpack(self._exactly(_PREFIX.size))
+        prefix = self._exactly(_PREFIX.size)
+        if prefix.startswith(STACKS_BEGIN):
+            raise Hung(self._rest(prefix).decode(errors="replace"))
+        head_size, payload_size = _PREFIX.unpack(prefix)
         if head_size > MOST_HEAD_BYTES:
             raise ValueError(f"a head of {head_size} bytes")
         head = self._exactly(head_size)
@@ -122,6 +164,14 @@ class Connection:
             filled += count
         return buffer
 
+    def _rest(self, text: bytearray) -> bytearray:
+        """All that comes until the other end is gone, `text` before it."""
+        self._socket.settimeout(1.0)
+        with suppress(OSError):
+            while more := self._socket.recv(1 << 16):
+                text += more
+        return text
+
 
 Frame = tuple[bytes, bytearray]
 
@@ -132,3 +182,49 @@ def laid_out(value: Any) -> Frame:
     payload = bytearray(message.size)
     message.write(payload)
     return _PREFIX.pack(len(message.head), len(payload)) + message.head, payload
+
+
+def answers(
+    connections: Sequence[Connection], last: Callable[[Any], bool], seconds: float = float("inf")
+) -> dict[int, Any]:
+    """The next message of each, by its place in `connections`, in the order in which they come.
+
+    Args:
+        last: true of one that ends the waiting: others may wait for its sender for ever.
+        seconds: how long all may take together.
+
+    Raises:
+        Hung: one ended itself because it took too long, or several did.
+        EOFError, OSError, ValueError: one is gone, or broken, or not even that.
+    """
+    found: dict[int, Any] = {}
+    stacks: dict[int, str] = {}
+    loss: Exception | None = None
+    with selectors.DefaultSelector() as waiting:
+        for number, connection in enumerate(connections):
+            waiting.register(connection, selectors.EVENT_READ, number)
+        end = time.monotonic() + seconds
+        while waiting.get_map():
+            rest = max(0.0, end - time.monotonic())
+            ready = waiting.select(None if rest == float("inf") else rest)
+            if not ready:
+                loss = loss or TimeoutError("timed out")
+                break
+            for key, _ in ready:
+                waiting.unregister(key.fileobj)
+                try:
+                    found[key.data] = connections[key.data].receive()
+                except (OSError, EOFError, ValueError) as error:
+                    if isinstance(error, Hung):
+                        stacks[key.data] = error.stacks
+                    if loss is None:
+                        loss, end = error, time.monotonic() + LAST_WORDS_SECONDS
+                    continue
+                if loss is None and last(found[key.data]):
+                    return found
+    if stacks:
+        texts = (f"process {number}:\n{text}" for number, text in sorted(stacks.items()))
+        raise Hung("\n".join(texts))
+    if loss is not None:
+        raise loss
+    return found

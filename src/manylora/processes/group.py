@@ -23,14 +23,17 @@ from typing import Protocol
 
 from manylora.processes.code import code_digest
 from manylora.processes.commands import About, Assignment, Hello, Opening
-from manylora.processes.connection import SECRET_BYTES, Connection
+from manylora.processes.connection import SECRET_BYTES, Connection, answers
 from manylora.processes.remote import RemoteEngine
+from manylora.processes.routes import listening_at
 from manylora.types import BaseModelError, ConfigError, EngineLost, ManyloraError
 
 log = logging.getLogger("manylora.processes")
 
 HANDSHAKE_SECONDS = 10.0
 STOP_SECONDS = 20.0
+# Connections that may be shown the secret's proof at once, beside those of the processes.
+STRANGERS = 16
 # How often a waiting control process looks whether the launcher is still there.
 LOOK_SECONDS = 0.5
 
@@ -38,7 +41,9 @@ LOOK_SECONDS = 0.5
 class Launcher(Protocol):
     """What starts the processes, as `subprocess.Popen` shows it."""
 
-    def poll(self) -> int | None: ...
+    def poll(self) -> int | None:
+        """The exit status, if it has ended. Raises ConfigError, EngineLost: it said why."""
+        ...
 
     def wait(self, timeout: float | None = None) -> int: ...
 
@@ -70,32 +75,44 @@ class EngineGroup:
         *,
         step_seconds: float,
         start: Callable[[Assignment], Launcher] = launch,
+        host: str | None = None,
     ):
         """Start the processes; `open` waits for them.
 
         Args:
-            opening: what they are to open; `stacks` is filled in.
+            opening: what they are to open.
             step_seconds: a command that takes longer is taken for hung.
+            host: the address of this machine at which processes on others can reach it; without
+                one they are all on this machine.
+
+        Raises:
+            ConfigError: `host` is not an address of this machine.
         """
-        self._folder = Path(tempfile.mkdtemp(prefix="manylora-"))
-        self._opening = replace(opening, stacks=str(self._folder / "stacks"))
+        self._opening = opening
+        self._near = host is None
         self._step_seconds = step_seconds
         self._size = opening.mesh.size
         self._generation = -1
-        self._waiting: dict[int, dict[int, tuple[Hello, Connection]]] = defaultdict(dict)
+        self._given_up = False
+        self._waiting: dict[int, dict[int, _Met]] = defaultdict(dict)
+        self._strangers = threading.BoundedSemaphore(self._size + STRANGERS)
         self._changed = threading.Condition()
         self._engine: RemoteEngine | None = None
         secret = secrets.token_bytes(SECRET_BYTES)
-        path = self._folder / "engine.sock"
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        os.chmod(path, 0o600)
-        self._listener.listen(self._size)
+        self._folder = Path(tempfile.mkdtemp(prefix="manylora-"))
+        try:
+            self._listener, address = _listen(self._folder, host)
+        except BaseException:
+            shutil.rmtree(self._folder)
+            raise
+        self._listener.listen(self._size + STRANGERS)
         threading.Thread(
             target=self._accept, args=(secret,), name="manylora-meeting", daemon=True
         ).start()
         self._start = start
-        self._assignment = Assignment(f"unix:{path}", secret.hex(), self._size, self._opening.base)
+        self._assignment = Assignment(
+            address, secret.hex(), self._size, opening.base, opening.device, opening.mesh.tp
+        )
         self._launcher = start(self._assignment)
 
     def open(self, on_lost: Callable[[str], None] = lambda reason: None) -> RemoteEngine:
@@ -105,19 +122,21 @@ class EngineGroup:
             on_lost: told why, once the engine is lost; any thread.
 
         Raises:
-            ConfigError: other code elsewhere. BaseModelError, Unsupported: the base.
+            ConfigError: other code elsewhere, or processes that cannot reach this one.
+            BaseModelError, Unsupported: the base.
             EngineLost: the processes could not be started, or went while they opened it.
         """
         members = self._next_generation()
         connections = [connection for _, connection in members]
 
         def lost(reason: str) -> None:
-            _kill([hello for hello, _ in members])
+            if self._near:
+                _kill([hello for hello, _ in members])
             on_lost(reason)
 
         try:
             _check_code([hello for hello, _ in members])
-            about = self._opened(connections)
+            about = self._opened(members)
         except BaseException:
             for connection in connections:
                 connection.close()
@@ -127,14 +146,15 @@ class EngineGroup:
         )
         return self._engine
 
+    def give_up(self) -> None:
+        """Have an `open` that waits for processes raise EngineLost; any thread."""
+        with self._changed:
+            self._given_up = True
+            self._changed.notify_all()
+
     def stacks(self) -> str:
         """Where each process stood when a command took too long; empty if none did."""
-        texts: list[str] = []
-        for number in range(self._size):
-            path = Path(f"{self._opening.stacks}.{number}")
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-            texts += [f"process {number}:\n{text}"] if text else []
-        return "\n".join(texts)
+        return self._engine.stacks if self._engine is not None else ""
 
     def close(self) -> None:
         """End the processes, and wait until they are gone."""
@@ -163,19 +183,25 @@ class EngineGroup:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
-            try:
-                connection = Connection.accepted(sock, secret, HANDSHAKE_SECONDS)
-                hello = connection.receive()
-            except (OSError, EOFError, ValueError) as error:
-                log.warning("a process could not join the engine: %s", error)
-                sock.close()
-                continue
-            if isinstance(hello, Hello):
-                with self._changed:
-                    self._waiting[hello.generation][hello.world_rank] = (hello, connection)
-                    self._changed.notify_all()
+            self._strangers.acquire()  # one that says nothing must not keep the others out
+            threading.Thread(target=self._meet, args=(sock, secret), daemon=True).start()
 
-    def _next_generation(self) -> list[tuple[Hello, Connection]]:
+    def _meet(self, sock: socket.socket, secret: bytes) -> None:
+        try:
+            connection = Connection.accepted(sock, secret, HANDSHAKE_SECONDS)
+            hello = connection.receive(HANDSHAKE_SECONDS)
+        except (OSError, EOFError, ValueError) as error:
+            log.warning("a process could not join the engine: %s", error)
+            sock.close()
+            return
+        finally:
+            self._strangers.release()
+        if isinstance(hello, Hello):
+            with self._changed:
+                self._waiting[hello.generation][hello.world_rank] = (hello, connection)
+                self._changed.notify_all()
+
+    def _next_generation(self) -> "list[_Met]":
         with self._changed:
             while True:
                 for generation in sorted(self._waiting, reverse=True):
@@ -184,7 +210,9 @@ class EngineGroup:
                         self._generation = generation
                         self._waiting.clear()
                         return [members[rank] for rank in range(self._size)]
-                status = self._launcher.poll()
+                if self._given_up:
+                    raise EngineLost("nobody waits for the engine's processes any more")
+                status = self._launcher_status()
                 if status is not None and self._generation >= 0:
                     log.error("the launcher went (exit status %s); another is started", status)
                     self._generation = -1
@@ -197,23 +225,36 @@ class EngineGroup:
                     )
                 self._changed.wait(LOOK_SECONDS)
 
-    def _opened(self, connections: list[Connection]) -> About:
+    def _launcher_status(self) -> int | None:
+        """The launcher's exit status if it ended. Raises what it said, if none of its processes
+        has ever been met."""
+        try:
+            return self._launcher.poll()
+        except (ConfigError, EngineLost) as error:
+            if self._generation < 0:
+                raise
+            log.error("%s", error)
+            return 1
+
+    def _opened(self, members: "Sequence[_Met]") -> About:
         command = {"verb": "open", "arguments": [self._opening]}
+        connections = [connection for _, connection in members]
         try:
             for connection in connections:
                 connection.send(command)
-            replies = [connection.receive() for connection in connections]
+            replies = answers(connections, lambda reply: "value" not in reply)
         except (OSError, EOFError, ValueError) as error:
             raise EngineLost(f"a process of the engine went while it opened: {error}") from error
-        for reply in replies:
+        for rank, reply in replies.items():
+            where = _elsewhere(members[rank][0])
             if "refusal" in reply:
                 refusal: ManyloraError = reply["refusal"]
-                raise refusal
+                raise type(refusal)(f"{where}{refusal}")
             if "fault" in reply:
                 raise BaseModelError(
-                    f"the base {self._opening.base!r} could not be opened:\n{reply['fault']}"
+                    f"{where}the base {self._opening.base!r} could not be opened:\n{reply['fault']}"
                 )
-        abouts: list[About] = [reply["value"] for reply in replies]
+        abouts: list[About] = [replies[rank]["value"] for rank in range(self._size)]
         prints = {about.fingerprint for about in abouts}
         if len(prints) > 1:
             raise BaseModelError(
@@ -221,6 +262,33 @@ class EngineGroup:
                 f"{len(prints)} different ones; have every machine read the same files"
             )
         return replace(abouts[0], free_bytes=min(about.free_bytes for about in abouts))
+
+
+_Met = tuple[Hello, Connection]
+
+
+def _listen(folder: Path, host: str | None) -> tuple[socket.socket, str]:
+    """A socket for the processes, and its address as `Connection.made` takes it."""
+    if host is None:
+        path = folder / "engine.sock"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        os.chmod(path, 0o600)
+        return listener, f"unix:{path}"
+    try:
+        return listening_at(host)
+    except OSError as error:
+        raise ConfigError(
+            f"engine_address: {host} cannot be listened on: {error.strerror}; it has to be an "
+            "address of this machine that the machines of the engine can reach"
+        ) from error
+
+
+def _elsewhere(hello: Hello) -> str:
+    """Which process said it, if it is on another machine."""
+    if hello.host == socket.gethostname():
+        return ""
+    return f"process {hello.world_rank} on {hello.host}: "
 
 
 def _check_code(hellos: Sequence[Hello]) -> None:
@@ -236,6 +304,5 @@ def _check_code(hellos: Sequence[Hello]) -> None:
 def _kill(hellos: Sequence[Hello]) -> None:
     """End processes of this machine that may not be able to end themselves."""
     for hello in hellos:
-        if hello.host == socket.gethostname():
-            with suppress(ProcessLookupError):
-                os.kill(hello.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(hello.pid, signal.SIGKILL)

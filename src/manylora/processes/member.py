@@ -12,8 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,7 +51,7 @@ def run(address: str, secret: bytes) -> None:
     )
     commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, commands), daemon=True).start()
-    member = Member()
+    member = Member(connection.fileno())
     while (command := commands.get())["verb"] != "stop":
         reply = member.obey(command)
         try:
@@ -64,16 +63,17 @@ def run(address: str, secret: bytes) -> None:
 class Member:
     """One process's part of an engine, with the arguments of commands as they travel."""
 
-    def __init__(self) -> None:
+    def __init__(self, stacks: int) -> None:
+        """`stacks`: the descriptor to write to where this process stands, if it takes too long."""
         self._engine: Engine | None = None
-        self._stacks: TextIO | None = None
+        self._stacks = stacks
         self._samples: dict[int, Sample] = {}
 
     def obey(self, command: Mapping[str, Any]) -> dict[str, Any]:
         """Do as told; what came of it is a value, an error raised on purpose, or the words of any
         other. Writes down where this process stands, and ends it, if it takes too long."""
         verb, arguments = command["verb"], command["arguments"]
-        if self._stacks is not None:
+        if self._engine is not None:
             faulthandler.dump_traceback_later(command["seconds"], exit=True, file=self._stacks)
         try:
             if verb == "open":
@@ -96,8 +96,6 @@ class Member:
 
     def _open(self, opening: Opening) -> About:
         """Join the other processes, and open this one's part of the base."""
-        path = Path(f"{opening.stacks}.{os.environ.get('RANK', '0')}")
-        self._stacks = path.open("w", encoding="utf-8")
         device = _device(opening.device)
         self._engine = Engine(
             opening.base,

@@ -16,7 +16,7 @@ from manylora.lora.layout import Layout, plan_layout
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
 from manylora.processes.commands import About, Vectors
-from manylora.processes.connection import Connection, laid_out
+from manylora.processes.connection import Connection, Hung, answers, laid_out
 from manylora.types import (
     AdapterExists,
     AdapterNotFound,
@@ -61,6 +61,8 @@ class RemoteEngine:
     Attributes:
         base: what there is to know of the base. sites: where adapters can act.
         adapters, snapshots: what the processes hold, by name.
+        lost: why the processes are gone; None while they are there.
+        stacks: where each of them stood when a command took too long; empty if none did.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class RemoteEngine:
         self.adapters: dict[str, Resident] = {}
         self.snapshots: dict[str, Resident] = {}
         self.lost: str | None = None
+        self.stacks = ""
         self._connections = list(connections)
         self._step_seconds = step_seconds
         self._on_lost = on_lost
@@ -234,6 +237,7 @@ class RemoteEngine:
             try:
                 replies = self._ask(command)
             except (OSError, EOFError, ValueError) as error:
+                self.stacks = error.stacks if isinstance(error, Hung) else ""
                 raise self._lose(f"a process of the engine went during {verb}: {error}") from error
             return self._agreed(verb, replies)
 
@@ -242,12 +246,13 @@ class RemoteEngine:
         for connection in self._connections:
             connection.send_frame(message)
         limit = self._step_seconds + GRACE_SECONDS
-        return [connection.receive(limit) for connection in self._connections]
+        replies = answers(self._connections, lambda reply: "fault" in reply, limit)
+        return [replies[number] for number in sorted(replies)]
 
     def _agreed(self, verb: str, replies: Sequence[dict[str, Any]]) -> Any:
         """The leader's answer, if all are sound or all refuse alike."""
         faults = [reply["fault"] for reply in replies if "fault" in reply]
-        if faults and len(replies) == 1:  # as it would be in this process
+        if faults and len(self._connections) == 1:  # as it would be in this process
             raise RuntimeError(f"{verb} failed in the engine's process:\n{faults[0]}")
         refusals = ["refusal" in reply for reply in replies]
         if faults or any(refusals) != all(refusals):

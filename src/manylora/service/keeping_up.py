@@ -36,7 +36,11 @@ async def keep_up(
         began = asyncio.get_running_loop().time()
         lost = Loss()
         try:
-            engine = await asyncio.to_thread(group.open, lost.note)
+            opening = asyncio.create_task(asyncio.to_thread(group.open, lost.note))
+            await asyncio.wait([stop, opening], return_when=asyncio.FIRST_COMPLETED)
+            if not opening.done():
+                group.give_up()
+            engine = await opening
             hub.arrive(await service.start(engine))
         except EngineLost as error:
             lost.note(str(error))

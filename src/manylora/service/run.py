@@ -15,7 +15,7 @@ from types import FrameType
 import uvicorn
 
 from manylora.config import ServerFile
-from manylora.processes import EngineGroup, launch
+from manylora.processes import EngineGroup, OverRay, address_toward, launch
 from manylora.service.app import build_app
 from manylora.service.auth import DEV_TENANT, KEY_PREFIX
 from manylora.service.door import DoorSettings
@@ -84,16 +84,30 @@ def run_server(settings: ServerFile) -> int:
                 f"one with: manylora keys create TENANT --data-dir {settings.data_dir}"
             )
         listener = _listen(settings.host, settings.port)
+        # First of all, because its processes take seconds to import what they need.
+        group = _engine_group(settings)
     except BaseException:
         store.close()
         raise
-    # First of all, because its processes take seconds to import what they need.
-    group = EngineGroup(opening_of(settings), step_seconds=settings.step_seconds, start=launch)
     try:
         with listener:
             return asyncio.run(_serve(settings, store, group, listener, keyed=keyed))
     finally:
         group.close()
+
+
+def _engine_group(settings: ServerFile) -> EngineGroup:
+    opening, seconds = opening_of(settings), settings.step_seconds
+    if settings.ray is None:
+        return EngineGroup(opening, step_seconds=seconds, start=launch)
+    launcher = OverRay(settings.ray)
+    try:
+        host = address_toward(launcher.peer())
+        host = settings.engine_address or host
+        return EngineGroup(opening, step_seconds=seconds, start=launcher, host=host)
+    except BaseException:
+        launcher.kill()
+        raise
 
 
 async def _serve(

@@ -5,11 +5,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from manylora.processes.connection import Connection, laid_out
+from manylora.processes.connection import Connection, Hung, answers, laid_out
 
 SECRET = bytes(range(32))
 
@@ -97,3 +98,51 @@ def test_a_silent_end_is_not_waited_for(listener) -> None:
         sock, _ = listener[0].accept()
         with sock, pytest.raises(OSError, match="timed out"):
             Connection.accepted(sock, SECRET, 0.1)
+
+
+def several(listener: tuple[socket.socket, str], count: int) -> tuple[list[Any], list[Any]]:
+    pairs = [meet(listener, SECRET) for _ in range(count)]
+    return [here for here, _ in pairs], [there for _, there in pairs]
+
+
+def never(message: Any) -> bool:
+    return False
+
+
+def test_answers_are_told_by_their_place(listener) -> None:
+    members, control = several(listener, 3)
+    for number in (2, 0, 1):
+        members[number].send(f"answer {number}")
+    assert answers(control, never) == {0: "answer 0", 1: "answer 1", 2: "answer 2"}
+
+
+def test_an_answer_that_ends_the_waiting_is_not_waited_beyond(listener) -> None:
+    members, control = several(listener, 2)
+    members[1].send("enough")
+    assert answers(control, lambda message: message == "enough") == {1: "enough"}
+
+
+def test_where_a_process_stood_comes_through_its_connection(listener) -> None:
+    """Of all that say it, also if another has gone before."""
+    members, control = several(listener, 4)
+    members[3].send("done")
+    members[0].close()
+    for number in (1, 2):
+        socket.socket.sendall(members[number]._socket, f"Timeout (0:00:0{number})!\n".encode())
+        members[number].close()
+    with pytest.raises(Hung) as caught:
+        answers(control, never)
+    assert caught.value.stacks == (
+        "process 1:\nTimeout (0:00:01)!\n\nprocess 2:\nTimeout (0:00:02)!\n"
+    )
+
+
+def test_one_that_goes_ends_the_waiting_for_the_others(listener) -> None:
+    members, control = several(listener, 2)
+    members[1].close()
+    with pytest.raises((EOFError, OSError)):
+        answers(control, never)
+    members, control = several(listener, 2)
+    members[0].send(1)
+    with pytest.raises(TimeoutError):
+        answers(control, never, 0.1)

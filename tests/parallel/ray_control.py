@@ -1,0 +1,30 @@
+"""A control process over Ray, which a test may kill: opens an engine, says so, waits.
+
+python -m tests.parallel.ray_control ADDRESS BASE
+"""
+
+import sys
+
+from manylora.processes import EngineGroup, OverRay, address_toward
+from manylora.processes.commands import Opening
+from manylora.types.mesh import MeshShape
+
+
+def opening(base: str, dp: int = 2) -> Opening:
+    """A tiny base on `dp` processes."""
+    return Opening(base, 64, "fp32", "cpu", 1, mesh=MeshShape(dp=dp))
+
+
+def main(address: str, base: str) -> None:
+    launcher = OverRay(address)
+    group = EngineGroup(
+        opening(base), step_seconds=60, start=launcher, host=address_toward(launcher.peer())
+    )
+    group.open()
+    heavy = [name for name in ("torch", "transformers", "ray") if name in sys.modules]
+    print("open, with", *heavy, flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
