@@ -251,9 +251,10 @@ class EngineGroup:
                 refusal: ManyloraError = reply["refusal"]
                 raise type(refusal)(f"{where}{refusal}")
             if "fault" in reply:
-                raise BaseModelError(
-                    f"{where}the base {self._opening.base!r} could not be opened:\n{reply['fault']}"
-                )
+                words = f"{where}the base {self._opening.base!r} could not be opened"
+                # Of several, it may have been another that went.
+                kind = BaseModelError if self._size == 1 else EngineLost
+                raise kind(f"{words}:\n{reply['fault']}")
         abouts: list[About] = [replies[rank]["value"] for rank in range(self._size)]
         prints = {about.fingerprint for about in abouts}
         if len(prints) > 1:
