@@ -98,7 +98,8 @@ def storm(seed: int, folder: Path, mesh: str) -> tuple[list[Seen], Server]:
         ]  # fmt: skip
         shaking = (shake if mesh == ALONE else shake_engine)(server, draw, draw.randint(1, 5))
         seen = asyncio.run(everybody(tenants, STEPS, SECONDS, shaking))
-        assert not any("Traceback" in line or "traceback" in line for line in server.log)
+        unexpected = [line for line in server.log if "the engine was lost" not in line]
+        assert not any("Traceback" in line or "traceback" in line for line in unexpected)
     return seen, server
 
 
