@@ -1,4 +1,4 @@
-"""Five hundred steps of a mesh with tenants that come and go: no hang, and memory stays as it is."""
+"""Five hundred steps of a mesh whose adapters come and go: no hang, and no more memory."""
 
 import os
 import random
