@@ -1,8 +1,8 @@
 """An engine on a Ray cluster of two nodes: its actors, their loss, their end, and what goes wrong.
 
-Faults that were planted and seen to fail here and in tests/unit/processes: ranks in the order of
-the bundles, a launcher that does not watch its control process, an unreachable address taken for
-a loss like any other, stacks of the first process only, an interface not chosen by its route.
+Faults that were planted and seen to fail here: a launcher that does not watch its control process,
+an unreachable address taken for a loss like any other. In tests/unit/processes: neighbours that are
+torn, devices of one rank only, last words that are not heard, a limit that is not kept.
 """
 
 import json
