@@ -9,7 +9,11 @@ from manylora.api.verbs import Verbs
 from manylora.engine import Engine
 from manylora.processes import EngineGroup, launch
 from manylora.processes.commands import Opening
+from manylora.types import EngineLost
 from manylora.types.mesh import MeshShape
+
+# How often a mesh may be lost while it opens.
+MOST_OPENINGS = 3
 
 
 class Trainer(AdapterDoor):
@@ -105,8 +109,14 @@ class Trainer(AdapterDoor):
                 self._group.close()
 
     def _opened(self, group: EngineGroup) -> Verbs:
-        try:
-            return group.open()
-        except BaseException:
-            group.close()
-            raise
+        for attempt in range(1, MOST_OPENINGS + 1):
+            try:
+                return group.open()
+            except EngineLost:  # a process went while it opened; the next may stay
+                if attempt == MOST_OPENINGS:
+                    group.close()
+                    raise
+            except BaseException:
+                group.close()
+                raise
+        raise AssertionError("unreachable")

@@ -30,7 +30,7 @@ def main(assignment: Assignment, control: int) -> int:
         control: a descriptor that is at its end when the control process is gone.
     """
     threading.Thread(target=_end_with, args=(control,), daemon=True).start()
-    logging.getLogger("torch").setLevel(logging.CRITICAL)  # the control process tells what happens
+    logging.disable(logging.CRITICAL)  # the control process tells what happens
     _import_all(assignment.base)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -5,6 +5,7 @@ the process ends at once, whatever it is doing.
 """
 
 import faulthandler
+import logging
 import os
 import queue
 import socket
@@ -31,6 +32,8 @@ from manylora.types.mesh import MeshShape
 # Exit statuses: the control process is gone; a command took too long is faulthandler's own, 1.
 CONTROL_GONE = 3
 CONNECT_SECONDS = 30.0
+# How long processes that are all there may take to find each other.
+JOIN_SECONDS = 120.0
 
 
 def run(address: str, secret: bytes) -> None:
@@ -38,12 +41,13 @@ def run(address: str, secret: bytes) -> None:
 
     The environment says which process of how many this is, as torch's launcher sets it.
     """
+    logging.disable(logging.NOTSET)  # the launcher keeps silent, and this was forked off it
     connection = Connection.made(address, secret, CONNECT_SECONDS)
     connection.send(
         Hello(
             world_rank=int(os.environ.get("RANK", "0")),
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
-            generation=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            generation=_generation(),
             host=socket.gethostname(),
             pid=os.getpid(),
             code=code_digest(),
@@ -104,13 +108,33 @@ class Member:
             device=device,
             activation_checkpointing=opening.activation_checkpointing,
             threads=opening.threads,
-            mesh=_joined(opening.mesh, device),
+            mesh=self._joined(opening.mesh, device),
         )
         base = self._engine.base
         return About(
             base.name, base.folder, base.fingerprint, base.context_length, base.vocab_size,
             self._engine.sites, self._engine.free_bytes,
         )  # fmt: skip
+
+    def _joined(self, shape: MeshShape, device: str) -> Mesh:
+        """This process's place in the mesh, once all processes are there."""
+        if shape.size > 1:
+            on_gpu = device.startswith("cuda")
+            if on_gpu:
+                torch.cuda.set_device(device)
+            faulthandler.dump_traceback_later(JOIN_SECONDS, exit=True, file=self._stacks)
+            store, world_rank, _ = next(dist.rendezvous("env://"))
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                # The launcher's store outlives a generation, and with it the addresses of the dead.
+                store=dist.PrefixStore(f"generation-{_generation()}", store),
+                rank=world_rank,
+                world_size=shape.size,
+                # How long a command may take is the control process's to say; it ends them all.
+                timeout=timedelta(days=1),
+            )
+            faulthandler.cancel_dump_traceback_later()
+        return Mesh.join(shape, device if device != "auto" else "cpu")
 
     def restore(self, name: str, spec: AdapterSpec, vectors: Vectors) -> None:
         """See `Engine.restore`."""
@@ -156,23 +180,15 @@ class Member:
         return vectors.state(spec, plan_layout(spec, resolve_targets(spec, self.engine.sites)))
 
 
+def _generation() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def _device(asked: str) -> str:
     """This process's own, if there is one for each."""
     if (asked == "auto" and torch.cuda.is_available()) or asked == "cuda":
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return asked
-
-
-def _joined(shape: MeshShape, device: str) -> Mesh:
-    """This process's place in the mesh, once all processes are there."""
-    if shape.size > 1:
-        on_gpu = device.startswith("cuda")
-        if on_gpu:
-            torch.cuda.set_device(device)
-        # How long a command may take is the control process's to say; it ends them all.
-        limit = timedelta(days=1)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit)
-    return Mesh.join(shape, device if device != "auto" else "cpu")
 
 
 def _listen(connection: Connection, commands: "queue.SimpleQueue[dict[str, Any]]") -> None:
