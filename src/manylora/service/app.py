@@ -28,11 +28,12 @@ from manylora.service import (
 from manylora.service.access import AccessLog
 from manylora.service.auth import Authentication, Authenticator
 from manylora.service.contract import Hub
-from manylora.service.door import Door, DoorSettings, body_schemas
+from manylora.service.door import Door, DoorSettings, body_schemas, straight
 from manylora.service.errors import Answer, Malformed, TooLarge
 from manylora.service.limits import BodyLimit
 from manylora.service.responses import answer_response, error_response
 from manylora.service.signing import Signer
+from manylora.service.wire.messages import OptimStepRequest, RetrieveFutureRequest
 from manylora.service.wire.reading import complaints, peek_json_ids
 from manylora.service.wire.replies import ErrorReply
 from manylora.service.wire.scan import peek_ids
@@ -60,6 +61,13 @@ _ROUTERS = (
     routes_checkpoints.router,
     routes_runs.router,
     routes_refused.router,
+)
+
+# The routes of every step, before those of the same paths that FastAPI documents.
+_STRAIGHT = (
+    straight("/api/v1/forward_backward", routes_training.forward_backward, None),
+    straight("/api/v1/optim_step", routes_training.optim_step, OptimStepRequest),
+    straight("/api/v1/retrieve_future", routes_futures.retrieve_future, RetrieveFutureRequest),
 )
 
 
@@ -134,6 +142,7 @@ def build_app(
         Signer(secrets.token_bytes(32) if signing_secret is None else signing_secret),
         CapacityLimiter(settings.readers),
     )
+    app.router.routes += _STRAIGHT
     for router in _ROUTERS:
         app.include_router(router)
     if metrics is not None:

@@ -12,11 +12,13 @@ from typing import Annotated, Any, TypeVar
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.routing import Route
 
 from manylora.service.contract import Hub
 from manylora.service.errors import WrongEncoding
 from manylora.service.limits import BodyLimits
-from manylora.service.responses import JSON_TYPE
+from manylora.service.responses import JSON_TYPE, json_response
 from manylora.service.signing import Signer
 from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.messages import LoadWeightsRequest, Numbered
@@ -136,6 +138,26 @@ def _json_reader(model: type[M]) -> Callable[[Request], Awaitable[M]]:
             return await _read(caller.door, request, model, body)
 
     return read
+
+
+def straight(
+    path: str, handler: Callable[[Caller, Any], Awaitable[Any]], model: type[BaseModel] | None
+) -> Route:
+    """A route of FastAPI's once more, without what FastAPI does around the handler: for those that
+    every step of every client takes, it is more than what they do.
+
+    Args:
+        handler: the route's own, of a caller and of the message or (without a model) the request.
+        model: of its JSON body.
+    """
+    read = None if model is None else _json_reader(model)
+
+    async def answer(request: Request) -> Response:
+        message = request if read is None else await read(request)
+        reply = await handler(_caller(request), message)
+        return reply if isinstance(reply, Response) else json_response(reply)
+
+    return Route(path, answer, methods=["POST"])
 
 
 async def _read(door: Door, request: Request, model: type[M], body: bytes) -> M:

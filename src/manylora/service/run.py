@@ -142,6 +142,7 @@ async def _serve(
             backlog=BACKLOG,
             timeout_keep_alive=75,
             server_header=False,
+            proxy_headers=False,
         )
     )
     web = asyncio.create_task(server.serve(sockets=[listener]))
