@@ -13,6 +13,7 @@ import numpy as np
 import tinker
 
 from manylora.types import Datum
+from tests.family import engine_processes
 from tests.wire.data import random_data, to_sdk
 from tests.wire.raw import encode
 from tests.wire.server import BASE_ALIAS, DEVELOPER, Server
@@ -106,10 +107,13 @@ def cpu_seconds(pid: int) -> float:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process that belongs to it alone."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    anonymous = next(line for line in lines if line.startswith("Anonymous:"))
-    return int(anonymous.split()[1]) * 1024
+    """Memory of a server and of its engine that belongs to them alone."""
+    total = 0
+    for one in (pid, *engine_processes(pid)):
+        lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+        anonymous = next(line for line in lines if line.startswith("Anonymous:"))
+        total += int(anonymous.split()[1]) * 1024
+    return total
 
 
 async def active_round(clients: Sequence[Client], steps: int) -> dict[str, list[float]]:
