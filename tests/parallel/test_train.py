@@ -2,14 +2,19 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load
 
+from manylora.processes.routes import free_port
 from tests.family import engine_processes
 from tests.laws.tiny_runs import command, losses, make_base, make_run, summary, weights
 
@@ -63,3 +68,55 @@ def test_a_run_on_a_mesh_is_the_run_and_survives_its_processes(
             np.testing.assert_allclose(mesh_[key], expected, rtol=2e-3, atol=1e-4)
             assert shaken[key].tobytes() == mesh_[key].tobytes(), key
         assert losses(runs["shaken"]["out"], name) == losses(runs["mesh"]["out"], name)
+
+
+def torchrun(file: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         "-m", "manylora.cli.main", "train", str(file)],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def srun(file: Path) -> None:
+    """As SLURM starts processes: their places in the environment, and nothing else."""
+    told = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": str(os.getpid()),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1"))}  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "manylora.cli.main", "train", str(file)],
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, **told, "SLURM_PROCID": str(number)},
+        )
+        for number in (1, 0)
+    ]
+    assert [process.wait(120) for process in processes] == [0, 0]
+
+
+@pytest.mark.parametrize("start", [torchrun, srun])
+def test_processes_that_others_have_started_are_accepted(
+    base: Path, start: Callable[[Path], None], tmp_path: Path
+) -> None:
+    runs = {name: {**make_run(tmp_path / name, base), "mesh": "dp=2"} for name in ("own", "theirs")}
+    finished(runs["own"], tmp_path / "own")
+    file = tmp_path / "theirs.yaml"
+    file.write_text(yaml.safe_dump(runs["theirs"]))
+    start(file)
+    assert summary(runs["theirs"]["out"])["status"] == "completed"
+    for name in NAMES:
+        assert weights(runs["theirs"]["out"], name) == weights(runs["own"]["out"], name)
+    assert not list(Path(runs["theirs"]["out"]).glob(".meeting*"))
+
+
+def test_a_mesh_of_another_size_than_was_started(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**make_run(tmp_path, base), "mesh": "dp=3"}))
+    told = {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+    done = subprocess.run(
+        [sys.executable, "-m", "manylora.cli.main", "train", str(file)],
+        capture_output=True, text=True, check=False, env={**os.environ, **told},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "2 processes were started" in done.stderr
+    assert "--mesh dp=2" in done.stderr

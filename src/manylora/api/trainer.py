@@ -9,6 +9,7 @@ from manylora.api.verbs import Verbs
 from manylora.engine import Engine
 from manylora.processes import EngineGroup, launch
 from manylora.processes.commands import Opening
+from manylora.processes.started import Meeting
 from manylora.types import EngineLost
 from manylora.types.mesh import MeshShape
 
@@ -44,6 +45,7 @@ class Trainer(AdapterDoor):
         threads: int | None = None,
         mesh: str = "dp=1,tp=1",
         step_seconds: float = 600.0,
+        meeting: Meeting | None = None,
     ):
         """Open a base.
 
@@ -57,6 +59,7 @@ class Trainer(AdapterDoor):
             mesh: processes that share the work, such as `dp=2,tp=2`; they are started and ended by
                 this one.
             step_seconds: on a mesh, what takes longer is taken for hung.
+            meeting: where the mesh's processes meet, if they were started already.
 
         Raises:
             ConfigError: a setting is out of range.
@@ -64,7 +67,7 @@ class Trainer(AdapterDoor):
             Unsupported: its architecture would not keep its numbers here.
         """
         shape = MeshShape.parse(mesh)
-        self._token_budget = token_budget
+        self._token_budget, self._meeting = token_budget, meeting
         self._group: EngineGroup | None = None
         if shape.size == 1:
             engine: Verbs = Engine(
@@ -79,7 +82,12 @@ class Trainer(AdapterDoor):
             opening = Opening(
                 str(base), token_budget, dtype, device, threads, activation_checkpointing, shape
             )
-            self._group = EngineGroup(opening, step_seconds=step_seconds, start=launch)
+            self._group = EngineGroup(
+                opening,
+                step_seconds=step_seconds,
+                start=meeting or launch,
+                host=None if meeting is None else meeting.host,
+            )
             engine = self._opened(self._group)
         super().__init__(Host(engine, token_budget=token_budget))
 
@@ -91,6 +99,9 @@ class Trainer(AdapterDoor):
         """
         assert self._group is not None, "an engine in this process is never lost"
         self._host.abandon()
+        if self._meeting is not None:
+            self._group.close()
+            raise EngineLost("a process went; whoever started them has to start all of them again")
         engine = self._opened(self._group)
         super().__init__(Host(engine, token_budget=self._token_budget))
 

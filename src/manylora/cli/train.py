@@ -37,6 +37,7 @@ def train(
 ) -> int:
     """Train all adapters of a run file; goes on where it was stopped."""
     from manylora.config import load_run_file
+    from manylora.types.mesh import MeshShape
 
     run = load_run_file(run_file, (*overrides, *([f"mesh={json.dumps(mesh)}"] if mesh else [])))
     if dry_run:
@@ -47,6 +48,14 @@ def train(
         for warning in plan.warnings():
             click.echo(f"warning: {warning}", err=True)
         return 0
+    from manylora.processes.started import started_by_others
+
+    started = started_by_others()
+    if started is not None:
+        started.check(MeshShape.parse(run.mesh))
+        if started.world_rank > 0:
+            started.serve(run.out)
+            return 0
     from manylora.runs.train import train_run_file
 
     return int(train_run_file(run, overwrite=overwrite, view="json" if as_json else "auto"))

@@ -42,7 +42,11 @@ def run(address: str, secret: bytes) -> None:
     The environment says which process of how many this is, as torch's launcher sets it.
     """
     logging.disable(logging.NOTSET)  # the launcher keeps silent, and this was forked off it
-    connection = Connection.made(address, secret, CONNECT_SECONDS)
+    serve(Connection.made(address, secret, CONNECT_SECONDS))
+
+
+def serve(connection: Connection) -> None:
+    """The same over a connection that is there."""
     connection.send(
         Hello(
             world_rank=int(os.environ.get("RANK", "0")),
@@ -107,7 +111,7 @@ class Member:
             dtype=opening.dtype,
             device=device,
             activation_checkpointing=opening.activation_checkpointing,
-            threads=opening.threads,
+            threads=opening.threads or _own_threads(opening.mesh),
             mesh=self._joined(opening.mesh, device),
         )
         base = self._engine.base
@@ -178,6 +182,14 @@ class Member:
 
     def _state(self, spec: AdapterSpec, vectors: Vectors) -> AdapterState:
         return vectors.state(spec, plan_layout(spec, resolve_targets(spec, self.engine.sites)))
+
+
+def _own_threads(shape: MeshShape) -> int | None:
+    """This process's share of the machine's cores, if there are several; None = torch's choice."""
+    if shape.size == 1:
+        return None
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(shape.size)))
+    return max(1, (os.cpu_count() or 1) // here)
 
 
 def _generation() -> int:

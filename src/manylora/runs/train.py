@@ -38,7 +38,9 @@ log = logging.getLogger(__name__)
 def open_trainer(run: RunFile) -> AbstractContextManager[Any]:
     """The Python door on the run file's base."""
     from manylora.api import Trainer
+    from manylora.processes.started import Meeting, started_by_others
 
+    started = started_by_others()
     return Trainer(
         run.base,
         token_budget=run.token_budget,
@@ -48,6 +50,7 @@ def open_trainer(run: RunFile) -> AbstractContextManager[Any]:
         threads=run.threads,
         mesh=run.mesh,
         step_seconds=run.step_seconds,
+        meeting=None if started is None else Meeting(started, run.out),
     )
 
 
