@@ -15,8 +15,8 @@ from manylora.config import ServerFile
 from manylora.processes import EngineGroup
 from manylora.scheduler import Journal, Record
 from manylora.service.contract import Failed, Ready
+from manylora.service.engines import opening_of
 from manylora.service.hub import TinkerHub
-from manylora.service.keeping_up import opening_of
 from manylora.service.server import Service
 from manylora.service.wire import messages as m
 from manylora.service.wire.codec import decode_forward_backward

@@ -19,7 +19,7 @@ from manylora.processes import EngineGroup, OverRay, address_toward, launch
 from manylora.service.app import build_app
 from manylora.service.auth import DEV_TENANT, KEY_PREFIX
 from manylora.service.door import DoorSettings
-from manylora.service.keeping_up import keep_up, opening_of
+from manylora.service.engines import keep_up, opening_of
 from manylora.service.late import LateHub
 from manylora.service.limits import BodyLimits
 from manylora.service.metrics import Metrics

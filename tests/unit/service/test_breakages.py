@@ -12,7 +12,7 @@ from manylora.config import ServerFile
 from manylora.engine import Engine
 from manylora.service.breakages import MOST_LOSSES, Breakages
 from manylora.service.contract import Failed, Outcome, Ready, Waiting
-from manylora.service.keeping_up import keep_up
+from manylora.service.engines import keep_up
 from manylora.service.late import LateHub
 from manylora.service.server import Service
 from manylora.service.wire import messages as m
