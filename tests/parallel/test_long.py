@@ -1,6 +1,5 @@
 """Five hundred steps of a mesh whose adapters come and go: no hang, and no more memory."""
 
-import os
 import random
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from manylora import Trainer
 from manylora.api import AdapterHandle
 from manylora.types import Datum, SamplingParams, causal_datum
-from tests.family import engine_processes
+from tests.family import below
 from tests.models import TinyBases
 
 STEPS, WARM = 500, 150
@@ -24,10 +23,10 @@ def data(draw: random.Random) -> list[Datum]:
     return [causal_datum(rng.integers(3, 150, size=n), np.ones(n)) for n in lengths]
 
 
-def resident() -> int:
+def resident(trainer: Trainer) -> int:
     """Bytes of the engine's processes that belong to them alone."""
     total = 0
-    for pid in engine_processes(os.getpid()):
+    for pid in below(trainer._group._launcher.pid):  # type: ignore[union-attr]
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         total += 1024 * int(
             next(line for line in lines if line.startswith("Anonymous:")).split()[1]
@@ -65,6 +64,6 @@ def test_five_hundred_steps_of_a_busy_mesh(tiny: TinyBases, tmp_path: Path) -> N
                 assert np.isfinite(loss.result().loss)
                 assert update.result().step >= 1
             if step >= WARM and step % 50 == 0:
-                sizes.append(resident())
-        sizes.append(resident())
+                sizes.append(resident(trainer))
+        sizes.append(resident(trainer))
     assert sizes[-1] - sizes[0] < MOST_BYTES, [size >> 20 for size in sizes]

@@ -30,7 +30,7 @@ from manylora.types import (
     TargetError,
     causal_datum,
 )
-from tests.family import below, engine_processes, runs
+from tests.family import below, runs
 from tests.models import TinyBases
 
 SPEC = AdapterSpec(rank=3, init="gaussian", dropout=0.1, dtype="bf16")
@@ -54,9 +54,9 @@ def work(name: str, seed: int, length: int = 20) -> ForwardBackward:
     return ForwardBackward(adapter=name, data=[causal_datum(tokens, np.ones(length))])
 
 
-def member() -> int:
-    """The one process of the one engine that runs."""
-    [pid] = engine_processes(os.getpid())
+def member(group: EngineGroup) -> int:
+    """The group's one process."""
+    [pid] = below(group._launcher.pid)  # type: ignore[attr-defined]
     return pid
 
 
@@ -137,7 +137,7 @@ def test_a_process_that_goes_takes_the_engine_with_it_and_another_comes(tiny: Ti
     with group_of(tiny("qwen3")) as group:
         first = group.open(reasons.append)
         first.create("a", SPEC)
-        os.kill(member(), signal.SIGKILL)
+        os.kill(member(group), signal.SIGKILL)
         with pytest.raises(EngineLost):
             first.forward_backward([work("a", 0)])
         with pytest.raises(EngineLost):
@@ -170,7 +170,7 @@ def test_a_process_that_cannot_even_end_itself_is_killed(
     monkeypatch.setattr(remote, "GRACE_SECONDS", 0.5)
     with group_of(tiny("qwen3"), step_seconds=0.5) as group:
         engine = group.open()
-        os.kill(member(), signal.SIGSTOP)
+        os.kill(member(group), signal.SIGSTOP)
         with pytest.raises(EngineLost, match="timed out"):
             engine.create("a", SPEC)
         assert isinstance(group.open(), RemoteEngine)
