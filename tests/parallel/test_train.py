@@ -109,6 +109,15 @@ def test_processes_that_others_have_started_are_accepted(
     assert not list(Path(runs["theirs"]["out"]).glob(".meeting*"))
 
 
+def test_a_base_that_started_processes_cannot_open_is_named(tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**make_run(tmp_path, nothing), "mesh": "dp=2"}))
+    with pytest.raises(AssertionError, match="cannot open base"):
+        torchrun(file)
+
+
 def test_a_mesh_of_another_size_than_was_started(base: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({**make_run(tmp_path, base), "mesh": "dp=3"}))

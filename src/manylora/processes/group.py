@@ -54,7 +54,7 @@ def launch(assignment: Assignment) -> Launcher:
     """Start the launcher of this machine. It ends when this process does.
 
     It has a session of its own, so that Ctrl-C in a terminal reaches the control process alone, and
-    asks for large pages, with which steps on CPU take 4 % less time.
+    asks for large pages, with which steps on CPU take less time.
     """
     launcher = subprocess.Popen(
         [sys.executable, "-m", "manylora.processes.launch"],

@@ -45,8 +45,10 @@ def run(address: str, secret: bytes) -> None:
     serve(Connection.made(address, secret, CONNECT_SECONDS))
 
 
-def serve(connection: Connection) -> None:
-    """The same over a connection that is there."""
+def serve(
+    connection: Connection, gone: Callable[[], None] = lambda: os._exit(CONTROL_GONE)
+) -> None:
+    """The same over a connection that is there; `gone` is called when its other end is."""
     connection.send(
         Hello(
             world_rank=int(os.environ.get("RANK", "0")),
@@ -58,7 +60,7 @@ def serve(connection: Connection) -> None:
         )
     )
     commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, commands), daemon=True).start()
+    threading.Thread(target=_listen, args=(connection, commands, gone), daemon=True).start()
     member = Member(connection.fileno())
     while (command := commands.get())["verb"] != "stop":
         reply = member.obey(command)
@@ -203,7 +205,11 @@ def _device(asked: str) -> str:
     return asked
 
 
-def _listen(connection: Connection, commands: "queue.SimpleQueue[dict[str, Any]]") -> None:
+def _listen(
+    connection: Connection,
+    commands: "queue.SimpleQueue[dict[str, Any]]",
+    gone: Callable[[], None],
+) -> None:
     try:
         while True:
             command = connection.receive()
@@ -211,4 +217,5 @@ def _listen(connection: Connection, commands: "queue.SimpleQueue[dict[str, Any]]
             if command["verb"] == "stop":
                 return
     except (EOFError, OSError, ValueError):
-        os._exit(CONTROL_GONE)
+        gone()
+        commands.put({"verb": "stop"})

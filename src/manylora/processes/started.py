@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,8 +103,15 @@ class Meeting:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(told, file)
         partial.rename(self._path)
-        arguments = (assignment.address, bytes.fromhex(assignment.secret))
-        threading.Thread(target=member.run, args=arguments, daemon=True).start()
+
+        def be_one() -> None:
+            secret = bytes.fromhex(assignment.secret)
+            connection = Connection.made(assignment.address, secret, MEETING_SECONDS)
+            # Who controls is this very process, and has still to say what went wrong.
+            with suppress(OSError):
+                member.serve(connection, gone=lambda: None)
+
+        threading.Thread(target=be_one, daemon=True).start()
         return self
 
     def poll(self) -> int | None:
