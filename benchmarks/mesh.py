@@ -114,13 +114,12 @@ def formula(mesh: str, rank: int, count: int, *, checkpointing: bool) -> dict[st
     # A sequence is a piece; its loss takes the place of two numbers.
     numbers = SEQUENCES // shape.dp * (SEQUENCE + 2)
     stream = Stream([BUDGET] * (tokens // BUDGET), CHUNK_ROWS, numbers)
-    recomputed = (2 if count else 1) if checkpointing else 0
     return {
         "base": base_held(BASE, shape),
         "gathered": max(gathered(BASE, shape).values()),
         "held": held,
         "forward_backward": forward_backward_sent(
-            BASE, shape, stream, recomputed=recomputed, gloo=True
+            BASE, shape, stream, checkpointing=checkpointing, gloo=True
         ),
         "optim_step": optim_step_sent(parts, shape, dp_index, gloo=True),
         "optim_step_peak": optim_step_peak(parts, shape, dp_index),
@@ -225,8 +224,7 @@ def report(rows: Sequence[dict[str, Any]], tokens: Sequence[dict[str, Any]], whe
             "ranks with some of an adapter's work hold a gradient of it).",
             _held(rows, meshes, counts),
             "## forward_backward\n\nCollectives and bytes sent: the same for any number of "
-            "adapters, and without any. Where blocks are recomputed, adapters have each block's "
-            "last sum over tp made again.",
+            "adapters, and without any.",
             _forward(rows, meshes, counts),
             "## optim_step\n\nCollectives, bytes sent and bytes of buffers, of all adapters in one "
             "call.",

@@ -6,9 +6,10 @@ H hidden size, V vocabulary; D ranks along dp, T along tp; L numbers of an adapt
 rank, W of them in whole factors, C in one dp slice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from manylora.engine.stepping import passes
 from manylora.types.mesh import MeshShape
 
 # Bytes of the optimizer's numbers and of gradients.
@@ -181,12 +182,12 @@ class Stream:
 
 
 def forward_backward_sent(
-    base: Base, mesh: MeshShape, stream: Stream, *, recomputed: int = 0, gloo: bool = False
+    base: Base, mesh: MeshShape, stream: Stream, *, checkpointing: bool = False, gloo: bool = False
 ) -> Sent:
     """What one forward_backward sends, whichever adapters there are.
 
     Args:
-        recomputed: sums that each block does again in the backward, under checkpointing.
+        checkpointing: each block is run again in the backward, up to its last product.
     """
     sent: Sent = {}
     if mesh.dp > 1:
@@ -201,7 +202,7 @@ def forward_backward_sent(
     if mesh.tp > 1:
         # The embedding; o and down, forwards; q-k-v and gate-up, backwards; the head, backwards.
         # Nobody asks for the first block's input's gradient with neither dp nor checkpointing.
-        sums = 1 + (4 + recomputed) * base.layers + 1 - (mesh.dp == 1 and not recomputed)
+        sums = 1 + (4 + checkpointing) * base.layers + 1 - (mesh.dp == 1 and not checkpointing)
         fp32 = base.item == FP32
         each = [
             sum_bytes(n * base.hidden * base.item, mesh.tp, fp32=fp32, gloo=gloo)
@@ -219,6 +220,11 @@ def optim_step_sent(
     """What one optimizer step of these adapters sends."""
     if mesh.size == 1 or not parts:
         return {}
+    passed = [_pass_sent(one, mesh, dp_index, gloo=gloo) for one in _passes(parts)]
+    return {name: _sum(sent.get(name, (0, 0)) for sent in passed) for name in passed[0]}
+
+
+def _pass_sent(parts: Sequence[Part], mesh: MeshShape, dp_index: int, *, gloo: bool) -> Sent:
     others, columns = mesh.dp - 1, sum(part.slice_size for part in parts)
     sent: Sent = {}
     if mesh.dp > 1:
@@ -234,11 +240,24 @@ def optim_step_sent(
 
 
 def optim_step_peak(parts: Sequence[Part], mesh: MeshShape, dp_index: int) -> int:
-    """Bytes that the step takes beside what it finds: flat buffers of all these adapters."""
+    """Bytes that the step takes beside what it finds: flat buffers of its largest pass."""
+    return max((_pass_peak(one, mesh, dp_index) for one in _passes(parts)), default=0)
+
+
+def _pass_peak(parts: Sequence[Part], mesh: MeshShape, dp_index: int) -> int:
     if mesh.dp == 1:
         return FP32 * sum(part.whole for part in parts) if mesh.tp > 1 else 0
     flat = mesh.dp * sum(part.slice_size for part in parts)
     return FP32 * (2 * flat + sum(part.own(dp_index) for part in parts))
+
+
+def _passes(parts: Sequence[Part]) -> list[Sequence[Part]]:
+    return [parts[together] for together in passes([part.length for part in parts])]
+
+
+def _sum(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    calls, sizes = zip(*counts, strict=True)
+    return sum(calls), sum(sizes)
 
 
 def total(sent: Sent) -> tuple[int, int]:

@@ -101,17 +101,22 @@ class Case:
         return sum(self.part(rank).held(0).values())
 
     def stepping(self, rank: int) -> int:
-        """Bytes of its part in the buffers of an optimizer step."""
-        return optim_step_peak([self.part(rank)], self.mesh, 0)
+        """Bytes of buffers while it steps alone."""
+        return self.buffers(rank, 1)
+
+    def buffers(self, rank: int, count: int) -> int:
+        """Bytes of buffers while so many step in one call."""
+        return optim_step_peak([self.part(rank)] * count, self.mesh, 0)
 
     def most(self, rank: int, memory: float) -> str:
-        """How many adapters are resident at most: if all step in one call, and if few do."""
+        """How many adapters are resident at most, all of which may step in one call."""
         left, held = self.left(memory), self.held(rank)
         most = int((left - self.gathered() - self.activations()) // held)
         if most < 0:
             return "does not fit"
-        together = int(left // (held + self.stepping(rank)))
-        return f"{min(most, together)} – {most}"
+        while most * held + self.buffers(rank, most) > left:
+            most -= 1
+        return f"{most}"
 
     # -- time, at the vendors' numbers ------------------------------------------------------------
 
@@ -121,7 +126,7 @@ class Case:
         chunk_rows = max(32, CHUNK_ELEMENTS // longest // 32 * 32)
         # A result is one number a token, and few more.
         stream = Stream([self.tokens], chunk_rows, self.tokens)
-        return forward_backward_sent(self.base, self.mesh, stream, recomputed=2)
+        return forward_backward_sent(self.base, self.mesh, stream, checkpointing=True)
 
     def gather_seconds(self) -> tuple[float, float]:
         """Over NVLink, and over the network."""
@@ -193,7 +198,7 @@ def plan(tokens: int = TOKENS) -> str:
             f"blocks recomputed; {RESERVED:.0%} of the memory left free. GB = 10⁹ bytes, of one "
             "GPU.",
             _memory(chosen),
-            "Resident adapters at most: if all of them step in one call – if few at a time do.",
+            "Resident adapters at most; all of them may step in one call.",
             _most(chosen),
             "One micro-batch, of one GPU: bytes counted by formula, milliseconds at the vendors' "
             f"numbers (NVLink {NVLINK / 1e9:.0f} GB/s and network {NETWORK / 1e9:.0f} GB/s each "
@@ -255,7 +260,7 @@ def _steps(chosen: Sequence[Case]) -> str:
     for case in chosen:
         sent, seconds = case.step(STEPPING, LORA_RANKS[0])
         calls, size = total(sent)
-        peak = STEPPING * case.stepping(LORA_RANKS[0])
+        peak = case.buffers(LORA_RANKS[0], STEPPING)
         line = [f"{calls}", f"{size / 1e9:.2f}", f"{peak / 1e9:.1f}", f"{1e3 * seconds:.0f}"]
         rows.append([_title(case), *line])
     return table(["base, mesh", "collectives", "sent, GB", "buffers, GB", "ms"], rows)

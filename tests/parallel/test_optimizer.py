@@ -2,7 +2,7 @@
 
 Faults that were planted and seen to fail here: shares added up in the order of the ranks, factors
 that are whole everywhere added up over tp, bytes of several dtypes end to end as they come, results
-that stay on their rank, a rank that refuses alone.
+that stay on their rank, a rank that refuses alone, passes that lose their last adapter.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from manylora.engine import Engine
+from manylora.engine import Engine, stepping
 from manylora.optim import Pending, norms, publish, reduced
 from manylora.parallel import Mesh
 from manylora.types import AdamParams, AdapterSpec, NotFinite, OptimStep, StepRefused
@@ -177,6 +177,48 @@ def test_what_is_sent_does_not_grow_with_the_number_of_adapters(tiny, shape: str
         slices = {"dp=2": 2, "dp=2,tp=2": 2, "dp=4": 4}.get(shape, 1)
         # Weights and gradient; moments are slices.
         assert num_bytes <= 4 * (2 * local + 2 * (local // slices + 1))
+
+
+def in_passes(mesh: Mesh, folder: str, together: int) -> Any:
+    """Five adapters of which so many fit into a pass; one is poisoned, one overflows."""
+    engine = opened(mesh, folder, 5)
+    engine.poison("a1", "bad data")
+    if mesh.world_rank == mesh.world.size - 1:
+        engine.adapters["a3"].require_grad()[0] = torch.inf
+    stepping.PASS_NUMBERS = together * engine.adapters["a0"].part.longest
+    mesh.traffic.clear()
+    outcomes = engine.optim_step(steps_of([f"a{n}" for n in range(5)]))
+    calls = {name: sent.calls for name, sent in mesh.traffic.sent().items()}
+    assert_replicas(mesh, engine)
+    states = [engine.state(f"a{n}") for n in range(5)]
+    return {
+        "calls": calls,
+        "outcomes": [str(outcome) for outcome in outcomes],
+        "weights": [state.weights for state in states],
+        "moments": [state.exp_avg for state in states if state.exp_avg is not None],
+    }
+
+
+@pytest.mark.parametrize("shape", ["dp=2", "tp=2", "dp=2,tp=2"])
+def test_steps_in_several_passes_are_those_in_one(tiny, shape: str):
+    folder = str(tiny("llama", **FOUR))
+    whole = run_ranks(in_passes, shape, folder, 5)
+    for together, times in ((2, 2), (1, 4), (0, 4)):
+        for one, rank in zip(whole, run_ranks(in_passes, shape, folder, together), strict=True):
+            assert rank["outcomes"] == one["outcomes"]
+            for kind in ("weights", "moments"):
+                for found, expected in zip(rank[kind], one[kind], strict=True):
+                    assert np.array_equal(found, expected)
+            expected_calls = {name: times * calls for name, calls in one["calls"].items()}
+            if together < 2 and "dp" in shape:
+                expected_calls["dp.gather"] -= 1  # nothing is published where all refuse
+            assert rank["calls"] == expected_calls
+
+
+def test_passes_are_as_full_as_may_be():
+    spans = stepping.passes([3, 3, 4, 11, 1, 9, 10], 10)
+    assert [(one.start, one.stop) for one in spans] == [(0, 3), (3, 4), (4, 6), (6, 7)]
+    assert list(stepping.passes([])) == []
 
 
 def refused(mesh: Mesh, folder: str, where: int) -> Any:

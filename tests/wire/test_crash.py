@@ -16,7 +16,7 @@ from manylora.types import AdamParams
 from tests.family import engine_processes
 from tests.wire.data import random_data, sdk_adam, to_sdk
 from tests.wire.server import BASE_ALIAS, Server
-from tests.wire.weights import Array, exported_factors
+from tests.wire.weights import Array, assert_same_factors, exported_factors
 
 TENANTS, STEPS, AHEAD, KILLS = 3, 40, 6, 3
 STEP = AdamParams(lr=2e-3, beta2=0.95, weight_decay=0.01, clip_norm=0.5)
@@ -74,10 +74,7 @@ def test_killed_again_and_again(serve, connect, options: tuple[str, ...]):
         shaker.join()
     assert shaken.num_kills >= 1
     for one, other in zip(factors(shaken, clients), calm, strict=True):
-        assert one.keys() == other.keys()
-        for layer, matrices in other.items():
-            for mine, theirs in zip(one[layer], matrices, strict=True):
-                assert np.array_equal(mine, theirs), layer
+        assert_same_factors(one, other)
 
 
 def test_an_engine_that_is_killed_again_and_again_is_a_pause(serve, connect):
@@ -107,10 +104,7 @@ def test_an_engine_that_is_killed_again_and_again_is_a_pause(serve, connect):
     assert pauses >= 1
     assert shaken.num_kills == 0
     for one, other in zip(factors(shaken, clients), calm, strict=True):
-        assert one.keys() == other.keys()
-        for layer, matrices in other.items():
-            for mine, theirs in zip(one[layer], matrices, strict=True):
-                assert np.array_equal(mine, theirs), layer
+        assert_same_factors(one, other)
 
 
 def test_a_stop_drains_saves_and_exits_cleanly(serve, connect):

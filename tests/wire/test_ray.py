@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import tinker
 
@@ -11,7 +10,7 @@ from tests.parallel.ray_cluster import TwoNodes, actors, kill
 from tests.wire.data import random_data, sdk_adam, to_sdk
 from tests.wire.server import BASE_ALIAS, Server
 from tests.wire.test_crash import STEP
-from tests.wire.weights import exported_factors
+from tests.wire.weights import assert_same_factors, exported_factors
 
 pytestmark = pytest.mark.slow
 STEPS = 12
@@ -54,6 +53,4 @@ def test_the_loss_of_an_actor_is_a_pause(cluster: TwoNodes, serve, connect) -> N
     shaker.join()
     found = exported_factors(shaken, client, "end")
     assert len(actors()) == 2 and not set(actors()) & set(before)
-    for layer, matrices in calm.items():
-        for mine, theirs in zip(found[layer], matrices, strict=True):
-            assert np.array_equal(mine, theirs), layer
+    assert_same_factors(found, calm)

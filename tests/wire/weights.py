@@ -52,6 +52,16 @@ def exported_factors(
     }
 
 
+def assert_same_factors(
+    given: dict[str, tuple[Array, Array]], expected: dict[str, tuple[Array, Array]]
+) -> None:
+    """The same layers, bit for bit."""
+    assert given.keys() == expected.keys()
+    for layer, matrices in expected.items():
+        for mine, theirs in zip(given[layer], matrices, strict=True):
+            assert np.array_equal(mine, theirs), layer
+
+
 def assert_factors_close(
     given: dict[str, tuple[Array, Array]],
     expected: dict[str, tuple[Array, Array]],

@@ -33,6 +33,13 @@ def keep_freed_memory() -> bool:
     )
 
 
+def is_exhaustion(error: BaseException) -> bool:
+    """Whether it says that there is no more memory, of the host or of a device."""
+    # The CPU's allocator has no class of its own.
+    words = "DefaultCPUAllocator: can't allocate memory"
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or words in str(error)
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes that could be taken on this device now."""
     if device.type == "cuda":

@@ -1,6 +1,6 @@
 """Optimizer steps of the adapters that are due: in one process, and on a mesh."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from manylora.parallel import Mesh
 from manylora.types import NotFinite, OptimStep, OptimStepResult
 
 Due = tuple[OptimStep, Adapter]
+
+# Numbers of one rank's parts of the adapters of one pass; its flat buffers take 8 bytes for each.
+PASS_NUMBERS = 1 << 27
 
 
 def step_alone(due: Sequence[Due]) -> list[OptimStepResult | NotFinite]:
@@ -32,10 +35,31 @@ def step_on_mesh(
 ) -> list[OptimStepResult | NotFinite]:
     """The same on every rank of a mesh: each updates its slice of each adapter.
 
-    The number of collectives is the same for any number of adapters; none if there are none.
+    As many adapters as fit share a pass, and its collectives.
     """
-    if not due:
-        return []
+    outcomes: list[OptimStepResult | NotFinite] = []
+    # Longest parts, so that the passes are the same on every rank.
+    for together in passes([adapter.part.longest for _, adapter in due]):
+        outcomes += _pass(due[together], mesh, device)
+    return outcomes
+
+
+def passes(lengths: Sequence[int], most: int | None = None) -> Iterator[slice]:
+    """Neighbours of at most `most` numbers together (None = PASS_NUMBERS); a longer one alone."""
+    most = PASS_NUMBERS if most is None else most
+    start, sum_ = 0, 0
+    for number, length in enumerate(lengths):
+        if number > start and sum_ + length > most:
+            yield slice(start, number)
+            start, sum_ = number, 0
+        sum_ += length
+    if lengths:
+        yield slice(start, len(lengths))
+
+
+def _pass(
+    due: Sequence[Due], mesh: Mesh, device: torch.device
+) -> list[OptimStepResult | NotFinite]:
     pending = [_pending(adapter) for _, adapter in due]
     slices = reduced(pending, mesh, device)
     found = norms(pending, slices, mesh)

@@ -54,17 +54,18 @@ class InputGroup:
 
     def outputs(self, x: Tensor, table: RoutingTable) -> list[Tensor | None]:
         """The output of every member, base and adapters together."""
-        if not torch.is_grad_enabled():
-            return list(self._forward(x, table)[0])
-        anchor = self.anchor if table.work(self.number) else None
-        return list(_GroupFunction.apply(x, anchor, self, table))
-
-    def _forward(self, x: Tensor, table: RoutingTable) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        ys, shrunk = self._products(x, table)
+        if torch.is_grad_enabled():
+            anchor = self.anchor if table.work(self.number) else None
+            ys = _GroupFunction.apply(x, anchor, self, table)
+        else:
+            ys = self._products(x, table)[0]
         if self.split == "row" and self.axis is not None:
+            # Behind the function, whose products are the last that a block's backward reads: where
+            # blocks are run again, nobody waits for a sum that is not read. Its gradient is each
+            # summand's, so autograd need not know of it.
             for y in ys:
-                self.axis.sum_(y)
-        return ys, shrunk
+                self.axis.sum_(y.detach())
+        return list(ys)
 
     def _products(self, x: Tensor, table: RoutingTable) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         work = table.work(self.number)
@@ -74,14 +75,18 @@ class InputGroup:
         places = table.spread
         rows_TK = x_TK if places is None else x_TK.index_select(0, places.rows)
         sizes = table.sizes if places is None else places.sizes
-        ys = [x_TK.new_empty(len(rows_TK), layer.weight.shape[0]) for layer in self.layers]
+        widths = [layer.weight.shape[0] for layer in self.layers]
+        # Not views, which autograd would not let anybody add to in their place.
+        outputs = tuple(x.new_empty(*x.shape[:-1], width) for width in widths)
+        ys = [output.view(-1, output.shape[-1]) for output in outputs]
+        terms = ys if places is None else [x_TK.new_empty(len(rows_TK), n) for n in widths]
         biases = [one.bias for one in self.layers]
-        shrunk = shrink_expand(rows_TK, ys, biases, sizes, work, self.columns)
-        if places is not None:
-            ys = [y.index_select(0, places.back_T) for y in ys]
-        for y_TN, layer in zip(ys, self.layers, strict=True):
+        shrunk = shrink_expand(rows_TK, terms, biases, sizes, work, self.columns)
+        for y_TN, term, layer in zip(ys, terms, self.layers, strict=True):
+            if places is not None:
+                torch.index_select(term, 0, places.back_T, out=y_TN)
             y_TN.addmm_(x_TK, layer.weight.t())
-        return tuple(y_TN.view(*x.shape[:-1], -1) for y_TN in ys), shrunk
+        return outputs, shrunk
 
     def _input_gradient(self, flat: Sequence[Tensor | None], dx_TK: Tensor | None) -> Tensor | None:
         """Add the base's products to `dx_TK`, if there is one, always in the same order.
@@ -145,7 +150,7 @@ class _GroupFunction(torch.autograd.Function):
     def forward(  # pyrefly: ignore[bad-override]
         ctx: Any, x: Tensor, anchor: Tensor | None, group: InputGroup, table: RoutingTable
     ) -> tuple[Tensor, ...]:
-        ys, shrunk = group._forward(x, table)
+        ys, shrunk = group._products(x, table)
         ctx.group, ctx.table = group, table
         ctx.set_materialize_grads(False)
         # Nothing but the low-rank gradients reads x again.

@@ -1,7 +1,7 @@
 """One pass over the gradients of all adapters that step, on a mesh.
 
-The number of collectives does not depend on the number of adapters: every one sends a flat buffer
-in which the adapters lie end to end. Along dp each rank gets one slice of every gradient, and adds
+The number of collectives does not depend on the number of adapters: each sends a flat buffer in
+which the adapters lie end to end. Along dp each rank gets one slice of every gradient, and adds
 up its shares in their own order; along tp the terms of the factors that are whole on every rank
 are added up, each slice by itself, so that fewer bytes are sent than if the slices came last.
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from manylora.engine import Engine
+from manylora.engine.host_memory import is_exhaustion
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
@@ -93,8 +94,8 @@ class Member:
             return {"value": method(*arguments)}
         except ManyloraError as error:
             return {"refusal": error}
-        except Exception:
-            return {"fault": traceback.format_exc()}
+        except Exception as error:
+            return {"fault": traceback.format_exc(), "exhausted": is_exhaustion(error)}
         finally:
             faulthandler.cancel_dump_traceback_later()
 

@@ -252,7 +252,9 @@ class RemoteEngine:
     def _agreed(self, verb: str, replies: Sequence[dict[str, Any]]) -> Any:
         """The leader's answer, if all are sound or all refuse alike."""
         faults = [reply["fault"] for reply in replies if "fault" in reply]
-        if faults and len(self._connections) == 1:  # as it would be in this process
+        exhausted = any(reply.get("exhausted") for reply in replies)
+        if faults and len(self._connections) == 1 and not exhausted:
+            # As it would be in this process. One without memory is not worth keeping.
             raise RuntimeError(f"{verb} failed in the engine's process:\n{faults[0]}")
         refusals = ["refusal" in reply for reply in replies]
         if faults or any(refusals) != all(refusals):
