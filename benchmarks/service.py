@@ -3,7 +3,7 @@
     python -m benchmarks.service [--rounds 5] [--requests 20000] [--only latency,throughput,…]
                                  [--out benchmarks/results/NAME]
 
-One server on seedling, clients on the same machine, arms in turns. Times need a quiet machine: the
+Servers on seedling, clients on the same machine, arms in turns. Times need a quiet machine: the
 report names the load before and after. Writes NAME.json and NAME.md.
 """
 
@@ -24,7 +24,7 @@ from tests.wire.server import Server
 SHAPES = ((1, 64), (8, 64), (1, 1024))
 GOALS = {
     "latency": "submit to acknowledged, which is after it was queued: median < 10 ms",
-    "throughput": "eight at once ≥ 1.8 × one after another",
+    "throughput": "eight at once ≥ 1.8 × one after another, with one engine or two",
     "memory": "flat",
     "journal": "< 3 % of a step",
 }
@@ -50,6 +50,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
 
+        def throughputs() -> Any:
+            own = ("--set", f"threads={options.threads}")
+            with (
+                Server(folder / "one", *own) as one,
+                Server(folder / "two", *own, "--mesh", "replicas=2") as two,
+            ):
+                return throughput({"one engine": one, "two engines": two}, options.rounds, 15)
+
         def served(measure: Callable[[Server], Any]) -> Any:
             with Server(folder / "served", "--set", f"threads={options.threads}") as server:
                 return measure(server)
@@ -58,7 +66,7 @@ def main() -> None:
             "latency": lambda: served(
                 lambda server: asyncio.run(latencies(server, options.pollers, options.rounds))
             ),
-            "throughput": lambda: served(lambda server: throughput(server, options.rounds, 15)),
+            "throughput": throughputs,
             "journal": lambda: asyncio.run(
                 journal_cost(folder / "journal", SHAPES, 3 * options.rounds, 5)
             ),

@@ -222,27 +222,46 @@ def sdk_work(service: tinker.ServiceClient, seed: int, steps: int) -> Callable[[
     return work
 
 
-def throughput(server: Server, rounds: int, steps: int) -> dict[str, Any]:
-    """Eight clients of the SDK at once against one after another, in turns."""
-    services = [tinker.ServiceClient(base_url=server.url, api_key=DEVELOPER) for _ in range(8)]
-    works = [sdk_work(service, number, steps) for number, service in enumerate(services)]
-    total = len(works) * steps * TOKENS
-    rates: dict[str, list[float]] = {"one after another": [], "at once": []}
-    with ThreadPoolExecutor(len(works)) as pool:
+def throughput(servers: dict[str, Server], rounds: int, steps: int) -> dict[str, Any]:
+    """Eight clients of the SDK at once against one after another, on each server in turns."""
+    services = {
+        name: [tinker.ServiceClient(base_url=server.url, api_key=DEVELOPER) for _ in range(8)]
+        for name, server in servers.items()
+    }
+    works = {
+        name: [sdk_work(service, number, steps) for number, service in enumerate(own)]
+        for name, own in services.items()
+    }
+    rates: dict[str, dict[str, list[float]]] = {
+        name: {"one after another": [], "at once": []} for name in servers
+    }
+    with ThreadPoolExecutor(8) as pool:
         for _ in range(rounds):
-            rates["one after another"].append(total / sum(work() for work in works))
-            began = time.perf_counter()
-            for future in [pool.submit(work) for work in works]:
-                future.result()
-            rates["at once"].append(total / (time.perf_counter() - began))
-    for service in services:
+            for name, own in works.items():
+                total = len(own) * steps * TOKENS
+                rates[name]["one after another"].append(total / sum(work() for work in own))
+                began = time.perf_counter()
+                for future in [pool.submit(work) for work in own]:
+                    future.result()
+                rates[name]["at once"].append(total / (time.perf_counter() - began))
+    for service in (service for own in services.values() for service in own):
         service.close("success").result(30)
-    gains = [b / a for a, b in zip(*rates.values(), strict=True)]
+    alone = rates[next(iter(servers))]["one after another"]
     return {
         "tokens_per_request": TOKENS,
-        **{f"tokens_per_second {name}": summary(values) for name, values in rates.items()},
-        "gain": summary(gains),
+        **{
+            name: {
+                **{f"tokens_per_second {arm}": summary(values) for arm, values in own.items()},
+                "gain": _ratio(own["at once"], own["one after another"]),
+                "gain over the first server one after another": _ratio(own["at once"], alone),
+            }
+            for name, own in rates.items()
+        },
     }
+
+
+def _ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
+    return summary([a / b for a, b in zip(over, under, strict=True)])
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

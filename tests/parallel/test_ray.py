@@ -79,7 +79,7 @@ def learn(engine: RemoteEngine, steps: int = 2) -> list[Any]:
 def test_an_actor_that_is_killed_costs_a_generation(cluster: TwoNodes, base: str) -> None:
     with opened(cluster, base) as group:
         told: list[str] = []
-        engine = group.open(told.append)
+        engine = group.open(told.append)[0]
         places = actors()
         assert len(places) == 2 and len(set(places.values())) == 2, "one process on each node"
         engine.create("a", SPEC)
@@ -90,7 +90,7 @@ def test_an_actor_that_is_killed_costs_a_generation(cluster: TwoNodes, base: str
         with pytest.raises(EngineLost):
             learn(engine)
         assert len(told) == 1 and engine.was_lost
-        again = group.open()
+        again = group.open()[0]
         assert len(actors()) == 2 and not set(actors()) & set(places), "all of them were replaced"
         again.create("a", SPEC)
         for one, other in zip(before, learn(again), strict=True):
@@ -101,7 +101,7 @@ def test_an_actor_that_is_killed_costs_a_generation(cluster: TwoNodes, base: str
 @pytest.mark.slow
 def test_a_process_that_takes_too_long_says_where_it_stood(cluster: TwoNodes, base: str) -> None:
     with opened(cluster, base, step_seconds=0.001) as group:
-        engine = group.open()
+        engine = group.open()[0]
         with pytest.raises(EngineLost, match="too long"):
             for _ in range(100):
                 engine.create("a", SPEC)
@@ -114,13 +114,13 @@ def test_a_process_that_takes_too_long_says_where_it_stood(cluster: TwoNodes, ba
 @pytest.mark.slow
 def test_a_launcher_that_is_killed_is_replaced(cluster: TwoNodes, base: str) -> None:
     with opened(cluster, base) as group:
-        engine = group.open()
+        engine = group.open()[0]
         [launcher] = [pid for pid in below(os.getpid()) if "launch_ray" in command_of(pid)]
         kill(launcher)
         wait_for(lambda: not actors())
         with pytest.raises(EngineLost):
             engine.create("a", SPEC)
-        again = group.open()
+        again = group.open()[0]
         again.create("a", SPEC)
         assert learn(again)
 
@@ -167,7 +167,7 @@ def test_an_address_that_processes_cannot_reach_is_named(cluster: TwoNodes, base
         start=lambda assignment: launcher(replace(assignment, address="127.0.0.1:1")),
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"cannot reach .* 127\.0\.0\.1:1: .*engine_address"):
-        group.open()
+        group.open()[0]
     group.close()
 
 
@@ -176,7 +176,7 @@ def test_too_few_devices_are_named(cluster: TwoNodes, base: str) -> None:
     launcher.peer()
     group = EngineGroup(opening(base, dp=3), step_seconds=60, start=launcher)
     with pytest.raises(ConfigError, match=r"of the 2 CPUs .* 2 are free, and 3 are needed"):
-        group.open()
+        group.open()[0]
     group.close()
 
 
@@ -196,7 +196,7 @@ def test_a_machine_without_the_base_is_named(
     with opened(cluster, "/nowhere") as group:
         monkeypatch.setattr("socket.gethostname", lambda: "the-control-process's")
         with pytest.raises(BaseModelError, match=r"process [01] on \S+: .*/nowhere"):
-            group.open()
+            group.open()[0]
 
 
 def test_an_address_of_another_machine_cannot_be_listened_on(base: str) -> None:

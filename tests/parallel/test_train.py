@@ -49,7 +49,7 @@ def finished(run: dict[str, Any], folder: Path, kills: int = 0) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("mesh", ["dp=2", "tp=2"])
+@pytest.mark.parametrize("mesh", ["dp=2", "tp=2", "replicas=2"])
 def test_a_run_on_a_mesh_is_the_run_and_survives_its_processes(
     base: Path, mesh: str, tmp_path: Path
 ) -> None:
@@ -66,6 +66,7 @@ def test_a_run_on_a_mesh_is_the_run_and_survives_its_processes(
         assert alone.keys() == mesh_.keys() == shaken.keys()
         for key, expected in alone.items():
             np.testing.assert_allclose(mesh_[key], expected, rtol=2e-3, atol=1e-4)
+            assert "replicas" not in mesh or mesh_[key].tobytes() == expected.tobytes()
             assert shaken[key].tobytes() == mesh_[key].tobytes(), key
         assert losses(runs["shaken"]["out"], name) == losses(runs["mesh"]["out"], name)
 

@@ -84,10 +84,14 @@ def work(
     return seen + forward(client, PROBE)
 
 
-@pytest.mark.parametrize("same_tenant", [True, False], ids=["one tenant", "eight tenants"])
-def test_together_is_alone(serve, connect, tmp_path: Path, same_tenant: bool):
+@pytest.mark.parametrize(
+    ("same_tenant", "mesh"),
+    [(True, "dp=1"), (False, "dp=1"), (False, "replicas=2")],
+    ids=["one tenant", "eight tenants", "two engines"],
+)
+def test_together_is_alone(serve, connect, tmp_path: Path, same_tenant: bool, mesh: str):
     keys = [DEVELOPER if same_tenant else create_key(tmp_path / "data", name) for name in PLANS]
-    server: Server = serve()
+    server: Server = serve("--mesh", mesh)
     base = Oracle(1, 0)
     seeds = range(len(PLANS))
     rounds = [batches(seed, plan, base) for seed, plan in enumerate(PLANS.values())]

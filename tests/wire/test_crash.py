@@ -77,18 +77,18 @@ def test_killed_again_and_again(serve, connect, options: tuple[str, ...]):
         assert_same_factors(one, other)
 
 
-def test_an_engine_that_is_killed_again_and_again_is_a_pause(serve, connect):
+@pytest.mark.parametrize("mesh", ["dp=1", "replicas=2"])
+def test_an_engine_that_is_killed_again_and_again_is_a_pause(serve, connect, mesh: str):
     """The server stays, and says on `/readyz` when it has no engine."""
     quiet: Server = serve(folder="calm")
     calm = factors(quiet, everybody(quiet, connect))
-    shaken: Server = serve("--set", "saving.every_steps=7", folder="shaken")
+    shaken: Server = serve("--mesh", mesh, "--set", "saving.every_steps=7", folder="shaken")
     done, draw, losses, pauses = threading.Event(), random.Random(1), 0, 0
 
     def shake() -> None:
         nonlocal losses, pauses
         while losses < KILLS and not done.wait(draw.uniform(0.3, 1.0)):
-            for pid in engine_processes(shaken.pid):
-                os.kill(pid, signal.SIGKILL)
+            os.kill(draw.choice(engine_processes(shaken.pid)), signal.SIGKILL)
             losses += 1
             while not done.wait(0.01) and not shaken.is_ready():
                 pauses += 1

@@ -14,7 +14,9 @@ from tests.wire.test_sampling import *  # noqa: F403
 from tests.wire.test_training import *  # noqa: F403
 
 
-@pytest.fixture(scope="module", params=["dp=2", "tp=2"])
+@pytest.fixture(
+    scope="module", params=["dp=2", pytest.param("tp=2", marks=pytest.mark.slow), "replicas=2"]
+)
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:

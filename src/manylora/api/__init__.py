@@ -1,7 +1,7 @@
 """The Python door: open a base, create adapters, train, sample, save, export.
 
 Owns: `Trainer` and the adapter handles, and the composition of one engine with one queue (`Host`),
-which the server shares between its tenants.
+or of several (`Hosts`), which the server shares between its tenants.
 Does not own: training recipes (runs), files' formats (checkpoint), tensors (engine).
 Talks to: processes, scheduler, engine and checkpoint below; programs, runs, service and the command
 line use it.
@@ -13,11 +13,22 @@ from typing import TYPE_CHECKING, Any
 from manylora.api.door import AdapterDoor
 from manylora.api.handle import AdapterHandle, SnapshotHandle
 from manylora.api.host import Host
+from manylora.api.hosts import AnyHost, host_of
+from manylora.api.paging import Pager
 
 if TYPE_CHECKING:
     from manylora.api.trainer import Trainer
 
-__all__ = ["AdapterDoor", "AdapterHandle", "Host", "SnapshotHandle", "Trainer"]
+__all__ = [
+    "AdapterDoor",
+    "AdapterHandle",
+    "AnyHost",
+    "Host",
+    "Pager",
+    "SnapshotHandle",
+    "Trainer",
+    "host_of",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,8 @@ from typing import Any
 
 from manylora.api.futures import flattened
 from manylora.api.handle import JSON, AdapterHandle, SnapshotHandle
-from manylora.api.host import Host
+from manylora.api.hosts import AnyHost
+from manylora.api.paging import Pager
 from manylora.api.states import read_state, term, write_peft
 from manylora.api.verbs import Resident
 from manylora.checkpoint import import_peft, save_state
@@ -41,10 +42,10 @@ class AdapterDoor:
         adapters: name → handle.
     """
 
-    def __init__(self, host: Host, *, tenant: str = ""):
+    def __init__(self, host: AnyHost, *, tenant: str = ""):
         """`tenant`: whose operations these are, for fairness."""
         self._host, self._tenant = host, tenant
-        self._engine, self._pager = host.engine, host.pager
+        self._engine = host.engine
         self._snapshot_numbers = itertools.count(1)
         self.adapters: dict[str, AdapterHandle] = {}
 
@@ -101,10 +102,10 @@ class AdapterDoor:
         wanted = spec or (AdapterSpec(**settings) if settings or init_from is None else None)
         if init_from is None:
             assert wanted is not None
-            new = self._call(name, lambda: self._make(name, wanted)).result()
+            new = self._call(name, lambda pager: self._make(pager, name, wanted)).result()
         else:
             state = self._warm_start(Path(init_from), wanted)
-            new = self._call(name, lambda: self._make(name, state)).result()
+            new = self._call(name, lambda pager: self._make(pager, name, state)).result()
         return self._handle(new, name)
 
     def restore(
@@ -123,7 +124,7 @@ class AdapterDoor:
             CheckpointDamaged, CheckpointMismatch, AdapterExists
         """
         saved = read_state(self._engine, Path(folder), spec=spec)
-        new = self._call(name, lambda: self._make(name, saved.state)).result()
+        new = self._call(name, lambda pager: self._make(pager, name, saved.state)).result()
         return self._handle(new, name), dict(saved.client)
 
     def sample(
@@ -187,49 +188,59 @@ class AdapterDoor:
     def unload(self, name: str) -> Future[None]:
         """See `AdapterHandle.unload`."""
 
-        def run() -> None:
-            self._pager.unload(name)
+        def run(pager: Pager) -> None:
+            pager.unload(name)
             self.adapters.pop(name, None)
 
-        return self._call(name, run)
+        return self._call(name, run, last=True)
 
     def take_snapshot(self, name: str) -> SnapshotHandle:
         """See `AdapterHandle.snapshot`."""
         snapshot = f"{name}@{next(self._snapshot_numbers)}"
-        self._call(name, lambda: self._pager.snapshot(name, snapshot, 0))
+        self._call(name, lambda pager: pager.snapshot(name, snapshot, 0), makes=snapshot)
         return SnapshotHandle(self, name, snapshot)
 
     def drop_snapshot(self, name: str, snapshot: str) -> Future[None]:
         """See `SnapshotHandle.drop`."""
-        return self._call(name, lambda: self._pager.drop_snapshot(snapshot))
+        return self._call(name, lambda pager: pager.drop_snapshot(snapshot), drops=snapshot)
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _call(self, adapter: str | None, run: Callable[[], Any]) -> Future[Any]:
-        return self._host.call(adapter, run, tenant=self._tenant)
+    def _call(
+        self,
+        adapter: str | None,
+        run: Callable[[Pager], Any],
+        *,
+        makes: str | None = None,
+        drops: str | None = None,
+        last: bool = False,
+    ) -> Future[Any]:
+        return self._host.call(
+            adapter, run, tenant=self._tenant, makes=makes, drops=drops, last=last
+        )
 
     def _copy_then(
         self, name: str, folder: Path, write: Callable[[AdapterState], None]
     ) -> Future[Path]:
         """Copy an adapter's state in its turn; write it while others go on."""
 
-        def run() -> Future[Path]:
-            state = self._pager.whole_state(name)
+        def run(pager: Pager) -> Future[Path]:
+            state = pager.whole_state(name)
 
             def put() -> Path:
                 write(state)
                 return folder
 
-            return self._pager.write(put, state, quiet=True)
+            return pager.write(put, state, quiet=True)
 
         return flattened(self._call(name, run))
 
-    def _make(self, name: str, what: AdapterSpec | AdapterState) -> Resident:
+    def _make(self, pager: Pager, name: str, what: AdapterSpec | AdapterState) -> Resident:
         if isinstance(what, AdapterSpec):
-            self._pager.create(name, what)
+            pager.create(name, what)
         else:
-            self._pager.restore(name, what)
-        return self._engine.adapters[name]
+            pager.restore(name, what)
+        return self._host.resident(name)
 
     def _handle(self, new: Resident, name: str) -> AdapterHandle:
         self.adapters[name] = AdapterHandle(self, name, new.spec, new.layout.num_params)

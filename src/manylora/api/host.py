@@ -1,14 +1,14 @@
 """One engine, one queue, one worker: what every door submits to."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from manylora.api.paging import Pager
 from manylora.api.states import read_state, weights_only, write_state
-from manylora.api.verbs import Verbs
+from manylora.api.verbs import Resident, Verbs
 from manylora.lora.state import AdapterState
 from manylora.scheduler import BatchReport, Call, Operation, OperationQueue, Residency, Worker
 from manylora.types import AdapterSpec, EngineLost
@@ -38,6 +38,7 @@ class Host:
         on_saved: Callable[[str, int], None] = lambda name, position: None,
         observe: Callable[[BatchReport], None] = lambda report: None,
         apart: Callable[[Operation], bool] = lambda operation: False,
+        neighbours: int = 1,
     ):
         """Put a queue before an engine.
 
@@ -49,9 +50,11 @@ class Host:
             before_save, on_saved: see `Pager`.
             observe: told of each batch that was run.
             apart: see `OperationQueue`.
+            neighbours: hosts that use the memory of this machine, this one included.
         """
         self.engine = engine
-        on_device, on_host = engine.free_bytes, free_host_bytes()
+        on_device = engine.free_bytes // neighbours
+        on_host = free_host_bytes() // neighbours
         adapters, snapshots = Residency(), Residency()
         if folder is not None:
             adapters = Residency(
@@ -76,10 +79,49 @@ class Host:
         return self.queue.submit(operation)
 
     def call(
-        self, adapter: str | None, run: Callable[[], Any], *, tenant: str = "", seq: int = 0
+        self,
+        adapter: str | None,
+        run: Callable[[Pager], Any],
+        *,
+        tenant: str = "",
+        seq: int = 0,
+        makes: str | None = None,
+        drops: str | None = None,
+        last: bool = False,
     ) -> Future[Any]:
-        """Queue something that needs the engine for itself."""
-        return self.queue.submit(Call(adapter, run, tenant=tenant, seq=seq))
+        """Queue something that needs the engine for itself, in its adapter's turn if it has one.
+
+        Args:
+            run: is given what the engine's thread alone may use.
+            makes, drops: the name of a snapshot of which this is the beginning, or the end.
+            last: nothing will be asked of the adapter any more.
+        """
+        return self.queue.submit(Call(adapter, lambda: run(self.pager), tenant=tenant, seq=seq))
+
+    def resident(self, name: str) -> Resident:
+        """An adapter that the engine holds."""
+        return self.engine.adapters[name]
+
+    def state_folder(self, name: str) -> Path:
+        """Where an adapter's state lies when it is on disk."""
+        return self.pager.state_folder(name)
+
+    def snapshot_folder(self, snapshot: str) -> Path:
+        """Where a snapshot lies on disk."""
+        return self.pager.snapshot_folder(snapshot)
+
+    def counts(self) -> dict[str, int]:
+        """How many adapters and snapshots are where; see `Pager.counts`."""
+        return self.pager.counts()
+
+    def waiting(self, tenant: str) -> tuple[int, int]:
+        """How many operations of a tenant wait, and their tokens."""
+        return self.queue.waiting(tenant)
+
+    @property
+    def lost_with(self) -> Sequence[Operation]:
+        """What was running when the engine was lost; empty while it is there."""
+        return self.worker.lost_with
 
     def read(self, folder: Path, *, spec: AdapterSpec, moments: bool, called: str) -> AdapterState:
         """An adapter's state from its files.
@@ -104,7 +146,7 @@ class Host:
             CheckpointDamaged, CheckpointMismatch, SaveFailed
         """
         state = self.read(folder, spec=spec, moments=moments, called=called)
-        write_state(self.engine, self.pager.state_folder(name), state, position=0)
+        write_state(self.engine, self.state_folder(name), state, position=0)
 
     def abandon(self) -> None:
         """Stop, after the engine was lost: what it held is not saved; what was on its way to disk

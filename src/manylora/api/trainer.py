@@ -1,10 +1,11 @@
 """`Trainer`: a host of one's own."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 from manylora.api.door import AdapterDoor
-from manylora.api.host import Host
+from manylora.api.hosts import host_of
 from manylora.api.verbs import Verbs
 from manylora.engine import Engine
 from manylora.processes import EngineGroup, launch
@@ -56,8 +57,8 @@ class Trainer(AdapterDoor):
             device: `auto` (CUDA if there is one), `cpu`, `cuda:1`, …
             activation_checkpointing: less memory for a third more time.
             threads: CPU threads of one operation; None = torch's choice.
-            mesh: processes that share the work, such as `dp=2,tp=2`; they are started and ended by
-                this one.
+            mesh: processes that share the work, such as `dp=2,tp=2` or `replicas=2`; they
+                are started and ended by this one.
             step_seconds: on a mesh, what takes longer is taken for hung.
             meeting: where the mesh's processes meet, if they were started already.
 
@@ -70,7 +71,7 @@ class Trainer(AdapterDoor):
         self._token_budget, self._meeting = token_budget, meeting
         self._group: EngineGroup | None = None
         if shape.size == 1:
-            engine: Verbs = Engine(
+            engine = Engine(
                 base,
                 token_budget=token_budget,
                 dtype=dtype,
@@ -78,6 +79,7 @@ class Trainer(AdapterDoor):
                 activation_checkpointing=activation_checkpointing,
                 threads=threads,
             )
+            engines: Sequence[Verbs] = (engine,)
         else:
             opening = Opening(
                 str(base), token_budget, dtype, device, threads, activation_checkpointing, shape
@@ -88,8 +90,8 @@ class Trainer(AdapterDoor):
                 start=meeting or launch,
                 host=None if meeting is None else meeting.host,
             )
-            engine = self._opened(self._group)
-        super().__init__(Host(engine, token_budget=token_budget))
+            engines = self._opened(self._group)
+        super().__init__(host_of(engines, token_budget=token_budget))
 
     def reopen(self) -> None:
         """Open the base anew after the mesh was lost (`EngineLost`), without adapters.
@@ -102,8 +104,8 @@ class Trainer(AdapterDoor):
         if self._meeting is not None:
             self._group.close()
             raise EngineLost("a process went; whoever started them has to start all of them again")
-        engine = self._opened(self._group)
-        super().__init__(Host(engine, token_budget=self._token_budget))
+        engines = self._opened(self._group)
+        super().__init__(host_of(engines, token_budget=self._token_budget))
 
     def __enter__(self) -> Self:
         return self
@@ -119,7 +121,7 @@ class Trainer(AdapterDoor):
             if self._group is not None:
                 self._group.close()
 
-    def _opened(self, group: EngineGroup) -> Verbs:
+    def _opened(self, group: EngineGroup) -> Sequence[Verbs]:
         # A process went while it opened; the next may stay. There is none if others start them.
         left = 1 if self._meeting is not None else MOST_OPENINGS
         while True:

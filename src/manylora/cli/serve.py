@@ -18,7 +18,7 @@ import click
 @click.option("--data-root", "data_roots", multiple=True, help="Folder of data files for runs.")
 @click.option("--host", help="Address to listen on [127.0.0.1]; others need API keys.")
 @click.option("--port", type=int, help="0 = any free one [8000].")
-@click.option("--mesh", help="Processes of the engine, such as dp=2,tp=2 [dp=1,tp=1].")
+@click.option("--mesh", help="Processes of the engine, such as dp=2,tp=2 or replicas=2 [1].")
 @click.option("--max-resident", type=int, help="Adapters in the engine at once.")
 @click.option("--ray", metavar="ADDRESS", help="Use a Ray cluster's devices: auto or HOST:PORT.")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Any other setting.")

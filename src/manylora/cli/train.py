@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     help="Change a setting, such as token_budget=2048 or adapters.NAME.sft.max_steps=5. "
     "May be repeated.",
 )
-@click.option("--mesh", help="Processes that share the work, such as dp=2,tp=2 [dp=1,tp=1].")
+@click.option("--mesh", help="Processes, such as dp=2,tp=2 or replicas=2 [1].")
 @click.option("--overwrite", is_flag=True, help="Delete what an earlier run left in `out`.")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print events (or the plan) as JSON.")

@@ -288,7 +288,8 @@ class RunFile(Settings):
     """CPU threads; null = leave torch's choice."""
     mesh: MeshText = "dp=1,tp=1"
     """Processes that share the work, such as dp=2,tp=2. The tp processes of a group hold
-    the base's matrices in parts; tokens are dealt out over dp such groups."""
+    the base's matrices in parts; tokens are dealt out over dp such groups. With replicas=2 all of
+    that is there twice, each with adapters of its own."""
     step_seconds: Positive = 600.0
     """On a mesh: a step that takes longer is taken for hung, and its processes are started anew."""
     report: Flag = True

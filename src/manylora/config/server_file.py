@@ -87,7 +87,8 @@ class ServerFile(Settings):
     where they stand, and are started again."""
     mesh: MeshText = "dp=1,tp=1"
     """Processes of the engine, such as dp=2,tp=2. The tp processes of a group hold
-    the base's matrices in parts; tokens are dealt out over dp such groups."""
+    the base's matrices in parts; tokens are dealt out over dp such groups. With replicas=2 all of
+    that is there twice, each with adapters of its own."""
     max_resident: Count | None = None
     """Adapters in the engine at once; by default as many as measured memory allows."""
     long_poll_seconds: Annotated[float, Field(gt=0, le=40)] = 30.0

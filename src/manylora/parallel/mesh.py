@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from manylora.parallel.traffic import Traffic
 from manylora.types.errors import ConfigError
-from manylora.types.mesh import AXES, MeshShape
+from manylora.types.mesh import MeshShape
 
 # Below this many bytes one message each way costs less than two smaller ones.
 SMALL_BYTES = 1 << 16
@@ -146,6 +146,7 @@ class Mesh:
         Raises:
             ConfigError: another number of processes than the mesh has ranks.
         """
+        assert shape.replicas == 1, "a mesh is one replica's"
         started = dist.get_world_size() if dist.is_initialized() else 1
         if started != shape.size:
             raise ConfigError(
@@ -155,7 +156,7 @@ class Mesh:
         if shape.size == 1:
             return cls(shape, 0, None)
         kind = torch.device(device).type
-        device_mesh = init_device_mesh(kind, (shape.dp, shape.tp), mesh_dim_names=AXES)
+        device_mesh = init_device_mesh(kind, (shape.dp, shape.tp), mesh_dim_names=("dp", "tp"))
         return cls(shape, dist.get_rank(), device_mesh)
 
     @property

@@ -148,10 +148,15 @@ class Connection:
         head = self._exactly(head_size)
         return decode(head, self._exactly(payload_size))
 
-    def close(self) -> None:
-        """Wake whoever receives, and free the socket."""
+    def hang_up(self) -> None:
+        """Let nothing more come or go; any thread. Whoever waits for a message is woken, by whom
+        the socket is to be closed: one that is closed behind their backs wakes nobody."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Free the socket."""
+        self.hang_up()
         self._socket.close()
 
     def _exactly(self, size: int) -> bytearray:

@@ -1,4 +1,4 @@
-"""The processes of one engine as their control process sees them: started, met, replaced.
+"""The processes of an engine, or of its replicas, as their control process sees them.
 
 Each process connects to the control process. Those that were started together make a generation;
 when one of them is lost, all of them go, and the launcher starts the next.
@@ -99,7 +99,7 @@ class EngineGroup:
         self._waiting: dict[int, dict[int, _Met]] = defaultdict(dict)
         self._strangers = threading.BoundedSemaphore(self._size + STRANGERS)
         self._changed = threading.Condition()
-        self._engine: RemoteEngine | None = None
+        self._engines: tuple[RemoteEngine, ...] = ()
         secret = secrets.token_bytes(SECRET_BYTES)
         self._folder = Path(tempfile.mkdtemp(prefix="manylora-"))
         try:
@@ -117,11 +117,16 @@ class EngineGroup:
         )
         self._launcher = start(self._assignment)
 
-    def open(self, on_lost: Callable[[str], None] = lambda reason: None) -> RemoteEngine:
+    def open(
+        self, on_lost: Callable[[str], None] = lambda reason: None
+    ) -> tuple[RemoteEngine, ...]:
         """Wait for the next generation and have it open the base.
 
         Args:
-            on_lost: told why, once the engine is lost; any thread.
+            on_lost: told why, once an engine is lost, and all others with it; any thread.
+
+        Returns:
+            An engine for each replica.
 
         Raises:
             ConfigError: other code elsewhere, or processes that cannot reach this one.
@@ -134,6 +139,9 @@ class EngineGroup:
         def lost(reason: str) -> None:
             if self._near:
                 _kill([hello for hello, _ in members])
+            for engine in engines:
+                if engine.lost is None:
+                    engine.lose(reason)
             on_lost(reason)
 
         try:
@@ -143,10 +151,15 @@ class EngineGroup:
             for connection in connections:
                 connection.close()
             raise
-        self._engine = RemoteEngine(
-            connections, about, step_seconds=self._step_seconds, on_lost=lost
-        )
-        return self._engine
+        size = self._opening.mesh.one.size
+        engines = self._engines = tuple(
+            RemoteEngine(
+                connections[first : first + size], about, step_seconds=self._step_seconds,
+                on_lost=lost,
+            )
+            for first in range(0, self._size, size)
+        )  # fmt: skip
+        return engines
 
     def give_up(self) -> None:
         """Have an `open` that waits for processes raise EngineLost; any thread."""
@@ -156,19 +169,19 @@ class EngineGroup:
 
     def stacks(self) -> str:
         """Where each process stood when a command took too long; empty if none did."""
-        return self._engine.stacks if self._engine is not None else ""
+        return "\n".join(engine.stacks for engine in self._engines if engine.stacks)
 
     def close(self) -> None:
         """End the processes, and wait until they are gone."""
-        if self._engine is not None:
-            self._engine.close()
+        for engine in self._engines:
+            engine.close()
         with self._changed:
             rest = [one for members in self._waiting.values() for _, one in members.values()]
             self._waiting.clear()
         for connection in rest:
             connection.close()
         self._listener.close()
-        if self._engine is None or self._engine.was_lost:
+        if not self._engines or any(engine.was_lost for engine in self._engines):
             self._launcher.kill()
         try:
             self._launcher.wait(STOP_SECONDS)

@@ -115,7 +115,7 @@ class Member:
             device=device,
             activation_checkpointing=opening.activation_checkpointing,
             threads=opening.threads or _own_threads(opening.mesh),
-            mesh=self._joined(opening.mesh, device),
+            mesh=self._joined(opening.mesh.one, device),
         )
         base = self._engine.base
         return About(
@@ -124,18 +124,19 @@ class Member:
         )  # fmt: skip
 
     def _joined(self, shape: MeshShape, device: str) -> Mesh:
-        """This process's place in the mesh, once all processes are there."""
+        """This process's place in its replica's mesh, once all processes of that are there."""
         if shape.size > 1:
             on_gpu = device.startswith("cuda")
             if on_gpu:
                 torch.cuda.set_device(device)
             faulthandler.dump_traceback_later(JOIN_SECONDS, exit=True, file=self._stacks)
             store, world_rank, _ = next(dist.rendezvous("env://"))
+            replica, rank = divmod(world_rank, shape.size)
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
                 # The launcher's store outlives a generation, and with it the addresses of the dead.
-                store=dist.PrefixStore(f"generation-{_generation()}", store),
-                rank=world_rank,
+                store=dist.PrefixStore(f"generation-{_generation()}/{replica}", store),
+                rank=rank,
                 world_size=shape.size,
                 # How long a command may take is the control process's to say; it ends them all.
                 timeout=timedelta(days=1),

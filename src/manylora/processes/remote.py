@@ -216,6 +216,13 @@ class RemoteEngine:
         """Whether the processes went before they were told to."""
         return self.lost is not None and self.lost != _CLOSED
 
+    def lose(self, reason: str) -> None:
+        """Give the processes up, because others have to be replaced that were started with them.
+        Any thread; whoever waits for an answer finds nobody there."""
+        self.lost = reason
+        for connection in self._connections:
+            connection.hang_up()
+
     def close(self) -> None:
         """Let the processes end."""
         with self._lock:

@@ -40,8 +40,7 @@ async def keep_up(
             await asyncio.wait([stop, opening], return_when=asyncio.FIRST_COMPLETED)
             if not opening.done():
                 group.give_up()
-            engine = await opening
-            hub.arrive(await service.start(engine))
+            hub.arrive(await service.start(await opening))
         except EngineLost as error:
             lost.note(str(error))
         else:

@@ -133,8 +133,8 @@ class TinkerHub(Shelves, Plain):
         adapter = adapter_spec(spec, self.parts.host.engine.sites)
         row = self._new_row(tenant, id, request, request.base_model, spec, digest_json(request))
         if await self._add(row):
-            pager = self.parts.host.pager
-            made = self.parts.host.call(id, lambda: pager.create(id, adapter), tenant=tenant)
+            host = self.parts.host
+            made = host.call(id, lambda pager: pager.create(id, adapter), tenant=tenant)
             reply = CreateModelReply(model_id=id)
             self.parts.promises.follow(_creation_of(id), made, lambda _: _json(reply))
         return Submitted(request_id=_creation_of(id), model_id=id)
@@ -174,7 +174,7 @@ class TinkerHub(Shelves, Plain):
             )
         row = self._new_row(tenant, id, request, base, spec, digest_json(request), str(path))
         if await self._add(row):
-            registered = host.call(id, lambda: host.pager.register(id, adapter, 0), tenant=tenant)
+            registered = host.call(id, lambda pager: pager.register(id, adapter, 0), tenant=tenant)
             reply = LoadWeightsReply(model_id=id, path=str(path))
             self.parts.promises.follow(_creation_of(id), registered, lambda _: _json(reply))
         return Submitted(request_id=_creation_of(id), model_id=id)
@@ -254,7 +254,7 @@ class TinkerHub(Shelves, Plain):
         if outcome is None and request_id in promises:  # it came just now
             outcome = await promises.outcome(tenant, request_id, timeout)
         if isinstance(outcome, Waiting):
-            count, tokens = self.parts.host.queue.waiting(tenant)
+            count, tokens = self.parts.host.waiting(tenant)
             if tokens > MANY_BATCHES * self.parts.settings.token_budget:
                 reason = f"{count} of your operations, {tokens:,} tokens, wait for their turn"
                 return Waiting("paused_capacity", reason)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from manylora.api import Host
+from manylora.api import AnyHost
 from manylora.api.states import write_peft, write_state
 from manylora.config import ServerFile
 from manylora.lora.state import AdapterState
@@ -48,7 +48,7 @@ class Keeping:
 
     # -- making one (on the writer's thread) ---------------------------------------------------
 
-    def write(self, host: Host, order: Order, state: AdapterState) -> CheckpointRow:
+    def write(self, host: AnyHost, order: Order, state: AdapterState) -> CheckpointRow:
         """Write an adapter's state as a checkpoint. A request that comes again changes nothing.
 
         Raises:

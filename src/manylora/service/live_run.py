@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from manylora.api import AdapterDoor, Host
+from manylora.api import AdapterDoor, AnyHost
 from manylora.checkpoint import newest_state
 from manylora.runs.events import AdapterStarted, CheckpointSaved, EvalDone, Event, StepDone, finite
 from manylora.runs.layout import AdapterPaths
@@ -54,7 +54,7 @@ class LiveRun:
     def paths(self) -> AdapterPaths:
         return self.data.paths
 
-    async def train(self, host: Host, preparing: asyncio.Lock, note: Note) -> Outcome:
+    async def train(self, host: AnyHost, preparing: asyncio.Lock, note: Note) -> Outcome:
         """Train to the end, or to where it was asked to stop. Never raises.
 
         Args:

@@ -66,7 +66,7 @@ class Metrics:
         """Everything, as of now."""
         if hub is not None:
             parts = hub.parts
-            for place, count in parts.host.pager.counts().items():
+            for place, count in parts.host.counts().items():
                 self._held.labels(place).set(count)
             self._waiting.set(len(parts.promises))
             records, num_bytes = parts.journal.lag()

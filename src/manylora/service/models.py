@@ -202,8 +202,8 @@ class Models:
     def save(self, model: Model) -> None:
         """Have the model's state written as of the operations that were handed over."""
         model.unsaved_steps, model.touched, model.saved_at = 0, False, self._parts.clock()
-        pager = self._parts.host.pager
-        self._parts.host.call(model.id, lambda: pager.save(model.id), tenant=model.tenant)
+        host, id = self._parts.host, model.id
+        host.call(id, lambda pager: pager.save(id), tenant=model.tenant)
 
     async def keep_last(self, model: Model) -> None:
         """Write a model's state as its checkpoint `last`. Raises SaveFailed, QuotaExceeded."""
@@ -213,8 +213,8 @@ class Models:
         """Take no more operations; what was handed over still runs, then the adapter is freed."""
         model.closing = True
         self.give_up(model)
-        pager = self._parts.host.pager
-        freed = self._parts.host.call(model.id, lambda: pager.unload(model.id), tenant=model.tenant)
+        host, id = self._parts.host, model.id
+        freed = host.call(id, lambda pager: pager.unload(id), tenant=model.tenant, last=True)
         with suppress(Cancelled):
             await asyncio.wrap_future(freed)
         if self._parts.promises.closing:

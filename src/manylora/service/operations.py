@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from manylora.api import Pager
 from manylora.api.futures import flattened
 from manylora.lora.sites import Site, resolve_targets
 from manylora.service.contract import JSON_TYPE, PROTOBUF_TYPE
@@ -90,8 +91,7 @@ class Operations:
         if replayed and _leaves_no_trace(request):
             result = self._parts.promises.results.get(request_id)
             if result is not None:
-                pager = self._parts.host.pager
-                skipped = self._call(row, seq, lambda: pager.skip(row.id, seq))
+                skipped = self._call(row, seq, lambda pager: pager.skip(row.id, seq))
                 return skipped, lambda _: (result.content_type, result.body)
         try:
             return self._kinds[request.kind](row, seq, request.content)
@@ -126,9 +126,7 @@ class Operations:
         return self._parts.host.submit(step), encode
 
     def _refused(self, row: ModelRow, seq: int, error: ManyloraError) -> tuple[Future[Any], Encode]:
-        pager = self._parts.host.pager
-
-        def run() -> None:
+        def run(pager: Pager) -> None:
             with suppress(ManyloraError):  # an adapter that cannot be brought back has no gradient
                 pager.poison(row.id, str(error), seq)
             raise error
@@ -157,8 +155,10 @@ class Operations:
             future = self._keep(row, order)
             return future, lambda kept: _json(SaveWeightsForSamplerReply(path=kept.path))
         sampler = sampler_id(row.session_id, request.sampling_session_seq_id or 0)
-        pager = self._parts.host.pager
-        future = self._call(row, seq, lambda: pager.snapshot(row.id, sampler, seq))
+        future = self._parts.host.call(
+            row.id, lambda pager: pager.snapshot(row.id, sampler, seq), tenant=row.tenant, seq=seq,
+            makes=sampler,
+        )  # fmt: skip
 
         def encode(_: None) -> tuple[str, bytes]:
             if request.kind == "inflight":
@@ -191,40 +191,39 @@ class Operations:
         # A seed has had its effect when an adapter is made; this one keeps its own.
         theirs = replace(spec, seed=int(checkpoint.spec["seed"]))
 
-        def run() -> None:
+        def run(pager: Pager) -> None:
             state = host.read(folder, spec=theirs, moments=asked.optimizer, called=asked.path)
-            host.pager.replace(row.id, replace(state, spec=spec), seq)
+            pager.replace(row.id, replace(state, spec=spec), seq)
 
         reply = LoadWeightsReply(model_id=row.id, path=asked.path)
         return self._call(row, seq, run), lambda _: _json(reply)
 
     def keep_last(self, row: ModelRow) -> Future[CheckpointRow]:
         """The adapter's state after everything that was handed over, as checkpoint `last`."""
-        position = self._parts.host.pager.position
         request_id = f"{row.id}:last"
 
-        def run() -> Future[CheckpointRow]:
+        def run(pager: Pager) -> Future[CheckpointRow]:
             order = Order(
                 path=TinkerPath(row.id, "weights", "last"), tenant=row.tenant,
-                request_id=request_id, seq=position(row.id), spec=row.spec, overwrite=True,
+                request_id=request_id, seq=pager.position(row.id), spec=row.spec, overwrite=True,
             )  # fmt: skip
-            return self._write(order)
+            return self._write(pager, order)
 
         return flattened(self._parts.host.call(row.id, run, tenant=row.tenant))
 
     # -- inside ---------------------------------------------------
 
-    def _call(self, row: ModelRow, seq: int, run: Callable[[], Any]) -> Future[Any]:
+    def _call(self, row: ModelRow, seq: int, run: Callable[[Pager], Any]) -> Future[Any]:
         return self._parts.host.call(row.id, run, tenant=row.tenant, seq=seq)
 
     def _keep(self, row: ModelRow, order: Order) -> Future[CheckpointRow]:
         """Copy the adapter's state in its turn; write it while others go on."""
-        return flattened(self._call(row, order.seq, lambda: self._write(order)))
+        return flattened(self._call(row, order.seq, lambda pager: self._write(pager, order)))
 
-    def _write(self, order: Order) -> Future[CheckpointRow]:
+    def _write(self, pager: Pager, order: Order) -> Future[CheckpointRow]:
         host, kind = self._parts.host, order.path.kind
-        state = host.pager.state(order.path.model_id, order.seq, moments=kind == "weights")
-        return host.pager.write(lambda: self._keeping.write(host, order, state), state)
+        state = pager.state(order.path.model_id, order.seq, moments=kind == "weights")
+        return pager.write(lambda: self._keeping.write(host, order, state), state)
 
     def _order(
         self, row: ModelRow, seq: int, kind: PathKind, name: str, ttl_seconds: int | None, *,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from manylora.api import Host
+from manylora.api import AnyHost
 from manylora.config import ServerFile
 from manylora.scheduler import Journal, Record
 from manylora.service.breakages import Breakages
@@ -67,7 +67,7 @@ class Parts:
     store: Store
     journal: Journal
     promises: Promises
-    host: Host
+    host: AnyHost
     breakages: Breakages = field(default_factory=Breakages)
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from manylora.api import Host
+from manylora.api import AnyHost
 from manylora.checkpoint import clean_strays
 from manylora.scheduler import Damage, Record, Recovery
 from manylora.service.errors import Lost
@@ -68,12 +68,10 @@ class Replay:
         return count
 
     async def _open_models(self) -> None:
-        host, folder = self._parts.host, self._parts.host.pager.state_folder("x").parent
+        host, folder = self._parts.host, self._parts.host.state_folder("x").parent
         await asyncio.to_thread(clean_strays, folder)
         for row in await asyncio.to_thread(self._parts.store.models.open):
-            position, fault = await asyncio.to_thread(
-                saved_position, host.pager.state_folder(row.id)
-            )
+            position, fault = await asyncio.to_thread(saved_position, host.state_folder(row.id))
             model = self._hub.models.add(row, (position or 0) + 1, restored=True)
             if position is None and row.source_path is not None and fault is None:
                 fault = "its state on disk is gone"
@@ -85,7 +83,7 @@ class Replay:
             await asyncio.wrap_future(
                 host.call(
                     row.id,
-                    lambda id=row.id, spec=spec, at=position: host.pager.register(id, spec, at),
+                    lambda pager, id=row.id, spec=spec, at=position: pager.register(id, spec, at),
                 )
             )
             created = f"{row.id}:{CREATION}"
@@ -209,9 +207,9 @@ class Replay:
         self._parts.finished(record.request_id)
 
 
-def _remove_all_but(snapshots: set[Path], host: Host) -> None:
+def _remove_all_but(snapshots: set[Path], host: AnyHost) -> None:
     """Remove the snapshots of sessions that are over; a kill may have left some."""
-    folder = host.pager.snapshot_folder("x").parent
+    folder = host.snapshot_folder("x").parent
     clean_strays(folder)
     for path in folder.iterdir() if folder.exists() else ():
         if path not in snapshots:

@@ -112,7 +112,7 @@ class Runs:
         rows = await asyncio.to_thread(self._store.runs.with_status, *GOING_ON)
         for row in rows:
             # Where paging had put the adapter; its run has a training state of its own.
-            folder = self._parts.host.pager.state_folder(row.id)
+            folder = self._parts.host.state_folder(row.id)
             await asyncio.to_thread(shutil.rmtree, folder, True)
             try:
                 self._start(row, self._data(row))

@@ -68,7 +68,7 @@ class Samplers:
             checkpoint = await self._keeping.readable(tenant, path, "sampler_weights")
             base = str(checkpoint.spec.get("base_model", names[0]))
             snapshot = id
-            folder = self._parts.host.pager.snapshot_folder(snapshot)
+            folder = self._parts.host.snapshot_folder(snapshot)
             await asyncio.to_thread(self._keeping.link, checkpoint, folder)
         row = SamplerRow(
             id=id, tenant=tenant, session_id=request.session_id,
@@ -162,13 +162,11 @@ class Samplers:
     async def forget_session(self, tenant: str, session_id: str) -> None:
         """Free the snapshots of a session that is over."""
         rows = await asyncio.to_thread(self._parts.store.samplers.of_session, tenant, session_id)
-        pager = self._parts.host.pager
         for row in rows:
             self._rows.pop(row.id, None)
             if row.snapshot is not None:
                 self._used_at.pop(row.snapshot, None)
-                name = row.snapshot
-                self._parts.host.call(None, lambda name=name: pager.drop_snapshot(name))
+                self._drop(row.snapshot)
             if row.model_id is not None:
                 self._published.pop(row.model_id, None)
 
@@ -176,7 +174,7 @@ class Samplers:
         """Take up the snapshots of a session that was open when the server stopped; returns their
         folders."""
         rows = await asyncio.to_thread(self._parts.store.samplers.of_session, tenant, session_id)
-        folder_of = self._parts.host.pager.snapshot_folder
+        folder_of = self._parts.host.snapshot_folder
 
         def last_uses() -> dict[str, float]:
             names = [row.snapshot for row in rows if row.kind != "path" and row.snapshot]
@@ -193,11 +191,10 @@ class Samplers:
             the names of those that went.
         """
         limit, kept = self._wall() - seconds, {*self._in_use, *self._published.values()}
-        pager = self._parts.host.pager
         gone = [name for name, at in self._used_at.items() if at < limit and name not in kept]
         for name in gone:
             del self._used_at[name]
-            self._parts.host.call(None, lambda name=name: pager.drop_snapshot(name))
+            self._drop(name)
         recent = {name: at for name, at in self._used_at.items() if at > self._noted_at}
         self._noted_at = self._wall()
         await asyncio.to_thread(self._note_uses, recent)
@@ -207,7 +204,7 @@ class Samplers:
         """A folder's time says when it was last used, for the next start."""
         for name, at in uses.items():
             with suppress(OSError):
-                os.utime(self._parts.host.pager.snapshot_folder(name), (at, at))
+                os.utime(self._parts.host.snapshot_folder(name), (at, at))
 
     @property
     def num_running(self) -> int:
@@ -253,8 +250,8 @@ class Samplers:
 
     def _exists(self, snapshot: str) -> bool:
         """Whether it can be used, or will be there soon."""
-        pager = self._parts.host.pager
-        return snapshot in self._parts.coming or pager.snapshot_folder(snapshot).exists()
+        folder = self._parts.host.snapshot_folder(snapshot)
+        return snapshot in self._parts.coming or folder.exists()
 
     def _run(
         self, row: SamplerRow, request_id: str, operation: Sample, submit: SampleSubmit
@@ -285,6 +282,10 @@ class Samplers:
             )
 
         parts.coming.when_there(snapshot, submit_it)
+
+    def _drop(self, snapshot: str) -> None:
+        host = self._parts.host
+        host.call(None, lambda pager: pager.drop_snapshot(snapshot), drops=snapshot)
 
     def _begin(self, snapshot: str | None) -> None:
         if snapshot is not None:

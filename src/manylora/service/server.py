@@ -3,11 +3,11 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from manylora.api import Host
+from manylora.api import host_of
 from manylora.api.verbs import Verbs
 from manylora.config import ServerFile
 from manylora.scheduler import BatchReport, Journal
@@ -50,11 +50,11 @@ class Service:
         self.hub: TinkerHub | None = None
         self._upkeep: asyncio.Task[None] | None = None
 
-    async def start(self, engine: Verbs) -> TinkerHub:
+    async def start(self, engines: Sequence[Verbs]) -> TinkerHub:
         """Take up what was going on when the last server stopped, or the last engine was lost.
 
         Args:
-            engine: open on the base of the settings.
+            engines: open on the base of the settings.
 
         Raises:
             StoreError: the data directory is in use.
@@ -74,8 +74,8 @@ class Service:
             if parts is not None:
                 parts.covered.append((name, position))
 
-        host = Host(
-            engine, folder, token_budget=settings.token_budget, max_resident=settings.max_resident,
+        host = host_of(
+            engines, folder, token_budget=settings.token_budget, max_resident=settings.max_resident,
             before_save=promises.store_all, on_saved=saved, observe=self._observe,
             apart=self._breakages.is_suspect,
         )  # fmt: skip
@@ -111,7 +111,7 @@ class Service:
         parts.promises.closing = True
         await submitted.stop(0.0)
         await asyncio.to_thread(parts.host.abandon)
-        self._breakages.note(parts.host.worker.lost_with)
+        self._breakages.note(parts.host.lost_with)
         await asyncio.to_thread(submitted.close)
         await asyncio.to_thread(parts.promises.close)
         await asyncio.sleep(0)

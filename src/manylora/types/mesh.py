@@ -1,4 +1,4 @@
-"""The shape of a mesh: how many ranks, and along which axes."""
+"""The shape of a mesh: how many ranks, and along which axes; and how many such meshes."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Literal
 
 from manylora.types.errors import ConfigError
 
-AXES = ("dp", "tp")
+AXES = ("replicas", "dp", "tp")
 
 # How a linear layer is split over `tp`: by its outputs, by its inputs, or not at all.
 Split = Literal["whole", "column", "row"]
@@ -14,9 +14,10 @@ Split = Literal["whole", "column", "row"]
 
 @dataclass(frozen=True, slots=True)
 class MeshShape:
-    """Ranks along each axis; world rank = dp index · tp + tp index.
+    """Ranks along each axis; world rank = (replica · dp + dp index) · tp + tp index.
 
     Attributes:
+        replicas: engines that share nothing, each with adapters of its own on a mesh of dp · tp.
         dp: data parallel: tokens are dealt out, and the base's parameters are held in shares.
         tp: tensor parallel: the base's matrices are split.
 
@@ -26,6 +27,7 @@ class MeshShape:
 
     dp: int = 1
     tp: int = 1
+    replicas: int = 1
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -53,8 +55,14 @@ class MeshShape:
 
     @property
     def size(self) -> int:
-        """Ranks of the mesh."""
-        return self.dp * self.tp
+        """Ranks of all replicas."""
+        return self.replicas * self.dp * self.tp
+
+    @property
+    def one(self) -> "MeshShape":
+        """The mesh of one replica."""
+        return MeshShape(self.dp, self.tp)
 
     def __str__(self) -> str:
-        return f"dp={self.dp},tp={self.tp}"
+        replicas = f"replicas={self.replicas}," if self.replicas > 1 else ""
+        return f"{replicas}dp={self.dp},tp={self.tp}"

@@ -64,7 +64,7 @@ def test_the_verbs_give_what_they_give_in_this_process(tiny: TinyBases) -> None:
     base = tiny("qwen3")
     here = Engine(base, token_budget=128, threads=1)
     with group_of(base) as group:
-        there = group.open()
+        there = group.open()[0]
         assert there.base.fingerprint == here.base.fingerprint
         assert there.sites == here.sites
         found = []
@@ -117,7 +117,7 @@ def test_the_verbs_give_what_they_give_in_this_process(tiny: TinyBases) -> None:
 
 def test_errors_of_one_command_leave_the_rest_alone(tiny: TinyBases) -> None:
     with group_of(tiny("qwen3")) as group:
-        engine = group.open()
+        engine = group.open()[0]
         engine.create("a", SPEC)
         with pytest.raises(AdapterExists):
             engine.create("a", SPEC)
@@ -135,7 +135,7 @@ def test_errors_of_one_command_leave_the_rest_alone(tiny: TinyBases) -> None:
 def test_a_process_that_goes_takes_the_engine_with_it_and_another_comes(tiny: TinyBases) -> None:
     reasons: list[str] = []
     with group_of(tiny("qwen3")) as group:
-        first = group.open(reasons.append)
+        first = group.open(reasons.append)[0]
         first.create("a", SPEC)
         os.kill(member(group), signal.SIGKILL)
         with pytest.raises(EngineLost):
@@ -144,7 +144,7 @@ def test_a_process_that_goes_takes_the_engine_with_it_and_another_comes(tiny: Ti
             first.create("b", SPEC)
         assert len(reasons) == 1
         began = time.monotonic()
-        second = group.open()
+        second = group.open()[0]
         assert time.monotonic() - began < 15.0
         second.create("a", SPEC)
         assert not isinstance(second.forward_backward([work("a", 0)])[0], Exception)
@@ -154,14 +154,14 @@ def test_a_command_that_takes_too_long_ends_the_process_which_says_where_it_stoo
     tiny: TinyBases,
 ) -> None:
     with group_of(tiny("qwen3"), step_seconds=0.05) as group:
-        engine = group.open()
+        engine = group.open()[0]
         with pytest.raises(EngineLost):
             engine.create("a", SPEC)
             for seed in range(100):
                 engine.forward_backward([work("a", seed + n, length=100) for n in range(40)])
         assert "process 0:" in group.stacks()
         assert "member.py" in group.stacks()
-        assert isinstance(group.open(), RemoteEngine)
+        assert isinstance(group.open()[0], RemoteEngine)
 
 
 def test_a_process_that_cannot_even_end_itself_is_killed(
@@ -169,11 +169,11 @@ def test_a_process_that_cannot_even_end_itself_is_killed(
 ) -> None:
     monkeypatch.setattr(remote, "GRACE_SECONDS", 0.5)
     with group_of(tiny("qwen3"), step_seconds=0.5) as group:
-        engine = group.open()
+        engine = group.open()[0]
         os.kill(member(group), signal.SIGSTOP)
         with pytest.raises(EngineLost, match="timed out"):
             engine.create("a", SPEC)
-        assert isinstance(group.open(), RemoteEngine)
+        assert isinstance(group.open()[0], RemoteEngine)
 
 
 def test_a_base_that_cannot_be_opened_is_an_error_of_its_own(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_base_that_cannot_be_opened_is_an_error_of_its_own(tmp_path: Path) -> 
         group_of(tmp_path / "nothing") as group,
         pytest.raises(BaseModelError, match="cannot open"),
     ):
-        group.open()
+        group.open()[0]
 
 
 CONTROL = """
@@ -189,7 +189,7 @@ import os, sys, time
 from manylora.processes import EngineGroup
 from manylora.processes.commands import Opening
 group = EngineGroup(Opening(sys.argv[1], 128, "auto", "cpu", 1), step_seconds=60.0)
-group.open()
+group.open()[0]
 print("open", flush=True)
 time.sleep(600)
 """

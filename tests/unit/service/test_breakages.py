@@ -67,7 +67,7 @@ class Group:
 
     def open(self, on_lost: Callable[[str], None]) -> Any:
         self.opened += 1
-        return Fragile(on_lost)
+        return (Fragile(on_lost),)
 
     def stacks(self) -> str:
         return ""

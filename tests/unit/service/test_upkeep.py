@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from manylora.api import Host
 from manylora.config import Quotas, ServerFile
 from manylora.engine import Engine
 from manylora.service.contract import Failed, Ready, Waiting
@@ -57,7 +58,7 @@ class Place:
         service = Service(
             settings, Store.in_folder(self.folder), WireLimits(), clock=self.clock, wall=self.wall
         )
-        self.hub = await service.start(Engine("seedling", threads=1))
+        self.hub = await service.start([Engine("seedling", threads=1)])
         assert service._upkeep is not None
         service._upkeep.cancel()
         self.upkeep = Upkeep(self.hub, gap_seconds=GAP)
@@ -122,7 +123,7 @@ class Place:
     async def written(self) -> None:
         """Until the engine has nothing queued, and the writer nothing in hand."""
         host = self.hub.parts.host
-        await asyncio.wrap_future(host.call(None, host.pager._writer.drain))
+        await asyncio.wrap_future(host.call(None, lambda pager: pager._writer.drain()))
 
     def later(self, seconds: float) -> None:
         self.clock.now += seconds
@@ -132,7 +133,7 @@ class Place:
     async def engine_held(self) -> AsyncIterator[None]:
         """Nothing runs meanwhile."""
         begun, free = threading.Event(), threading.Event()
-        self.hub.parts.host.call(None, lambda: (begun.set(), free.wait(60)))
+        self.hub.parts.host.call(None, lambda _: (begun.set(), free.wait(60)))
         await asyncio.to_thread(begun.wait, 60)
         try:
             yield
@@ -162,7 +163,7 @@ def test_a_silent_session_is_closed_and_its_adapter_kept(run):
         await place.data(1)
         await place.result(await place.step(2))
         sampler = await place.ephemeral(3)
-        folder = hub.parts.host.pager.snapshot_folder(sampler)
+        folder = hub.parts.host.snapshot_folder(sampler)
         place.later(59.0)
         await place.round()
         await hub.models.require(WHO, place.model)
@@ -179,10 +180,10 @@ def test_a_silent_session_is_closed_and_its_adapter_kept(run):
         kept = await hub.keeping.get(WHO, TinkerPath(place.model, "weights", "last"))
         assert kept.step == 1
         await place.written()
-        assert hub.parts.host.pager.counts()["resident"] == 0
+        assert hub.parts.host.counts()["resident"] == 0
         assert not folder.exists()
         assert sampler not in hub.parts.host.engine.snapshots
-        assert not hub.parts.host.pager.state_folder(place.model).exists()
+        assert not hub.parts.host.state_folder(place.model).exists()
 
     run(test)
 
@@ -255,9 +256,9 @@ def test_a_restart_repeats_a_gap_that_was_given_up(tmp_path: Path, monkeypatch: 
             ]
             journal = place.hub.parts.journal
             assert journal.lag()[0] >= 5  # nothing of it is in a state
-            monkeypatch.setattr(
-                place.hub.parts.host.pager, "save_all", lambda: None
-            )  # as if killed
+            host = place.hub.parts.host
+            assert isinstance(host, Host)
+            monkeypatch.setattr(host.pager, "save_all", lambda: None)  # as if killed
         async with place.open():
             assert (await place.hub.models.require(WHO, place.model)).order.next_seq == 7
             after = [await place.result(f"{place.model}:{seq}") for seq in (5, 6)]
@@ -298,7 +299,7 @@ def test_snapshots_go_once_nobody_uses_them(run):
             await place.written()
 
         def there(name: str) -> bool:
-            on_disk = host.pager.snapshot_folder(name).exists()
+            on_disk = host.snapshot_folder(name).exists()
             assert on_disk == (name in host.engine.snapshots)
             return on_disk
 

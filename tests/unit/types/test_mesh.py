@@ -11,12 +11,14 @@ from manylora.types.mesh import MeshShape
         ("tp=4", MeshShape(1, 4)),
         (" tp = 2 , dp = 3 ", MeshShape(3, 2)),
         ("dp=1", MeshShape()),
+        ("replicas=3,tp=2", MeshShape(1, 2, 3)),
     ],
 )
 def test_a_shape_is_read_and_written(text: str, shape: MeshShape):
     assert MeshShape.parse(text) == shape
     assert MeshShape.parse(str(shape)) == shape
-    assert shape.size == shape.dp * shape.tp
+    assert shape.size == shape.replicas * shape.one.size == shape.replicas * shape.dp * shape.tp
+    assert shape.one.replicas == 1
 
 
 @pytest.mark.parametrize(
