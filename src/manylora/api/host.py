@@ -50,11 +50,10 @@ class Host:
             before_save, on_saved: see `Pager`.
             observe: told of each batch that was run.
             apart: see `OperationQueue`.
-            neighbours: hosts that use the memory of this machine, this one included.
+            neighbours: hosts in this process, this one included.
         """
         self.engine = engine
-        on_device = engine.free_bytes // neighbours
-        on_host = free_host_bytes() // neighbours
+        on_device, on_host = engine.free_bytes, free_host_bytes() // neighbours
         adapters, snapshots = Residency(), Residency()
         if folder is not None:
             adapters = Residency(

@@ -62,7 +62,7 @@ class About:
     Attributes:
         name, folder, fingerprint, context_length, vocab_size: see `models.BaseModel`.
         sites: where adapters can act.
-        free_bytes: of the device, the least of all processes.
+        free_bytes: of a process's device, or its share of the host's memory; the least of all.
     """
 
     name: str

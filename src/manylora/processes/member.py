@@ -117,10 +117,12 @@ class Member:
             threads=opening.threads or _own_threads(opening.mesh),
             mesh=self._joined(opening.mesh.one, device),
         )
-        base = self._engine.base
+        base, free = self._engine.base, self._engine.free_bytes
+        if base.device.type == "cpu":
+            free //= _processes_here(opening.mesh)
         return About(
             base.name, base.folder, base.fingerprint, base.context_length, base.vocab_size,
-            self._engine.sites, self._engine.free_bytes,
+            self._engine.sites, free,
         )  # fmt: skip
 
     def _joined(self, shape: MeshShape, device: str) -> Mesh:
@@ -192,8 +194,12 @@ def _own_threads(shape: MeshShape) -> int | None:
     """This process's share of the machine's cores, if there are several; None = torch's choice."""
     if shape.size == 1:
         return None
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(shape.size)))
-    return max(1, (os.cpu_count() or 1) // here)
+    return max(1, (os.cpu_count() or 1) // _processes_here(shape))
+
+
+def _processes_here(shape: MeshShape) -> int:
+    """Processes of the engine on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(shape.size)))
 
 
 def _generation() -> int:
