@@ -49,7 +49,9 @@ def finished(run: dict[str, Any], folder: Path, kills: int = 0) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("mesh", ["dp=2", "tp=2", "replicas=2"])
+@pytest.mark.parametrize(
+    "mesh", ["dp=2", pytest.param("tp=2", marks=pytest.mark.slow), "replicas=2"]
+)
 def test_a_run_on_a_mesh_is_the_run_and_survives_its_processes(
     base: Path, mesh: str, tmp_path: Path
 ) -> None:
@@ -95,7 +97,7 @@ def srun(file: Path) -> None:
     assert [process.wait(120) for process in processes] == [0, 0]
 
 
-@pytest.mark.parametrize("start", [torchrun, srun])
+@pytest.mark.parametrize("start", [torchrun, pytest.param(srun, marks=pytest.mark.slow)])
 def test_processes_that_others_have_started_are_accepted(
     base: Path, start: Callable[[Path], None], tmp_path: Path
 ) -> None:

@@ -119,7 +119,7 @@ def test_a_storm_changes_nothing(seed: int, tmp_path: Path):
     check(seed, tmp_path)
 
 
-@pytest.mark.parametrize("mesh", ["dp=2", "tp=2", "replicas=2"])
+@pytest.mark.parametrize("mesh", ["tp=2", "replicas=2"])
 def test_a_mesh_that_loses_its_processes_changes_nothing(mesh: str, tmp_path: Path):
     check(3, tmp_path, mesh)
 

@@ -86,7 +86,11 @@ def work(
 
 @pytest.mark.parametrize(
     ("same_tenant", "mesh"),
-    [(True, "dp=1"), (False, "dp=1"), (False, "replicas=2")],
+    [
+        (True, "dp=1"),
+        pytest.param(False, "dp=1", marks=pytest.mark.slow),
+        (False, "replicas=2"),
+    ],
     ids=["one tenant", "eight tenants", "two engines"],
 )
 def test_together_is_alone(serve, connect, tmp_path: Path, same_tenant: bool, mesh: str):

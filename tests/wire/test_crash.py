@@ -51,7 +51,11 @@ def factors(server: Server, clients: list[tinker.TrainingClient]) -> list[Factor
     return [exported_factors(server, client, "end") for client in clients]
 
 
-@pytest.mark.parametrize("options", [(), ("--max-resident", "2")], ids=["roomy", "paged"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param((), marks=pytest.mark.slow), ("--max-resident", "2")],
+    ids=["roomy", "paged"],
+)
 def test_killed_again_and_again(serve, connect, options: tuple[str, ...]):
     saving = ("--set", "saving.every_steps=7", "--set", "saving.every_seconds=1")
     quiet: Server = serve(*options, folder="calm")

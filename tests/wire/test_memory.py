@@ -17,7 +17,6 @@ STEP = AdamParams(lr=2e-3)
 SMALL, LARGE = to_sdk(random_data(1, 2)), to_sdk(random_data(2, 8, lengths=(480, 500)))
 # Beside what a process has after a small step. A large one takes far more, a small one less.
 ROOM = 32 << 20
-MESHES = pytest.mark.parametrize("mesh", ["dp=1", "dp=2"])
 
 
 def confine(pids: list[int], limit: int) -> None:
@@ -65,7 +64,7 @@ def train(server: Server, connect, batches: list[list[tinker.Datum]], room: int 
     return exported_factors(server, client, "end")
 
 
-@MESHES
+@pytest.mark.parametrize("mesh", [pytest.param("dp=1", marks=pytest.mark.slow), "dp=2"])
 def test_memory_that_ran_out_once_is_a_pause(serve, connect, mesh: str):
     calm: Server = serve("--mesh", mesh, folder="calm")
     expected = train(calm, connect, [SMALL, LARGE, SMALL], None)
@@ -74,7 +73,7 @@ def test_memory_that_ran_out_once_is_a_pause(serve, connect, mesh: str):
     assert any("can't allocate memory" in line for line in short.log)
 
 
-@MESHES
+@pytest.mark.parametrize("mesh", ["dp=1", pytest.param("dp=2", marks=pytest.mark.slow)])
 def test_what_always_takes_too_much_fails_alone(serve, connect, mesh: str):
     calm: Server = serve("--mesh", mesh, folder="calm")
     expected = train(calm, connect, [SMALL] * 6, None)

@@ -125,7 +125,10 @@ def test_all_engines_work_at_once(tiny: TinyBases) -> None:
         assert host.waiting("") == (0, 0)
 
 
-@pytest.mark.parametrize(("before", "after"), [("dp=1", "replicas=2"), ("replicas=2", "dp=1")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [pytest.param("dp=1", "replicas=2", marks=pytest.mark.slow), ("replicas=2", "dp=1")],
+)
 def test_states_and_snapshots_on_disk_are_found_by_whichever_engine(
     tiny: TinyBases, tmp_path: Path, before: str, after: str
 ) -> None:
