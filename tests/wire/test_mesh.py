@@ -14,9 +14,14 @@ from tests.wire.test_sampling import *  # noqa: F403
 from tests.wire.test_training import *  # noqa: F403
 
 
-@pytest.fixture(
-    scope="module", params=["dp=2", pytest.param("tp=2", marks=pytest.mark.slow), "replicas=2"]
-)
+MESHES = [
+    "dp=2",
+    pytest.param("tp=2", marks=pytest.mark.slow),
+    pytest.param("replicas=2", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=MESHES)
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
