@@ -13,7 +13,6 @@ from tests.wire.test_ordering import *  # noqa: F403
 from tests.wire.test_sampling import *  # noqa: F403
 from tests.wire.test_training import *  # noqa: F403
 
-
 MESHES = [
     "dp=2",
     pytest.param("tp=2", marks=pytest.mark.slow),
