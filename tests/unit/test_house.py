@@ -96,6 +96,26 @@ def test_every_folder_of_code_is_a_package():
     assert [relative(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
+def exports_named_like_files(package: Path) -> set[str]:
+    """Names that a package gives out and that its own files have, too: once such a file is
+    imported, the name is the file. (It is imported already where the name comes out of it.)"""
+    files = {path.stem for path in package.iterdir() if not path.name.startswith("_")}
+    given: set[str] = set()
+    for node in ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.asname or alias.name for alias in node.names}
+            given |= names - {(node.module or "").rpartition(".")[2]}
+    return given & files
+
+
+def test_no_file_takes_the_name_of_what_its_package_gives_out(tmp_path: Path):
+    for init in PACKAGE.rglob("__init__.py"):
+        assert not exports_named_like_files(init.parent), init.parent
+    (tmp_path / "__init__.py").write_text("from .start import run\nfrom .run import go\n")
+    (tmp_path / "run.py").write_text("")
+    assert exports_named_like_files(tmp_path) == {"run"}
+
+
 def test_no_room_or_file_is_named_for_being_shared():
     names = [path.stem for path in PACKAGE.rglob("*.py")] + [room.name for room in existing_rooms()]
     assert names

@@ -156,7 +156,7 @@ def _nurse(connection: socket.socket) -> None:
     from manylora.cli.main import main
     from manylora.models.base import open_base
 
-    manylora.service.run.launch = ForkedLauncher  # type: ignore[assignment]
+    manylora.service.run.launch_here = ForkedLauncher  # type: ignore[assignment]
     open_base("seedling")  # transformers imports a model's classes when they are first asked for
     statuses: dict[int, int] = {}
     while True:

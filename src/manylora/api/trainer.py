@@ -8,7 +8,7 @@ from manylora.api.door import AdapterDoor
 from manylora.api.hosts import host_of
 from manylora.api.verbs import Verbs
 from manylora.engine import Engine
-from manylora.processes import EngineGroup, launch
+from manylora.processes import EngineGroup, launch_here
 from manylora.processes.commands import Opening
 from manylora.processes.started import Meeting
 from manylora.types import EngineLost
@@ -87,7 +87,7 @@ class Trainer(AdapterDoor):
             self._group = EngineGroup(
                 opening,
                 step_seconds=step_seconds,
-                start=meeting or launch,
+                start=meeting or launch_here,
                 host=None if meeting is None else meeting.host,
             )
             engines = self._opened(self._group)

@@ -9,9 +9,9 @@ Talks to: engine and lora below; the api puts a `RemoteEngine` where a program o
 `launch_ray` and `ray_rank` of ray.
 """
 
-from manylora.processes.group import EngineGroup, launch
+from manylora.processes.group import EngineGroup, launch_here
 from manylora.processes.over_ray import OverRay
 from manylora.processes.remote import RemoteEngine
 from manylora.processes.routes import address_toward
 
-__all__ = ["EngineGroup", "OverRay", "RemoteEngine", "address_toward", "launch"]
+__all__ = ["EngineGroup", "OverRay", "RemoteEngine", "address_toward", "launch_here"]

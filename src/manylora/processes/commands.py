@@ -22,6 +22,9 @@ VERBS = frozenset(
     }
 )  # fmt: skip
 
+# Set in actors of a Ray cluster, whose accounts say how many threads they may have.
+BY_RAY = "MANYLORA_BY_RAY"
+
 
 @dataclass(frozen=True, slots=True)
 class Hello:

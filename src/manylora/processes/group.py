@@ -50,7 +50,7 @@ class Launcher(Protocol):
     def kill(self) -> None: ...
 
 
-def launch(assignment: Assignment) -> Launcher:
+def launch_here(assignment: Assignment) -> Launcher:
     """Start the launcher of this machine. It ends when this process does.
 
     It has a session of its own, so that Ctrl-C in a terminal reaches the control process alone, and
@@ -76,7 +76,7 @@ class EngineGroup:
         opening: Opening,
         *,
         step_seconds: float,
-        start: Callable[[Assignment], Launcher] = launch,
+        start: Callable[[Assignment], Launcher] = launch_here,
         host: str | None = None,
     ):
         """Start the processes; `open` waits for them.

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from manylora.processes.commands import Assignment
+from manylora.processes.commands import BY_RAY, Assignment
 from manylora.processes.connection import Unreachable
 from manylora.processes.ray_rank import Place, RankActor
 from manylora.types import ConfigError, EngineLost, ManyloraError
@@ -189,6 +189,7 @@ def environment_of(
         "MASTER_ADDR": meeting[0],
         "MASTER_PORT": meeting[1],
         "TORCHELASTIC_RESTART_COUNT": generation,
+        BY_RAY: 1,
     }
     gpus = [gpu for other in neighbours for gpu in places[other].gpus]
     if gpus:

@@ -25,7 +25,7 @@ from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
 from manylora.parallel import Mesh
 from manylora.processes.code import code_digest
-from manylora.processes.commands import VERBS, About, Hello, Opening, Vectors
+from manylora.processes.commands import BY_RAY, VERBS, About, Hello, Opening, Vectors
 from manylora.processes.connection import Connection
 from manylora.types import AdapterSpec, ManyloraError, Sample, SampleResult
 from manylora.types.mesh import MeshShape
@@ -191,8 +191,9 @@ class Member:
 
 
 def _own_threads(shape: MeshShape) -> int | None:
-    """This process's share of the machine's cores, if there are several; None = torch's choice."""
-    if shape.size == 1:
+    """This process's share of the machine's cores, if there are several; None = torch's choice,
+    which goes by what Ray has given it."""
+    if shape.size == 1 or BY_RAY in os.environ:
         return None
     return max(1, (os.cpu_count() or 1) // _processes_here(shape))
 

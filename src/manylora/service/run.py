@@ -15,7 +15,7 @@ from types import FrameType
 import uvicorn
 
 from manylora.config import ServerFile
-from manylora.processes import EngineGroup, OverRay, address_toward, launch
+from manylora.processes import EngineGroup, OverRay, address_toward, launch_here
 from manylora.service.app import build_app
 from manylora.service.auth import DEV_TENANT, KEY_PREFIX
 from manylora.service.door import DoorSettings
@@ -99,7 +99,7 @@ def run_server(settings: ServerFile) -> int:
 def _engine_group(settings: ServerFile) -> EngineGroup:
     opening, seconds = opening_of(settings), settings.step_seconds
     if settings.ray is None:
-        return EngineGroup(opening, step_seconds=seconds, start=launch)
+        return EngineGroup(opening, step_seconds=seconds, start=launch_here)
     launcher = OverRay(settings.ray)
     try:
         host = address_toward(launcher.peer())
