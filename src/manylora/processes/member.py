@@ -8,6 +8,7 @@ import faulthandler
 import logging
 import os
 import queue
+import signal
 import socket
 import threading
 import traceback
@@ -43,6 +44,8 @@ def run(address: str, secret: bytes) -> None:
     The environment says which process of how many this is, as torch's launcher sets it.
     """
     logging.disable(logging.NOTSET)  # the launcher keeps silent, and this was forked off it
+    # So was its handler, which raises: a command would fail where its process has to be gone.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     serve(Connection.made(address, secret, CONNECT_SECONDS))
 
 

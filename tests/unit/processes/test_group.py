@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,6 +149,18 @@ def test_a_process_that_goes_takes_the_engine_with_it_and_another_comes(tiny: Ti
         assert time.monotonic() - began < 15.0
         second.create("a", SPEC)
         assert not isinstance(second.forward_backward([work("a", 0)])[0], Exception)
+
+
+def test_a_process_that_is_told_to_end_does_so_within_its_command(tiny: TinyBases) -> None:
+    with group_of(tiny("qwen3")) as group:
+        engine = group.open()[0]
+        engine.create("a", SPEC)
+        ending = threading.Timer(0.3, os.kill, (member(group), signal.SIGTERM))
+        ending.start()
+        with pytest.raises(EngineLost):
+            for seed in range(1000):
+                engine.forward_backward([work("a", seed + n, length=100) for n in range(40)])
+        ending.join()
 
 
 def test_a_command_that_takes_too_long_ends_the_process_which_says_where_it_stood(
