@@ -93,7 +93,8 @@ class Host:
         Args:
             run: is given what the engine's thread alone may use.
             makes, drops: the name of a snapshot of which this is the beginning, or the end.
-            last: nothing will be asked of the adapter any more.
+            last: nothing will be asked of the adapter any more. (These three tell one of several
+                hosts where what comes belongs; see `Hosts`.)
         """
         return self.queue.submit(Call(adapter, lambda: run(self.pager), tenant=tenant, seq=seq))
 

@@ -1,4 +1,4 @@
-"""One pass over the gradients of all adapters that step, on a mesh.
+"""One pass over the gradients of adapters that step together, on a mesh.
 
 The number of collectives does not depend on the number of adapters: each sends a flat buffer in
 which the adapters lie end to end. Along dp each rank gets one slice of every gradient, and adds
