@@ -1,4 +1,4 @@
-"""The processes of an engine, or of its replicas: started, met and replaced by their control process.
+"""The processes of an engine, or of its replicas: started, met, replaced by a control process.
 
 Each process connects to the control process. Those that were started together make a generation;
 when one of them is lost, all of them go, and the launcher starts the next.
