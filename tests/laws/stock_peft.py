@@ -45,9 +45,9 @@ def wrapped(model: Any, config: LoraConfig) -> Any:
 class StockPeft:
     """An adapter in PEFT, begun from `state`."""
 
-    def __init__(self, base: Path, state: AdapterState):
+    def __init__(self, base: Path, state: AdapterState, **loading: Any):
         # Eager: transformers' sdpa leaves out Gemma 2's softcap.
-        model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", **loading)
         self.model = wrapped(model, peft_config(state.spec)).eval()
         self.layout: Layout = state.layout
         adapted = {n for n, m in self._modules().items() if hasattr(m, "lora_A")}

@@ -1,8 +1,10 @@
 """A base in parts: the same numbers, the same fingerprint, and no more memory than the part."""
 
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,11 +139,16 @@ def test_values_are_cast_while_loading(tiny: TinyBases, base: str, dtype: str):
 
 
 def peak(mesh: Mesh, folder: str):
+    """See `peak_of`."""
+    config = AutoConfig.from_pretrained(folder)
+    return peak_of(lambda: open_part(folder, config, None, torch.device("cpu"), mesh).model)
+
+
+def peak_of(opening: Callable[[], Any]) -> dict[str, int]:
     """Bytes that opening a base added at most, and that the rank holds afterwards."""
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak until now
     before = _status("VmRSS")
-    config = AutoConfig.from_pretrained(folder)
-    model = open_part(folder, config, None, torch.device("cpu"), mesh).model
+    model = opening()
     tensors = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
     return {"added": _status("VmHWM") - before, "held": sum(t.nbytes for t in tensors)}
 

@@ -42,6 +42,7 @@ class Trainer(AdapterDoor):
         token_budget: int = 4096,
         dtype: str = "auto",
         device: str = "auto",
+        quantization: str | None = None,
         activation_checkpointing: bool = False,
         threads: int | None = None,
         mesh: str = "dp=1,tp=1",
@@ -55,6 +56,7 @@ class Trainer(AdapterDoor):
             token_budget: tokens of one packed micro-batch; a longer sequence runs alone.
             dtype: of the base: `auto` (as stored), `fp32`, `bf16`, `fp16`.
             device: `auto` (CUDA if there is one), `cpu`, `cuda:1`, …
+            quantization: `nf4` or `int8` keeps the base's linear layers so; None = in `dtype`.
             activation_checkpointing: less memory for a third more time.
             threads: CPU threads of one operation; None = torch's choice.
             mesh: processes that share the work, such as `dp=2,tp=2` or `replicas=2`; they
@@ -72,18 +74,15 @@ class Trainer(AdapterDoor):
         self._group: EngineGroup | None = None
         if shape.size == 1:
             engine = Engine(
-                base,
-                token_budget=token_budget,
-                dtype=dtype,
-                device=device,
-                activation_checkpointing=activation_checkpointing,
-                threads=threads,
-            )
+                base, token_budget=token_budget, dtype=dtype, device=device, threads=threads,
+                quantization=quantization, activation_checkpointing=activation_checkpointing,
+            )  # fmt: skip
             engines: Sequence[Verbs] = (engine,)
         else:
             opening = Opening(
-                str(base), token_budget, dtype, device, threads, activation_checkpointing, shape
-            )
+                str(base), token_budget, dtype, device, threads, activation_checkpointing,
+                mesh=shape, quantization=quantization,
+            )  # fmt: skip
             self._group = EngineGroup(
                 opening,
                 step_seconds=step_seconds,

@@ -18,7 +18,12 @@ NEEDED = (
     "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pydantic",
     "PyYAML", "click", "rich", "tensorboard",
 )  # fmt: skip
-OPTIONAL = {"peft": "tests compare with it", "wandb": "for `wandb:`", "trackio": "for `trackio:`"}
+OPTIONAL = {
+    "bitsandbytes": "for `quantization:`",
+    "peft": "tests compare with it",
+    "trackio": "for `trackio:`",
+    "wandb": "for `wandb:`",
+}
 LITTLE_MEMORY, LITTLE_DISK = 4 * 2**30, 2 * 2**30
 
 

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     "repeated; without it the bare base answers.",
 )
 @click.option("--prompt", help="What to continue; - or nothing = read it from standard input.")
+@click.option(
+    "--quantization",
+    metavar="KIND",
+    help="nf4 or int8: keep the base's weights in 4 or 8 bits, as in the run that trained on it.",
+)
 @click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option(
@@ -43,6 +48,7 @@ def sample(
     base: str | None,
     folders: tuple[Path, ...],
     prompt: str | None,
+    quantization: str | None,
     chat: bool,
     max_tokens: int,
     temperature: float,
@@ -57,7 +63,8 @@ def sample(
     name = common_base(adapters, base)
     text = _prompt(prompt)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    click.echo(_shown(_answers(name, adapters, text, params, chat=chat), as_json=as_json))
+    answers = _answers(name, adapters, text, params, quantization=quantization, chat=chat)
+    click.echo(_shown(answers, as_json=as_json))
 
 
 def _answers(
@@ -66,13 +73,14 @@ def _answers(
     prompt: str,
     params: "SamplingParams",
     *,
+    quantization: str | None,
     chat: bool,
 ) -> dict[str, str]:
     """Each adapter's answer by its label; without adapters, the base's by its name."""
     from manylora.api import Trainer
     from manylora.cli.adapters import open_adapter
 
-    with Trainer(base) as trainer:
+    with Trainer(base, quantization=quantization) as trainer:
         tokenizer = trainer.tokenizer
         tokens = prompt_tokens(tokenizer, prompt, chat=chat)
         labels = distinct([adapter.label for adapter in adapters])

@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from manylora.types import ALL_LINEAR, AdamParams, AdapterSpec
+from manylora.types.base import Quantization
 from manylora.types.mesh import MeshShape
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -282,6 +283,9 @@ class RunFile(Settings):
     """Compute activations twice to hold fewer of them in memory."""
     dtype: Literal["fp32", "bf16", "auto"] = "auto"
     """Of the base; auto = as its files say."""
+    quantization: Quantization | None = None
+    """Keep the weights of the base's linear layers in 4 bits (`nf4`) or 8 (`int8`); needs
+    bitsandbytes."""
     device: Text = "auto"
     """auto, cpu, cuda or cuda:N."""
     threads: Count | None = None

@@ -38,7 +38,7 @@ from manylora.lora.state import AdapterState, Floats
 from manylora.losses import Loss, Settings
 from manylora.models import BaseModel, open_base
 from manylora.models.base import checkpoint_activations
-from manylora.models.linears import find_linears
+from manylora.models.linears import FoundLinear, find_linears
 from manylora.models.whole import whole_weight
 from manylora.parallel import Mesh
 from manylora.sampling import DecodeLoop
@@ -75,6 +75,7 @@ class Engine:
         token_budget: int = 4096,
         dtype: str = "auto",
         device: str = "auto",
+        quantization: str | None = None,
         activation_checkpointing: bool = False,
         threads: int | None = None,
         mesh: Mesh | None = None,
@@ -84,7 +85,7 @@ class Engine:
         Args:
             base: `seedling`, a folder, or a hub id.
             token_budget: tokens of one micro-batch; a longer datum runs alone.
-            dtype, device: see `manylora.models.open_base`.
+            dtype, device, quantization: see `manylora.models.open_base`.
             activation_checkpointing: recompute each block in the backward.
             threads: CPU threads of one operation, for the whole process; None = torch's choice.
             mesh: this rank's place among several; None = one process.
@@ -99,22 +100,13 @@ class Engine:
             torch.set_num_threads(threads)
         # One process is one process, whatever it is called.
         self.mesh = mesh if mesh is not None and mesh.shape.size > 1 else None
-        self.base: BaseModel = open_base(base, dtype=dtype, device=device, mesh=self.mesh)
+        self.base: BaseModel = open_base(
+            base, dtype=dtype, device=device, quantization=quantization, mesh=self.mesh
+        )
         if self.base.device.type == "cpu":
             keep_freed_memory()
         self.token_budget = token_budget
-        linears = find_linears(self.base)
-        self.sites = tuple(
-            Site(
-                found.name,
-                found.in_features,
-                found.out_features,
-                found.group,
-                found.is_head,
-                found.split,
-            )
-            for found in linears
-        )
+        self.sites = tuple(_site(found) for found in find_linears(self.base))
         self.index = SiteIndex(self.sites, _place(self.mesh))
         wrap_linears(self.base.model, self.index)
         if activation_checkpointing:
@@ -380,6 +372,12 @@ class Engine:
                 raise AdapterNotFound(f"no snapshot named {request.snapshot!r}")
             return self.snapshots[request.snapshot]
         return None if request.adapter is None else self._adapter(request.adapter).weights
+
+
+def _site(found: FoundLinear) -> Site:
+    return Site(
+        found.name, found.in_features, found.out_features, found.group, found.is_head, found.split
+    )
 
 
 def _place(mesh: Mesh | None) -> Place:

@@ -23,6 +23,7 @@ from torch.nn import functional
 from manylora.kernels import Columns, shrink_expand, shrink_expand_backward
 from manylora.lora.adapter import SiteIndex
 from manylora.lora.routing import RoutingTable, current_table
+from manylora.models.quantized import plain_type
 from manylora.models.splitting import SplitLinear
 from manylora.parallel import Axis
 from manylora.types import Unsupported
@@ -75,7 +76,7 @@ class InputGroup:
         places = table.spread
         rows_TK = x_TK if places is None else x_TK.index_select(0, places.rows)
         sizes = table.sizes if places is None else places.sizes
-        widths = [layer.weight.shape[0] for layer in self.layers]
+        widths = [layer.out_features for layer in self.layers]
         # Not views, which autograd would not let anybody add to in their place.
         outputs = tuple(x.new_empty(*x.shape[:-1], width) for width in widths)
         ys = [output.view(-1, output.shape[-1]) for output in outputs]
@@ -186,9 +187,11 @@ def wrap_linears(model: nn.Module, sites: SiteIndex) -> None:
         layers = []
         for site in members:
             layer = model.get_submodule(site.name)
-            if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, SplitLinear):
+            kind = plain_type(layer)
+            if not isinstance(layer, nn.Linear) or kind not in (nn.Linear, SplitLinear):
                 raise Unsupported(
-                    f"{site.name} is a {type(layer).__name__}; adapters need nn.Linear"
+                    f"{site.name} is a {kind.__name__}; adapters need nn.Linear (of a base whose "
+                    "files are quantised, open the original with a `quantization`)"
                 )
             layers.append(layer)
         group = InputGroup(number, layers)

@@ -18,12 +18,20 @@ from transformers.utils import logging as hub_logging
 
 from manylora.models import attention
 from manylora.models.gathering import Shared, forget_forward
-from manylora.models.parts import SAMPLED, open_part, sampled_fingerprint, sampling_stride
+from manylora.models.parts import (
+    SAMPLED,
+    OpenedPart,
+    open_part,
+    sampled_fingerprint,
+    sampling_stride,
+)
+from manylora.models.quantized import check_quantization
 from manylora.models.splitting import SplitLinear
 from manylora.models.stream import PackedStream, packed, padded_rows
 from manylora.models.tokenizer import open_tokenizer
 from manylora.parallel import Axis, Mesh
 from manylora.types import BaseModelError, Unsupported
+from manylora.types.base import Quantization
 from manylora.types.mesh import MeshShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,6 +98,7 @@ class BaseModel:
         context_length: longest sequence.
         eos_token_ids: tokens that end an answer.
         fingerprint: tells whether a checkpoint belongs to these weights.
+        quantization: how the weights of its linear layers are kept; None = in `dtype`.
     """
 
     name: str
@@ -105,6 +114,7 @@ class BaseModel:
     dtype: torch.dtype
     fingerprint: str
     mesh: Mesh
+    quantization: Quantization | None = None
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
         """Last hidden states [T, H] of the stream that is open (see `packed`)."""
@@ -151,7 +161,12 @@ def resolve_base(name: str | Path) -> str:
 
 
 def open_base(
-    name: str | Path, *, dtype: str = "auto", device: str = "auto", mesh: Mesh | None = None
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: str | None = None,
+    mesh: Mesh | None = None,
 ) -> BaseModel:
     """Load a base, freeze it, and check that packed streams give its own numbers.
 
@@ -159,9 +174,12 @@ def open_base(
         name: `seedling`, a folder, or a hub id.
         dtype: `auto` (as stored), `fp32`, `bf16` or `fp16`.
         device: `auto` (CUDA if there is one), or a torch device.
+        quantization: `nf4` or `int8` to keep the linear layers' weights so; products are computed
+            in `dtype`.
         mesh: of which this rank opens its part; every rank opens the same base.
 
     Raises:
+        ConfigError: there is no such quantization, or its library is not installed.
         BaseModelError: not found, unreadable, or not a causal LM.
         Unsupported: an architecture whose numbers a packed stream would change, or that this mesh
             cannot split.
@@ -171,27 +189,23 @@ def open_base(
         device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     )
     mesh = mesh or Mesh.join(MeshShape(), place)
+    kind = check_quantization(quantization)
     hub_logging.disable_progress_bar()
-    shared = Shared()
     try:
         config = AutoConfig.from_pretrained(folder)
-        if mesh.shape.size > 1:
-            opened = open_part(folder, config, DTYPES.get(dtype), place, mesh)
-            model, shared, print_ = opened.model.eval(), opened.head, opened.fingerprint
+        if mesh.shape.size > 1 or kind is not None:
+            opened = open_part(folder, config, DTYPES.get(dtype), place, mesh, kind)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES.get(dtype, dtype), attn_implementation=attention.NAME
-            )
-            model.to(place).eval().requires_grad_(False)
-            print_ = fingerprint(model)
+            opened = _open_whole(folder, dtype, place)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
             f"cannot open base {str(name)!r}: {error}. Name `{SEEDLING}`, a folder with "
             "config.json and safetensors, or a hub id"
         ) from error
+    model = opened.model.eval()
     _silence_dropout(model)
     text_config = config.get_text_config()
-    head = _head(model, text_config, mesh, shared)
+    head = _head(model, text_config, mesh, opened.head)
     base = BaseModel(
         name=str(name),
         folder=folder,
@@ -204,11 +218,21 @@ def open_base(
         vocab_size=head.vocab,
         device=place,
         dtype=head.weight_VH.dtype,
-        fingerprint=print_,
+        fingerprint=opened.fingerprint,
         mesh=mesh,
+        quantization=kind,
     )
     _check(base)
     return base
+
+
+def _open_whole(folder: str, dtype: str, place: torch.device) -> OpenedPart:
+    """As transformers loads it."""
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=DTYPES.get(dtype, dtype), attn_implementation=attention.NAME
+    )
+    model.to(place).requires_grad_(False)
+    return OpenedPart(model, Shared(), fingerprint(model))
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,6 +1,9 @@
-"""Opening a rank's part of a base: the model is made without values, split, shared out, filled.
+"""Opening a rank's part of a base: made without values, split, quantised, shared out, filled.
 
-Memory is bounded by the rank's own part and one tensor's part as stored.
+Memory is bounded by the rank's own part and one tensor's part as stored. One process is a mesh of
+one rank.
+
+N output features, K input features.
 """
 
 import hashlib
@@ -18,9 +21,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from manylora.models import attention
 from manylora.models.files import STORED, TensorFiles
 from manylora.models.gathering import Shared, share_out
+from manylora.models.quantized import (
+    kept,
+    quantize_linears,
+    quantized_fingerprint,
+    quantized_linears,
+)
 from manylora.models.splitting import Part, split_model
 from manylora.parallel import Mesh
 from manylora.types import BaseModelError, Unsupported
+from manylora.types.base import Quantization
 
 # Values of a tensor that enter the fingerprint.
 SAMPLED = 256
@@ -36,27 +46,40 @@ class OpenedPart:
 
 
 def open_part(
-    folder: str, config: Any, dtype: torch.dtype | None, device: torch.device, mesh: Mesh
+    folder: str,
+    config: Any,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    mesh: Mesh,
+    quantization: Quantization | None = None,
 ) -> OpenedPart:
     """Open this rank's part of a base.
 
     Args:
         dtype: None = as stored.
+        quantization: how the weights of linear layers are to be kept; None = in `dtype`.
 
     Raises:
         BaseModelError: no safetensors files, or not this model's.
-        Unsupported: a family that cannot be split, or a quantised base.
+        Unsupported: a family that cannot be split, layers that cannot be quantised, or a base
+            whose files are quantised already.
     """
     if getattr(config, "quantization_config", None) is not None:
-        raise Unsupported(f"base {folder!r} is quantised; a mesh opens fp32, bf16 and fp16 bases")
+        raise Unsupported(
+            f"the files of base {folder!r} are quantised already; on a mesh, and with a "
+            "quantization of ours, a base is read from fp32, bf16 or fp16 files"
+        )
     files = TensorFiles(folder)
     model = _empty_model(folder, config, dtype or _stored_dtype(config, files))
     sources = _sources(model, files, folder)
     whole = _fingerprint(model, files, sources)
     parts = split_model(model, mesh.tp)
     model.requires_grad_(False)
+    if quantization is not None:
+        quantize_linears(model, quantization)
+        whole = quantized_fingerprint(whole, quantization)
     head = share_out(model, mesh)
-    _fill(model, files, sources, parts, device, mesh)
+    _Filling(model, files, sources, parts, device, mesh).fill()
     return OpenedPart(model, head, whole)
 
 
@@ -154,36 +177,57 @@ def _fingerprint(model: Any, files: TensorFiles, sources: Mapping[str, str]) -> 
     return sampled_fingerprint(values)
 
 
-def _fill(
-    model: Any,
-    files: TensorFiles,
-    sources: Mapping[str, str],
-    parts: Mapping[str, Part],
-    device: torch.device,
-    mesh: Mesh,
-) -> None:
-    """Read this rank's parameters, and bring the buffers to the device."""
-    done: dict[int, nn.Parameter] = {}
-    for name, old in list(model.named_parameters(remove_duplicate=False)):
-        if id(old) not in done:
-            shape = files.stored[sources[name]].shape
-            slices = [slice(0, size) for size in shape]
-            part = parts.get(name)
-            if part is not None:
-                slices[part.dim] = slice(part.start, part.stop)
-            if isinstance(old, DTensor):
-                first, last = mesh.dp.share(old.shape[0])
-                begin = slices[0].start
-                slices[0] = slice(begin + first, begin + last)
-            stored = files.part(sources[name], slices)
-            # Copied, so that nothing of the mapped file stays.
-            values = torch.empty(stored.shape, dtype=old.dtype, device=device).copy_(stored)
-            done[id(old)] = _parameter(values, old)
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._parameters[leaf] = done[id(old)]
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module._buffers[name] = buffer.to(device)
+@dataclass(slots=True)
+class _Filling:
+    """Reads this rank's parameters out of the files, and brings the buffers to the device."""
+
+    model: Any
+    files: TensorFiles
+    sources: Mapping[str, str]
+    parts: Mapping[str, Part]
+    device: torch.device
+    mesh: Mesh
+
+    def fill(self) -> None:
+        """Give every parameter its values, and every buffer its device."""
+        for name, layer in quantized_linears(self.model):
+            self._fill_quantized(f"{name}.weight", layer)
+        done: dict[int, nn.Parameter] = {}
+        for name, old in list(self.model.named_parameters(remove_duplicate=False)):
+            if not old.is_meta:
+                continue
+            if id(old) not in done:
+                stored = self._stored(name, old)
+                # Copied, so that nothing of the mapped file stays.
+                values = torch.empty(stored.shape, dtype=old.dtype, device=self.device)
+                done[id(old)] = _parameter(values.copy_(stored), old)
+            parent, _, leaf = name.rpartition(".")
+            self.model.get_submodule(parent)._parameters[leaf] = done[id(old)]
+        for module in self.model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module._buffers[name] = buffer.to(self.device)
+
+    def _fill_quantized(self, name: str, layer: nn.Linear) -> None:
+        whole, owner = kept(layer)
+        # Codes and scales are shared out by rows, as the weight would be.
+        weight_NK = self._stored(name, owner.original0).to(self.device)
+        for leaf, values in zip(
+            ("original0", "original1"), whole.right_inverse(weight_NK), strict=True
+        ):
+            owner._parameters[leaf] = _parameter(values, owner._parameters[leaf])
+
+    def _stored(self, name: str, like: Tensor) -> Tensor:
+        """This rank's part of a parameter, as stored; of the rows those that `like` is of."""
+        source = self.sources[name]
+        slices = [slice(0, size) for size in self.files.stored[source].shape]
+        part = self.parts.get(name)
+        if part is not None:
+            slices[part.dim] = slice(part.start, part.stop)
+        if isinstance(like, DTensor):
+            first, last = self.mesh.dp.share(like.shape[0])
+            begin = slices[0].start
+            slices[0] = slice(begin + first, begin + last)
+        return self.files.part(source, slices)
 
 
 def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:

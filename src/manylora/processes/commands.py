@@ -56,6 +56,7 @@ class Opening:
     threads: int | None
     activation_checkpointing: bool = False
     mesh: MeshShape = field(default_factory=MeshShape)
+    quantization: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,7 @@ class Member:
             token_budget=opening.token_budget,
             dtype=opening.dtype,
             device=device,
+            quantization=opening.quantization,
             activation_checkpointing=opening.activation_checkpointing,
             threads=opening.threads or _own_threads(opening.mesh),
             mesh=self._joined(opening.mesh.one, device),

@@ -46,6 +46,7 @@ def open_trainer(run: RunFile) -> AbstractContextManager[Any]:
         token_budget=run.token_budget,
         dtype=run.dtype,
         device=run.device,
+        quantization=run.quantization,
         activation_checkpointing=run.activation_checkpointing,
         threads=run.threads,
         mesh=run.mesh,

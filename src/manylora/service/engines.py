@@ -86,4 +86,5 @@ def opening_of(settings: ServerFile) -> Opening:
     return Opening(
         base=settings.base, token_budget=settings.token_budget, dtype=settings.dtype,
         device=settings.device, threads=settings.threads, mesh=MeshShape.parse(settings.mesh),
+        quantization=settings.quantization,
     )  # fmt: skip

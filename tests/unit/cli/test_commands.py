@@ -216,9 +216,9 @@ def door(monkeypatch):
     class Trainer(Door):
         tokenizer = Letters()
 
-        def __init__(self, base):
+        def __init__(self, base, *, quantization=None):
             super().__init__("base", log)
-            log.append(("open", base))
+            log.append(("open", base) if quantization is None else ("open", base, quantization))
 
         def __enter__(self):
             return self
@@ -244,6 +244,11 @@ def test_the_bare_base_answers(manylora, door):
         ("sample", "base", [[104, 105]], SamplingParams(max_tokens=64)),
         ("close",),
     ]
+
+
+def test_the_base_may_be_kept_in_few_bits(manylora, door):
+    assert manylora("sample", "--base", "b", "--quantization", "nf4", "--prompt", "hi")[0] == 0
+    assert door[0] == ("open", "b", "nf4")
 
 
 def test_adapters_answer_side_by_side(manylora, door):
