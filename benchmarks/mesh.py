@@ -1,8 +1,8 @@
 """What each rank of a mesh holds and sends, counted on real ranks and compared with formulas.
 
     python -m benchmarks.mesh [--meshes dp=2 dp=2,tp=2 …] [--adapters 0 1 4 16]
-                              [--out benchmarks/results/NAME]
-    python -m benchmarks.mesh --plan [--tokens 8192]
+                              [--quantization nf4|int8] [--out benchmarks/results/NAME]
+    python -m benchmarks.mesh --plan [--tokens 8192] [--quantization nf4|int8]
 
 The first counts on gloo ranks with a tiny Llama: bytes at rest, gathered at a time, sent by
 forward_backward and by optim_step, with and without adapters. Our own counter
@@ -34,7 +34,7 @@ from benchmarks.mesh_formulas import (
     part,
     total,
 )
-from benchmarks.mesh_plan import plan, table
+from benchmarks.mesh_plan import plan, plan_quantized, table
 from benchmarks.mesh_ranks import (
     BUDGET,
     CHUNK_ROWS,
@@ -47,6 +47,8 @@ from benchmarks.mesh_ranks import (
     working,
 )
 from benchmarks.multi_tenant import machine
+from manylora.models.quantized import BITS
+from manylora.types.base import QUANTIZATIONS, Quantization
 from manylora.types.mesh import MeshShape
 from tests.models import TinyBases
 from tests.parallel.processes import run_ranks
@@ -54,19 +56,26 @@ from tests.parallel.processes import run_ranks
 MESHES = ("dp=1", "dp=2", "tp=2", "dp=4", "tp=4", "dp=2,tp=2")
 COUNTS = (0, 1, 4, 16)
 BASE = Base(hidden=64, layers=3, heads=4, kv_heads=4, head_dim=16, mlp=96, vocab=VOCAB, item=4)
+# Rows that four tp ranks can cut into whole blocks of 64.
+BLOCKS = Base(hidden=128, layers=3, heads=4, kv_heads=4, head_dim=64, mlp=256, vocab=VOCAB, item=4)
 # Peaks of activations are compared on another base, in which the MLP is as wide as usual.
 WIDE = Base(hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, mlp=448, vocab=VOCAB)
 PEAKS = (("dp=1", "fp32"), ("tp=2", "fp32"), ("dp=1", "bf16"))
 INTRODUCTION = (
     "Counted, not timed: gloo ranks on {where}. "
-    f"A Llama of {BASE.parameters():,} parameters in fp32 (hidden {BASE.hidden}, {BASE.layers} "
-    f"blocks, MLP {BASE.mlp}, vocabulary {BASE.vocab}); {SEQUENCES * SEQUENCE} tokens a step in "
+    "A Llama of {parameters:,} parameters in {kept} (hidden {hidden}, {layers} blocks, MLP {mlp}, "
+    f"vocabulary {VOCAB}); {SEQUENCES * SEQUENCE} tokens a step in "
     f"micro-batches of {BUDGET}; adapters on every linear layer, ranks 1, 3, 16, 8 and dtypes "
     "fp32, bf16, fp32 in turn. Of ranks that differ the largest number is shown. Every count of "
     "every rank is that of the closed formulas (benchmarks/mesh_formulas.py), and what our counter "
     "says is what torch was asked to send."
 )
 ITEMS = {"fp32": 4, "bf16": 2}
+
+
+def base_of(kind: Quantization | None) -> Base:
+    """The base on which is counted."""
+    return BASE if kind is None else replace(BLOCKS, bits=BITS[kind])
 
 
 def folder_of(tiny: TinyBases, base: Base) -> str:
@@ -85,26 +94,29 @@ def folder_of(tiny: TinyBases, base: Base) -> str:
     )
 
 
-def measure(mesh: str, folder: str, counts: Sequence[int]) -> Iterator[dict[str, Any]]:
+def measure(
+    mesh: str, folder: str, base: Base, counts: Sequence[int], quantization: str | None = None
+) -> Iterator[dict[str, Any]]:
     """A row for each rank and number of adapters, without and with recomputed blocks."""
     for checkpointing in (False, True):
-        for rank, found in enumerate(run_ranks(counted, mesh, folder, [*counts], checkpointing)):
+        ranks = run_ranks(counted, mesh, folder, [*counts], checkpointing, quantization)
+        for rank, found in enumerate(ranks):
             for count in counts:
                 yield {
                     "mesh": str(MeshShape.parse(mesh)),
                     "rank": rank,
                     "checkpointing": checkpointing,
                     "adapters": count,
-                    "parameters": sum(p.length for p in _parts(count, MeshShape())),
+                    "parameters": sum(p.length for p in _parts(base, count, MeshShape())),
                     "measured": _added(found[str(count)]),
-                    "formula": formula(mesh, rank, count, checkpointing=checkpointing),
+                    "formula": formula(base, mesh, rank, count, checkpointing=checkpointing),
                 }
 
 
-def formula(mesh: str, rank: int, count: int, *, checkpointing: bool) -> dict[str, Any]:
+def formula(base: Base, mesh: str, rank: int, count: int, *, checkpointing: bool) -> dict[str, Any]:
     """What a rank should hold and send."""
     shape = MeshShape.parse(mesh)
-    dp_index, parts = rank // shape.tp, _parts(count, shape)
+    dp_index, parts = rank // shape.tp, _parts(base, count, shape)
     held = {"weights": 0, "gradient": 0, "master": 0, "moments": 0}
     for one, ranks in zip(parts, working(count, shape.dp), strict=True):
         for name, size in one.held(dp_index).items():
@@ -115,11 +127,11 @@ def formula(mesh: str, rank: int, count: int, *, checkpointing: bool) -> dict[st
     numbers = SEQUENCES // shape.dp * (SEQUENCE + 2)
     stream = Stream([BUDGET] * (tokens // BUDGET), CHUNK_ROWS, numbers)
     return {
-        "base": base_held(BASE, shape),
-        "gathered": max(gathered(BASE, shape).values()),
+        "base": base_held(base, shape),
+        "gathered": max(gathered(base, shape).values()),
         "held": held,
         "forward_backward": forward_backward_sent(
-            BASE, shape, stream, checkpointing=checkpointing, gloo=True
+            base, shape, stream, checkpointing=checkpointing, gloo=True
         ),
         "optim_step": optim_step_sent(parts, shape, dp_index, gloo=True),
         "optim_step_peak": optim_step_peak(parts, shape, dp_index),
@@ -185,8 +197,8 @@ def peak_differences(row: dict[str, Any]) -> list[str]:
     return [f"{row['mesh']}, {row['dtype']}: {measured} bytes of a token, by formula {expected}"]
 
 
-def _parts(count: int, shape: MeshShape) -> list[Part]:
-    return [part(BASE, spec.rank, ITEMS[spec.dtype], shape) for spec in specs(count).values()]
+def _parts(base: Base, count: int, shape: MeshShape) -> list[Part]:
+    return [part(base, spec.rank, ITEMS[spec.dtype], shape) for spec in specs(count).values()]
 
 
 def _added(found: dict[str, Any]) -> dict[str, Any]:
@@ -212,14 +224,23 @@ def _plain(value: Any) -> Any:
 # -- the report ---------------------------------------------------------------------------------
 
 
-def report(rows: Sequence[dict[str, Any]], tokens: Sequence[dict[str, Any]], where: str) -> str:
+def introduction(base: Base, where: str, quantization: str | None) -> str:
+    """What was counted, and on what."""
+    kept = "fp32" if quantization is None else f"fp32, its blocks' linear layers in {quantization}"
+    return INTRODUCTION.format(
+        where=where, parameters=base.parameters(), kept=kept, hidden=base.hidden,
+        layers=base.layers, mlp=base.mlp,
+    )  # fmt: skip
+
+
+def report(rows: Sequence[dict[str, Any]], tokens: Sequence[dict[str, Any]], about: str) -> str:
     """The counts in Markdown; of ranks that differ the largest."""
     counts = sorted({row["adapters"] for row in rows})
     meshes = list(dict.fromkeys(row["mesh"] for row in rows))
     return "\n\n".join(
         [
             "# What a rank of a mesh holds and sends",
-            INTRODUCTION.format(where=where),
+            about,
             "## Bytes held\n\nAt rest; gathered at a time; adapters after their first step (only "
             "ranks with some of an adapter's work hold a gradient of it).",
             _held(rows, meshes, counts),
@@ -229,22 +250,24 @@ def report(rows: Sequence[dict[str, Any]], tokens: Sequence[dict[str, Any]], whe
             "## optim_step\n\nCollectives, bytes sent and bytes of buffers, of all adapters in one "
             "call.",
             _steps(rows, meshes, [count for count in counts if count]),
-            "## Activations\n\nBytes of each token at the peak of forward and backward, blocks "
-            f"recomputed, rank 4 (hidden {WIDE.hidden}, {WIDE.layers} blocks, MLP {WIDE.mlp}).",
-            table(
-                ["mesh, dtype", "counted", "by formula"],
-                [
-                    [
-                        f"{one['mesh']}, {one['dtype']}",
-                        f"{one['bytes_per_token']:.0f}",
-                        f"{one['formula']}",
-                    ]
-                    for one in tokens
-                    if one["rank"] == 0
-                ],
-            ),
+            *_activations(tokens),
         ]
     )
+
+
+def _activations(tokens: Sequence[dict[str, Any]]) -> list[str]:
+    if not tokens:
+        return []
+    lines = [
+        [f"{one['mesh']}, {one['dtype']}", f"{one['bytes_per_token']:.0f}", f"{one['formula']}"]
+        for one in tokens
+        if one["rank"] == 0
+    ]
+    return [
+        "## Activations\n\nBytes of each token at the peak of forward and backward, blocks "
+        f"recomputed, rank 4 (hidden {WIDE.hidden}, {WIDE.layers} blocks, MLP {WIDE.mlp}).",
+        table(["mesh, dtype", "counted", "by formula"], lines),
+    ]
 
 
 def _rows(
@@ -315,27 +338,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="without its suffix")
     parser.add_argument("--plan", action="store_true", help="print what large bases need")
     parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch, in the plan")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the linear layers")
     options = parser.parse_args()
+    kind: Quantization | None = options.quantization
     if options.plan:
-        print(plan(options.tokens))
+        print(plan(options.tokens) if kind is None else plan_quantized(kind, options.tokens))
         return
+    base = base_of(kind)
     with tempfile.TemporaryDirectory() as scratch:
         tiny = TinyBases(Path(scratch))
-        folder = folder_of(tiny, BASE)
-        rows = [row for mesh in options.meshes for row in measure(mesh, folder, options.adapters)]
-        tokens = list(peaks(tiny))
+        folder, counts = folder_of(tiny, base), options.adapters
+        rows = [r for mesh in options.meshes for r in measure(mesh, folder, base, counts, kind)]
+        # What a token adds does not depend on how weights are kept.
+        tokens = [] if kind else list(peaks(tiny))
     wrong = [one for row in rows for one in differences(row)] + same_with_adapters(rows)
     wrong += [one for row in tokens for one in peak_differences(row)]
     on = machine()
-    text = report(
-        rows, tokens, f"{len(os.sched_getaffinity(0))} cores of {on['cpu']}, torch {on['torch']}"
-    )
+    where = f"{len(os.sched_getaffinity(0))} cores of {on['cpu']}, torch {on['torch']}"
+    text = report(rows, tokens, introduction(base, where, kind))
     print(text)
     if wrong:
         sys.exit("\n".join(["not as the formulas say:", *wrong]))
     if options.out:
-        counts = [{name: value for name, value in row.items() if name != "formula"} for row in rows]
-        lines = ",\n".join(f"  {json.dumps(row)}" for row in counts)
+        found = [{name: value for name, value in row.items() if name != "formula"} for row in rows]
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in found)
         parts = [f' "machine": {json.dumps(on)}', f' "rows": [\n{lines}\n ]']
         parts.append(f' "activations": {json.dumps(tokens)}')
         options.out.with_suffix(".json").write_text("{\n" + ",\n".join(parts) + "\n}\n")

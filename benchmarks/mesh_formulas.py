@@ -29,6 +29,8 @@ class Base:
         mlp: width of the MLP, or of one expert.
         item: bytes of a number.
         experts, active: of each block, and of each token; 0 = a dense MLP.
+        bits: of a number of a block's linear layers where these are quantised (nf4 4, int8 8), with
+            a scale for every block of 64; 0 = they are not.
         head_norms: whether queries and keys are normalised (Qwen3).
     """
 
@@ -43,6 +45,7 @@ class Base:
     experts: int = 0
     active: int = 0
     head_norms: bool = False
+    bits: int = 0
 
     def linears(self) -> list[tuple[int, int, str]]:
         """(inputs, outputs, how tp splits it) of a block's layers that adapters may act on."""
@@ -57,9 +60,24 @@ class Base:
 
     def block(self, tp: int = 1) -> list[tuple[int, int]]:
         """[first dimension, the rest] of each parameter of a block on a tp rank."""
-        shapes = [
+        return [*self._linear_shapes(tp), *self._other_shapes()]
+
+    def block_bytes(self, tp: int = 1) -> list[tuple[int, int]]:
+        """[first dimension, bytes of the rest] of each parameter of a block on a tp rank."""
+        others = [(n, self.item * rest) for n, rest in self._other_shapes()]
+        linears = [(n, self._row_bytes(k)) for n, k in self._linear_shapes(tp)]
+        return [*linears, *others]
+
+    def _row_bytes(self, k: int) -> int:
+        return k * self.bits // 8 + k // 64 * FP32 if self.bits else k * self.item
+
+    def _linear_shapes(self, tp: int) -> list[tuple[int, int]]:
+        return [
             (n // tp, k) if split == "column" else (n, k // tp) for k, n, split in self.linears()
         ]
+
+    def _other_shapes(self) -> list[tuple[int, int]]:
+        shapes = []
         if self.experts:
             shapes += [(self.experts, 2 * self.mlp * self.hidden)]
             shapes += [(self.experts, self.mlp * self.hidden), (self.experts, self.hidden)]
@@ -128,16 +146,16 @@ def part(base: Base, rank: int, item: int, mesh: MeshShape) -> Part:
 
 def base_held(base: Base, mesh: MeshShape) -> int:
     """Bytes of a rank's parameters at rest: shares of blocks, embedding and head; the last norm."""
-    tables = 2 * _shares(base.table(mesh.tp), mesh.dp)
-    return base.item * (tables + base.layers * _shares(base.block(mesh.tp), mesh.dp) + base.hidden)
+    tables = base.item * (2 * _shares(base.table(mesh.tp), mesh.dp) + base.hidden)
+    return tables + base.layers * _shares(base.block_bytes(mesh.tp), mesh.dp)
 
 
 def gathered(base: Base, mesh: MeshShape) -> dict[str, int]:
     """Bytes of what is gathered at a time: a block, or the embedding or head. Nothing if D is 1."""
     if mesh.dp == 1:
         return {"block": 0, "table": 0}
-    units = {"block": base.block(mesh.tp), "table": base.table(mesh.tp)}
-    return {name: base.item * sum(n * k for n, k in unit) for name, unit in units.items()}
+    table = base.item * sum(n * k for n, k in base.table(mesh.tp))
+    return {"block": sum(n * row for n, row in base.block_bytes(mesh.tp)), "table": table}
 
 
 def activations(base: Base, tp: int, rank: int, layers: int) -> int:
@@ -191,10 +209,8 @@ def forward_backward_sent(
     """
     sent: Sent = {}
     if mesh.dp > 1:
-        table, block = (
-            base.item * _shares(unit, mesh.dp) * (mesh.dp - 1)
-            for unit in (base.table(mesh.tp), base.block(mesh.tp))
-        )
+        table = base.item * _shares(base.table(mesh.tp), mesh.dp) * (mesh.dp - 1)
+        block = _shares(base.block_bytes(mesh.tp), mesh.dp) * (mesh.dp - 1)
         # Embedding and head once, each block for its forward and for its backward.
         gathers = 2 + 2 * base.layers
         sent["dp.blocks"] = _times(len(stream.rows), gathers, 2 * table + 2 * base.layers * block)
@@ -266,7 +282,7 @@ def total(sent: Sent) -> tuple[int, int]:
 
 
 def _shares(unit: Sequence[tuple[int, int]], dp: int) -> int:
-    """Numbers of a rank's share of parameters, each cut along its first dimension."""
+    """Of a rank's share of parameters, each cut along its first dimension."""
     return sum(-(-n // dp) * rest for n, rest in unit)
 
 

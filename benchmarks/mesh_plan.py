@@ -21,6 +21,8 @@ from benchmarks.mesh_formulas import (
     part,
     total,
 )
+from manylora.models.quantized import BITS
+from manylora.types.base import Quantization
 from manylora.types.mesh import MeshShape
 
 NODE = 8  # GPUs that NVLink joins
@@ -80,7 +82,13 @@ class Case:
     def gathered(self) -> int:
         """Bytes: three blocks (in use, the next, what that one is copied out of), or two heads."""
         units = gathered(self.base, self.mesh)
-        return max(3 * units["block"], 2 * units["table"])
+        return max(3 * units["block"], 2 * units["table"]) + self.made_whole()
+
+    def made_whole(self) -> int:
+        """Bytes of the largest layer's weight, which a product makes of its codes and scales."""
+        if not self.base.bits:
+            return 0
+        return max(n * k for k, n, _ in self.base.linears()) // self.mesh.tp * self.base.item
 
     def activations(self) -> int:
         """Bytes of a micro-batch, blocks recomputed."""
@@ -210,6 +218,24 @@ def plan(tokens: int = TOKENS) -> str:
     )
 
 
+def plan_quantized(kind: Quantization, tokens: int = TOKENS) -> str:
+    """The same of memory, with dense bases' linear layers in fewer bits."""
+    chosen: list[Case] = []
+    for model in MODELS:
+        if not model.base.experts:
+            fewer = replace(model, base=replace(model.base, bits=BITS[kind]))
+            meshes = ("dp=1", *model.meshes[NODE])
+            chosen += [Case(fewer, MeshShape.parse(mesh), tokens) for mesh in meshes]
+    return "\n\n".join(
+        [
+            f"The same with `quantization: {kind}`; gathered: with the weight of one layer, made "
+            "whole.",
+            _memory(chosen),
+            _most(chosen),
+        ]
+    )
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """In Markdown; all columns but the first are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
@@ -267,7 +293,7 @@ def _steps(chosen: Sequence[Case]) -> str:
 
 
 def _title(case: Case) -> str:
-    return f"{case.model.name}, {case.mesh.size} GPUs: {case.mesh}"
+    return f"{case.model.name}, {case.mesh.size} GPU{'s' * (case.mesh.size > 1)}: {case.mesh}"
 
 
 def _dense(base: Base) -> Base:

@@ -117,12 +117,15 @@ class Wire(TorchDispatchMode):
             raise AssertionError(f"a collective that is not counted: {name}")
 
 
-def counted(mesh: Mesh, folder: str, counts: list[int], checkpointing: bool) -> dict[str, Any]:
+def counted(
+    mesh: Mesh, folder: str, counts: list[int], checkpointing: bool, quantization: str | None
+) -> dict[str, Any]:
     """What this rank holds and sends, by the number of adapters."""
     engine = Engine(
         folder,
         token_budget=BUDGET,
         device="cpu",
+        quantization=quantization,
         activation_checkpointing=checkpointing,
         mesh=mesh,
     )

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import mesh as benchmark
 from benchmarks.mesh_formulas import Base
-from benchmarks.mesh_plan import MODELS, Case, cases, plan
+from benchmarks.mesh_plan import MODELS, Case, cases, plan, plan_quantized
+from manylora.types.base import Quantization
 from manylora.types.mesh import MeshShape
 from tests.models import TinyBases
 
@@ -22,12 +23,27 @@ COUNTS = (0, 4)
 
 @pytest.fixture(scope="module")
 def rows(tiny: TinyBases) -> list[dict[str, Any]]:
-    return list(benchmark.measure("dp=2,tp=2", benchmark.folder_of(tiny, benchmark.BASE), COUNTS))
+    base = benchmark.base_of(None)
+    return list(benchmark.measure("dp=2,tp=2", benchmark.folder_of(tiny, base), base, COUNTS))
 
 
 def test_counts_are_those_of_the_formulas(rows: list[dict[str, Any]]):
     assert len(rows) == 4 * 2 * len(COUNTS)
     assert [one for row in rows for one in benchmark.differences(row)] == []
+
+
+def test_counts_on_a_quantised_base_are_those_of_the_formulas(tiny: TinyBases):
+    base = benchmark.base_of("nf4")
+    folder = benchmark.folder_of(tiny, base)
+    rows = list(benchmark.measure("dp=2,tp=2", folder, base, COUNTS, "nf4"))
+    assert [one for row in rows for one in benchmark.differences(row)] == []
+    assert benchmark.same_with_adapters(rows) == []
+    row = rows[0]
+    row["formula"] = benchmark.formula(
+        benchmark.base_of("int8"), row["mesh"], row["rank"], 0, checkpointing=False
+    )
+    wrong = " ".join(benchmark.differences(row))
+    assert "base is" in wrong and "gathered is" in wrong and "forward_backward is" in wrong
 
 
 def test_adapters_add_nothing_to_what_forward_backward_sends(rows: list[dict[str, Any]]):
@@ -80,6 +96,7 @@ def test_large_bases_have_the_parameters_that_their_makers_publish():
 def test_the_page_shows_what_the_formulas_give():
     text = (REPO / "docs/scale.md").read_text(encoding="utf-8")
     assert plan() in text
+    assert plan_quantized("nf4") in text
 
 
 def test_a_plan_is_sane():
@@ -96,18 +113,24 @@ def test_a_plan_is_sane():
     assert many.left(80e9) > few.left(80e9) and many.held(16) < few.held(16)
 
 
-def test_the_results_on_record_are_of_this_benchmark_and_these_formulas():
-    record = REPO / "benchmarks/results/2026-11-20_mesh_gloo.md"
-    found = json.loads(record.with_suffix(".json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    ("record", "kind"), [("2026-11-20_mesh_gloo", None), ("2026-11-21_mesh_gloo_nf4", "nf4")]
+)
+def test_the_results_on_record_are_of_this_benchmark_and_these_formulas(
+    record: str, kind: Quantization | None
+):
+    page = REPO / f"benchmarks/results/{record}.md"
+    base = benchmark.base_of(kind)
+    found = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     rows = found["rows"]
     assert {row["mesh"] for row in rows} == {str(MeshShape.parse(m)) for m in benchmark.MESHES}
     for row in rows:
         row["formula"] = benchmark.formula(
-            row["mesh"], row["rank"], row["adapters"], checkpointing=row["checkpointing"]
+            base, row["mesh"], row["rank"], row["adapters"], checkpointing=row["checkpointing"]
         )
         assert benchmark.differences(row) == []
-    text = record.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     # All but the machine.
-    shown = benchmark.report(rows, found["activations"], "MACHINE")
-    before, after = shown.split("MACHINE")
+    about = benchmark.introduction(base, "MACHINE", kind)
+    before, after = benchmark.report(rows, found["activations"], about).split("MACHINE")
     assert text.startswith(before) and text.endswith(after + "\n")

@@ -5,6 +5,7 @@ N tokens of a datum, K candidates of a place.
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ class Oracle:
         attention: bool = True,
         mlp: bool = True,
         unembed: bool = True,
+        base: str | Path = "seedling",
     ) -> None:
         flags = ((attention, ATTENTION), (mlp, MLP), (unembed, UNEMBED))
         spec = AdapterSpec(
@@ -53,7 +55,7 @@ class Oracle:
             dtype="fp32",
         )
         layout = plan_layout(spec, resolve_targets(spec, _sites()))
-        self.reference = ReferenceEngine("seedling", fresh_state(spec, layout))
+        self.reference = ReferenceEngine(base, fresh_state(spec, layout))
 
     def logprobs(self, data: Sequence[Datum]) -> list[Array]:
         """log p(target) [N] of each datum under the present weights."""

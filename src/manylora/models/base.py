@@ -174,20 +174,15 @@ def open_base(
         name: `seedling`, a folder, or a hub id.
         dtype: `auto` (as stored), `fp32`, `bf16` or `fp16`.
         device: `auto` (CUDA if there is one), or a torch device.
-        quantization: `nf4` or `int8` to keep the linear layers' weights so; products are computed
-            in `dtype`.
+        quantization: `nf4` or `int8` keeps the linear layers' weights so; None = in `dtype`.
         mesh: of which this rank opens its part; every rank opens the same base.
 
     Raises:
         ConfigError: there is no such quantization, or its library is not installed.
         BaseModelError: not found, unreadable, or not a causal LM.
-        Unsupported: an architecture whose numbers a packed stream would change, or that this mesh
-            cannot split.
+        Unsupported: a packed stream would change its numbers, or this mesh cannot split it.
     """
-    folder = resolve_base(name)
-    place = torch.device(
-        device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    folder, place = resolve_base(name), _device(device)
     mesh = mesh or Mesh.join(MeshShape(), place)
     kind = check_quantization(quantization)
     hub_logging.disable_progress_bar()
@@ -224,6 +219,12 @@ def open_base(
     )
     _check(base)
     return base
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def _open_whole(folder: str, dtype: str, place: torch.device) -> OpenedPart:
