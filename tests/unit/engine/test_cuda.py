@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from manylora.engine import Engine
+from manylora.models.parts import open_part
+from manylora.parallel import Mesh
 from manylora.types import (
     AdamParams,
     AdapterSpec,
@@ -15,6 +18,8 @@ from manylora.types import (
     SamplingParams,
     causal_datum,
 )
+from manylora.types.base import QUANTIZATIONS, Quantization
+from manylora.types.mesh import MeshShape
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,9 +32,11 @@ SPECS = {
 }
 
 
-def train(folder: str, device: str, dtype: str, rounds: int = 5) -> tuple[Engine, list[float]]:
+def train(
+    folder: str, device: str, dtype: str, rounds: int = 5, quantization: str | None = None
+) -> tuple[Engine, list[float]]:
     """Two adapters, trained together for a few rounds; their losses."""
-    engine = Engine(folder, device=device, dtype=dtype, token_budget=256)
+    engine = Engine(folder, device=device, dtype=dtype, token_budget=256, quantization=quantization)
     for name, spec in SPECS.items():
         engine.create(name, spec)
     rng = np.random.default_rng(0)
@@ -56,6 +63,29 @@ def test_cuda_trains_as_the_cpu_does(tiny, dtype: str, tolerance: float):
     _, expected = train(tiny("qwen3"), "cpu", "fp32")
     _, losses = train(tiny("qwen3"), "cuda", dtype)
     assert losses == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_cuda_trains_on_a_quantised_base_as_the_cpu_does(tiny, quantization: str):
+    folder = tiny("qwen3", hidden_size=128, intermediate_size=256)
+    _, expected = train(folder, "cpu", "fp32", quantization=quantization)
+    _, losses = train(folder, "cuda", "fp32", quantization=quantization)
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("quantization", [None, *QUANTIZATIONS])
+def test_opening_takes_what_is_held_and_a_tensor(tiny, quantization: Quantization | None):
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8}
+    folder = str(tiny("llama", **sizes, vocab_size=1024, head_dim=128))
+    cuda = torch.device("cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    mesh, config = Mesh.join(MeshShape(), cuda), AutoConfig.from_pretrained(folder)
+    opened = open_part(folder, config, None, cuda, mesh, quantization)
+    held = sum(parameter.nbytes for parameter in opened.model.parameters())
+    peak = torch.cuda.max_memory_allocated() - before
+    # The largest tensor is 8 MiB; converting it in parts takes as much again.
+    assert held <= peak <= held + (20 << 20)
 
 
 def test_cuda_samples_as_the_cpu_does(tiny):
