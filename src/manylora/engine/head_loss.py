@@ -265,24 +265,19 @@ class HeadLoss:
         if chunk.cap_cV is not None:
             grad_cV.mul_(chunk.cap_cV)
         grad_cV = grad_cV.to(chunk.dtype)
-        if not chunk.work:
-            return grad_cV @ self.head.weight_VH
-        grad_cH = torch.empty_like(chunk.h_cH)
-        shrink_expand_backward(
-            chunk.h_cH, [grad_cV], grad_cH, chunk.sizes, chunk.work, chunk.shrunk
-        )
-        return grad_cH.addmm_(grad_cV, self.head.weight_VH)
+        grad_cH = grad_cV @ self.head.weight_VH
+        if chunk.work:
+            shrink_expand_backward(
+                chunk.h_cH, [grad_cV], grad_cH, chunk.sizes, chunk.work, chunk.shrunk
+            )
+        return grad_cH
 
     def _logits(
         self, h_cH: Tensor, sizes: list[int], work: list[SegmentWork]
     ) -> tuple[Tensor, list[Tensor]]:
         """Uncapped logits [c, V] with the adapters on the head, and what their backward needs."""
-        head = self.head
-        if not work:
-            return functional.linear(h_cH, head.weight_VH, head.bias_V), []
-        raw_cV = h_cH.new_empty(len(h_cH), head.weight_VH.shape[0])
-        shrunk = shrink_expand(h_cH, [raw_cV], [head.bias_V], sizes, work)
-        return raw_cV.addmm_(h_cH, head.weight_VH.t()), shrunk
+        raw_cV = functional.linear(h_cH, self.head.weight_VH, self.head.bias_V)
+        return raw_cV, shrink_expand(h_cH, [raw_cV], sizes, work) if work else []
 
 
 def _losses(

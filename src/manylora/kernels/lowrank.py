@@ -6,18 +6,17 @@ T tokens of the stream, t tokens of one segment, K input features, N output feat
 For a segment with input x, and each member j of the group (q, k, v of a layer, say):
 
     s = x Aᵀ                      one product for all members      [t, R]
-    y_j = bias_j + scale_j · s_j Bᵀ_j                              [t, N_j]
+    y_j  += scale_j · s_j Bᵀ_j                                     [t, N_j]
 
 and backward, with dy_j given:
 
     ds_j  = scale_j · dy_j B_j                                     [t, R_j]
     dBᵀ_j += scale_j · s_jᵀ dy_j                                   [R_j, N_j]
     dA    += dsᵀ x                one product for all members      [R, K]
-    dx    = ds A                  one product for all members      [t, K]
+    dx   += ds A                  one product for all members      [t, K]
 
-The low-rank terms come first and the caller adds the base's products on top of them
-(y_j += x W_jᵀ, dx += dy_j W_j): a large product that accumulates costs no more than one that
-overwrites, while a small one that accumulates would read all of y again.
+The caller makes the base's products first (y_j = x W_jᵀ + bias_j, dx = Σ dy_j W_j): a product that
+adds takes no longer than one that overwrites, and rows without an adapter need nothing more.
 
 Every product reads rows of one segment only, so its bits do not depend on the neighbours. The
 small matrices are kept rank-major (sᵀ and dsᵀ, as A and Bᵀ are): BLAS is up to 1.8 times faster
@@ -30,10 +29,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from manylora.types.machine import is_intel
+
 CACHE_LINE = 64
 
 # Rows of fewer elements (128 KiB in fp32) are not worth an operation to fetch them.
 WORTH_FETCHING = 1 << 15
+
+# On Intel's CPUs the products bring their rows into cache as fast as a sum does.
+FETCHING = not is_intel()
 
 
 @dataclass(slots=True)
@@ -89,17 +93,15 @@ class SegmentWork:
 def shrink_expand(
     x_TK: Tensor,
     ys: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
     sizes: list[int],
     work: Sequence[SegmentWork],
     columns: Columns | None = None,
 ) -> list[Tensor]:
-    """Write bias and low-rank term of every row into `ys`; the base's product is still to be added.
+    """Add the low-rank term of every row to `ys`.
 
     Args:
         x_TK: the group's shared input.
-        ys: for each member of the group a tensor [T, N_j] to be filled.
-        biases: [N_j] or None for each member.
+        ys: for each member of the group the base's output [T, N_j].
         sizes: rows of each segment; they add up to T.
         work: the segments that have an adapter on this group.
         columns: None if x is the whole input. Dropout masks are drawn for the whole one.
@@ -107,12 +109,8 @@ def shrink_expand(
     Returns:
         sᵀ [R, t] of each item of `work`, which the backward needs.
     """
-    for y, bias in zip(ys, biases, strict=True):
-        if bias is not None:
-            y.copy_(bias)
     xs = _segments(x_TK, sizes)
     y_parts = [y.split_with_sizes(sizes) for y in ys]
-    idle = [set(range(len(sizes))) if bias is None else set[int]() for bias in biases]
     shrunk = []
     for item in work:
         block, segment = item.block, item.segment
@@ -120,13 +118,8 @@ def shrink_expand(
         shrunk.append(s_Rt)
         for member, s_rt in zip(block.members, _rows(s_Rt, block), strict=True):
             y_tN = y_parts[member.output][segment]
-            if biases[member.output] is None:
-                idle[member.output].discard(segment)
-                _write_matmul(y_tN, s_rt.t(), member.bt_RN, member.scale)
-            else:
-                _add_matmul(y_tN, s_rt.t(), member.bt_RN, member.scale)
-    for parts, segments in zip(y_parts, idle, strict=True):
-        _zero(parts, segments)
+            _fetch(y_tN)
+            _add_matmul(y_tN, s_rt.t(), member.bt_RN, member.scale)
     return shrunk
 
 
@@ -139,20 +132,18 @@ def shrink_expand_backward(
     shrunk: Sequence[Tensor],
     columns: Columns | None = None,
 ) -> None:
-    """Add to the gradients of every segment's factors, and write the low-rank part of the input's.
+    """Add to the gradients of every segment's factors, and the low-rank part to the input's.
 
     Args:
         x_TK: the group's shared input, as in the forward.
         dys: gradient [T, N_j] of each output; None where nothing used the output.
-        dx_TK: filled with the low-rank part of the input's gradient, to which the base's is still
-            to be added; None if nobody needs it.
+        dx_TK: the base's part of the input's gradient; None if nobody needs it.
         sizes, work, columns: as in the forward.
         shrunk: what the forward returned.
     """
     xs = _segments(x_TK, sizes)
     dy_parts = [None if dy is None else _segments(dy, sizes) for dy in dys]
     dx_parts = None if dx_TK is None else dx_TK.split_with_sizes(sizes)
-    idle = set(range(len(sizes)))
     for item, s_Rt in zip(work, shrunk, strict=True):
         block, segment = item.block, item.segment
         ds_Rt = torch.empty_like(s_Rt)
@@ -172,16 +163,8 @@ def shrink_expand_backward(
         assert block.grad_a_RK is not None
         scale = 1.0 if block.scale is None else block.scale
         _add_matmul(block.grad_a_RK, ds_Rt, _dropped(xs[segment], item, columns), scale)
-        idle.discard(segment)
         if dx_parts is not None:
-            _write_input_gradient(dx_parts[segment], ds_Rt, scale, item, columns)
-    if dx_parts is not None:
-        _zero(dx_parts, idle)
-
-
-def _zero(parts: Sequence[Tensor], segments: set[int]) -> None:
-    for segment in segments:
-        parts[segment].zero_()
+            _add_input_gradient(dx_parts[segment], ds_Rt, scale, item, columns)
 
 
 def _segments(rows_TK: Tensor, sizes: list[int]) -> Sequence[Tensor]:
@@ -199,10 +182,10 @@ def _segments(rows_TK: Tensor, sizes: list[int]) -> Sequence[Tensor]:
 def _fetch(rows_tK: Tensor) -> None:
     """Read the rows once, so that they are in cache for the products that follow.
 
-    A product that reads them as columns is slow to bring them there: a sum and then the product
-    take less time than the product alone.
+    A product that reads them as columns, or adds to them, is slow to bring them there: a sum and
+    then the product take less time than the product alone.
     """
-    if rows_tK.is_cpu and rows_tK.numel() >= WORTH_FETCHING:
+    if FETCHING and rows_tK.is_cpu and rows_tK.numel() >= WORTH_FETCHING:
         rows_tK.sum()
 
 
@@ -211,12 +194,15 @@ def _rows(s_Rt: Tensor, block: Block) -> Sequence[Tensor]:
     return (s_Rt,) if len(block.ranks) == 1 else s_Rt.split_with_sizes(block.ranks)
 
 
-def _write_input_gradient(
+def _add_input_gradient(
     dx_tK: Tensor, ds_Rt: Tensor, scale: float, item: SegmentWork, columns: Columns | None
 ) -> None:
-    _write_matmul(dx_tK, ds_Rt.t(), item.block.a_RK, scale)
     if item.dropout > 0.0:
-        dx_tK.mul_(_keep_mask(dx_tK, item, columns))
+        term_tK = _matmul(ds_Rt.t(), item.block.a_RK).mul_(_keep_mask(dx_tK, item, columns))
+        dx_tK.add_(term_tK, alpha=scale)
+    else:
+        _fetch(dx_tK)
+        _add_matmul(dx_tK, ds_Rt.t(), item.block.a_RK, scale)
 
 
 def _dropped(x_tK: Tensor, item: SegmentWork, columns: Columns | None) -> Tensor:
@@ -249,13 +235,9 @@ def _add_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
         out.add_(_matmul(a, b), alpha=alpha)
 
 
-def _write_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """out = alpha · a @ b."""
+def _write_matmul(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b."""
     if out.dtype == a.dtype == b.dtype:
-        if out.is_cpu:
-            # Zeros bring `out` into cache; a product that overwrites is slow to do so.
-            out.zero_().addmm_(a, b, alpha=alpha)
-        else:
-            torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
+        torch.mm(a, b, out=out)
     else:
-        out.copy_(_matmul(a, b)).mul_(alpha)
+        out.copy_(_matmul(a, b))

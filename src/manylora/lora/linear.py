@@ -73,34 +73,31 @@ class InputGroup:
         if not work:
             return tuple(functional.linear(x, one.weight, one.bias) for one in self.layers), []
         x_TK = x.view(-1, x.shape[-1])
-        places = table.spread
-        rows_TK = x_TK if places is None else x_TK.index_select(0, places.rows)
-        sizes = table.sizes if places is None else places.sizes
-        widths = [layer.out_features for layer in self.layers]
         # Not views, which autograd would not let anybody add to in their place.
-        outputs = tuple(x.new_empty(*x.shape[:-1], width) for width in widths)
+        outputs = tuple(x.new_empty(*x.shape[:-1], one.out_features) for one in self.layers)
         ys = [output.view(-1, output.shape[-1]) for output in outputs]
-        terms = ys if places is None else [x_TK.new_empty(len(rows_TK), n) for n in widths]
-        biases = [one.bias for one in self.layers]
-        shrunk = shrink_expand(rows_TK, terms, biases, sizes, work, self.columns)
-        for y_TN, term, layer in zip(ys, terms, self.layers, strict=True):
-            if places is not None:
-                torch.index_select(term, 0, places.back_T, out=y_TN)
-            y_TN.addmm_(x_TK, layer.weight.t())
+        for y_TN, layer in zip(ys, self.layers, strict=True):
+            if layer.bias is None:
+                torch.mm(x_TK, layer.weight.t(), out=y_TN)
+            else:
+                torch.addmm(layer.bias, x_TK, layer.weight.t(), out=y_TN)
+        places = table.spread
+        if places is None:
+            return outputs, shrink_expand(x_TK, ys, table.sizes, work, self.columns)
+        rows_TK, *terms = (rows.index_select(0, places.rows) for rows in (x_TK, *ys))
+        shrunk = shrink_expand(rows_TK, terms, places.sizes, work, self.columns)
+        for y_TN, term in zip(ys, terms, strict=True):
+            y_TN.index_copy_(0, places.own, term.index_select(0, places.back))
         return outputs, shrunk
 
-    def _input_gradient(self, flat: Sequence[Tensor | None], dx_TK: Tensor | None) -> Tensor | None:
-        """Add the base's products to `dx_TK`, if there is one, always in the same order.
-
-        On a mesh summed over the ranks, where each has some of the outputs.
-        """
+    def _input_gradient(self, flat: Sequence[Tensor | None]) -> Tensor | None:
+        """The base's part of it: the members' products, always in the same order."""
+        dx_TK: Tensor | None = None
         for dy_TN, layer in zip(flat, self.layers, strict=True):
             if dy_TN is not None and dx_TK is None:
                 dx_TK = dy_TN @ layer.weight
             elif dy_TN is not None and dx_TK is not None:
                 dx_TK.addmm_(dy_TN, layer.weight)
-        if dx_TK is not None and self.split == "column" and self.axis is not None:
-            self.axis.sum_(dx_TK)
         return dx_TK
 
 
@@ -163,15 +160,15 @@ class _GroupFunction(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         group, table = ctx.group, ctx.table
         flat = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        dx_TK: Tensor | None = None
+        dx_TK = group._input_gradient(flat) if ctx.needs_input_grad[0] else None
         work = table.work(group.number)
         if work:
             x, *shrunk = ctx.saved_tensors
             x_TK = x.view(-1, x.shape[-1])
-            dx_TK = torch.empty_like(x_TK) if ctx.needs_input_grad[0] else None
             shrink_expand_backward(x_TK, flat, dx_TK, table.sizes, work, shrunk, group.columns)
-        if ctx.needs_input_grad[0]:
-            dx_TK = group._input_gradient(flat, dx_TK)
+        if dx_TK is not None and group.split == "column" and group.axis is not None:
+            # Each rank has some of the outputs.
+            group.axis.sum_(dx_TK)
         return (None if dx_TK is None else dx_TK.view(ctx.in_shape)), None, None, None
 
 

@@ -43,13 +43,14 @@ class Spread:
 
     Attributes:
         rows: int64, which row of the stream each spread row is.
-        back_T: int64, where each row of the stream is among the spread ones; rows without an
-            adapter are the last spread row, on which none acts.
-        sizes: spread rows of each segment, and those without an adapter.
+        own: int64, the rows of the stream that have an adapter.
+        back: int64, where each of those is among the spread ones.
+        sizes: spread rows of each segment.
     """
 
     rows: Tensor
-    back_T: Tensor
+    own: Tensor
+    back: Tensor
     sizes: list[int]
 
 
@@ -58,23 +59,22 @@ def spread(segments: Sequence[Segment], device: torch.device) -> Spread | None:
     if all(one.rows % SEGMENT_MULTIPLE == 0 for one in segments if one.weights is not None):
         return None
     rows: list[int] = []
+    own: list[int] = []
     back: list[int] = []
     sizes: list[int] = []
+    start = 0
     for segment in segments:
         size = 0
         if segment.weights is not None:
             size = -(-segment.rows // SEGMENT_MULTIPLE) * SEGMENT_MULTIPLE
-            own = range(len(back), len(back) + segment.rows)
+            own += range(start, start + segment.rows)
             back += range(len(rows), len(rows) + segment.rows)
-            rows += [*own, *[own[0]] * (size - segment.rows)] if size else []
-        else:
-            back += [-1] * segment.rows
+            rows += range(start, start + segment.rows)
+            rows += [start] * (size - segment.rows)
+        start += segment.rows
         sizes.append(size)
-    idle = len(rows)
-    rows += [0] * SEGMENT_MULTIPLE
-    back_T = torch.tensor([idle if place < 0 else place for place in back])
-    sizes.append(SEGMENT_MULTIPLE)
-    return Spread(torch.tensor(rows).to(device), back_T.to(device), sizes)
+    at, own_at, back_at = (torch.tensor(places).to(device) for places in (rows, own, back))
+    return Spread(at, own_at, back_at, sizes)
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 P parameters of an adapter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +12,15 @@ from torch.optim.adamw import adamw
 from manylora.types import AdamParams
 
 
-def gradient_norms(grads_P: Sequence[Tensor]) -> list[float]:
-    """L2 norm of each adapter's gradient, fetched from the device together."""
-    return torch.stack([torch.linalg.vector_norm(grad) for grad in grads_P]).tolist()
+def gradient_norms(grads_P: Sequence[Tensor]) -> Iterator[float]:
+    """L2 norm of each adapter's gradient, fetched from a device together.
+
+    In host memory each is made when it is asked for, so that the step finds the gradient in cache.
+    """
+    norms = (torch.linalg.vector_norm(grad) for grad in grads_P)
+    if grads_P[0].is_cpu:
+        return (norm.item() for norm in norms)
+    return iter(torch.stack(list(norms)).tolist())
 
 
 def clip_(grad_P: Tensor, norm: float, limit: float) -> None:

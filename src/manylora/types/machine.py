@@ -20,6 +20,14 @@ def free_host_bytes() -> int:
     return int(kibibytes) * 1024
 
 
+def is_intel() -> bool:
+    """Whether the CPU is known to be Intel's."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
 def set_malloc(wanted: Mapping[int, int]) -> bool:
     """Set parameters of this process's allocator; False where it is not glibc's, or refuses."""
     if not sys.platform.startswith("linux"):

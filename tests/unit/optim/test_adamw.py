@@ -57,7 +57,7 @@ def test_clipping_is_torchs(limit: float):
 
 def test_norms_come_in_order():
     grads = [torch.full((4,), float(i)) for i in range(5)]
-    assert gradient_norms(grads) == [0.0, 2.0, 4.0, 6.0, 8.0]
+    assert list(gradient_norms(grads)) == [0.0, 2.0, 4.0, 6.0, 8.0]
 
 
 def test_one_fused_step_of_zero_gradient_only_decays():
