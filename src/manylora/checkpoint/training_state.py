@@ -136,6 +136,7 @@ def load_state(
     if base_fingerprint not in (None, fingerprint):
         differences.append(
             f"it was trained on base {base_name} ({fingerprint}), here is base {base_fingerprint}"
+            " (another dtype or quantization of a base is another base)"
         )
     differences += _spec_differences(saved_spec, spec) if spec else []
     differences += _layout_differences(saved_layout, layout) if layout else []
