@@ -1,6 +1,5 @@
 """What the README shows works as it stands."""
 
-import json
 import re
 from pathlib import Path
 
@@ -32,15 +31,24 @@ def test_the_run_file(tmp_path: Path):
     assert [adapter.name for adapter in run.adapters] == ["french", "support-tone"]
 
 
+# A line that the benchmark prints: model, tokens, overhead, speed-up and its two parts.
+PRINTED = re.compile(
+    r"(\w+) +(\d+) +([\d.]+) \([^)]*≤ ([\d.]+)\) +[\d.]+ +([\d.]+) \([^)]*≥ ([\d.]+)\) +([\d.]+) +"
+    r"([\d.]+) +fused"
+)
+
+
 def test_the_figures_are_those_on_record():
     """The table of numbers repeats the committed results of the benchmark."""
-    results = README.parent / "benchmarks/results/2026-11-20_cpu_2core.json"
-    rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
+    results = README.parent / "benchmarks/results"
+    machines = ("2026-11-20_cpu_2core.txt", "2026-11-21_cpu_2core_xeon.txt")
+    printed = [PRINTED.findall((results / name).read_text(encoding="utf-8")) for name in machines]
+    assert [len(lines) for lines in printed] == [6, 6]
     text = README.read_text(encoding="utf-8")
-    for row in rows:
-        parts = f"{row['of_it_batching'][0]:.2f} × {row['of_it_overhead']:.2f}"
-        shown = (
-            f"| {row['model']} | {row['tokens_per_tenant']} | {row['overhead_step'][0]:.2f} "
-            f"| {row['speedup'][0]:.2f} | {parts} |"
-        )
+    for lines in zip(*printed, strict=True):
+        model, tokens, _, overhead, _, speedup, *_ = lines[0]
+        shown = f"| {model} | {tokens} | {float(overhead):.2f}, {speedup} |"
+        for line in lines:
+            assert line[:2] == (model, tokens)
+            shown += f" {line[2]} | {line[4]} ({line[6]} × {line[7]}) |"
         assert shown in text

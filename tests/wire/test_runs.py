@@ -159,6 +159,7 @@ def test_a_killed_server_goes_on_with_its_runs_to_the_same_bits(serve) -> None:
     assert plain.until(doomed)["status"] == "cancelled"
 
 
+@pytest.mark.slow
 def test_a_stopping_server_saves_its_runs_where_they_are(serve) -> None:
     server: Server = serve()
     plain = Plain(server)
