@@ -3,8 +3,8 @@
 The oracle for nf4 is stock transformers with bitsandbytes under stock PEFT. For int8 it is the
 reference engine on an ordinary base that holds the weights which the codes stand for.
 
-Faults that were planted and seen to fail here: scales of the neighbouring row, blocks across rows,
-the two codes of a byte the other way round.
+Faults that were planted and seen to fail here: scales of the neighbouring row, codes of other
+columns.
 """
 
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 Codes and scales are compared to the bit with those of one process; training as on any mesh.
 
-Faults that were planted and seen to fail here: a part's rows converted with the next part's, a
-weight quantised before it is cut in the middle of a block, scales left whole over dp.
+Faults that were planted and seen to fail here: rows read one place too early, a block cut in the
+middle.
 """
 
 from functools import lru_cache
