@@ -142,7 +142,6 @@ def put_ids(case: Any, ids: dict[str, list[str]], draw: random.Random) -> None:
         case.body["seq_id"] = draw.choice((1, 2, 3, 10**9))
 
 
-@pytest.mark.slow
 def test_schemathesis(place: tuple[Server, Victim, str], eve: RawClient):
     server, victim, key = place
     document = httpx.get(

@@ -27,7 +27,7 @@ def test_five_hundred_who_wait_are_no_load(loaded: Server):
     found = asyncio.run(latencies(loaded, pollers=500, rounds=3, steps=4))
     with_them, without = found["cpu_ms_per_step"], found["cpu_ms_per_step_without_pollers"]
     # The least of the rounds: what else the machine does only adds.
-    assert with_them["p10"] < 1.5 * without["p10"], found
+    assert with_them["p10"] < 1.3 * without["p10"], found
 
 
 def test_polls_are_held_and_answered_at_once(loaded: Server):

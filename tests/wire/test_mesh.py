@@ -13,9 +13,11 @@ from tests.wire.test_ordering import *  # noqa: F403
 from tests.wire.test_sampling import *  # noqa: F403
 from tests.wire.test_training import *  # noqa: F403
 
-# What CI runs of a mesh's server is in test_quantized.py, test_memory.py and test_chaos.py.
-pytestmark = pytest.mark.slow
-MESHES = ["dp=2", "tp=2", "replicas=2"]
+MESHES = [
+    "dp=2",
+    pytest.param("tp=2", marks=pytest.mark.slow),
+    pytest.param("replicas=2", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module", params=MESHES)
