@@ -4,7 +4,9 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes run the tests, each a file at a time. `make test PYTEST_FLAGS="-n 0"` takes one.
 PYTEST_FLAGS ?=
+PYTEST := -m pytest -n 2 --dist loadfile
 
 # The name of the stamp that says which version of Python made the environment.
 VERSION_STAMP := import sys; print("$(VENV)/.created-%d.%d" % sys.version_info[:2])
@@ -38,7 +40,7 @@ quickstart: $(RUNTIME) ## install what a user needs, then train the quickstart's
 
 test: check ## install what a developer needs, then run every check and every test but the slow ones
 	@echo "==> Tests"
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python $(PYTEST) $(PYTEST_FLAGS)
 
 check: $(DEV) ## lint, formatting, types, and which room may import which
 	@echo "==> Lint"
@@ -51,7 +53,7 @@ check: $(DEV) ## lint, formatting, types, and which room may import which
 	$(BIN)/lint-imports --no-logo
 
 slow: $(DEV) ## run the tests marked slow
-	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+	$(BIN)/python $(PYTEST) -m slow $(PYTEST_FLAGS)
 
 cookbook: $(DEV) ## run every recipe of tinker-cookbook that is tested, against a server
 	$(BIN)/python -m pytest tests/cookbook -m "not slow" $(PYTEST_FLAGS)

@@ -50,12 +50,7 @@ def finished(run: dict[str, Any], folder: Path, kills: int = 0) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "mesh",
-    [
-        "dp=2",
-        pytest.param("tp=2", marks=pytest.mark.slow),
-        pytest.param("replicas=2", marks=pytest.mark.slow),
-    ],
+    "mesh", ["dp=2", pytest.param("tp=2", marks=pytest.mark.slow), "replicas=2"]
 )
 def test_a_run_on_a_mesh_is_the_run_and_survives_its_processes(
     base: Path, mesh: str, tmp_path: Path

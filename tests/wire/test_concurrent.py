@@ -89,7 +89,7 @@ def work(
     [
         (True, "dp=1"),
         pytest.param(False, "dp=1", marks=pytest.mark.slow),
-        pytest.param(False, "replicas=2", marks=pytest.mark.slow),
+        (False, "replicas=2"),
     ],
     ids=["one tenant", "eight tenants", "two engines"],
 )

@@ -18,7 +18,6 @@ def postgres() -> Iterator[str]:
         yield url
 
 
-@pytest.mark.slow
 def test_trains_saves_and_survives_a_kill(postgres: str, serve, connect):
     server: Server = serve("--set", f"database={postgres}")
     service = connect(server)

@@ -135,7 +135,6 @@ def test_a_cancelled_run_keeps_what_it_has_learned(server: Server) -> None:
     )
 
 
-@pytest.mark.slow
 def test_a_killed_server_goes_on_with_its_runs_to_the_same_bits(serve) -> None:
     adapter, text = entry("steady", steps=60, lora={"rank": 4, "dropout": 0.1}), lines()
     calm: Server = serve(folder="calm")
@@ -159,7 +158,6 @@ def test_a_killed_server_goes_on_with_its_runs_to_the_same_bits(serve) -> None:
     assert plain.until(doomed)["status"] == "cancelled"
 
 
-@pytest.mark.slow
 def test_a_stopping_server_saves_its_runs_where_they_are(serve) -> None:
     server: Server = serve()
     plain = Plain(server)

@@ -78,13 +78,7 @@ def rounds(handles: list[AdapterHandle], seed: int) -> list[Any]:
     return [(w.result().loss, s.result().grad_norm) for w, s in zip(works, steps, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("one", "many"),
-    [
-        ("dp=1", "replicas=3"),
-        pytest.param("dp=2", "replicas=2,dp=2", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("one", "many"), [("dp=1", "replicas=3"), ("dp=2", "replicas=2,dp=2")])
 def test_any_number_of_engines_gives_what_one_gives(tiny: TinyBases, one: str, many: str) -> None:
     with opened(tiny("llama"), one) as host:
         expected = everything(host)
