@@ -1,7 +1,7 @@
 """One engine, one queue, one worker: what every door submits to."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -118,10 +118,10 @@ class Host:
         """How many operations of a tenant wait, and their tokens."""
         return self.queue.waiting(tenant)
 
-    @property
-    def lost_with(self) -> Sequence[Operation]:
-        """What was running when the engine was lost; empty while it is there."""
-        return self.worker.lost_with
+    def losses(self) -> list[tuple[Operation, EngineLost]]:
+        """What was running when the engine was lost, and how it was; empty while it is there."""
+        loss = self.worker.loss
+        return [] if loss is None else [(one, loss) for one in self.worker.lost_with]
 
     def read(self, folder: Path, *, spec: AdapterSpec, moments: bool, called: str) -> AdapterState:
         """An adapter's state from its files.
@@ -164,7 +164,7 @@ class Host:
             self.queue.cancel_waiting()
         self.worker.join()
         try:
-            if not self.worker.lost_with:
+            if self.worker.loss is None:
                 self.pager.save_all()
         except EngineLost as error:
             log.error("adapters could not be saved: %s", error)

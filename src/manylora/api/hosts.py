@@ -16,7 +16,7 @@ from manylora.api.paging import Pager
 from manylora.api.verbs import Resident, Verbs
 from manylora.lora.state import AdapterState
 from manylora.scheduler import Operation
-from manylora.types import AdapterSpec, Sample
+from manylora.types import AdapterSpec, EngineLost, Sample
 
 
 class Hosts:
@@ -96,10 +96,9 @@ class Hosts:
         counts, tokens = zip(*(host.waiting(tenant) for host in self._hosts), strict=True)
         return sum(counts), sum(tokens)
 
-    @property
-    def lost_with(self) -> Sequence[Operation]:
-        """See `Host.lost_with`."""
-        return [operation for host in self._hosts for operation in host.lost_with]
+    def losses(self) -> list[tuple[Operation, EngineLost]]:
+        """See `Host.losses`."""
+        return [loss for host in self._hosts for loss in host.losses()]
 
     def read(self, folder: Path, *, spec: AdapterSpec, moments: bool, called: str) -> AdapterState:
         """See `Host.read`."""

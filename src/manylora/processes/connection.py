@@ -7,8 +7,9 @@ Both ends prove that they know the group's secret before either reads a message 
     control → member   HMAC(secret, "control" + member's bytes)
 
 A message is a prefix (length of the head, length of the payload), the head and the payload. In its
-place, a member whose command takes too long sends where each of its threads stands, and ends: that
-is faulthandler's own text, which knows no prefix.
+place, a member whose command takes too long, or that breaks down (a segmentation fault, an abort),
+sends where each of its threads stands, and ends: that is faulthandler's own text, which knows no
+prefix.
 """
 
 import hmac
@@ -29,9 +30,10 @@ _DIGEST = "sha256"
 _DIGEST_BYTES = 32
 # A head describes arrays and holds small values; far more than any request needs.
 MOST_HEAD_BYTES = 1 << 30
-# What faulthandler writes begins with this. As a length it would be 10¹⁸ bytes.
-STACKS_BEGIN = b"Timeout ("
-# After one member has gone, for so long the others may say where they stood.
+# What faulthandler writes begins with one of these. As a length it would be 10¹⁸ bytes.
+TOO_LONG, BROKEN = b"Timeout (", b"Fatal Python er"
+# After one member has gone, for so long the others may say where they stood. After one has failed,
+# for so long another may turn out to be gone, which would be why.
 LAST_WORDS_SECONDS = 0.3
 # A machine that is gone without a word is noticed after IDLE + COUNT · INTERVAL seconds.
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
@@ -42,11 +44,12 @@ class Unreachable(ConnectionError):
     """Nobody answers where the control process should be."""
 
 
-class Hung(EOFError):
-    """The other end took too long with a command, and has ended. Where it stood: `stacks`."""
+class Ended(EOFError):
+    """The other end took too long with a command, or broke down, and has ended. Where it stood:
+    `stacks`."""
 
     def __init__(self, stacks: str):
-        super().__init__("it took too long")
+        super().__init__("it broke down" if BROKEN.decode() in stacks else "it took too long")
         self.stacks = stacks
 
 
@@ -136,12 +139,12 @@ class Connection:
 
         Raises:
             EOFError: the other end is gone. OSError: the connection broke, or it took too long.
-            ValueError: not ours. Hung: the other end ended itself, because it took too long.
+            ValueError: not ours. Ended: the other end has ended, and says where it stood.
         """
         self._socket.settimeout(seconds)
         prefix = self._exactly(_PREFIX.size)
-        if prefix.startswith(STACKS_BEGIN):
-            raise Hung(self._rest(prefix).decode(errors="replace"))
+        if prefix.startswith((TOO_LONG, BROKEN)):
+            raise Ended(self._rest(prefix).decode(errors="replace"))
         head_size, payload_size = _PREFIX.unpack(prefix)
         if head_size > MOST_HEAD_BYTES:
             raise ValueError(f"a head of {head_size} bytes")
@@ -199,12 +202,13 @@ def answers(
         seconds: how long all may take together.
 
     Raises:
-        Hung: one ended itself because it took too long, or several did.
+        Ended: one ended itself and said where it stood, or several did.
         EOFError, OSError, ValueError: one is gone, or broken, or not even that.
     """
     found: dict[int, Any] = {}
     stacks: dict[int, str] = {}
     loss: Exception | None = None
+    enough = False
     with selectors.DefaultSelector() as waiting:
         for number, connection in enumerate(connections):
             waiting.register(connection, selectors.EVENT_READ, number)
@@ -212,6 +216,8 @@ def answers(
         while waiting.get_map():
             rest = max(0.0, end - time.monotonic())
             ready = waiting.select(None if rest == float("inf") else rest)
+            if not ready and enough and loss is None:
+                return found
             if not ready:
                 loss = loss or TimeoutError("timed out")
                 break
@@ -220,16 +226,16 @@ def answers(
                 try:
                     found[key.data] = connections[key.data].receive()
                 except (OSError, EOFError, ValueError) as error:
-                    if isinstance(error, Hung):
+                    if isinstance(error, Ended):
                         stacks[key.data] = error.stacks
                     if loss is None:
                         loss, end = error, time.monotonic() + LAST_WORDS_SECONDS
                     continue
-                if loss is None and last(found[key.data]):
-                    return found
+                if loss is None and not enough and last(found[key.data]):
+                    enough, end = True, time.monotonic() + LAST_WORDS_SECONDS
     if stacks:
         texts = (f"process {number}:\n{text}" for number, text in sorted(stacks.items()))
-        raise Hung("\n".join(texts))
+        raise Ended("\n".join(texts))
     if loss is not None:
         raise loss
     return found

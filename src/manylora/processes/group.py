@@ -168,7 +168,7 @@ class EngineGroup:
             self._changed.notify_all()
 
     def stacks(self) -> str:
-        """Where each process stood when a command took too long; empty if none did."""
+        """Where those processes stood that took too long or broke down; empty if none did."""
         return "\n".join(engine.stacks for engine in self._engines if engine.stacks)
 
     def close(self) -> None:

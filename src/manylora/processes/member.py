@@ -46,7 +46,9 @@ def run(address: str, secret: bytes) -> None:
     logging.disable(logging.NOTSET)  # the launcher keeps silent, and this was forked off it
     # So was its handler, which raises: a command would fail where its process has to be gone.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    serve(Connection.made(address, secret, CONNECT_SECONDS))
+    connection = Connection.made(address, secret, CONNECT_SECONDS)
+    faulthandler.enable(connection.fileno())  # a fault of its own is told from a kill
+    serve(connection)
 
 
 def serve(

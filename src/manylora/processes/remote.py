@@ -16,7 +16,7 @@ from manylora.lora.layout import Layout, plan_layout
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
 from manylora.processes.commands import About, Vectors
-from manylora.processes.connection import Connection, Hung, answers, laid_out
+from manylora.processes.connection import Connection, Ended, answers, laid_out
 from manylora.types import (
     AdapterExists,
     AdapterNotFound,
@@ -31,6 +31,7 @@ from manylora.types import (
     SampleResult,
 )
 from manylora.types.data import Array
+from manylora.types.machine import oom_kills
 
 log = logging.getLogger("manylora.processes")
 
@@ -62,7 +63,7 @@ class RemoteEngine:
         base: what there is to know of the base. sites: where adapters can act.
         adapters, snapshots: what the processes hold, by name.
         lost: why the processes are gone; None while they are there.
-        stacks: where each of them stood when a command took too long; empty if none did.
+        stacks: where those stood that took too long or broke down; empty if none did.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class RemoteEngine:
         self._connections = list(connections)
         self._step_seconds = step_seconds
         self._on_lost = on_lost
+        self._oom_kills = oom_kills()
         self._lock = threading.Lock()
         self._samples: dict[int, Sample] = {}
         self._next_sample = 0
@@ -240,12 +242,13 @@ class RemoteEngine:
         command = {"verb": verb, "arguments": arguments, "seconds": self._step_seconds}
         with self._lock:
             if self.lost is not None:
-                raise EngineLost(self.lost)
+                raise EngineLost(self.lost, silent=True)
             try:
                 replies = self._ask(command)
             except (OSError, EOFError, ValueError) as error:
-                self.stacks = error.stacks if isinstance(error, Hung) else ""
-                raise self._lose(f"a process of the engine went during {verb}: {error}") from error
+                self.stacks = error.stacks if isinstance(error, Ended) else ""
+                words = f"a process of the engine went during {verb}: {error}"
+                raise self._lose(words, silent=self._is_silent(error)) from error
             return self._agreed(verb, replies)
 
     def _ask(self, command: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -270,12 +273,18 @@ class RemoteEngine:
             raise replies[0]["refusal"]
         return replies[0]["value"]
 
-    def _lose(self, reason: str) -> EngineLost:
+    def _is_silent(self, error: Exception) -> bool:
+        """Whether a process just vanished: it did not say why, it answered until then, and it was
+        not the kernel that killed it for its memory."""
+        vanished = isinstance(error, EOFError | ConnectionError) and not isinstance(error, Ended)
+        return vanished and oom_kills() == self._oom_kills
+
+    def _lose(self, reason: str, *, silent: bool = False) -> EngineLost:
         self.lost = reason
         for connection in self._connections:
             connection.close()
         self._on_lost(reason)
-        return EngineLost(reason)
+        return EngineLost(reason, silent=silent)
 
     def _layout(self, spec: AdapterSpec) -> Layout:
         return plan_layout(spec, resolve_targets(spec, self.sites))

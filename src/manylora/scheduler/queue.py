@@ -127,7 +127,7 @@ class OperationQueue:
             max_adapters: most adapters of one batch; None = any number.
             places: continuations that may be in the decode loop; a larger request may be, if its
                 tenant has no other there.
-            apart: whether an operation is to run in a batch of its own.
+            apart: whether an operation is to run in a batch, or in the decode loop, of its own.
         """
         self.token_budget = token_budget
         self.max_adapters = max_adapters
@@ -139,6 +139,7 @@ class OperationQueue:
         self._turns: dict[type, Turns[str]] = {kind: Turns() for kind in (*TRAINING, Sample)}
         self._kinds = list[type](TRAINING)
         self._free_places = places
+        self._alone: Pending | None = None  # in the decode loop, apart from all others
         self._places_changed = True
         self._operations = 0
         self._changed = threading.Condition()
@@ -251,6 +252,8 @@ class OperationQueue:
             lane = pending.lane
             held = self._capped(pending.places)
             self._free_places += held
+            if self._alone is pending:
+                self._alone = None
             lane.tenant.places -= held
             self._places_changed = True
             if pending.reads_living_weights:
@@ -310,13 +313,15 @@ class OperationQueue:
         adapters: dict[LaneKey, Lane] = {}
         room, misfits, turns, alone = self.token_budget, 0, self._turns[kind], False
         while (name := turns.first()) is not None and misfits < MISFITS:
-            if kind is Sample and not self._free_places:
+            if kind is Sample and (self._alone is not None or not self._free_places):
                 break
             lanes = self._tenants[name].lanes[kind]
             key = lanes.first()
             assert key is not None
             lane = self._lanes[key]
             alone = self.apart(lane.waiting[0].operation)
+            if kind is Sample and alone and self.places != self._free_places:
+                break  # those who are in the loop end first, and nobody else joins them
             if self._fits(lane, kind, room, adapters) and not (alone and batch):
                 room -= self._take(lane, kind, batch)
                 adapters[key] = lane
@@ -381,6 +386,7 @@ class OperationQueue:
             if kind is Sample:
                 held = self._capped(pending.places)
                 self._free_places -= held
+                self._alone = pending if self.apart(pending.operation) else None
                 tenant.places += held
                 lane.decoding += pending.reads_living_weights
         self._place(lane)

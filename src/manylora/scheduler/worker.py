@@ -75,7 +75,8 @@ class Worker:
     """Runs one thing after another on a thread of its own, until the queue is closed.
 
     Attributes:
-        lost_with: what was running when the engine was lost; empty while it is there.
+        loss: how the engine was lost; None while it is there.
+        lost_with: what was running then.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Worker:
         # Samples in the decode loop. Equal ones have equal answers, so which is which is no matter.
         self._decoding: dict[int, list[Pending]] = {}
         self._began: list[tuple[Pending, float]] = []
-        self._loss: EngineLost | None = None
+        self.loss: EngineLost | None = None
         self.lost_with: list[Operation] = []
         self._thread = threading.Thread(target=self._loop, name="manylora-engine", daemon=True)
         self._thread.start()
@@ -158,9 +159,9 @@ class Worker:
         self._report(kind, seconds, tokens, [(pending, taken) for pending in batch], fill)
 
     def _run(self, operations: Sequence[Any]) -> Sequence[Any]:
-        if self._loss is not None:
+        if self.loss is not None:
             # Whatever runs now would stand on something that did not.
-            raise self._loss
+            raise self.loss
         first = operations[0]
         if isinstance(first, Call):
             return [first.run()]
@@ -176,8 +177,8 @@ class Worker:
             return
         operations: list[Any] = [pending.operation for pending in batch]
         try:
-            if self._loss is not None:
-                raise self._loss
+            if self.loss is not None:
+                raise self.loss
             errors: Sequence[Exception | None] = self.runner.admit(operations)
         except Exception as error:
             if not isinstance(error, EngineLost):
@@ -243,8 +244,8 @@ class Worker:
                 log.exception("a sample could not be cancelled")
 
     def _note_loss(self, error: Any, operations: Sequence[Operation]) -> None:
-        if isinstance(error, EngineLost) and self._loss is None:
-            self._loss, self.lost_with = error, list(operations)
+        if isinstance(error, EngineLost) and self.loss is None:
+            self.loss, self.lost_with = error, list(operations)
 
     def _finish(self, pending: Pending, outcome: Any) -> None:
         """Give a sample's places back, and its client the outcome, if it still waits."""

@@ -15,7 +15,8 @@ from manylora.types.mesh import MeshShape
 
 log = logging.getLogger("manylora.service")
 
-# An engine that lives shorter than this does not stay up; so many in a row are the end.
+# An engine that lives shorter than this and completes nothing does not stay up; so many in a row
+# are the end.
 STEADY_SECONDS, MOST_FAILURES = 30.0, 8
 
 
@@ -53,7 +54,8 @@ async def keep_up(
             waiting.cancel()
             return
         lived = asyncio.get_running_loop().time() - began
-        failures = failures + 1 if lived < STEADY_SECONDS else 0
+        steady = lived >= STEADY_SECONDS or service.breakages.completed
+        failures = 0 if steady else failures + 1
         log.error("the engine was lost: %s\n%s", lost.reason, group.stacks())
         if failures == MOST_FAILURES or not announced:
             raise EngineLost(f"the engine breaks down again and again: {lost.reason}")

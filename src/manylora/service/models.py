@@ -203,7 +203,8 @@ class Models:
         """Have the model's state written as of the operations that were handed over."""
         model.unsaved_steps, model.touched, model.saved_at = 0, False, self._parts.clock()
         host, id = self._parts.host, model.id
-        host.call(id, lambda pager: pager.save(id), tenant=model.tenant)
+        with suppress(Cancelled):  # the engine is gone, or the server stops: the journal has it
+            host.call(id, lambda pager: pager.save(id), tenant=model.tenant)
 
     async def keep_last(self, model: Model) -> None:
         """Write a model's state as its checkpoint `last`. Raises SaveFailed, QuotaExceeded."""
@@ -251,6 +252,8 @@ class Models:
         model.running -= 1
         model.touched = True
         self._parts.leave(model.tenant, request.tokens)
+        if error is None:
+            self._parts.breakages.acquit_numbered(model.id, seq)
         snapshot = snapshot_made_by(model.row, request)
         if snapshot is not None:
             self._parts.coming.arrived(snapshot)

@@ -265,6 +265,8 @@ class Samplers:
             if not self._running[row.session_id]:
                 del self._running[row.session_id]
             self._end(snapshot)
+            if error is None:
+                parts.breakages.acquit(operation)
             parts.leave(operation.tenant, tokens)
             parts.finished(request_id)
 

@@ -46,7 +46,7 @@ class Service:
         self._limits = limits
         self._observe = observe
         self._clock, self._wall = clock, wall
-        self._breakages = Breakages()
+        self.breakages = Breakages()
         self.hub: TinkerHub | None = None
         self._upkeep: asyncio.Task[None] | None = None
 
@@ -77,10 +77,10 @@ class Service:
         host = host_of(
             engines, folder, token_budget=settings.token_budget, max_resident=settings.max_resident,
             before_save=promises.store_all, on_saved=saved, observe=self._observe,
-            apart=self._breakages.is_suspect,
+            apart=self.breakages.is_suspect,
         )  # fmt: skip
         parts = Parts(
-            settings, folder, self.store, journal, promises, host, self._breakages, self._clock,
+            settings, folder, self.store, journal, promises, host, self.breakages, self._clock,
             self._wall,
         )  # fmt: skip
         self.hub = TinkerHub(parts)
@@ -111,7 +111,7 @@ class Service:
         parts.promises.closing = True
         await submitted.stop(0.0)
         await asyncio.to_thread(parts.host.abandon)
-        self._breakages.note(parts.host.lost_with)
+        self.breakages.note(parts.host.losses())
         await asyncio.to_thread(submitted.close)
         await asyncio.to_thread(parts.promises.close)
         await asyncio.sleep(0)

@@ -80,7 +80,16 @@ class Cancelled(ManyloraError):
 
 
 class EngineLost(ManyloraError):
-    """The processes of an engine are gone, and with them what was not saved."""
+    """The processes of an engine are gone, and with them what was not saved.
+
+    Attributes:
+        silent: one of them went without a word, as one does that somebody kills. Whatever ran just
+            then had likely nothing to do with it.
+    """
+
+    def __init__(self, message: str, *, silent: bool = False):
+        super().__init__(message)
+        self.silent = silent
 
 
 class StoreError(ManyloraError):

@@ -20,6 +20,15 @@ def free_host_bytes() -> int:
     return int(kibibytes) * 1024
 
 
+def oom_kills() -> int | None:
+    """How many processes the kernel has killed for want of memory; None if it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+
+
 def is_intel() -> bool:
     """Whether the CPU is known to be Intel's."""
     try:

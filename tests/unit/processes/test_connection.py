@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from manylora.processes.connection import Connection, Hung, answers, laid_out
+from manylora.processes.connection import Connection, Ended, answers, laid_out
 
 SECRET = bytes(range(32))
 
@@ -116,10 +116,24 @@ def test_answers_are_told_by_their_place(listener) -> None:
     assert answers(control, never) == {0: "answer 0", 1: "answer 1", 2: "answer 2"}
 
 
+def is_enough(message: Any) -> bool:
+    return message == "enough"
+
+
 def test_an_answer_that_ends_the_waiting_is_not_waited_beyond(listener) -> None:
     members, control = several(listener, 2)
     members[1].send("enough")
-    assert answers(control, lambda message: message == "enough") == {1: "enough"}
+    assert answers(control, is_enough) == {1: "enough"}
+
+
+def test_what_fails_because_another_is_gone_is_not_to_blame(listener) -> None:
+    members, control = several(listener, 2)
+    members[1].send("enough")
+    closing = threading.Timer(0.05, members[0].close)
+    closing.start()
+    with pytest.raises((EOFError, ConnectionError)):
+        answers(control, is_enough)
+    closing.join()
 
 
 def test_where_a_process_stood_comes_through_its_connection(listener) -> None:
@@ -130,11 +144,20 @@ def test_where_a_process_stood_comes_through_its_connection(listener) -> None:
     for number in (1, 2):
         socket.socket.sendall(members[number]._socket, f"Timeout (0:00:0{number})!\n".encode())
         members[number].close()
-    with pytest.raises(Hung) as caught:
+    with pytest.raises(Ended, match="too long") as caught:
         answers(control, never)
     assert caught.value.stacks == (
         "process 1:\nTimeout (0:00:01)!\n\nprocess 2:\nTimeout (0:00:02)!\n"
     )
+
+
+def test_one_that_breaks_down_says_so(listener) -> None:
+    [member], control = several(listener, 1)
+    socket.socket.sendall(member._socket, b"Fatal Python error: Segmentation fault\n")
+    member.close()
+    with pytest.raises(Ended, match="broke down") as caught:
+        answers(control, never)
+    assert "Segmentation fault" in caught.value.stacks
 
 
 def test_one_that_goes_ends_the_waiting_for_the_others(listener) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from manylora.types import (
     TargetError,
     causal_datum,
 )
+from manylora.types.mesh import MeshShape
 from tests.family import below, runs
 from tests.models import TinyBases
 
@@ -139,8 +141,9 @@ def test_a_process_that_goes_takes_the_engine_with_it_and_another_comes(tiny: Ti
         first = group.open(reasons.append)[0]
         first.create("a", SPEC)
         os.kill(member(group), signal.SIGKILL)
-        with pytest.raises(EngineLost):
+        with pytest.raises(EngineLost) as caught:
             first.forward_backward([work("a", 0)])
+        assert caught.value.silent
         with pytest.raises(EngineLost):
             first.create("b", SPEC)
         assert len(reasons) == 1
@@ -149,6 +152,48 @@ def test_a_process_that_goes_takes_the_engine_with_it_and_another_comes(tiny: Ti
         assert time.monotonic() - began < 15.0
         second.create("a", SPEC)
         assert not isinstance(second.forward_backward([work("a", 0)])[0], Exception)
+
+
+@pytest.mark.parametrize("fatal", [signal.SIGSEGV, signal.SIGABRT])
+def test_a_process_that_breaks_down_says_where_it_stood(tiny: TinyBases, fatal: int) -> None:
+    with group_of(tiny("qwen3")) as group:
+        engine = group.open()[0]
+        os.kill(member(group), fatal)
+        with pytest.raises(EngineLost, match="broke down") as caught:
+            engine.create("a", SPEC)
+        assert not caught.value.silent
+        assert "Fatal Python error" in group.stacks()
+
+
+def test_a_process_that_the_kernel_kills_for_its_memory_is_not_taken_for_anothers_victim(
+    tiny: TinyBases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills = [7]
+    monkeypatch.setattr(remote, "oom_kills", lambda: kills[0])
+    with group_of(tiny("qwen3")) as group:
+        engine = group.open()[0]
+        os.kill(member(group), signal.SIGKILL)
+        kills[0] += 1
+        with pytest.raises(EngineLost) as caught:
+            engine.create("a", SPEC)
+        assert not caught.value.silent
+
+
+def test_one_process_of_several_that_is_killed_is_why_the_others_fail(tiny: TinyBases) -> None:
+    both = replace(opening(tiny("qwen3")), mesh=MeshShape(dp=2))
+    group = EngineGroup(both, step_seconds=60.0)
+    try:
+        engine = group.open()[0]
+        engine.create("a", SPEC)
+        killing = threading.Timer(0.3, os.kill, (below(group._launcher.pid)[1], signal.SIGKILL))  # type: ignore[attr-defined]
+        killing.start()
+        with pytest.raises(EngineLost) as caught:
+            for seed in range(1000):
+                engine.forward_backward([work("a", seed + n, length=100) for n in range(40)])
+        assert caught.value.silent
+        killing.join()
+    finally:
+        group.close()
 
 
 def test_a_process_that_is_told_to_end_does_so_within_its_command(tiny: TinyBases) -> None:
@@ -168,10 +213,11 @@ def test_a_command_that_takes_too_long_ends_the_process_which_says_where_it_stoo
 ) -> None:
     with group_of(tiny("qwen3"), step_seconds=0.05) as group:
         engine = group.open()[0]
-        with pytest.raises(EngineLost):
+        with pytest.raises(EngineLost) as caught:
             engine.create("a", SPEC)
             for seed in range(100):
                 engine.forward_backward([work("a", seed + n, length=100) for n in range(40)])
+        assert not caught.value.silent
         assert "process 0:" in group.stacks()
         assert "member.py" in group.stacks()
         assert isinstance(group.open()[0], RemoteEngine)

@@ -119,3 +119,24 @@ def test_what_waits_is_counted_by_tenant():
     assert queue.waiting("nobody") == (0, 0)
     queue.admit()
     assert queue.waiting("a") == (0, 0)
+
+
+def test_a_suspect_is_in_the_loop_alone():
+    queue = OperationQueue(100, apart=lambda operation: operation.adapter == "suspect")
+    queue.submit(sample("a", "x"))
+    queue.submit(sample("b", "y"))
+    others = queue.admit()
+    assert len(others) == 2
+    queue.submit(sample("suspect", "z"))
+    assert queue.admit() == []
+    queue.submit(sample("c", "x"))
+    queue.release(others[0])
+    assert queue.admit() == []  # it is the suspect's turn, once the loop is empty
+    queue.release(others[1])
+    [suspect] = queue.admit()
+    assert suspect.operation.adapter == "suspect"
+    assert queue.admit() == []
+    queue.submit(sample("d", "y"))
+    assert queue.admit() == []
+    queue.release(suspect)
+    assert sorted(str(pending.operation.adapter) for pending in queue.admit()) == ["c", "d"]

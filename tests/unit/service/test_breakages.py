@@ -2,17 +2,19 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from manylora.config import ServerFile
+from manylora.config import Saving, ServerFile
 from manylora.engine import Engine
-from manylora.service.breakages import MOST_LOSSES, Breakages
+from manylora.service.breakages import MOST_LOSSES, MOST_SILENT_LOSSES, Breakages
 from manylora.service.contract import Failed, Outcome, Ready, Waiting
-from manylora.service.engines import keep_up
+from manylora.service.engines import MOST_FAILURES, keep_up
 from manylora.service.late import LateHub
 from manylora.service.server import Service
 from manylora.service.wire import messages as m
@@ -28,13 +30,18 @@ WHO = "ann"
 DEADLY = 13  # tokens that the engine cannot stand
 
 
-class Fragile:
-    """An engine that is lost over some work."""
+Outcomes = dict[str, list[Outcome]]
+Fate = Callable[[int, list[Any]], EngineLost | None]
 
-    def __init__(self, on_lost: Callable[[str], None]):
+
+class Fragile:
+    """An engine that is lost when its fate says so of what it is to do."""
+
+    def __init__(self, on_lost: Callable[[str], None], fate: Callable[[list[Any]], Any]):
         self.engine = Engine("seedling", threads=1)
         self.on_lost = on_lost
-        self.lost = False
+        self.fate = fate
+        self.lost: EngineLost | None = None
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.engine, name)
@@ -43,34 +50,62 @@ class Fragile:
 
         def verb(*arguments: Any) -> Any:
             works = arguments[0] if name in ("forward_backward", "admit") else ()
-            if any(_is_deadly(work) for work in works) and not self.lost:
-                self.lost = True
-                self.on_lost("it broke")
-            if self.lost:
-                raise EngineLost("it broke")
+            if works and self.lost is None:
+                self.lost = self.fate(list(works))
+                if self.lost is not None:
+                    self.on_lost("it broke")
+            if self.lost is not None:
+                raise self.lost
             return value(*arguments)
 
         return verb
 
 
-def _is_deadly(work: Any) -> bool:
+class Group:
+    """Opens fragile engines; `fate` is given the number of the engine, from 1 on, and its work."""
+
+    def __init__(self, fate: Fate) -> None:
+        self.fate = fate
+        self.opened = 0
+
+    def open(self, on_lost: Callable[[str], None]) -> Any:
+        self.opened += 1
+        return (Fragile(on_lost, partial(self.fate, self.opened)),)
+
+    def stacks(self) -> str:
+        return ""
+
+
+def is_deadly(work: Any) -> bool:
     if isinstance(work, Sample):
         return any(len(prompt) == DEADLY for prompt in work.prompts)
     return any(len(datum) == DEADLY for datum in work.data)
 
 
-class Group:
-    """Opens fragile engines."""
+def deadly(number: int, works: list[Any], *, silent: bool = False) -> EngineLost | None:
+    """Work of so many tokens breaks every engine."""
+    return EngineLost("it broke", silent=silent) if any(map(is_deadly, works)) else None
+
+
+def unlucky(number: int, works: list[Any]) -> EngineLost | None:
+    """Somebody kills an engine whenever such work runs, and then is content."""
+    return deadly(number, works, silent=True) if number < MOST_SILENT_LOSSES else None
+
+
+def broken(number: int, works: list[Any]) -> EngineLost | None:
+    """No engine can do anything."""
+    return EngineLost("it broke", silent=True)
+
+
+class ShortLived:
+    """Each engine is lost over its second training."""
 
     def __init__(self) -> None:
-        self.opened = 0
+        self.seen: Counter[int] = Counter()
 
-    def open(self, on_lost: Callable[[str], None]) -> Any:
-        self.opened += 1
-        return (Fragile(on_lost),)
-
-    def stacks(self) -> str:
-        return ""
+    def __call__(self, number: int, works: list[Any]) -> EngineLost | None:
+        self.seen[number] += 1
+        return EngineLost("it broke", silent=True) if self.seen[number] == 2 else None
 
 
 class Client:
@@ -109,12 +144,13 @@ class Client:
                 return outcome
 
 
-def run(folder: Path, scenario: Callable[[LateHub], Any]) -> int:
+def run(folder: Path, scenario: Callable[[LateHub], Any], fate: Fate = deadly) -> int:
     """Keep a service up while `scenario` runs; returns how many engines that took."""
     settings = ServerFile(
-        base="seedling", data_dir=folder, aliases=[], threads=1, drain_seconds=5.0
-    )
-    group = Group()
+        base="seedling", data_dir=folder, aliases=[], threads=1, drain_seconds=5.0,
+        saving=Saving(every_steps=1),
+    )  # fmt: skip
+    group = Group(fate)
 
     async def main() -> None:
         hub, stop = LateHub(), asyncio.Event()
@@ -125,7 +161,11 @@ def run(folder: Path, scenario: Callable[[LateHub], Any]) -> int:
         )
         try:
             async with asyncio.timeout(120.0):
-                await scenario(hub)
+                playing = asyncio.create_task(scenario(hub))
+                await asyncio.wait([playing, keeping], return_when=asyncio.FIRST_COMPLETED)
+                if playing.done():
+                    await playing
+                playing.cancel()
         finally:
             stop.set()
             await keeping
@@ -135,30 +175,71 @@ def run(folder: Path, scenario: Callable[[LateHub], Any]) -> int:
     return group.opened
 
 
-def test_only_the_model_whose_work_breaks_the_engine_fails(tmp_path: Path) -> None:
-    seen: dict[str, list[Outcome]] = {}
+async def train(hub: LateHub, deadly_step: Mapping[str, int], steps: int) -> Outcomes:
+    """What these clients see, each of which does some deadly work at one step (0: at none)."""
+    clients = {name: Client(hub) for name in deadly_step}
+    for client in clients.values():
+        await client.begin()
+
+    async def live(name: str) -> list[Outcome]:
+        client, ids = clients[name], []
+        for step in range(1, steps + 1):
+            tokens = DEADLY if step == deadly_step[name] else 10
+            ids += [await client.data(2 * step - 1, tokens), await client.step(2 * step)]
+        return [await client.result(id) for id in ids]
+
+    found = await asyncio.gather(*(live(name) for name in clients))
+    return dict(zip(clients, found, strict=True))
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_only_the_model_whose_work_breaks_the_engine_fails(tmp_path: Path, silent: bool) -> None:
+    seen: Outcomes = {}
 
     async def scenario(hub: LateHub) -> None:
-        clients = {name: Client(hub) for name in ("sound", "deadly")}
-        for client in clients.values():
-            await client.begin()
+        seen.update(await train(hub, {"sound": 0, "deadly": 2}, 3))
 
-        async def live(name: str) -> None:
-            client, ids = clients[name], []
-            for step in range(3):
-                tokens = DEADLY if name == "deadly" and step == 1 else 10
-                ids += [await client.data(2 * step + 1, tokens), await client.step(2 * step + 2)]
-            seen[name] = [await client.result(id) for id in ids]
-
-        await asyncio.gather(*(live(name) for name in clients))
-
-    opened = run(tmp_path, scenario)
-    assert opened == MOST_LOSSES + 1
+    opened = run(tmp_path, scenario, partial(deadly, silent=silent))
+    assert opened == 1 + (MOST_SILENT_LOSSES if silent else MOST_LOSSES)
     assert all(isinstance(outcome, Ready) for outcome in seen["sound"])
     kinds = [type(outcome) for outcome in seen["deadly"]]
     assert kinds == [Ready, Ready, Failed, Failed, Failed, Failed]
     failed = seen["deadly"][2]
     assert isinstance(failed, Failed) and "operation 3 was running" in failed.error
+
+
+def test_what_was_there_whenever_somebody_killed_an_engine_goes_on(tmp_path: Path) -> None:
+    seen: Outcomes = {}
+
+    async def scenario(hub: LateHub) -> None:
+        seen.update(await train(hub, {"one": 1, "other": 2}, 3))
+
+    assert run(tmp_path, scenario, unlucky) == MOST_SILENT_LOSSES
+    assert all(isinstance(outcome, Ready) for outcomes in seen.values() for outcome in outcomes)
+
+
+def test_engines_that_get_something_done_are_replaced_for_ever(tmp_path: Path) -> None:
+    """Each step is saved before the client asks for the next."""
+    seen: list[Outcome] = []
+    steps = MOST_FAILURES + 3
+
+    async def scenario(hub: LateHub) -> None:
+        client = Client(hub)
+        await client.begin()
+        for step in range(steps):
+            seen.append(await client.result(await client.data(2 * step + 1, 10)))
+            seen.append(await client.result(await client.step(2 * step + 2)))
+
+    assert run(tmp_path, scenario, ShortLived()) == steps
+    assert all(isinstance(outcome, Ready) for outcome in seen)
+
+
+def test_engines_that_get_nothing_done_are_the_end(tmp_path: Path) -> None:
+    async def scenario(hub: LateHub) -> None:
+        await train(hub, {"one": 0, "other": 0}, 1)
+
+    with pytest.raises(EngineLost, match="again and again"):
+        run(tmp_path, scenario, broken)
 
 
 def test_a_sample_that_breaks_the_engine_fails_alone(tmp_path: Path) -> None:
@@ -188,15 +269,19 @@ def test_a_sample_that_breaks_the_engine_fails_alone(tmp_path: Path) -> None:
     assert [type(outcome) for outcome in seen] == [Ready, Failed, Ready]
 
 
-@pytest.mark.parametrize("losses", [0, 1, MOST_LOSSES])
-def test_counting(losses: int) -> None:
-    breakages = Breakages()
+@pytest.mark.parametrize("losses", [0, 1, 5, 6])
+@pytest.mark.parametrize("silent", [False, True])
+def test_counting(losses: int, silent: bool) -> None:
+    breakages, loss = Breakages(), EngineLost("it broke", silent=silent)
+    most = MOST_SILENT_LOSSES if silent else MOST_LOSSES
     step = OptimStep(adapter="a", params=None, seq=3)  # type: ignore[arg-type]
     sample = Sample(adapter=None, prompts=[[1]], params=SamplingParams(seed=4), snapshot="s")
     for _ in range(losses):
-        breakages.note([step, sample])
+        breakages.note([(step, loss), (sample, loss)])
     for operation in (step, sample):
         assert breakages.is_suspect(operation) == (losses > 0)
-        assert breakages.is_given_up(operation) == (losses >= MOST_LOSSES)
-    assert breakages.is_numbered_given_up("a", 3) == (losses >= MOST_LOSSES)
+        assert breakages.is_given_up(operation) == (losses >= most)
+    assert breakages.is_numbered_given_up("a", 3) == (losses >= most)
+    breakages.acquit(step)
+    assert breakages.is_suspect(step) == (losses >= most)
     assert not breakages.is_suspect(OptimStep(adapter="a", params=None, seq=4))  # type: ignore[arg-type]
