@@ -79,8 +79,8 @@ def crowd(*, exact: bool = False) -> list[Tenant]:
             Tenant(name="half", spec=half, losses=tuple(LOSSES), num_data=6),
             Tenant(name="sixteen", spec=replace(half, dtype="fp16", rank=1), num_data=3, every=3),
         ]
-    # So that rounding does not make a whole step of a gradient that is nearly nothing: with norms of
-    # 10, sums in another order leave 1e-7 of difference in an element, of which lr/eps is seen.
+    # So that rounding does not make a whole step of a gradient that is nearly nothing: where norms
+    # are 10, sums in another order leave 1e-7 of difference in an element, of which lr/eps is seen.
     return [replace(one, params=replace(one.params, eps=1e-4)) for one in tenants]
 
 
