@@ -30,9 +30,11 @@ from manylora.types import (
 )
 from tests.family import below
 from tests.laws.tenants import random_data
+from tests.laws.tiny_runs import losses, make_base, make_run, summary, weights
 from tests.models import TinyBases
 from tests.parallel.ray_cluster import REPO, TwoNodes, actors, kill, wait_for
 from tests.parallel.ray_control import opening
+from tests.parallel.test_train import NAMES, finished
 
 SPEC = AdapterSpec(rank=3, alpha=6, seed=1)
 
@@ -95,6 +97,22 @@ def test_an_actor_that_is_killed_costs_a_generation(cluster: TwoNodes, base: str
         again.create("a", SPEC)
         for one, other in zip(before, learn(again), strict=True):
             np.testing.assert_array_equal(one, other)
+    wait_for(lambda: not actors())
+
+
+def test_a_run_on_a_cluster_is_the_run_and_survives_its_actors(
+    cluster: TwoNodes, tmp_path: Path
+) -> None:
+    base = make_base(tmp_path / "base")
+    outs = []
+    for name, settings in (("local", {}), ("cluster", {"ray": cluster.address})):
+        run = {**make_run(tmp_path / name, base), "mesh": "dp=2", **settings}
+        finished(run, tmp_path / name, len(settings), lambda pid: actors())
+        assert summary(run["out"])["status"] == "completed"
+        outs.append(run["out"])
+    for name in NAMES:
+        assert weights(outs[0], name) == weights(outs[1], name)
+        assert losses(outs[0], name) == losses(outs[1], name)
     wait_for(lambda: not actors())
 
 

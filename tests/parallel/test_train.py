@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ import pytest
 import yaml
 from safetensors.numpy import load
 
+from manylora.config import load_run_file
 from manylora.processes.routes import free_port
+from manylora.runs.train import open_trainer
+from manylora.types import ConfigError
 from tests.family import engine_processes
 from tests.laws.tiny_runs import command, losses, make_base, make_run, summary, weights
 
@@ -26,7 +29,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"))
 
 
-def finished(run: dict[str, Any], folder: Path, kills: int = 0) -> list[str]:
+def finished(
+    run: dict[str, Any],
+    folder: Path,
+    kills: int = 0,
+    engine: Callable[[int], Collection[int]] = engine_processes,
+) -> list[str]:
     """Run it to the end, killing one of its engine's processes after each of the first steps."""
     process = command(run, folder / "run.yaml")
     assert process.stdout is not None and process.stderr is not None
@@ -37,7 +45,7 @@ def finished(run: dict[str, Any], folder: Path, kills: int = 0) -> list[str]:
     for line in process.stdout:
         steps += '"StepDone"' in line or '"step"' in line
         if kills and steps >= 4:
-            victims = engine_processes(process.pid)
+            victims = list(engine(process.pid))
             if victims:
                 os.kill(victims[kills % len(victims)], signal.SIGKILL)
                 kills, steps = kills - 1, 0
@@ -132,3 +140,14 @@ def test_a_mesh_of_another_size_than_was_started(base: Path, tmp_path: Path) -> 
     assert done.returncode == 2
     assert "2 processes were started" in done.stderr
     assert "--mesh dp=2" in done.stderr
+
+
+def test_a_cluster_is_not_asked_for_processes_that_are_there(
+    base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = {**make_run(tmp_path, base), "mesh": "dp=2", "ray": "auto"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="'auto', and 2 processes were started already"):
+        open_trainer(load_run_file(tmp_path / "run.yaml"))

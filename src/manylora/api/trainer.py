@@ -8,7 +8,7 @@ from manylora.api.door import AdapterDoor
 from manylora.api.hosts import host_of
 from manylora.api.verbs import Verbs
 from manylora.engine import Engine
-from manylora.processes import EngineGroup, launch_here
+from manylora.processes import EngineGroup, start_group
 from manylora.processes.commands import Opening
 from manylora.processes.started import Meeting
 from manylora.types import EngineLost
@@ -47,6 +47,8 @@ class Trainer(AdapterDoor):
         threads: int | None = None,
         mesh: str = "dp=1,tp=1",
         step_seconds: float = 600.0,
+        ray: str | None = None,
+        engine_address: str | None = None,
         meeting: Meeting | None = None,
     ):
         """Open a base.
@@ -62,17 +64,21 @@ class Trainer(AdapterDoor):
             mesh: processes that share the work, such as `dp=2,tp=2` or `replicas=2`; they
                 are started and ended by this one.
             step_seconds: on a mesh, what takes longer is taken for hung.
+            ray: address of a Ray cluster whose devices the mesh is to use: `auto` or HOST:PORT; by
+                default the processes run on this machine.
+            engine_address: with Ray, this machine's address for processes on others; by default
+                the one on the route toward them.
             meeting: where the mesh's processes meet, if they were started already.
 
         Raises:
-            ConfigError: a setting is out of range.
+            ConfigError: a setting is out of range, or there is no such cluster.
             BaseModelError: the base cannot be opened.
             Unsupported: its architecture would not keep its numbers here.
         """
         shape = MeshShape.parse(mesh)
         self._token_budget, self._meeting = token_budget, meeting
         self._group: EngineGroup | None = None
-        if shape.size == 1:
+        if shape.size == 1 and ray is None:
             engine = Engine(
                 base, token_budget=token_budget, dtype=dtype, device=device, threads=threads,
                 quantization=quantization, activation_checkpointing=activation_checkpointing,
@@ -83,12 +89,10 @@ class Trainer(AdapterDoor):
                 str(base), token_budget, dtype, device, threads, activation_checkpointing,
                 mesh=shape, quantization=quantization,
             )  # fmt: skip
-            self._group = EngineGroup(
-                opening,
-                step_seconds=step_seconds,
-                start=meeting or launch_here,
-                host=None if meeting is None else meeting.host,
-            )
+            self._group = start_group(
+                opening, step_seconds=step_seconds, ray=ray, engine_address=engine_address,
+                meeting=meeting,
+            )  # fmt: skip
             engines = self._opened(self._group)
         super().__init__(host_of(engines, token_budget=token_budget))
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     "May be repeated.",
 )
 @click.option("--mesh", help="Processes, such as dp=2,tp=2 or replicas=2 [1].")
+@click.option("--ray", metavar="ADDRESS", help="Use a Ray cluster's devices: auto or HOST:PORT.")
 @click.option("--overwrite", is_flag=True, help="Delete what an earlier run left in `out`.")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print events (or the plan) as JSON.")
@@ -31,6 +32,7 @@ def train(
     run_file: Path,
     overrides: tuple[str, ...],
     mesh: str | None,
+    ray: str | None,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -39,7 +41,9 @@ def train(
     from manylora.config import load_run_file
     from manylora.types.mesh import MeshShape
 
-    run = load_run_file(run_file, (*overrides, *([f"mesh={json.dumps(mesh)}"] if mesh else [])))
+    given = {"mesh": mesh, "ray": ray}
+    options = [f"{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+    run = load_run_file(run_file, (*overrides, *options))
     if dry_run:
         from manylora.runs.plan import plan_run
 

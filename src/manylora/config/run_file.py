@@ -294,6 +294,12 @@ class RunFile(Settings):
     """Processes that share the work, such as dp=2,tp=2. The tp processes of a group hold
     the base's matrices in parts; tokens are dealt out over dp such groups. With replicas=2 all of
     that is there twice, each with adapters of its own."""
+    ray: Text | None = None
+    """Address of a Ray cluster whose devices the mesh is to use: `auto` or HOST:PORT. By default
+    its processes run on this machine."""
+    engine_address: Text | None = None
+    """With Ray: this machine's address for processes on others; by default the one on the route
+    toward them."""
     step_seconds: Positive = 600.0
     """On a mesh: a step that takes longer is taken for hung, and its processes are started anew."""
     report: Flag = True

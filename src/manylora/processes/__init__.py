@@ -13,5 +13,13 @@ from manylora.processes.group import EngineGroup, launch_here
 from manylora.processes.over_ray import OverRay
 from manylora.processes.remote import RemoteEngine
 from manylora.processes.routes import address_toward
+from manylora.processes.starting import start_group
 
-__all__ = ["EngineGroup", "OverRay", "RemoteEngine", "address_toward", "launch_here"]
+__all__ = [
+    "EngineGroup",
+    "OverRay",
+    "RemoteEngine",
+    "address_toward",
+    "launch_here",
+    "start_group",
+]

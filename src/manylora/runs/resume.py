@@ -12,7 +12,10 @@ from manylora.runs.layout import RunPaths, read_json, write_json, write_text
 from manylora.types import ConfigError
 
 # Settings that change what is shown, or where files lie, but no weight.
-_FREE = {"out", "mesh", "step_seconds", "report", "tensorboard", "wandb", "trackio"}
+_FREE = {
+    "out", "mesh", "ray", "engine_address", "step_seconds",
+    "report", "tensorboard", "wandb", "trackio",
+}  # fmt: skip
 _SHOWN = 8
 # Reading as many takes long enough to be worth telling.
 ANNOUNCED_BYTES = 2**30

@@ -23,7 +23,7 @@ from manylora.runs.sft import AdapterRun, NewestState
 from manylora.runs.stopping import EXIT_INTERRUPTED, Stopper
 from manylora.runs.trackers import open_trackers
 from manylora.runs.view import open_view
-from manylora.types import SaveFailed
+from manylora.types import ConfigError, SaveFailed
 
 ViewKind = Literal["auto", "plain", "json"]
 OpenDoor = Callable[[RunFile], AbstractContextManager[Any]]
@@ -41,6 +41,11 @@ def open_trainer(run: RunFile) -> AbstractContextManager[Any]:
     from manylora.processes.started import Meeting, started_by_others
 
     started = started_by_others()
+    if started is not None and run.ray is not None:
+        raise ConfigError(
+            f"ray is {run.ray!r}, and {started.world_size} processes were started already: Ray "
+            "starts its own; run `manylora train` once, or leave `ray` out"
+        )
     return Trainer(
         run.base,
         token_budget=run.token_budget,
@@ -51,6 +56,8 @@ def open_trainer(run: RunFile) -> AbstractContextManager[Any]:
         threads=run.threads,
         mesh=run.mesh,
         step_seconds=run.step_seconds,
+        ray=run.ray,
+        engine_address=run.engine_address,
         meeting=None if started is None else Meeting(started, run.out),
     )
 

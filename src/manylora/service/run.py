@@ -15,7 +15,7 @@ from types import FrameType
 import uvicorn
 
 from manylora.config import ServerFile
-from manylora.processes import EngineGroup, OverRay, address_toward, launch_here
+from manylora.processes import EngineGroup, start_group
 from manylora.service.app import build_app
 from manylora.service.auth import DEV_TENANT, KEY_PREFIX
 from manylora.service.door import DoorSettings
@@ -85,7 +85,10 @@ def run_server(settings: ServerFile) -> int:
             )
         listener = _listen(settings.host, settings.port)
         # First of all, because its processes take seconds to import what they need.
-        group = _engine_group(settings)
+        group = start_group(
+            opening_of(settings), step_seconds=settings.step_seconds, ray=settings.ray,
+            engine_address=settings.engine_address,
+        )  # fmt: skip
     except BaseException:
         store.close()
         raise
@@ -94,20 +97,6 @@ def run_server(settings: ServerFile) -> int:
             return asyncio.run(_serve(settings, store, group, listener, keyed=keyed))
     finally:
         group.close()
-
-
-def _engine_group(settings: ServerFile) -> EngineGroup:
-    opening, seconds = opening_of(settings), settings.step_seconds
-    if settings.ray is None:
-        return EngineGroup(opening, step_seconds=seconds, start=launch_here)
-    launcher = OverRay(settings.ray)
-    try:
-        host = address_toward(launcher.peer())
-        host = settings.engine_address or host
-        return EngineGroup(opening, step_seconds=seconds, start=launcher, host=host)
-    except BaseException:
-        launcher.kill()
-        raise
 
 
 async def _serve(
