@@ -21,7 +21,7 @@ from manylora.config import RunFile
 from manylora.runs.events import StepDone
 from manylora.runs.layout import RunPaths
 from manylora.runs.metrics import MetricsFile
-from manylora.runs.train import train_run_file
+from manylora.runs.train import _Run, train_run_file
 from tests.laws.tiny_runs import command, losses, make_base, make_run, summary, weights
 
 NAMES = ("double", "reverse", "upper")
@@ -147,6 +147,30 @@ def test_a_run_that_dies_anywhere_goes_on_from_its_newest_states(
     left = 1000
     assert train(run) == 0
     assert ending(run) == ending(whole)
+
+
+def test_a_run_that_dies_before_it_says_that_it_is_done_says_so_later(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = make_run(tmp_path, base)
+    with monkeypatch.context() as patch:
+        write = _Run._write_summary
+
+        def dying(self: _Run) -> dict[str, Any]:
+            if all(outcome.status == "completed" for outcome in self.outcomes.values()):
+                raise Killed
+            return write(self)
+
+        patch.setattr(_Run, "_write_summary", dying)
+        with pytest.raises(Killed):
+            train(run)
+    assert summary(run["out"])["status"] == "running"
+    assert train(run) == 0
+    told = summary(run["out"])
+    assert told["status"] == "completed"
+    assert {told["adapters"][name]["status"] for name in NAMES} == {"completed"}
+    assert train(run) == 0
+    assert summary(run["out"]) == told, "what a run has told of itself stays"
 
 
 def test_killed_once_in_the_middle(base: Path, undisturbed: dict[str, Any], tmp_path: Path):

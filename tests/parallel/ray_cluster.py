@@ -43,24 +43,26 @@ class TwoNodes:
         self.address = self._process.stdout.readline().strip()
         assert self.address, "the cluster did not start"
 
+    def actors(self) -> dict[int, int]:
+        """The processes of all engines' actors on it, and each one's parent: its raylet."""
+        found = {}
+        for folder in Path("/proc").iterdir():
+            try:
+                words = (folder / "cmdline").read_bytes()
+                if words.startswith(b"ray::RankActor"):
+                    stat = (folder / "stat").read_text()
+                    raylet = int(stat.rpartition(")")[2].split()[1])
+                    # Another cluster's tests may run on this machine just now.
+                    if self._folder.name in Path(f"/proc/{raylet}/cmdline").read_text():
+                        found[int(folder.name)] = raylet
+            except (OSError, ValueError):  # not a process, or not any more
+                continue
+        return found
+
     def close(self) -> None:
         """End it, and whatever it left."""
         self._process.communicate(timeout=60)
         self._folder.cleanup()
-
-
-def actors() -> dict[int, int]:
-    """The processes of all engines' actors on this machine, and each one's parent: its raylet."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        try:
-            words = (folder / "cmdline").read_bytes()
-            if words.startswith(b"ray::RankActor"):
-                stat = (folder / "stat").read_text()
-                found[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
-        except (OSError, ValueError):  # not a process, or not any more
-            continue
-    return found
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 30.0) -> None:

@@ -32,7 +32,7 @@ from tests.family import below
 from tests.laws.tenants import random_data
 from tests.laws.tiny_runs import losses, make_base, make_run, summary, weights
 from tests.models import TinyBases
-from tests.parallel.ray_cluster import REPO, TwoNodes, actors, kill, wait_for
+from tests.parallel.ray_cluster import REPO, TwoNodes, kill, wait_for
 from tests.parallel.ray_control import opening
 from tests.parallel.test_train import NAMES, finished
 
@@ -82,7 +82,7 @@ def test_an_actor_that_is_killed_costs_a_generation(cluster: TwoNodes, base: str
     with opened(cluster, base) as group:
         told: list[str] = []
         engine = group.open(told.append)[0]
-        places = actors()
+        places = cluster.actors()
         assert len(places) == 2 and len(set(places.values())) == 2, "one process on each node"
         engine.create("a", SPEC)
         before = learn(engine)
@@ -93,11 +93,13 @@ def test_an_actor_that_is_killed_costs_a_generation(cluster: TwoNodes, base: str
             learn(engine)
         assert len(told) == 1 and engine.was_lost
         again = group.open()[0]
-        assert len(actors()) == 2 and not set(actors()) & set(places), "all of them were replaced"
+        assert len(cluster.actors()) == 2 and not set(cluster.actors()) & set(places), (
+            "all of them were replaced"
+        )
         again.create("a", SPEC)
         for one, other in zip(before, learn(again), strict=True):
             np.testing.assert_array_equal(one, other)
-    wait_for(lambda: not actors())
+    wait_for(lambda: not cluster.actors())
 
 
 def test_a_run_on_a_cluster_is_the_run_and_survives_its_actors(
@@ -107,13 +109,13 @@ def test_a_run_on_a_cluster_is_the_run_and_survives_its_actors(
     outs = []
     for name, settings in (("local", {}), ("cluster", {"ray": cluster.address})):
         run = {**make_run(tmp_path / name, base), "mesh": "dp=2", **settings}
-        finished(run, tmp_path / name, len(settings), lambda pid: actors())
+        finished(run, tmp_path / name, len(settings), lambda pid: cluster.actors())
         assert summary(run["out"])["status"] == "completed"
         outs.append(run["out"])
     for name in NAMES:
         assert weights(outs[0], name) == weights(outs[1], name)
         assert losses(outs[0], name) == losses(outs[1], name)
-    wait_for(lambda: not actors())
+    wait_for(lambda: not cluster.actors())
 
 
 @pytest.mark.slow
@@ -135,7 +137,7 @@ def test_a_launcher_that_is_killed_is_replaced(cluster: TwoNodes, base: str) -> 
         engine = group.open()[0]
         [launcher] = [pid for pid in below(os.getpid()) if "launch_ray" in command_of(pid)]
         kill(launcher)
-        wait_for(lambda: not actors())
+        wait_for(lambda: not cluster.actors())
         with pytest.raises(EngineLost):
             engine.create("a", SPEC)
         again = group.open()[0]
@@ -167,10 +169,10 @@ def test_no_actor_outlives_its_control_process(cluster: TwoNodes, base: str, vic
     try:
         assert control.stdout is not None
         assert control.stdout.readline().strip() == "open, with", "the control process stays light"
-        assert len(actors()) == 2
+        assert len(cluster.actors()) == 2
         children = Path(f"/proc/{control.pid}/task/{control.pid}/children").read_text().split()
         kill(control.pid if victim == "control" else int(children[0]))
-        wait_for(lambda: not actors())
+        wait_for(lambda: not cluster.actors())
         wait_for(lambda: not any(Path(f"/proc/{child}/exe").exists() for child in children))
     finally:
         control.kill()

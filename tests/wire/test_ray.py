@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import tinker
 
-from tests.parallel.ray_cluster import TwoNodes, actors, kill
+from tests.parallel.ray_cluster import TwoNodes, kill
 from tests.wire.data import random_data, sdk_adam, to_sdk
 from tests.wire.server import BASE_ALIAS, Server
 from tests.wire.test_crash import STEP
@@ -40,7 +40,7 @@ def test_the_loss_of_an_actor_is_a_pause(cluster: TwoNodes, serve, connect) -> N
     local: Server = serve(*mesh, folder="calm")
     calm = exported_factors(local, learn(connect(local), threading.Event()), "end")
     shaken: Server = serve(*mesh, "--ray", cluster.address, folder="shaken")
-    before, half = actors(), threading.Event()
+    before, half = cluster.actors(), threading.Event()
     assert len(set(before.values())) == 2
 
     def shake() -> None:
@@ -52,5 +52,5 @@ def test_the_loss_of_an_actor_is_a_pause(cluster: TwoNodes, serve, connect) -> N
     client = learn(connect(shaken), half)
     shaker.join()
     found = exported_factors(shaken, client, "end")
-    assert len(actors()) == 2 and not set(actors()) & set(before)
+    assert len(cluster.actors()) == 2 and not set(cluster.actors()) & set(before)
     assert_same_factors(found, calm)

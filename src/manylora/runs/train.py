@@ -237,9 +237,9 @@ class _Run:
 
     def _write_summary(self) -> dict[str, Any]:
         summary = self._summary()
-        if self.nothing_to_do:
-            # What the run itself told stays.
-            return read_json(self.paths.summary) or summary
+        told = read_json(self.paths.summary) if self.nothing_to_do else None
+        if isinstance(told, dict) and told.get("status") == "completed":
+            return told  # what the run itself said stays, if it came to say it
         try:
             write_json(self.paths.summary, summary)
         except OSError as error:  # a full disk must not cost the adapters that still train
