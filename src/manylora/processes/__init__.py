@@ -9,7 +9,7 @@ Talks to: engine and lora below; the api puts a `RemoteEngine` where a program o
 `launch_ray` and `ray_rank` of ray.
 """
 
-from manylora.processes.group import EngineGroup, launch_here
+from manylora.processes.group import EngineGroup
 from manylora.processes.over_ray import OverRay
 from manylora.processes.remote import RemoteEngine
 from manylora.processes.routes import address_toward
@@ -20,6 +20,5 @@ __all__ = [
     "OverRay",
     "RemoteEngine",
     "address_toward",
-    "launch_here",
     "start_group",
 ]
