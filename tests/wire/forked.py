@@ -152,11 +152,13 @@ def hear(connection: socket.socket) -> tuple[Any, list[int]]:
 
 
 def _nurse(connection: socket.socket) -> None:
-    import manylora.service.run
+    import manylora.service.run  # noqa: F401
     from manylora.cli.main import main
     from manylora.models.base import open_base
+    from manylora.processes import starting
 
-    manylora.service.run.launch_here = ForkedLauncher  # type: ignore[assignment]
+    assert callable(starting.launch_here)  # what a server starts its engine's processes with
+    starting.launch_here = ForkedLauncher  # type: ignore[assignment]
     open_base("seedling")  # transformers imports a model's classes when they are first asked for
     statuses: dict[int, int] = {}
     while True:

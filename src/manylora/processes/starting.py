@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from manylora.processes.commands import Opening
-from manylora.processes.group import EngineGroup
+from manylora.processes.group import EngineGroup, launch_here
 from manylora.processes.over_ray import OverRay
 from manylora.processes.routes import address_toward
 from manylora.processes.started import Meeting
@@ -35,7 +35,7 @@ def start_group(
     if meeting is not None:
         return EngineGroup(opening, step_seconds=step_seconds, start=meeting, host=meeting.host)
     if ray is None:
-        return EngineGroup(opening, step_seconds=step_seconds)
+        return EngineGroup(opening, step_seconds=step_seconds, start=launch_here)
     launcher = OverRay(ray)
     try:
         host = address_toward(launcher.peer())

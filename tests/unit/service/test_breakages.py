@@ -269,7 +269,7 @@ def test_a_sample_that_breaks_the_engine_fails_alone(tmp_path: Path) -> None:
     assert [type(outcome) for outcome in seen] == [Ready, Failed, Ready]
 
 
-@pytest.mark.parametrize("losses", [0, 1, 5, 6])
+@pytest.mark.parametrize("losses", [0, 1, 2, 3, 5, 6])
 @pytest.mark.parametrize("silent", [False, True])
 def test_counting(losses: int, silent: bool) -> None:
     breakages, loss = Breakages(), EngineLost("it broke", silent=silent)
