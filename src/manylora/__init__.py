@@ -8,7 +8,9 @@ with manylora.Trainer("seedling") as trainer:
     adapter.export("out/reverse").result()
 """
 
+import os
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +40,24 @@ __all__ = [
     "causal_datum",
 ]
 
+
+def _ask_for_rows_that_keep_their_bits() -> None:
+    """Have Intel's library add up a product's row in one order, whatever the number of rows.
+
+    It reads the variable with the first thing that it computes in a process, so this is done before
+    anybody asks for torch. On other CPUs the library has no such mode. See
+    docs/decisions/0002-pieces-and-bits.md.
+    """
+    try:
+        with Path("/proc/cpuinfo").open("rb") as file:
+            intel = b"GenuineIntel" in file.read(1024)
+    except OSError:
+        return
+    if intel:
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+_ask_for_rows_that_keep_their_bits()
 
 _DOOR = ("AdapterHandle", "SnapshotHandle", "Trainer")
 

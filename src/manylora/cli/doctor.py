@@ -128,6 +128,7 @@ def _torch() -> Iterator[Finding]:
         yield Finding("warn", "threads", f"{threads} on {cores} cores; set `threads: {cores}`")
     else:
         yield Finding("ok", "threads", str(threads))
+    yield from _products()
     if not torch.cuda.is_available():
         yield Finding("ok", "cuda", "no device; runs use the CPU")
     for index in range(torch.cuda.device_count()):
@@ -135,6 +136,25 @@ def _torch() -> Iterator[Finding]:
         major, minor = device.major, device.minor
         text = f"{device.name}, {_gib(device.total_memory)}, compute capability {major}.{minor}"
         yield Finding("ok", f"cuda:{index}", text)
+
+
+def _products() -> Iterator[Finding]:
+    """How adapters are kept from changing each other's bits on this CPU."""
+    import torch
+
+    from manylora.kernels import PRODUCTS_ADVICE, whole_products
+
+    cpu = torch.device("cpu")
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    slow = [name for name, dtype in types.items() if not whole_products(cpu, dtype)]
+    if not slow:
+        yield Finding("ok", "products", "rows keep their bits whatever is beside them")
+        return
+    text = f"in blocks for {', '.join(slow)}, so that rows keep their bits; it takes longer"
+    if "fp32" in slow:
+        yield Finding("warn", "products", f"{text} ({PRODUCTS_ADVICE})")
+    else:
+        yield Finding("ok", "products", text)
 
 
 def _seedling() -> Iterator[Finding]:

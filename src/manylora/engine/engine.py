@@ -20,6 +20,7 @@ from manylora.engine.plan import Plan, make_plan
 from manylora.engine.results import Rows, found, gathered, results
 from manylora.engine.running import run, visit_every_block
 from manylora.engine.stepping import Due, step_alone, step_on_mesh
+from manylora.kernels import settle_functions
 from manylora.lora.adapter import (
     TORCH_DTYPES,
     Adapter,
@@ -98,6 +99,7 @@ class Engine:
             raise ConfigError(f"token_budget is {token_budget}; it must be ≥ 1")
         if threads is not None:
             torch.set_num_threads(threads)
+        settle_functions()
         # One process is one process, whatever it is called.
         self.mesh = mesh if mesh is not None and mesh.shape.size > 1 else None
         self.base: BaseModel = open_base(

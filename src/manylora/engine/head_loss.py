@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from manylora.engine.microbatch import MicroBatch
 from manylora.engine.vocabulary import VocabularyPart
-from manylora.kernels import SegmentWork, shrink_expand, shrink_expand_backward
+from manylora.kernels import SegmentWork, product, shrink_expand, shrink_expand_backward
 from manylora.lora.routing import RoutingTable
 from manylora.losses.cross_entropy import cross_entropy
 from manylora.models import Head
@@ -26,11 +25,6 @@ from manylora.models.stream import ROW_MULTIPLE, padded_rows
 
 # Logits of a chunk: at most this many elements (16 MiB in fp32).
 CHUNK_ELEMENTS = 1 << 22
-
-# On some CPUs the vendor's product of up to 160 rows cuts a sum of 1,024 terms or more in parts,
-# one of more rows does not (measured on an Intel Xeon, in fp32): a row's bits would depend on how
-# many others are in its chunk. Sums of so many terms are not cut. Costs 1 to 2 % of the product.
-SUM_COLUMNS = 512
 
 
 @dataclass(slots=True)
@@ -270,7 +264,7 @@ class HeadLoss:
         if chunk.cap_cV is not None:
             grad_cV.mul_(chunk.cap_cV)
         grad_cV = grad_cV.to(chunk.dtype)
-        grad_cH = _summed_in_blocks(grad_cV, self.head.weight_VH)
+        grad_cH = product(grad_cV, self.head.weight_VH)
         if chunk.work:
             shrink_expand_backward(
                 chunk.h_cH, [grad_cV], grad_cH, chunk.sizes, chunk.work, chunk.shrunk
@@ -281,7 +275,7 @@ class HeadLoss:
         self, h_cH: Tensor, sizes: list[int], work: list[SegmentWork]
     ) -> tuple[Tensor, list[Tensor]]:
         """Uncapped logits [c, V] with the adapters on the head, and what their backward needs."""
-        raw_cV = functional.linear(h_cH, self.head.weight_VH, self.head.bias_V)
+        raw_cV = product(h_cH, self.head.weight_VH.t(), self.head.bias_V)
         return raw_cV, shrink_expand(h_cH, [raw_cV], sizes, work) if work else []
 
 
@@ -338,17 +332,6 @@ def _more_losses(more: _More | None, out: HeadOutput) -> Tensor | None:
     out.more_logprobs_M[more.start : more.stop] = more.logprobs_m
     out.more_loss_M[more.start : more.stop] = loss_m
     return slope_m
-
-
-def _summed_in_blocks(grad_cV: Tensor, weight_VH: Tensor) -> Tensor:
-    """grad · W with the sum over the vocabulary in blocks (see `SUM_COLUMNS`)."""
-    if not grad_cV.is_cpu or grad_cV.dtype != torch.float32:  # others would round each block
-        return grad_cV @ weight_VH
-    grad_cH = grad_cV[:, :SUM_COLUMNS] @ weight_VH[:SUM_COLUMNS]
-    for start in range(SUM_COLUMNS, len(weight_VH), SUM_COLUMNS):
-        stop = start + SUM_COLUMNS
-        grad_cH.addmm_(grad_cV[:, start:stop], weight_VH[start:stop])
-    return grad_cH
 
 
 def _padded(tensor_T: Tensor, start: int, stop: int) -> Tensor:

@@ -18,9 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from manylora.kernels import Columns, shrink_expand, shrink_expand_backward
+from manylora.kernels import (
+    Columns,
+    add_product,
+    product,
+    shrink_expand,
+    shrink_expand_backward,
+    write_product,
+)
 from manylora.lora.adapter import SiteIndex
 from manylora.lora.routing import RoutingTable, current_table
 from manylora.models.quantized import plain_type
@@ -70,17 +76,14 @@ class InputGroup:
 
     def _products(self, x: Tensor, table: RoutingTable) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         work = table.work(self.number)
-        if not work:
-            return tuple(functional.linear(x, one.weight, one.bias) for one in self.layers), []
-        x_TK = x.view(-1, x.shape[-1])
+        x_TK = x.reshape(-1, x.shape[-1])
         # Not views, which autograd would not let anybody add to in their place.
         outputs = tuple(x.new_empty(*x.shape[:-1], one.out_features) for one in self.layers)
         ys = [output.view(-1, output.shape[-1]) for output in outputs]
         for y_TN, layer in zip(ys, self.layers, strict=True):
-            if layer.bias is None:
-                torch.mm(x_TK, layer.weight.t(), out=y_TN)
-            else:
-                torch.addmm(layer.bias, x_TK, layer.weight.t(), out=y_TN)
+            write_product(y_TN, x_TK, layer.weight.t(), layer.bias)
+        if not work:
+            return outputs, []
         places = table.spread
         if places is None:
             return outputs, shrink_expand(x_TK, ys, table.sizes, work, self.columns)
@@ -95,9 +98,9 @@ class InputGroup:
         dx_TK: Tensor | None = None
         for dy_TN, layer in zip(flat, self.layers, strict=True):
             if dy_TN is not None and dx_TK is None:
-                dx_TK = dy_TN @ layer.weight
+                dx_TK = product(dy_TN, layer.weight)
             elif dy_TN is not None and dx_TK is not None:
-                dx_TK.addmm_(dy_TN, layer.weight)
+                add_product(dx_TK, dy_TN, layer.weight)
         return dx_TK
 
 

@@ -1,0 +1,121 @@
+"""Law 1 on bases whose sums are as long as real ones': neighbours of any number leave an adapter's
+gradient and samples as they are, to the bit.
+
+A vendor's product may add a row up in another order when there are more rows beside it; with the
+short sums of tiny bases it hardly ever does.
+
+Faults that were seen to fail here, on an Intel Xeon: products in one piece without the library's
+strict mode (seedling's head gradient, everything of the wide base), and in bf16.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from manylora.engine import Engine
+from manylora.types import AdapterSpec, ForwardBackward, Sample, SamplingParams, causal_datum
+
+WIDE = {
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 2,
+    "head_dim": 64,
+    "vocab_size": 2048,
+    "max_position_embeddings": 512,
+}
+BOTH_THREADS = pytest.mark.parametrize("threads", [1, 2], indirect=True)
+
+
+def work(adapter: str, tokens: int) -> ForwardBackward:
+    ids = np.random.default_rng(tokens).integers(8, 2000, size=tokens)
+    return ForwardBackward(adapter=adapter, data=[causal_datum(ids, np.ones(tokens))])
+
+
+def start(engine: Engine, neighbours: int) -> list[str]:
+    """Adapters of different ranks; the first is the one that is looked at."""
+    for name in list(engine.adapters):
+        engine.unload(name)
+    names = ["own", *(f"other{number}" for number in range(neighbours))]
+    for number, name in enumerate(names):
+        engine.create(name, AdapterSpec(rank=(4, 16)[number % 2], init="gaussian", seed=number))
+    return names
+
+
+def gradient(engine: Engine, own: int, others: int) -> bytes:
+    names = start(engine, int(others > 0))
+    works = [work("own", own), *(work(name, others) for name in names[1:])]
+    results = engine.forward_backward(works)
+    assert not any(isinstance(result, Exception) for result in results), results
+    grad_SP = engine.state("own").grad
+    assert grad_SP is not None
+    return grad_SP.tobytes()
+
+
+def samples(engine: Engine, neighbours: int) -> list[object]:
+    """Two answers of `own`, with others' and more of its own beside them."""
+    start(engine, 1)
+    requests = [
+        Sample(
+            adapter=("own", "own", "other0")[number % 3],
+            prompts=(np.random.default_rng(number).integers(8, 2000, size=40 + number),),
+            params=SamplingParams(max_tokens=12, temperature=1.0, seed=number, stop=()),
+        )
+        for number in range(2 + neighbours)
+    ]
+    results = engine.sample(requests)
+    found: list[object] = []
+    for result in results[:2]:
+        assert not isinstance(result, Exception), result
+        found += [(s.tokens, s.logprobs) for s in result.sequences]
+    return found
+
+
+def assert_neighbours_do_not_matter(folder: str | Path, dtype: str, threads: int) -> None:
+    engine = Engine(folder, dtype=dtype, threads=threads)
+    for own in (20, 200):
+        alone = gradient(engine, own, 0)
+        for others in (40, 140, 300):
+            assert gradient(engine, own, others) == alone, (own, others)
+    alone_too = samples(engine, 0)
+    for others in (3, 30):
+        assert samples(engine, others) == alone_too, others
+
+
+@BOTH_THREADS
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_wide_base(dtype: str, tiny, threads: int):
+    assert_neighbours_do_not_matter(tiny("llama", **WIDE), dtype, threads)
+
+
+@BOTH_THREADS
+def test_the_base_that_ships(threads: int):
+    assert_neighbours_do_not_matter("seedling", "fp32", threads)
+
+
+def test_a_process_that_has_computed_before(tiny):
+    """Then the library cannot be asked any more; if it needs to be, products go in blocks."""
+    run = (
+        "import torch; torch.randn(64, 64) @ torch.randn(64, 64)\n"
+        "from tests.laws.test_fused_on_wide_bases import assert_neighbours_do_not_matter\n"
+        f"assert_neighbours_do_not_matter({str(tiny('llama', **WIDE))!r}, 'fp32', 1)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    result = subprocess.run(
+        [sys.executable, "-c", run], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_nobody_computes_before_the_library_is_asked():
+    """In fp32 no CPU that we know needs blocks, once it is asked."""
+    run = (
+        "import torch, manylora.kernels as kernels\n"
+        "torch.set_num_threads(2)\n"
+        "assert kernels.whole_products(torch.device('cpu'), torch.float32)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    subprocess.run([sys.executable, "-c", run], env=environment, check=True)
