@@ -20,7 +20,7 @@ from manylora.engine.plan import Plan, make_plan
 from manylora.engine.results import Rows, found, gathered, results
 from manylora.engine.running import run, visit_every_block
 from manylora.engine.stepping import Due, step_alone, step_on_mesh
-from manylora.kernels import settle_functions
+from manylora.kernels import settle_functions, whole_products
 from manylora.lora.adapter import (
     TORCH_DTYPES,
     Adapter,
@@ -107,6 +107,7 @@ class Engine:
         )
         if self.base.device.type == "cpu":
             keep_freed_memory()
+        whole_products(self.base.device, self.base.dtype)  # found out now, not in the first step
         self.token_budget = token_budget
         self.sites = tuple(_site(found) for found in find_linears(self.base))
         self.index = SiteIndex(self.sites, _place(self.mesh))
