@@ -88,7 +88,8 @@ class InputGroup:
         if places is None:
             return outputs, shrink_expand(x_TK, ys, table.sizes, work, self.columns)
         rows_TK, *terms = (rows.index_select(0, places.rows) for rows in (x_TK, *ys))
-        shrunk = shrink_expand(rows_TK, terms, places.sizes, work, self.columns)
+        pieces = table.spread_work(self.number)
+        shrunk = shrink_expand(rows_TK, terms, places.sizes, pieces, self.columns)
         for y_TN, term in zip(ys, terms, strict=True):
             y_TN.index_copy_(0, places.own, term.index_select(0, places.back))
         return outputs, shrunk

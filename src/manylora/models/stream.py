@@ -12,9 +12,9 @@ from torch import Tensor
 
 from manylora.models.cache import DecodeStep, Filling
 
-# On CPU a row of a matrix product has the same bits whatever the number of rows, from 8 rows on,
-# and an elementwise kernel handles every element alike when no thread's share has a ragged end.
-# Both hold for streams whose length is a multiple of this.
+# On CPU a row of a frozen product (`kernels.frozen`) has the same bits whatever the number of rows,
+# from 8 rows on, and an elementwise kernel handles every element alike when no thread's share has a
+# ragged end. Both hold for streams whose length is a multiple of this.
 ROW_MULTIPLE = 32
 # In fp32 it holds for multiples of this too (the widest vector of a CPU), where rows are of even
 # length. Decoding uses it: few rows are the rule there, and padding costs as much as tokens.

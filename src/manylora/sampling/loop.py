@@ -324,7 +324,8 @@ class DecodeLoop:
             else:
                 segments.append(Segment(1, weights))
         segments.append(Segment(self._padded(len(sequences)) - len(sequences), None))
-        return RoutingTable(segments, training=False, spread=spread(segments, self._base.device))
+        places = spread(segments, self._base.device, self._base.dtype)
+        return RoutingTable(segments, training=False, spread=places)
 
     def _parts(self, sequences: list[Sequence]) -> list[_Part]:
         parts = []
