@@ -5,8 +5,8 @@ A vendor's product may add a row up in another order when there are more rows be
 short sums of tiny bases it hardly ever does.
 
 Faults that were seen to fail here, on an Intel Xeon: frozen products in one piece, without the
-library's strict mode (seedling's head gradient, everything of the wide base) and in bf16; likewise the
-low-rank products of a decode step.
+library's strict mode (seedling's head gradient, everything of the wide base) and in bf16; likewise
+the low-rank products of a decode step.
 """
 
 import os
