@@ -150,7 +150,7 @@ def _products() -> Iterator[Finding]:
     if not slow:
         yield Finding("ok", "products", "rows keep their bits whatever is beside them")
         return
-    text = f"in blocks for {', '.join(slow)}, so that rows keep their bits; it takes longer"
+    text = f"for {', '.join(slow)} of fixed sizes, so that rows keep their bits; it takes longer"
     if "fp32" in slow:
         yield Finding("warn", "products", f"{text} ({PRODUCTS_ADVICE})")
     else:

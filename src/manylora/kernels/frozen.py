@@ -1,10 +1,10 @@
 """Products with frozen weights: a row has the same bits, however many rows there are.
 
 A CPU's vendor library picks its kernel, and the order in which it adds, by the size of the whole
-product; so what one tenant's row becomes may depend on how many rows its neighbours have. Where it
-does, the product is made in blocks of one size, which are all computed alike. Whether it does is
-found out by trying. (Intel's library does not if it is asked before its first product:
-`manylora.__init__` asks.)
+product; so what one tenant's row becomes may depend on how many rows its neighbours have. Whether
+it does is found out by trying. If only products of few rows differ, they are filled up with zeros;
+otherwise products are made in blocks of one size, which are all computed alike. (Intel's library
+needs neither if it is asked before its first product: `manylora.__init__` asks.)
 
 T rows, K terms of each sum, N columns.
 """
@@ -23,10 +23,13 @@ PRODUCTS_ADVICE = "import manylora before anything is computed, or set MKL_CBWR=
 # Rows of a block. With fewer the products take longer, with more a short stream is padded further.
 BLOCK_ROWS = 128
 
-# Products (K, N) that are tried, of how many rows. Wherever we saw rows that depend on their
-# number, some of these did.
+# Rows of every product are a multiple of this (see `models.stream`).
+FEWEST_ROWS = 16
+
+# Products (K, N) that are tried. Wherever we saw rows that depend on their number, some of these
+# did, and among products of up to the first number of rows already.
 TRIED_SIZES = ((512, 1024), (1024, 1024), (256, 128))
-TRIED_ROWS, ALL_ROWS = (16, 32, 64, 128), 256
+TRIED_ROWS = (256, 1024)
 
 
 def product(a_TK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -50,18 +53,20 @@ def add_product(out_TN: Tensor, a_TK: Tensor, b_KN: Tensor) -> None:
 
 
 def whole_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether rows keep their bits when products are made in one piece, in this process."""
+    """Whether rows keep their bits when products are made as they come, in this process."""
     # On other devices nobody is promised bits.
-    return device.type != "cpu" or _rows_keep_their_bits(dtype, torch.get_num_threads())
+    return device.type != "cpu" or _safe_rows(dtype, torch.get_num_threads()) == FEWEST_ROWS
 
 
 def _run(multiply: Callable[[Tensor, Tensor], object], a_TK: Tensor, out_TN: Tensor) -> None:
     if whole_products(a_TK.device, a_TK.dtype):
         multiply(a_TK, out_TN)
         return
-    for start in range(0, len(a_TK), BLOCK_ROWS):
-        rows_tK, out_tN = a_TK[start : start + BLOCK_ROWS], out_TN[start : start + BLOCK_ROWS]
-        missing = BLOCK_ROWS - len(rows_tK)
+    safe = _safe_rows(a_TK.dtype, torch.get_num_threads())
+    block = BLOCK_ROWS if safe is None else max(safe, len(a_TK))
+    for start in range(0, len(a_TK), block):
+        rows_tK, out_tN = a_TK[start : start + block], out_TN[start : start + block]
+        missing = block - len(rows_tK)
         if not missing:
             multiply(rows_tK, out_tN)
             continue
@@ -72,30 +77,48 @@ def _run(multiply: Callable[[Tensor, Tensor], object], a_TK: Tensor, out_TN: Ten
 
 
 @cache
-def _rows_keep_their_bits(dtype: torch.dtype, threads: int) -> bool:
-    """Try it; `threads` is torch's number of them, which the answer depends on."""
+def _safe_rows(dtype: torch.dtype, threads: int) -> int | None:
+    """From how many rows on products give a row the same bits; None if from more than a block's.
+
+    Args:
+        threads: torch's number of them, which the answer depends on.
+    """
+    few, many = TRIED_ROWS
+    if _fewest_alike(dtype, few) == FEWEST_ROWS:
+        return FEWEST_ROWS
+    fewest = _fewest_alike(dtype, many)
+    safe = None if fewest is None or fewest > BLOCK_ROWS else fewest
+    _say(dtype, threads, safe)
+    return safe
+
+
+def _fewest_alike(dtype: torch.dtype, most: int) -> int | None:
+    """The fewest rows from which on all products that are tried give the bits that `most` give."""
     generator = torch.Generator().manual_seed(0)
+    counts = [
+        most >> shift for shift in range(1, most.bit_length()) if most >> shift >= FEWEST_ROWS
+    ]
     for terms, columns in TRIED_SIZES:
-        a_TK = torch.randn(ALL_ROWS, terms, generator=generator).to(dtype)
+        a_TK = torch.randn(most, terms, generator=generator).to(dtype)
         b_NK = torch.randn(columns, terms, generator=generator).to(dtype)
         for b_KN in (b_NK.t(), b_NK.t().contiguous()):
             whole_TN = a_TK @ b_KN
-            for rows in TRIED_ROWS:
+            for index, rows in enumerate(counts):
                 if not torch.equal(a_TK[:rows].clone() @ b_KN, whole_TN[:rows]):
-                    _say(dtype, threads)
-                    return False
-    return True
+                    del counts[index:]  # nor are fewer of any use
+                    break
+    return counts[-1] if counts else None
 
 
-def _say(dtype: torch.dtype, threads: int) -> None:
-    # Half precision is so on some CPUs whatever one does.
-    wide = dtype == torch.float32
+def _say(dtype: torch.dtype, threads: int, safe: int | None) -> None:
+    # Half precision is so on some CPUs whatever one does, and filling up costs little.
+    bad = dtype == torch.float32 and safe is None
     log.log(
-        logging.WARNING if wide else logging.INFO,
-        "%s products in %d threads are made in blocks of %d rows, which takes longer: on this CPU "
-        "a row's bits would depend on its neighbours otherwise%s",
+        logging.WARNING if bad else logging.INFO,
+        "%s products in %d threads are %s, which takes longer: on this CPU a row's bits would "
+        "depend on its neighbours otherwise%s",
         str(dtype).removeprefix("torch."),
         threads,
-        BLOCK_ROWS,
-        f"; {PRODUCTS_ADVICE}" if wide else "",
+        f"made in blocks of {BLOCK_ROWS} rows" if safe is None else f"filled up to {safe} rows",
+        f"; {PRODUCTS_ADVICE}" if bad else "",
     )

@@ -10,11 +10,13 @@ from manylora.kernels import add_product, frozen, product, write_product
 DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 
 
-@pytest.fixture(params=["whole", "blocks"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    whole = request.param == "whole"
-    monkeypatch.setattr(frozen, "_rows_keep_their_bits", lambda dtype, threads: whole)
-    return request.param
+def choose(monkeypatch: pytest.MonkeyPatch, safe: int | None) -> None:
+    monkeypatch.setattr(frozen, "_safe_rows", lambda dtype, threads: safe)
+
+
+@pytest.fixture(params=[16, 64, None], ids=["whole", "filled up", "blocks"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, request.param)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -44,9 +46,16 @@ def test_every_way_gives_the_product(rows: int, dtype: torch.dtype, tolerance: f
     assert relative(out_TN, expected + bias_N.double()) < tolerance
 
 
-def test_blocks_are_all_of_one_size(monkeypatch: pytest.MonkeyPatch):
-    """That is what makes a row's bits its own, whatever the library does."""
-    monkeypatch.setattr(frozen, "_rows_keep_their_bits", lambda dtype, threads: False)
+@pytest.mark.parametrize(("safe", "rows", "sizes"), [
+    (16, 16, [16]), (16, 300, [300]),
+    (64, 16, [64]), (64, 64, [64]), (64, 80, [80]),
+    (None, 16, [128]), (None, 300, [128, 128, 128]),
+])  # fmt: skip
+def test_which_sizes_are_computed(
+    safe: int | None, rows: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """In blocks all are of one size: that makes a row's bits its own, whatever the library does."""
+    choose(monkeypatch, safe)
     seen: list[int] = []
     real = torch.mm
 
@@ -55,26 +64,37 @@ def test_blocks_are_all_of_one_size(monkeypatch: pytest.MonkeyPatch):
         return real(a, b, out=out)
 
     monkeypatch.setattr(torch, "mm", mm)
-    product(torch.randn(300, 8), torch.randn(8, 4))
-    assert seen == [128, 128, 128]
+    product(torch.randn(rows, 8), torch.randn(8, 4))
+    assert seen == sizes
 
 
+@pytest.mark.parametrize(("differ", "safe"), [
+    ((), 16), ((16,), 32), ((16, 32), 64), ((32,), 64), ((512,), 16), ((16, 512), None),
+    ((64,), 128), ((64, 128), None),
+])  # fmt: skip
 def test_a_library_that_looks_at_the_number_of_rows_is_found_out(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    differ: tuple[int, ...],
+    safe: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
-    """One whose sums of few rows are a little different, in large products only."""
+    """One whose products of some sizes are a little different. 512 is looked at only where smaller
+    ones differ, too: so it was wherever we looked."""
     real = torch.Tensor.__matmul__
 
     def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         y = real(a, b)
-        return y * (1 + 1e-6) if len(a) == 64 and a.shape[1] == 1024 else y
+        return y * (1 + 1e-6) if len(a) in differ and a.shape[1] == 1024 else y
 
+    monkeypatch.setattr(frozen, "_safe_rows", frozen._safe_rows.__wrapped__)
     monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
-    frozen._rows_keep_their_bits.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING, "manylora.kernels"):
-            assert not frozen.whole_products(torch.device("cpu"), torch.float32)
-        assert "float32" in caplog.text and "MKL_CBWR=AUTO,STRICT" in caplog.text
-        assert frozen.whole_products(torch.device("meta"), torch.float32)
-    finally:
-        frozen._rows_keep_their_bits.cache_clear()
+    with caplog.at_level(logging.INFO, "manylora.kernels"):
+        assert frozen._safe_rows(torch.float32, 1) == safe
+    assert frozen.whole_products(torch.device("cpu"), torch.float32) == (safe == 16)
+    assert frozen.whole_products(torch.device("meta"), torch.float32)
+    if safe is None:
+        assert "blocks of 128 rows" in caplog.text and "MKL_CBWR=AUTO,STRICT" in caplog.text
+    elif safe > 16:
+        assert f"filled up to {safe} rows" in caplog.text and "MKL" not in caplog.text
+    else:
+        assert not caplog.records
