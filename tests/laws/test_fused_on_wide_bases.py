@@ -42,7 +42,6 @@ WIDE = {
 }
 BOTH_THREADS = pytest.mark.parametrize("threads", [1, 2], indirect=True)
 
-
 Result = TypeVar("Result")
 
 
@@ -92,12 +91,8 @@ def samples(engine: Engine, neighbours: int, dtype: DType) -> list[object]:
         )
         for number in range(2 + neighbours)
     ]
-    results = engine.sample(requests)
-    found: list[object] = []
-    for result in results[:2]:
-        assert not isinstance(result, Exception), result
-        found += [(s.tokens, s.logprobs) for s in result.sequences]
-    return found
+    results = checked(engine.sample(requests))
+    return [(s.tokens, s.logprobs) for result in results[:2] for s in result.sequences]
 
 
 def assert_neighbours_do_not_matter(folder: str | Path, dtype: DType, threads: int) -> None:
