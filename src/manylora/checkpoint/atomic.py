@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,6 +56,7 @@ def write_folder(
     try:
         yield partial
         (partial / manifest_name).write_text(manifest_text(kind, about, partial), encoding="utf-8")
+        _open_up(partial)
         _flush_tree(partial)
         _publish(partial, target)
     except SaveFailed:
@@ -159,6 +161,14 @@ def _publish(partial: Path, target: Path) -> None:
         raise
     if replaces:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _open_up(folder: Path) -> None:
+    """Let whoever may read the folder read its files: safetensors makes its own private ones, and
+    an export is for other programs, perhaps other users'. The umask decides, as for the folder."""
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    for path in folder.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def _flush_tree(folder: Path) -> None:

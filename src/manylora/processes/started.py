@@ -19,6 +19,7 @@ from manylora.processes.commands import Assignment
 from manylora.processes.connection import Connection
 from manylora.processes.routes import address_toward
 from manylora.types import ConfigError
+from manylora.types.files import write_whole
 from manylora.types.mesh import MeshShape
 
 # How long the first process may take to write the file, and the others' file system to show it.
@@ -65,7 +66,8 @@ class Started:
                 told = json.loads(meeting.read_text(encoding="utf-8"))
                 secret = bytes.fromhex(told["secret"])
                 return Connection.made(told["address"], secret, MEETING_SECONDS)
-            except (OSError, EOFError) as error:  # not there yet, or left by an earlier run
+            except (OSError, EOFError, ValueError, KeyError) as error:
+                # Not there yet, or left by an earlier run, perhaps torn.
                 problem = error
                 time.sleep(LOOK_SECONDS)
         raise ConfigError(
@@ -97,12 +99,7 @@ class Meeting:
 
         told = {"address": assignment.address, "secret": assignment.secret}
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(told, file)
-        partial.rename(self._path)
+        write_whole(self._path, json.dumps(told).encode())
 
         def be_one() -> None:
             secret = bytes.fromhex(assignment.secret)

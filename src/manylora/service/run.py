@@ -4,7 +4,6 @@ import asyncio
 import ipaddress
 import json
 import logging
-import secrets
 import socket
 import sys
 import time
@@ -23,11 +22,12 @@ from manylora.service.engines import keep_up, opening_of
 from manylora.service.late import LateHub
 from manylora.service.limits import BodyLimits
 from manylora.service.metrics import Metrics
+from manylora.service.private import keep_private, signing_secret
 from manylora.service.server import Service
 from manylora.service.wire.limits import WireLimits
 from manylora.store import Store
 from manylora.store.access import Keys
-from manylora.types import ConfigError, SaveFailed
+from manylora.types import ConfigError
 from manylora.types.machine import M_ARENA_MAX, set_malloc
 
 log = logging.getLogger("manylora.service")
@@ -75,6 +75,7 @@ def run_server(settings: ServerFile) -> int:
     _log_to_stderr()
     # A dozen threads come and go here; with an arena each, memory would grow for hours.
     set_malloc({M_ARENA_MAX: 1})
+    keep_private(Path(settings.data_dir))
     store = Store.in_folder(settings.data_dir, settings.database)
     try:
         keyed = store.keys.any_keys()
@@ -119,7 +120,7 @@ async def _serve(
         settings=DoorSettings(
             bodies=_body_limits(settings), wire=limits, poll_seconds=settings.long_poll_seconds
         ),
-        signing_secret=_secret(Path(settings.data_dir)),
+        signing_secret=signing_secret(Path(settings.data_dir)),
         metrics=lambda: metrics.text(service.hub),
     )
     server = _Uvicorn(
@@ -191,19 +192,6 @@ def _is_this_machine(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _secret(folder: Path) -> bytes:
-    """The key of download addresses; made once, readable by nobody else."""
-    path = folder / "signing.key"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            path.touch(mode=0o600)
-            path.write_bytes(secrets.token_bytes(32))
-        return path.read_bytes()
-    except OSError as error:
-        raise SaveFailed(f"{path} cannot be written: {error}") from error
 
 
 class _Lines(logging.Formatter):

@@ -12,6 +12,7 @@ from manylora.service.wire.paths import TinkerPath
 from manylora.types import ManyloraError
 
 MAX_TOKEN = 4096
+SECRET_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """The store: one database, and the queries on each kind of thing in it."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,15 +37,17 @@ class Store:
     ) -> "Store":
         """The store of a data directory (`manylora.db` in it), or the database of that URL.
 
-        A directory that does not exist yet is made for this user's eyes alone.
+        What does not exist yet, the directory or the database in it, is made for this user's eyes
+        alone.
         """
         if url is not None:
             return cls(url, clock)
         folder = Path(data_dir).resolve()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(folder / DATABASE, os.O_RDWR | os.O_CREAT, 0o600))
         except OSError as error:
-            raise StoreError(f"{folder} cannot be made: {error}") from error
+            raise StoreError(f"{folder / DATABASE} cannot be made: {error}") from error
         return cls(URL.create("sqlite", database=str(folder / DATABASE)), clock)
 
     @property

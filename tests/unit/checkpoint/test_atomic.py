@@ -225,3 +225,21 @@ def test_weights_larger_than_a_chunk_are_hashed_whole(tmp_path: Path):
         file.write(b"\1")
     with pytest.raises(Exception, match="big was altered"):
         verify(tmp_path / "x")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_are_as_open_as_the_umask_says(tmp_path: Path, umask: int):
+    """safetensors makes files that only their owner may read, whatever the umask is."""
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "x", "one")
+        save(tmp_path / "state", 1)
+        with write_folder(tmp_path / "private", kind="test", about={}) as partial:
+            (partial / "a").touch(0o600)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".txt", ".safetensors"}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+    folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o777 & ~umask}

@@ -1,0 +1,50 @@
+"""Small files that are whole or not there, and descriptors that have run out."""
+
+import errno
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+_NONE_LEFT = (errno.EMFILE, errno.ENFILE)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a private file (0600) so that a crash at any moment leaves the old one, the new one, or
+    none: aside, flushed, renamed, and the folder flushed.
+
+    Raises:
+        OSError: it could not be written; what was there before still is.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        _flush_names(path.parent)
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def no_descriptor_left(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, is that this process or the machine has as many
+    files open as it may: nothing is broken, and it is over when one is closed."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, OSError) and error.errno in _NONE_LEFT:
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _flush_names(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
