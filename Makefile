@@ -29,7 +29,7 @@ DEV := $(VENV)/.dev-installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check slow cookbook chaos bench clean
+.PHONY: help quickstart test check slow cookbook chaos real bench clean
 
 help: ## list the targets
 	@echo "usage: make <target> [PYTHON=python3.12] [PYTEST_FLAGS=...]"
@@ -60,6 +60,9 @@ cookbook: $(DEV) ## run every recipe of tinker-cookbook that is tested, against 
 
 chaos: $(DEV) ## kill the server at random under eight tenants, fifty times
 	$(BIN)/python -m pytest tests/wire/test_chaos.py -m chaos $(PYTEST_FLAGS)
+
+real: $(DEV) ## train, serve and sample a real base of 135 million parameters, which pip fetches
+	$(BIN)/python -m pytest tests/real -m real $(PYTEST_FLAGS)
 
 bench: $(DEV) ## measure many adapters at once against one after the other
 	$(BIN)/python -m benchmarks.multi_tenant
