@@ -1,6 +1,5 @@
 """Runs on the real base: against a plain PEFT loop, killed and resumed, in 4 bits, and in parts."""
 
-import itertools
 import json
 import signal
 from pathlib import Path
@@ -51,7 +50,8 @@ def test_losses_are_those_of_a_plain_peft_loop(
     ours = steps_of(trained, name)
     # Thirty layers of fp32 in two orders of summation; AdamW turns what is nearly nothing in a
     # gradient into a whole step, so norms drift apart sooner than losses do.
-    assert column(ours, "loss") == pytest.approx([loss for loss, _ in expected], rel=2e-4)
+    losses = [loss for loss, _ in expected]
+    assert column(ours, "loss") == pytest.approx(losses, rel=2e-4, abs=2e-4)
     assert column(ours, "grad_norm") == pytest.approx([norm for _, norm in expected], rel=5e-3)
     assert ours[-1]["loss"] < 0.8 * ours[0]["loss"]
 
@@ -81,7 +81,7 @@ def test_a_base_in_4_bits_learns(real_base: Path, trained: Path, tmp_path: Path)
         mine, whole = (column(steps_of(out, name), "loss") for out in (tmp_path / "out", trained))
         assert mine[0] != whole[0]  # 4 bits are not the same base …
         assert mine[0] < 2 * whole[0]  # … but near it
-        assert all(after < before for before, after in itertools.pairwise(mine))
+        assert mine[-1] < 0.8 * mine[0]
 
 
 def test_three_processes_train_as_one(real_base: Path, trained: Path, tmp_path: Path):
@@ -89,5 +89,5 @@ def test_three_processes_train_as_one(real_base: Path, trained: Path, tmp_path: 
     finished(train(tmp_path, run))
     for name in TENANTS:
         mine, whole = (steps_of(out, name) for out in (tmp_path / "out", trained))
-        assert column(mine, "loss") == pytest.approx(column(whole, "loss"), rel=2e-4)
+        assert column(mine, "loss") == pytest.approx(column(whole, "loss"), rel=2e-4, abs=2e-4)
         assert column(mine, "grad_norm") == pytest.approx(column(whole, "grad_norm"), rel=5e-3)
