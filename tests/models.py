@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3")
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "granite",
+    "cohere",
+)
 VOCAB = 160
 
 # A window shorter than the sequences of the tests, and layers with it beside layers without.
@@ -21,6 +31,14 @@ PECULIARITIES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 5.0,
         "attn_logit_softcapping": 4.0,
     },
+    # Factors far from 1 on either side: one divides the logits, the other multiplies them.
+    "granite": {
+        "logits_scaling": 3.0,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.8,
+        "attention_multiplier": 0.25,
+    },
+    "cohere": {"logit_scale": 0.4, "use_qk_norm": False},
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 16, "layer_types": SLIDING},
 }
 
@@ -41,7 +59,7 @@ def tiny_config(family: str, **overrides: Any) -> Any:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if family != "phi3":
+    if family not in ("phi3", "cohere"):
         fields["head_dim"] = 16
     return AutoConfig.for_model(family, **{**fields, **PECULIARITIES.get(family, {}), **overrides})
 

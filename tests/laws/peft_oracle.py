@@ -6,7 +6,15 @@ B batch, S positions, K in, N out, R LoRA rank, P parameters of an adapter, V vo
 import copy
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    GraniteConfig,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 from manylora.lora.layout import Layout
 from manylora.lora.sites import Site
@@ -33,12 +41,17 @@ SHARED_INPUT = {
 
 
 def tiny_base(family: str) -> PreTrainedModel:
-    """A random three-layer base; Qwen3's embeddings are tied, Phi3's projections are fused."""
+    """A random three-layer base; Qwen3's embeddings are tied, Phi3's projections are fused.
+
+    Granite divides its logits, Cohere multiplies them.
+    """
     torch.manual_seed(7)
     config = {
         "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=False),
         "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True),
         "phi3": lambda: Phi3Config(**SIZES, tie_word_embeddings=False),
+        "granite": lambda: GraniteConfig(**SIZES, logits_scaling=1.5, tie_word_embeddings=False),
+        "cohere": lambda: CohereConfig(**SIZES, logit_scale=0.75, tie_word_embeddings=True),
     }[family]()
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 

@@ -27,13 +27,16 @@ from manylora.types import AdapterSpec, CheckpointMismatch
 from tests.laws.peft_oracle import acting_weights, logits_of, sites_of, summed_logits, tiny_base
 
 ATOL = 1e-5
-FAMILIES = ["llama", "qwen3", "phi3"]
+FAMILIES = ["llama", "qwen3", "phi3", "granite", "cohere"]
+TIED = ("qwen3", "cohere")
 
 # Two leaf names of each family, the first from attention; both are in every layer.
 LEAVES = {
     "llama": ("q_proj", "up_proj"),
     "qwen3": ("v_proj", "down_proj"),
     "phi3": ("qkv_proj", "gate_up_proj"),
+    "granite": ("q_proj", "up_proj"),
+    "cohere": ("v_proj", "down_proj"),
 }
 
 
@@ -234,7 +237,7 @@ def test_a_merged_model_is_an_ordinary_one(bases, tmp_path: Path, family: str, n
     assert_same(logits_of(merged), summed_logits(base, layout, weights_P))
     has_head = any(factor.site == "lm_head" for factor in layout.factors)
     tied = merged.lm_head.weight is merged.model.embed_tokens.weight
-    assert tied == merged.config.tie_word_embeddings == (family == "qwen3" and not has_head)
+    assert tied == merged.config.tie_word_embeddings == (family in TIED and not has_head)
 
 
 def test_the_merge_keeps_the_bases_dtype(bases, tmp_path: Path):

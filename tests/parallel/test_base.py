@@ -29,6 +29,8 @@ BASES = {
     "qwen3-tied": {"tie_word_embeddings": True, "vocab_size": 157},
     "gemma2": {"tie_word_embeddings": True},
     "gemma3_text": {"tie_word_embeddings": True},
+    "granite": {},
+    "cohere-tied": {"tie_word_embeddings": True},
 }
 LENGTHS = [7, 1, 12]
 

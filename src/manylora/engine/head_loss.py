@@ -188,9 +188,7 @@ class HeadLoss:
         sizes, work = table.rows(start, stop, self.group)
         sizes = [*sizes, len(h_cH) - rows]
         raw_cV, shrunk = self._logits(h_cH, sizes, work)
-        logits_cV = raw_cV.float()
-        if head.softcap is not None:
-            logits_cV = head.softcap * torch.tanh(logits_cV / head.softcap)
+        logits_cV = head.scaled_(raw_cV.float())
         cap_cV = 1.0 - (logits_cV / head.softcap) ** 2 if head.softcap is not None else None
         # One exponential serves the normaliser, the log-probabilities and the gradient.
         max_c1 = logits_cV.amax(dim=1, keepdim=True)
@@ -249,14 +247,17 @@ class HeadLoss:
     def _gradient(self, chunk: _Softmax, slope_c: Tensor, slope_m: Tensor | None) -> Tensor:
         """The gradient of the chunk's hidden states [c, H]; uses up `exp_cV`."""
         # d loss / d logits = sum over targets of slope · (onehot(target) - softmax)
-        slope_c1 = total_c1 = slope_c.unsqueeze(1)
+        # and the head's factor belongs to every slope.
+        factor = self.head.factor
+        slope_c1 = total_c1 = slope_c.unsqueeze(1) * factor
         if chunk.more is not None:
-            total_c1 = slope_c1 - chunk.more.weight_c1
+            total_c1 = slope_c1 - chunk.more.weight_c1 * factor
         grad_cV = chunk.exp_cV.mul_(-total_c1 / chunk.sum_c1)
         if chunk.mine_c1 is not None:
             slope_c1 = slope_c1 * chunk.mine_c1
         grad_cV.scatter_add_(1, chunk.targets_c1, slope_c1)
         if chunk.more is not None and slope_m is not None:
+            slope_m = slope_m * factor
             if chunk.more.mine_m is not None:
                 slope_m = slope_m * chunk.more.mine_m
             # One dimension is added up in order, also where a row names a token twice.

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as hub_logging
 
 from manylora.models import attention
+from manylora.models.agreement import check_agreement
 from manylora.models.gathering import Shared, forget_forward
 from manylora.models.parts import (
     SAMPLED,
@@ -44,13 +45,15 @@ BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 @dataclass(slots=True)
 class Head:
-    """The frozen output head: logits = softcap·tanh((h Wᵀ + bias) / softcap), or without a cap.
+    """The frozen output head: logits = softcap·tanh(factor·(h Wᵀ + bias) / softcap).
 
     On a mesh a rank has the logits of its part of the vocabulary, and the weight is read while
     `gathered` is open.
 
     Attributes:
         layer: the linear layer.
+        softcap: None where there is none: logits = factor·(h Wᵀ + bias).
+        factor: by which the family multiplies its logits (`agreement.logit_factor`), mostly 1.
         axis: the ranks that have the other parts of the vocabulary; None where there is no mesh.
     """
 
@@ -59,6 +62,7 @@ class Head:
     name: str
     axis: Axis | None = None
     shared: Shared = field(default_factory=Shared)
+    factor: float = 1.0
 
     @property
     def weight_VH(self) -> Tensor:
@@ -78,6 +82,14 @@ class Head:
     def tokens(self) -> tuple[int, int]:
         """The part [first, last) of the vocabulary that this rank's logits are of."""
         return (0, self.vocab) if self.axis is None else self.axis.share(self.vocab)
+
+    def scaled_(self, raw_TV: Tensor) -> Tensor:
+        """Logits [T, V] of what the layer gives (with the adapters' part), in place."""
+        if self.factor != 1.0:
+            raw_TV.mul_(self.factor)
+        if self.softcap is not None:
+            raw_TV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return raw_TV
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -139,18 +151,17 @@ class BaseModel:
         """
         with self.head.gathered():
             logits_TV = self.model.get_output_embeddings()(hidden_TH).float()
-        if self.head.axis is not None:
-            logits_TV = _joined(logits_TV, self.head.axis, self.vocab_size)
-        if self.head.softcap is not None:
-            logits_TV = self.head.softcap * torch.tanh(logits_TV / self.head.softcap)
-        return logits_TV
+        return self.head.scaled_(self.joined(logits_TV))
 
-
-def _joined(part_TV: Tensor, axis: Axis, vocab: int) -> Tensor:
-    """The ranks' parts of the vocabulary side by side."""
-    longest = -(-vocab // axis.size)
-    part_TV = functional.pad(part_TV, (0, longest - part_TV.shape[1]))
-    return axis.gather(part_TV.contiguous()).transpose(0, 1).flatten(1)[:, :vocab].contiguous()
+    def joined(self, part_TV: Tensor) -> Tensor:
+        """The ranks' parts of the vocabulary side by side, [T, V]."""
+        axis = self.head.axis
+        if axis is None:
+            return part_TV
+        longest = -(-self.vocab_size // axis.size)
+        part_TV = functional.pad(part_TV, (0, longest - part_TV.shape[1]))
+        every_TV = axis.gather(part_TV.contiguous()).transpose(0, 1).flatten(1)
+        return every_TV[:, : self.vocab_size].contiguous()
 
 
 def resolve_base(name: str | Path) -> str:
@@ -217,7 +228,7 @@ def open_base(
         mesh=mesh,
         quantization=kind,
     )
-    _check(base)
+    check_agreement(base)
     return base
 
 
@@ -305,38 +316,3 @@ def _eos(model: Any) -> tuple[int, ...]:
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, Sequence) else (int(eos),)
-
-
-@torch.no_grad()
-def _check(base: BaseModel) -> None:
-    """Compare a packed stream with transformers' own forward, sequence by sequence."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = [n for n in (5, 3) if n <= base.context_length]
-    sequences = [
-        torch.randint(base.vocab_size, (n,), generator=generator).to(base.device) for n in lengths
-    ]
-    stock = []
-    base.model.set_attn_implementation("eager")
-    with base.head.gathered():
-        for tokens in sequences:
-            output = base.model(input_ids=tokens.unsqueeze(0), use_cache=False)
-            logits_TV = output.logits[0].float()
-            axis = base.head.axis
-            stock.append(logits_TV if axis is None else _joined(logits_TV, axis, base.vocab_size))
-            forget_forward(base.backbone)
-    base.model.set_attn_implementation(attention.NAME)
-    total = padded_rows(sum(lengths))
-    tokens_T = torch.zeros(total, dtype=torch.long, device=base.device)
-    positions_T = torch.zeros_like(tokens_T)
-    tokens_T[: sum(lengths)] = torch.cat(sequences)
-    positions_T[: sum(lengths)] = torch.cat([torch.arange(n, device=base.device) for n in lengths])
-    with packed(PackedStream(lengths, total)):
-        ours = base.logits(base.hidden(tokens_T, positions_T))[: sum(lengths)]
-    expected = torch.cat(stock)
-    tolerance = 1e-3 if base.dtype == torch.float32 else 0.1
-    error = ((ours - expected).abs().max() / expected.abs().max().clamp_min(1.0)).item()
-    if not error <= tolerance:
-        raise Unsupported(
-            f"base {base.name!r} ({type(base.model).__name__}): a packed stream gives other logits "
-            f"than the model alone (relative difference {error:.1e}); it is not supported"
-        )

@@ -34,6 +34,7 @@ SPECS = {
 Outcome = tuple[ForwardBackwardResult, torch.Tensor]
 TOLERANCE = 1e-5
 CAPPED = "gemma2"  # this family caps its logits
+SCALED = "cohere"  # and this one multiplies them
 
 
 @pytest.fixture(params=["whole", "chunks"])
@@ -83,7 +84,7 @@ def assert_same(one: Outcome, other: Outcome) -> None:
 
 @pytest.mark.parametrize("name", ["all", "head", "only-head"])
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("family", ["llama", CAPPED])
+@pytest.mark.parametrize("family", ["llama", CAPPED, SCALED])
 @pytest.mark.usefixtures("chunks")
 def test_in_company_each_loss_is_autograds_and_its_own(tiny, family: str, loss: str, name: str):
     engine = crowd(tiny(family), token_budget=512)
@@ -136,7 +137,7 @@ def plain(rows: int = 40) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, VOCAB, rows), rng.normal(size=rows)
 
 
-@pytest.mark.parametrize("family", ["llama", CAPPED])
+@pytest.mark.parametrize("family", ["llama", CAPPED, SCALED])
 @pytest.mark.usefixtures("chunks")
 def test_one_of_one_is_one(tiny, family: str):
     """[N, 1] has the bits of [N], and its own shape; so has [N, K] whose others weigh nothing."""

@@ -24,6 +24,21 @@ def test_a_base_knows_itself(tiny):
     assert open_base(tiny("gemma2")).head.softcap == 5.0
 
 
+@pytest.mark.parametrize(
+    ("family", "fields", "factor"),
+    [
+        ("llama", {}, 1.0),
+        ("llama", {"logits_scaling": 4.0}, 1.0),  # a field that this family does not read
+        ("granite", {"logits_scaling": 8.0}, 1 / 8),
+        ("hyperclovax", {"logits_scaling": 8.0}, 8.0),  # the same field, the other way
+        ("cohere", {"logit_scale": 0.0625}, 0.0625),
+        ("gemma2", {}, 1.0),
+    ],
+)
+def test_the_logits_factor_is_found_by_asking_the_model(tiny, family: str, fields, factor: float):
+    assert open_base(tiny(family, **fields)).head.factor == factor
+
+
 def test_what_cannot_be_opened_says_what_can(tmp_path: Path):
     with pytest.raises(BaseModelError) as caught:
         open_base(tmp_path / "nowhere")
@@ -38,7 +53,9 @@ def test_linear_layers_are_grouped_by_the_tensor_they_read(tiny, family: str):
         groups.setdefault(linear.group, []).append(linear.name.rpartition(".")[2])
     fused = [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]]
     apart = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
-    layers = (fused if family == "phi3" else apart) * 3
+    # Attention and MLP side by side.
+    parallel = [["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ["o_proj"], ["down_proj"]]
+    layers = {"phi3": fused, "cohere": parallel}.get(family, apart) * 3
     assert [sorted(g) for g in groups.values()] == [sorted(g) for g in [*layers, ["lm_head"]]]
     assert [linear.is_head for linear in found] == [False] * (len(found) - 1) + [True]
     assert found[0].name.startswith("model.layers.0.")
