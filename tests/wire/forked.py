@@ -154,7 +154,7 @@ def hear(connection: socket.socket) -> tuple[Any, list[int]]:
 def _nurse(connection: socket.socket) -> None:
     import manylora.service.run  # noqa: F401
     from manylora.cli.main import main
-    from manylora.models.base import open_base
+    from manylora.models.opening import open_base
     from manylora.processes import starting
 
     assert callable(starting.launch_here)  # what a server starts its engine's processes with

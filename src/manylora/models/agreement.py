@@ -5,18 +5,16 @@ T tokens, H hidden size, V vocabulary.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from manylora.models import attention
+from manylora.models.base import BaseModel
 from manylora.models.gathering import forget_forward
 from manylora.models.stream import PackedStream, packed, padded_rows
 from manylora.types import Unsupported
-
-if TYPE_CHECKING:
-    from manylora.models.base import BaseModel
 
 # Fields of a config that multiply or divide a family's logits; which, the name does not tell.
 LOGIT_FACTORS = (
@@ -28,7 +26,7 @@ LOGIT_FACTORS = (
 
 
 @torch.no_grad()
-def check_agreement(base: "BaseModel") -> None:
+def check_agreement(base: BaseModel) -> None:
     """Find the head's factor, then compare a packed stream with transformers' own forward.
 
     Raises:
@@ -53,7 +51,7 @@ def check_agreement(base: "BaseModel") -> None:
         )
 
 
-def _logit_factor(base: "BaseModel", tokens: Tensor, stock_TV: Tensor) -> float:
+def _logit_factor(base: BaseModel, tokens: Tensor, stock_TV: Tensor) -> float:
     """Of the factors that the config names, and 1, the one that gives the stock logits."""
     config: Any = base.model.config.get_text_config()
     named = [getattr(config, field, None) for field in LOGIT_FACTORS]
@@ -71,7 +69,7 @@ def _logit_factor(base: "BaseModel", tokens: Tensor, stock_TV: Tensor) -> float:
 
 
 @contextmanager
-def _eager(base: "BaseModel") -> Iterator[None]:
+def _eager(base: BaseModel) -> Iterator[None]:
     """Attention as transformers does it, without a kernel of its own kind."""
     base.model.set_attn_implementation("eager")
     try:
@@ -80,13 +78,13 @@ def _eager(base: "BaseModel") -> Iterator[None]:
         base.model.set_attn_implementation(attention.NAME)
 
 
-def _stock(base: "BaseModel", tokens: Tensor) -> Tensor:
+def _stock(base: BaseModel, tokens: Tensor) -> Tensor:
     output = base.model(input_ids=tokens.unsqueeze(0), use_cache=False)
     forget_forward(base.backbone)
     return base.joined(output.logits[0].float())
 
 
-def _streamed(base: "BaseModel", sequences: Sequence[Tensor]) -> Tensor:
+def _streamed(base: BaseModel, sequences: Sequence[Tensor]) -> Tensor:
     lengths = [len(tokens) for tokens in sequences]
     total = padded_rows(sum(lengths))
     tokens_T = torch.zeros(total, dtype=torch.long, device=base.device)
