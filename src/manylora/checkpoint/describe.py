@@ -1,16 +1,13 @@
 """What lies in an adapter's folder: read from headers and JSON, and verified where it can be."""
 
-import json
 import math
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from manylora.checkpoint import peft_files, training_state
 from manylora.checkpoint.manifest import JSON, MANIFEST, MERGED, SIDECAR, read_object, verify
+from manylora.checkpoint.tensors import read_tensors
 from manylora.types import CheckpointDamaged, CheckpointError
-
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 # All are always there; those that do not apply are None.
 _FIELDS = (
@@ -91,7 +88,7 @@ def _fill_factors(report: dict[str, JSON], factors: Iterable[Mapping[str, JSON]]
 
 
 def _fill_peft(folder: Path, report: dict[str, JSON]) -> None:
-    config = read_object(folder / peft_files.CONFIG)
+    config = read_object(folder / peft_files.CONFIG, peft_files.MAX_CONFIG_BYTES)
     report["base"] = config.get("base_model_name_or_path")
     report["rank"], report["alpha"] = config.get("r"), config.get("lora_alpha")
     report["use_rslora"] = config.get("use_rslora", False)
@@ -129,19 +126,7 @@ def _fill_tensors(report: dict[str, JSON], tensors: Iterable[tuple[str, tuple[in
 
 def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Key → (dtype, shape) of a safetensors file, without reading its tensors."""
-    try:
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            if size > _MAX_HEADER_BYTES:
-                raise ValueError(f"its header claims {size} bytes")
-            header = json.loads(file.read(size))
-        return {
-            key: (str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
-            for key, entry in header.items()
-            if key != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointDamaged(f"{path} is no safetensors file: {error}") from error
+    return {key: (tensor.dtype, tensor.shape) for key, tensor in read_tensors(path).items()}
 
 
 def _object(value: JSON) -> dict[str, JSON]:

@@ -24,6 +24,10 @@ MERGED = "merged-model"
 
 _CHUNK_BYTES = 1 << 20
 
+# Of a JSON file: the layout of a model with a hundred thousand layers, and no more.
+MAX_JSON_BYTES = 32 << 20
+MAX_DEPTH = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -97,14 +101,15 @@ def verify(folder: Path, name: str = MANIFEST, *, kind: str | None = None) -> Ma
     return manifest
 
 
-def read_object(path: Path) -> dict[str, JSON]:
+def read_object(path: Path, most_bytes: int = MAX_JSON_BYTES) -> dict[str, JSON]:
     """The JSON object in a file.
 
     Raises:
-        CheckpointDamaged: the file is missing, unreadable, or no JSON object.
+        CheckpointDamaged: the file is missing, unreadable, too large, or no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(_text(path, most_bytes))
+        _check_depth(value)
     except FileNotFoundError as error:
         raise CheckpointDamaged(f"{path.parent} is incomplete: {path.name} is missing") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -112,6 +117,31 @@ def read_object(path: Path) -> dict[str, JSON]:
     if not isinstance(value, dict):
         raise CheckpointDamaged(f"{path} is not a JSON object")
     return value
+
+
+def _text(path: Path, most_bytes: int) -> str:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"it has more than {most_bytes:,} bytes")
+    return content.decode()
+
+
+def _check_depth(value: object) -> None:
+    layer: list[object] = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[object] = []
+        for item in layer:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        if not inner:
+            return
+        layer = inner
+    raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
 
 
 def sha256_of(path: Path) -> str:
@@ -138,6 +168,8 @@ def _record(manifest: Path, path: str, record: JSON) -> tuple[int, str]:
 
 def _fault(path: Path, size: int, digest: str) -> str | None:
     try:
+        if path.exists() and not path.is_file():
+            return "is no file"
         found = path.stat().st_size
         if found != size:
             return f"has {found} bytes instead of {size}"

@@ -6,15 +6,22 @@ by `re.fullmatch`, and a pattern of `rank_pattern` / `alpha_pattern` by `(.*\\.)
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from manylora.checkpoint.manifest import JSON
-from manylora.lora.sites import Site
+from manylora.lora.sites import Site, endings_of
 from manylora.types import ALL_LINEAR, CheckpointDamaged, Unsupported
+from manylora.types.patterns import BadPattern, Matching, compiled, shown
 
 Number = TypeVar("Number", int, float)
+
+# What PEFT makes of a pattern of ranks or alphas and of `layers_pattern`, and takes without one.
+_PATTERN = r"(.*\.)?({})$"
+_LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<index>\d+)\."
+_ANY_LIST = r".*?\.[^.]*\.(?P<index>\d+)\."
 
 # Fields that are understood here, or that say nothing about what the adapter computes.
 _KNOWN = {
@@ -55,8 +62,13 @@ _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """The fields of an `adapter_config.json` that decide what the adapter computes."""
+    """The fields of an `adapter_config.json` that decide what the adapter computes.
 
+    Its patterns are matched within bounds (see `types.patterns`); one that is beyond them raises
+    `CheckpointDamaged`, which names `where` and the field.
+    """
+
+    where: str
     rank: int
     alpha: float
     rank_pattern: dict[str, int]
@@ -68,36 +80,62 @@ class PeftConfig:
     excluded: str | frozenset[str]
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
+    _matching: Matching = field(default_factory=Matching, compare=False, repr=False)
 
     def rank_of(self, name: str) -> int:
         """The rank of the module of that path."""
-        return _pattern_value(self.rank_pattern, name, self.rank)
+        return self._pattern_value("rank_pattern", self.rank_pattern, name, self.rank)
 
     def alpha_of(self, name: str) -> float:
         """The alpha of the module of that path."""
-        return _pattern_value(self.alpha_pattern, name, self.alpha)
+        return self._pattern_value("alpha_pattern", self.alpha_pattern, name, self.alpha)
 
     def adapts(self, site: Site) -> bool:
         """Whether PEFT would put factors on `site`."""
-        if _matches(self.excluded, site.name):
+        if self._matches("exclude_modules", self.excluded, site.name):
             return False
         if isinstance(self.targets, str):
             if self.targets.lower() == ALL_LINEAR:
                 return not site.is_head
-            return _matches(self.targets, site.name)
+            return self._matches("target_modules", self.targets, site.name)
         names = self.targets or frozenset()
         # A module that is named in full is adapted whatever the layer.
         return site.name in names or (
-            _matches(names, site.name) and self._layer_is_adapted(site.name)
+            _is_named(names, site.name) and self._layer_is_adapted(site.name)
         )
 
     def _layer_is_adapted(self, name: str) -> bool:
         if not self.layers:
             return True
-        patterns = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in self.layers_pattern]
-        matches = (_compiled(p).match(name) for p in patterns or [r".*?\.[^.]*\.(?P<index>\d+)\."])
-        first = next((match for match in matches if match), None)
-        return first is not None and int(first["index"]) in self.layers
+        for pattern in self.layers_pattern or [_ANY_LIST]:
+            written = pattern if pattern is _ANY_LIST else _LAYERS_PATTERN.format(pattern)
+            with self._named("layers_pattern", pattern):
+                match = self._matching.start(written, name)
+            if match:
+                return int(match["index"]) in self.layers
+        return False
+
+    def _pattern_value(
+        self, key: str, patterns: Mapping[str, Number], name: str, default: Number
+    ) -> Number:
+        for pattern, value in patterns.items():
+            with self._named(key, pattern):
+                if self._matching.start(_PATTERN.format(pattern), name):
+                    return value
+        return patterns.get(name, default)
+
+    def _matches(self, key: str, targets: str | Set[str], name: str) -> bool:
+        if not isinstance(targets, str):
+            return _is_named(targets, name)
+        with self._named(key, targets):
+            return self._matching.full(targets, name)
+
+    @contextmanager
+    def _named(self, key: str, pattern: str) -> Iterator[None]:
+        try:
+            yield
+        except BadPattern as error:
+            raise CheckpointDamaged(f"{self.where}: {key} is {shown(pattern)}; {error}") from error
 
 
 def parse_config(fields: Mapping[str, JSON], where: str) -> PeftConfig:
@@ -115,8 +153,12 @@ def parse_config(fields: Mapping[str, JSON], where: str) -> PeftConfig:
         raise Unsupported(f"{where} asks for what manylora does not do: {'; '.join(refused)}")
     taker = _Taker(fields, where)
     targets, excluded = taker.names("target_modules"), taker.names("exclude_modules") or ()
-    layers_pattern = taker.names("layers_pattern") or ()
+    listed = taker.names("layers_pattern") or ()
+    layers_pattern = (listed,) if isinstance(listed, str) else listed
+    for pattern in layers_pattern:
+        taker.require_regex("layers_pattern", pattern, _LAYERS_PATTERN)
     return PeftConfig(
+        where=where,
         rank=taker.rank("r", fields.get("r")),
         alpha=taker.number("lora_alpha", fields.get("lora_alpha")),
         rank_pattern=taker.pattern("rank_pattern", taker.rank),
@@ -127,7 +169,7 @@ def parse_config(fields: Mapping[str, JSON], where: str) -> PeftConfig:
         targets=frozenset(targets) if isinstance(targets, tuple) else targets,
         excluded=frozenset(excluded) if isinstance(excluded, tuple) else excluded,
         layers=taker.indices("layers_to_transform"),
-        layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern,
+        layers_pattern=layers_pattern,
     )
 
 
@@ -143,7 +185,7 @@ def exact_targets(chosen: set[str], sites: Sequence[Site]) -> str | tuple[str, .
         names.update(
             [leaf] if all(name in chosen for name in alike) else chosen.intersection(alike)
         )
-    if all((site.name in chosen) == _matches(names, site.name) for site in sites):
+    if all((site.name in chosen) == _is_named(names, site.name) for site in sites):
         return tuple(sorted(names))
     return "|".join(re.escape(name) for name in sorted(chosen))
 
@@ -184,23 +226,9 @@ def _refusals(fields: Mapping[str, JSON]) -> list[str]:
     return found
 
 
-def _pattern_value(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
-    for pattern, value in patterns.items():
-        if _compiled(rf"(.*\.)?({pattern})$").match(name):
-            return value
-    return patterns.get(name, default)
-
-
-def _matches(targets: str | Set[str], name: str) -> bool:
-    if isinstance(targets, str):
-        return _compiled(targets).fullmatch(name) is not None
+def _is_named(targets: Set[str], name: str) -> bool:
     # Looking up the name's endings costs the same for ten targets and for ten thousand.
-    parts = name.split(".")
-    return any(".".join(parts[start:]) in targets for start in range(len(parts)))
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)  # keeps its own cache
+    return any(ending in targets for ending in endings_of(name))
 
 
 class _Taker:
@@ -225,14 +253,14 @@ class _Taker:
         if not isinstance(value, dict):
             raise self._wrong(name, value, "an object")
         for pattern in value:
-            self._require_regex(name, pattern)
+            self.require_regex(name, pattern, _PATTERN)
         return {pattern: take(f"{name}[{pattern!r}]", item) for pattern, item in value.items()}
 
     def names(self, name: str) -> str | tuple[str, ...] | None:
         """A list of names, or a string that is a regular expression."""
         value = self._fields.get(name)
         if value is None or isinstance(value, str):
-            self._require_regex(name, value or "")
+            self.require_regex(name, value or "", "{}")
             return value
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self._wrong(name, value, "a string or a list of strings")
@@ -248,11 +276,14 @@ class _Taker:
             raise self._wrong(name, value, "a layer's number or a list of them")
         return value
 
-    def _require_regex(self, name: str, text: str) -> None:
+    def require_regex(self, name: str, text: str, within: str) -> None:
+        """`within` is what PEFT puts around it."""
         try:
-            re.compile(text)
-        except re.error as error:
+            compiled(text)
+            compiled(within.format(text))
+        except BadPattern as error:
             raise self._wrong(name, text, f"a regular expression ({error})") from error
 
     def _wrong(self, name: str, value: JSON, right: str) -> CheckpointDamaged:
-        return CheckpointDamaged(f"{self._where}: {name} is {value!r}; it must be {right}")
+        text = shown(value) if isinstance(value, str) else repr(value)[:200]
+        return CheckpointDamaged(f"{self._where}: {name} is {text}; it must be {right}")

@@ -49,6 +49,7 @@ from manylora.types.adapter import DType
 
 KIND = "peft-adapter"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MAX_CONFIG_BYTES = 4 << 20
 
 _KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
 # PEFT saves the frozen weight along when the output head is a target.
@@ -150,7 +151,7 @@ def import_peft(
     folder = Path(folder)
     if (folder / SIDECAR).is_file():
         _verify_sidecar(folder)
-    config = parse_config(read_object(folder / CONFIG), str(folder / CONFIG))
+    config = parse_config(read_object(folder / CONFIG, MAX_CONFIG_BYTES), str(folder / CONFIG))
     tensors = _read_tensors(folder)
     factors, copies = _sort_keys(folder, tensors, sites, config)
     _refuse_dtypes(folder, tensors)

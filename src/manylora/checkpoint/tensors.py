@@ -3,15 +3,15 @@
 numpy has no bf16. Its numbers are the upper halves of fp32 numbers, and are kept as uint16.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, TensorSpec, deserialize, safe_open, serialize_file
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from manylora.lora.state import Floats
 from manylora.types import CheckpointDamaged, CheckpointMismatch
@@ -29,18 +29,24 @@ DTYPES = tuple(_FORMATS)
 _BF16_NAN = 0x7FC0
 
 
+# Of a header: what the library takes is 100 MB, which as objects are more than a gigabyte.
+MAX_HEADER_BYTES = 16 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class FileTensor:
-    """A tensor as its file has it.
+    """A tensor in a file; nothing of it is in memory.
 
     Attributes:
         dtype: as safetensors calls it (`F32`, `I64`, …).
-        data: its bytes, row-major.
+        start, stop: where its bytes lie in the file, row-major.
     """
 
+    path: Path
     dtype: str
     shape: tuple[int, ...]
-    data: bytearray
+    start: int
+    stop: int
 
     @property
     def known(self) -> DType | None:
@@ -48,10 +54,23 @@ class FileTensor:
         return next((name for name, (_, read, _) in _FORMATS.items() if read == self.dtype), None)
 
     def fp32(self) -> Floats:
-        """Its numbers, exactly. Its dtype must be one of ours."""
+        """Its numbers, exactly, in memory of their own. Its dtype must be one of ours.
+
+        Raises:
+            CheckpointDamaged: the file was cut in the meantime.
+        """
         dtype = self.known
         assert dtype is not None
-        return decoded(np.frombuffer(self.data, _FORMATS[dtype][2]), dtype).reshape(self.shape)
+        in_memory = np.dtype(_FORMATS[dtype][2])
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start)
+                numbers = np.fromfile(
+                    file, in_memory, (self.stop - self.start) // in_memory.itemsize
+                )
+            return decoded(numbers, dtype).reshape(self.shape)
+        except (OSError, ValueError) as error:
+            raise CheckpointDamaged(f"{self.path} cannot be read: {error}") from error
 
 
 def encoded(values: Floats, dtype: DType) -> Encoded:
@@ -104,38 +123,48 @@ def write_tensors(
     serialize_file(specs, path, metadata=metadata)
 
 
-def read_fp32(path: Path) -> dict[str, Floats]:
+def read_fp32(
+    path: Path, check: Callable[[Mapping[str, FileTensor]], None] = lambda tensors: None
+) -> dict[str, Floats]:
     """Every tensor of a file that holds nothing but fp32, in memory of its own.
+
+    Args:
+        check: is shown what the file has before anything of it is read.
 
     Raises:
         CheckpointDamaged: it is missing, or no safetensors file.
         CheckpointMismatch: a tensor is of another dtype.
     """
-    tensors: dict[str, Floats] = {}
-    try:
-        with safe_open(path, framework="np") as file:
-            for key in file.keys():  # noqa: SIM118 - it is no mapping
-                dtype = file.get_slice(key).get_dtype()
-                if dtype != _FORMATS["fp32"][1]:
-                    raise CheckpointMismatch(f"{path}: {key} is {dtype}; only F32 belongs there")
-                # What the library gives may be the file itself, mapped into memory.
-                tensors[key] = file.get_tensor(key).copy()
-    except (OSError, SafetensorError) as error:
-        raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
-    return tensors
+    tensors = read_tensors(path)
+    for key, tensor in tensors.items():
+        if tensor.known != "fp32":
+            raise CheckpointMismatch(f"{path}: {key} is {tensor.dtype}; only F32 belongs there")
+    check(tensors)
+    return {key: tensor.fp32() for key, tensor in tensors.items()}
 
 
 def read_tensors(path: Path) -> dict[str, FileTensor]:
-    """Every tensor of a file by name, in the order of names, in memory of its own.
+    """What tensors a file has, by name and in the order of names; their numbers are not read.
+
+    The header is held against the file: its length, and whether the tensors' bytes fill the rest.
 
     Raises:
         CheckpointDamaged: it is missing, or no safetensors file.
     """
     try:
-        found = deserialize(path.read_bytes())
-    except (OSError, SafetensorError) as error:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > MAX_HEADER_BYTES:
+                raise ValueError(
+                    f"its header claims {size:,} bytes, more than {MAX_HEADER_BYTES:,}"
+                )
+            with safe_open(path, framework="np"):  # knows what a right header is
+                header = json.loads(file.read(size))
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
-    return {
-        key: FileTensor(value["dtype"], tuple(value["shape"]), value["data"])
-        for key, value in sorted(found, key=itemgetter(0))
-    }
+    found = {}
+    for key, entry in sorted(header.items()):
+        if key != "__metadata__":
+            first, last = (8 + size + offset for offset in entry["data_offsets"])
+            found[key] = FileTensor(path, entry["dtype"], tuple(entry["shape"]), first, last)
+    return found

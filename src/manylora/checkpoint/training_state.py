@@ -20,7 +20,7 @@ import numpy as np
 
 from manylora.checkpoint.atomic import clean_strays, logger, write_folder
 from manylora.checkpoint.manifest import JSON, read_object, verify
-from manylora.checkpoint.tensors import read_fp32, write_tensors
+from manylora.checkpoint.tensors import FileTensor, read_fp32, write_tensors
 from manylora.lora.layout import Factor, Layout
 from manylora.lora.state import AdapterState, Floats
 from manylora.types import (
@@ -179,7 +179,7 @@ def _vectors(state: AdapterState) -> dict[str, Floats]:
         vector: Floats | None = getattr(state, name)
         if vector is None:
             continue
-        wanted = _wanted_shape(name, vector, state.layout.num_params)
+        wanted = _wanted_shape(name, vector.shape, state.layout.num_params)
         if vector.dtype != np.float32 or vector.shape != wanted:
             raise SaveFailed(
                 f"{name} is {vector.dtype} {list(vector.shape)}; "
@@ -191,25 +191,28 @@ def _vectors(state: AdapterState) -> dict[str, Floats]:
 
 
 def _read_vectors(path: Path, num_params: int) -> dict[str, Floats]:
-    vectors = read_fp32(path)
-    if "weights" not in vectors or set(vectors) - set(_VECTORS):
-        raise CheckpointMismatch(f"{path} holds {sorted(vectors)}; expected some of {_VECTORS}")
+    def check(tensors: Mapping[str, FileTensor]) -> None:
+        if "weights" not in tensors or set(tensors) - set(_VECTORS):
+            raise CheckpointMismatch(f"{path} holds {sorted(tensors)}; expected some of {_VECTORS}")
+        for name, tensor in tensors.items():
+            wanted = _wanted_shape(name, tensor.shape, num_params)
+            # One share is written as the vector that it is.
+            if tensor.shape != wanted and not (name == "grad" and tensor.shape == wanted[1:]):
+                raise CheckpointMismatch(
+                    f"{path}: {name} is {list(tensor.shape)}, its layout needs {list(wanted)}"
+                )
+
+    vectors = read_fp32(path, check)
     if "grad" in vectors and vectors["grad"].ndim == 1:
         vectors["grad"] = vectors["grad"][None]
-    for name, vector in vectors.items():
-        wanted = _wanted_shape(name, vector, num_params)
-        if vector.shape != wanted:
-            raise CheckpointMismatch(
-                f"{path}: {name} is {list(vector.shape)}, its layout needs {list(wanted)}"
-            )
     return vectors
 
 
-def _wanted_shape(name: str, vector: Floats, num_params: int) -> tuple[int, ...]:
+def _wanted_shape(name: str, shape: tuple[int, ...], num_params: int) -> tuple[int, ...]:
     """[P]; of a gradient [S, P] with as many shares as it has, but one at least."""
     if name != "grad":
         return (num_params,)
-    return max(1, len(vector) if vector.ndim == 2 else 1), num_params
+    return max(1, shape[0] if len(shape) == 2 else 1), num_params
 
 
 def _require_json(value: object, where: str) -> None:

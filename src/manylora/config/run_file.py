@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from manylora.types import ALL_LINEAR, AdamParams, AdapterSpec
 from manylora.types.base import Quantization
 from manylora.types.mesh import MeshShape
+from manylora.types.patterns import BadPattern, compiled, shown
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -58,9 +59,11 @@ def _problem(message: str, *within: str | int) -> PydanticCustomError:
 
 def _check_regex(pattern: str) -> None:
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise _problem(f"{pattern!r} is not a regular expression: {error}") from error
+        compiled(pattern)
+    except BadPattern as error:
+        raise _problem(
+            f"{shown(pattern)} is not a regular expression that can be used: {error}"
+        ) from error
 
 
 Flag = Annotated[bool, BeforeValidator(_yaml_11_word)]

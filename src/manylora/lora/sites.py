@@ -3,14 +3,14 @@
 K input features, N output features.
 """
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from manylora.types import ALL_LINEAR, AdapterSpec, TargetError
 from manylora.types.mesh import Split
+from manylora.types.patterns import BadPattern, Matching, shown
 
 Value = TypeVar("Value")
 
@@ -55,26 +55,24 @@ def resolve_targets(spec: AdapterSpec, sites: Sequence[Site]) -> tuple[Target, .
     """The sites that `spec` names, in the order of `sites`.
 
     A leaf name matches a module path's end, a regular expression the whole path, and a pattern of
-    `rank_pattern` / `alpha_pattern` the path's end, all as in PEFT.
+    `rank_pattern` / `alpha_pattern` the path's end, all as in PEFT. Matching is bounded (see
+    `types.patterns`).
 
     Raises:
         TargetError: a name or pattern matches nothing; the message lists what could match.
     """
-    chosen = [site for site in sites if _is_target(spec.targets, site)]
-    names = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
-    for name in names:
-        if not any(
-            _is_target(name if isinstance(spec.targets, str) else (name,), s) for s in sites
-        ):
-            raise TargetError(
-                f"target {name!r} matches no linear layer of this base; {_candidates(sites)}"
-            )
+    matching = Matching()
+    chosen = [site for site in sites if _is_target(spec.targets, site, matching)]
+    for name in _idle_targets(spec.targets, chosen):
+        raise TargetError(
+            f"target {name!r} matches no linear layer of this base; {_candidates(sites)}"
+        )
     for field, patterns in (
         ("rank_pattern", spec.rank_pattern),
         ("alpha_pattern", spec.alpha_pattern),
     ):
         for pattern in patterns:
-            if not any(_ends_in(pattern, site.name, field) for site in chosen):
+            if not any(_ends_in(pattern, site.name, field, matching) for site in chosen):
                 raise TargetError(
                     f"{field} {pattern!r} matches none of the targeted layers; "
                     f"{_candidates(chosen)}"
@@ -82,37 +80,55 @@ def resolve_targets(spec: AdapterSpec, sites: Sequence[Site]) -> tuple[Target, .
     return tuple(
         Target(
             site,
-            _override(spec.rank_pattern, site.name, spec.rank, "rank_pattern"),
-            _override(spec.alpha_pattern, site.name, spec.alpha, "alpha_pattern"),
+            _override(spec.rank_pattern, site.name, spec.rank, "rank_pattern", matching),
+            _override(spec.alpha_pattern, site.name, spec.alpha, "alpha_pattern", matching),
         )
         for site in chosen
     )
 
 
-def _is_target(targets: str | Iterable[str], site: Site) -> bool:
+def _is_target(targets: str | tuple[str, ...], site: Site, matching: Matching) -> bool:
     if targets == ALL_LINEAR:
         return not site.is_head
     if isinstance(targets, str):
-        return _compiled(targets, "targets").fullmatch(site.name) is not None
+        return _matched("targets", targets, matching, targets, site.name)
     return any(site.name == t or site.name.endswith(f".{t}") for t in targets)
 
 
-def _override(patterns: Mapping[str, Value], name: str, default: Value, field: str) -> Value:
+def _idle_targets(targets: str | tuple[str, ...], chosen: Sequence[Site]) -> list[str]:
+    """The targets that name no site."""
+    if isinstance(targets, str):
+        return [] if chosen else [targets]
+    endings = {ending for site in chosen for ending in endings_of(site.name)}
+    return [target for target in targets if target not in endings]
+
+
+def endings_of(name: str) -> list[str]:
+    """A module path and its endings: `a.b.c`, `b.c`, `c`."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _override(
+    patterns: Mapping[str, Value], name: str, default: Value, field: str, matching: Matching
+) -> Value:
     for pattern, value in patterns.items():
-        if _ends_in(pattern, name, field):
+        if _ends_in(pattern, name, field, matching):
             return value
     return default
 
 
-def _ends_in(pattern: str, name: str, field: str) -> bool:
-    return _compiled(rf"(.*\.)?({pattern})", field).fullmatch(name) is not None
+def _ends_in(pattern: str, name: str, field: str, matching: Matching) -> bool:
+    return _matched(field, pattern, matching, rf"(.*\.)?({pattern})", name)
 
 
-def _compiled(pattern: str, field: str) -> re.Pattern[str]:
+def _matched(field: str, written: str, matching: Matching, pattern: str, name: str) -> bool:
     try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise TargetError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
+        return matching.full(pattern, name)
+    except BadPattern as error:
+        raise TargetError(
+            f"{field}: {shown(written)} is not a regular expression that can be used: {error}"
+        ) from error
 
 
 def _candidates(sites: Sequence[Site]) -> str:

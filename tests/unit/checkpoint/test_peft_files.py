@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -264,3 +265,80 @@ def test_a_copy_of_the_head_is_compared_or_warned_of(folder: Path, caplog):
     assert "was not compared" in caplog.text
     with pytest.raises(CheckpointMismatch, match="another lm_head weight"):
         import_peft(folder, SITES, base_weight=lambda site: (head + 0.1).numpy())
+
+
+SLOW = r"((.|\w)*)*[0-9]"
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("target_modules", {"target_modules": SLOW}),
+        ("exclude_modules", {"exclude_modules": SLOW}),
+        ("rank_pattern", {"rank_pattern": {SLOW: 3}}),
+        ("alpha_pattern", {"alpha_pattern": {SLOW: 3}}),
+        ("layers_pattern", {"layers_pattern": [SLOW], "layers_to_transform": [0]}),
+    ],
+)
+def test_a_pattern_that_would_never_end_is_named(folder: Path, field: str, changes: dict):
+    change_config(folder, **changes)
+    with pytest.raises(CheckpointDamaged, match=f"adapter_config.json: {field} is .*too long"):
+        import_peft(folder, SITES)
+
+
+def sparse(folder: Path, num_bytes: int, shapes: dict[str, list[int]] | None = None) -> None:
+    """A weights file of so many bytes, nearly all of them a hole."""
+    rest = num_bytes // 4
+    header, place = {}, 0
+    for key, shape in (shapes or {"base_model.model.x.lora_A.weight": [rest]}).items():
+        end = place + 4 * int(np.prod(shape))
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header).encode()
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + place)
+
+
+def test_a_huge_file_that_does_not_fit_is_not_read(folder: Path):
+    sparse(folder, 40 << 30)
+    with pytest.raises(CheckpointMismatch, match="unexpected base_model"):
+        import_peft(folder, SITES)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xff\xff\xff\x00\x00\x00\x00" + b"{" * 64, "its header claims"),
+        ((1 << 23).to_bytes(8, "little") + b"{}", "cannot be read"),
+        ((2).to_bytes(8, "little") + b"{}" + b"\0" * 64, "cannot be read"),
+        ((30_000).to_bytes(8, "little") + b'{"a":' * 6000, "cannot be read"),
+    ],
+)
+def test_a_header_is_held_against_the_file(folder: Path, content: bytes, words: str):
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointDamaged, match=rf"adapter_model.safetensors .*{words}"):
+        import_peft(folder, SITES)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 200_000 + "]" * 200_000, "be read"),
+        ('{"a":' * 40 + "1" + "}" * 40, "nested deeper"),
+        ('{"a": "' + "x" * (5 << 20) + '"}', "more than"),
+        ('{"r": ' + "9" * 10_000 + "}", "be read"),
+    ],
+)
+def test_a_config_is_bounded(folder: Path, text: str, words: str):
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointDamaged, match=f"adapter_config.json cannot .*{words}"):
+        import_peft(folder, SITES)
+
+
+def test_a_pipe_is_not_waited_for(folder: Path):
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(CheckpointDamaged, match=name):
+            import_peft(folder, SITES)

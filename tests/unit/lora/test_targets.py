@@ -76,3 +76,18 @@ def test_what_matches_nothing_is_refused_with_candidates(sites, settings: dict, 
     for word in words:
         assert word in str(caught.value)
     assert isinstance(caught.value, ConfigError)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"targets": r"((.|\w)*)*[0-9]"},
+        {"rank_pattern": {r"((.|\w)*)*[0-9]": 3}},
+        {"alpha_pattern": {r"(?:(?:a{1000}){1000}){1000}": 3.0}},
+    ],
+)
+def test_a_pattern_is_matched_within_bounds(settings: dict):
+    (name,) = settings
+    sites = [Site(f"model.layers.{n}.self_attn." + "q" * 40, 8, 8, n) for n in range(30)]
+    with pytest.raises(TargetError, match=f"{name}: .*(too long|longer than)"):
+        resolve_targets(AdapterSpec(**settings), sites)
