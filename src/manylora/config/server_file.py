@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from manylora.config.run_file import Count, MeshText, Positive, Settings, Text
+from manylora.config.run_file import Count, Flag, MeshText, Positive, Settings, Text
 from manylora.types.base import Quantization
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -73,6 +73,8 @@ class ServerFile(Settings):
     """Tokens of one packed micro-batch; a longer sequence runs alone."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the base: `auto` is as stored."""
+    activation_checkpointing: Flag = False
+    """Compute activations twice to hold fewer of them in memory."""
     quantization: Quantization | None = None
     """Keep the weights of the base's linear layers in 4 bits (`nf4`) or 8 (`int8`); needs
     bitsandbytes."""

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from manylora.parallel import Axis, share
 from manylora.types import Unsupported
-from manylora.types.mesh import Split
+from manylora.types.mesh import MeshShape, Split
 
 KINDS: dict[str, Split] = {"colwise": "column", "rowwise": "row"}
 # Modules that every rank holds; the remark concerns gradients that a frozen base has not.
@@ -80,7 +80,7 @@ def split_model(model: Any, axis: Axis) -> dict[str, Part]:
     """
     if axis.size == 1:
         return {}
-    _check_sizes(model, axis)
+    MeshShape(tp=axis.size).check_split(model.config.get_text_config().to_dict(), _name(model))
     parts: dict[str, Part] = {}
     head = model.get_output_embeddings()
     kinds = _kinds(model)
@@ -152,17 +152,6 @@ def _kinds(model: Any) -> dict[str, Split]:
         named = [name for name, _ in model.named_modules() if matches(name)]
         kinds.update(dict.fromkeys(named, KINDS[kind]))
     return kinds
-
-
-def _check_sizes(model: Any, axis: Axis) -> None:
-    config = model.config.get_text_config()
-    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        count = getattr(config, field, None)
-        if isinstance(count, int) and count % axis.size:
-            raise Unsupported(
-                f"base {_name(model)}: tp={axis.size} does not divide its {field}, {count}; choose "
-                f"a tp that does, and dp for the other ranks"
-            )
 
 
 def _refusal(model: Any, reason: str) -> Unsupported:

@@ -1,5 +1,6 @@
 """Where an engine's processes come from: this machine, a Ray cluster, or somebody else's start."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,10 @@ from manylora.processes.group import EngineGroup, launch_here
 from manylora.processes.over_ray import OverRay
 from manylora.processes.routes import address_toward
 from manylora.processes.started import Meeting
+from manylora.types.mesh import MeshShape
+
+# The base that comes with the package.
+SEEDLING = "seedling"
 
 
 def start_group(
@@ -31,7 +36,9 @@ def start_group(
 
     Raises:
         ConfigError: there is no such cluster, or `engine_address` is not one of this machine.
+        Unsupported: the base's config says that this mesh cannot split it.
     """
+    check_split(opening.base, opening.mesh)
     if meeting is not None:
         return EngineGroup(opening, step_seconds=step_seconds, start=meeting, host=meeting.host)
     if ray is None:
@@ -48,6 +55,22 @@ def start_group(
     except BaseException:
         launcher.kill()
         raise
+
+
+def check_split(base: str, mesh: MeshShape) -> None:
+    """Refuse a `tp` that a base's config.json rules out, before a process is started or a weight
+    read. A base that is not on this machine, or has no such file, is left to those who open it.
+
+    Raises:
+        Unsupported
+    """
+    folder = Path(__file__).parents[1] / "models" / base if base == SEEDLING else Path(base)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config")
+    except (OSError, ValueError, AttributeError):
+        return
+    mesh.check_split({**config, **text} if isinstance(text, dict) else config, repr(base))
 
 
 def _wherever_it_runs(base: str) -> str:

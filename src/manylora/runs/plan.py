@@ -17,10 +17,12 @@ from manylora.config import AdapterEntry, RunFile
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.models import resolve_base
+from manylora.processes.starting import check_split
 from manylora.runs.encode import encode_source
 from manylora.runs.order import DataOrder, total_steps
 from manylora.runs.sources import read_source
 from manylora.types import BaseModelError, ConfigError, Datum, ManyloraError
+from manylora.types.mesh import MeshShape
 
 # Master weights, gradient and two moments, 4 bytes each; factors of another dtype are a copy.
 BYTES_PER_PARAM = {"fp32": 16, "bf16": 18, "fp16": 18}
@@ -82,9 +84,10 @@ def plan_run(run: RunFile) -> RunPlan:
     """Plan every adapter of a run.
 
     Raises:
-        BaseModelError, ConfigError, DataError: whatever would stop the run at its start.
+        BaseModelError, Unsupported, ConfigError, DataError: what would stop the run at its start.
     """
     folder = resolve_base(run.base)
+    check_split(run.base, MeshShape.parse(run.mesh))
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):

@@ -89,4 +89,5 @@ def opening_of(settings: ServerFile) -> Opening:
         base=settings.base, token_budget=settings.token_budget, dtype=settings.dtype,
         device=settings.device, threads=settings.threads, mesh=MeshShape.parse(settings.mesh),
         quantization=settings.quantization,
+        activation_checkpointing=settings.activation_checkpointing,
     )  # fmt: skip

@@ -1,12 +1,21 @@
 """The shape of a mesh: how many ranks, and along which axes; and how many such meshes."""
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from manylora.types.errors import ConfigError
+from manylora.types.errors import ConfigError, Unsupported
 
 AXES = ("replicas", "dp", "tp")
+
+# Sizes of a base that `tp` has to divide, and what they are called.
+SPLIT_SIZES = {
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "key-value heads",
+    "intermediate_size": "intermediate_size",
+}
 
 # How a linear layer is split over `tp`: by its outputs, by its inputs, or not at all.
 Split = Literal["whole", "column", "row"]
@@ -62,6 +71,32 @@ class MeshShape:
     def one(self) -> "MeshShape":
         """The mesh of one replica."""
         return MeshShape(self.dp, self.tp)
+
+    def check_split(self, sizes: Mapping[str, Any], base: str) -> None:
+        """Whether `tp` can split a base, by the sizes in its config alone.
+
+        Args:
+            sizes: the fields of its text config; those that are not there are not looked at.
+            base: what a message calls it.
+
+        Raises:
+            Unsupported: `tp` does not divide one of them; the message names the values that do.
+        """
+        found = {
+            words: sizes[field]
+            for field, words in SPLIT_SIZES.items()
+            if isinstance(sizes.get(field), int) and sizes[field] > 0
+        }
+        if all(count % self.tp == 0 for count in found.values()):
+            return
+        common = math.gcd(*found.values())
+        fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        told = ", ".join(f"{count:,} {words}" for words, count in found.items())
+        wrong = next(words for words, count in found.items() if count % self.tp)
+        raise Unsupported(
+            f"base {base}: tp={self.tp} does not divide its {wrong} (it has {told}); a tp that "
+            f"fits is one of {fitting}; take dp for the other ranks"
+        )
 
     def __str__(self) -> str:
         replicas = f"replicas={self.replicas}," if self.replicas > 1 else ""

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from manylora.config import load_server_file
+from manylora.service.engines import opening_of
 from manylora.types import ConfigError
 
 
@@ -30,3 +31,20 @@ def test_every_problem_is_named(tmp_path: Path) -> None:
     text = str(caught.value)
     assert f"{file}:3" in text and "did you mean host" in text
     assert f"{file}:4" in text and "must be ≥ 1" in text and "≤ 65535" in text
+
+
+def test_what_opens_the_engine_is_told() -> None:
+    # Others than the defaults: a setting that is not handed on shows.
+    settings = {
+        "token_budget": "77", "dtype": "bf16", "device": "cpu", "threads": "3",
+        "quantization": "int8", "activation_checkpointing": "true",
+    }  # fmt: skip
+    given = [f"{name}={value}" for name, value in settings.items()]
+    server = load_server_file(None, ["base=seedling", "data_dir=here", *given])
+    opening = opening_of(server)
+    for name in settings:
+        assert (
+            getattr(opening, name)
+            == getattr(server, name)
+            != getattr(load_server_file(None, ["base=seedling", "data_dir=here"]), name)
+        )

@@ -1,5 +1,6 @@
 """An engine in a process of its own: the same numbers, and what happens when the process goes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from manylora.engine import Engine
-from manylora.processes import EngineGroup, RemoteEngine, remote
+from manylora.processes import EngineGroup, RemoteEngine, remote, starting
 from manylora.processes.commands import Opening
 from manylora.types import (
     AdamParams,
@@ -30,6 +31,7 @@ from manylora.types import (
     Sample,
     SamplingParams,
     TargetError,
+    Unsupported,
     causal_datum,
 )
 from manylora.types.mesh import MeshShape
@@ -269,3 +271,17 @@ def test_no_process_outlives_the_one_that_it_serves(tiny: TinyBases) -> None:
     while any(runs(pid) for pid in family):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_tp_that_does_not_fit_starts_nothing(tmp_path: Path, monkeypatch, nested: bool):
+    def never(*_: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(starting, "launch_here", never)
+    sizes = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    # No weights lie there: they are not looked for.
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": sizes} if nested else sizes))
+    opening = Opening(str(tmp_path), 4096, "auto", "cpu", None, mesh=MeshShape(tp=2))
+    with pytest.raises(Unsupported, match=r"9 query heads, 3 key-value heads.*one of 1, 3;"):
+        starting.start_group(opening, step_seconds=60.0)

@@ -1,6 +1,6 @@
 import pytest
 
-from manylora.types import ConfigError
+from manylora.types import ConfigError, Unsupported
 from manylora.types.mesh import MeshShape
 
 
@@ -32,3 +32,13 @@ def test_anything_else_is_refused_with_an_example(text: str):
 def test_an_axis_has_at_least_one_rank():
     with pytest.raises(ConfigError, match="tp is 0"):
         MeshShape.parse("tp=0")
+
+
+def test_a_tp_that_does_not_fit_is_told_what_does():
+    sizes = {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
+    for tp in (1, 3):
+        MeshShape(tp=tp).check_split(sizes, "'smol'")
+    for tp in (2, 4, 6, 9):
+        with pytest.raises(Unsupported, match=r"9 query heads, 3 key-value heads.*one of 1, 3;"):
+            MeshShape(tp=tp).check_split(sizes, "'smol'")
+    MeshShape(tp=7).check_split({}, "a family that names its sizes otherwise")
