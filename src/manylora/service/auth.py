@@ -47,7 +47,7 @@ class OpenPaths:
     """
 
     exact: frozenset[str] = frozenset({"/healthz", "/readyz", "/openapi.json", "/api/v1/healthz"})
-    prefixes: tuple[str, ...] = ("/api/v1/external_weights/",)
+    prefixes: tuple[str, ...] = ("/api/v1/external_weights/", "/api/v1/archives/")
     local: frozenset[str] = frozenset({"/metrics"})
 
     def lets_in(self, path: str, client: str | None) -> bool:

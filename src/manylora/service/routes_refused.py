@@ -12,8 +12,6 @@ from manylora.types import Unsupported
 
 router = Routes(prefix="/api/v1", include_in_schema=False)
 
-ARCHIVE = "/training_runs/{model_id}/checkpoints/{kind}/{name}/archive"
-
 # method, path, what to do instead or why.
 REFUSED = (
     ("POST", "/forward", "use forward_backward with forward_only, as the SDK does since 0.25.0"),
@@ -22,8 +20,6 @@ REFUSED = (
     ("POST", "/join_sampling_session", "client/config switches this off"),
     ("POST", "/cancel_future", "client/dynamic_config switches this off"),
     ("POST", "/create_custom_loss", "custom losses run in the client; client/config says so"),
-    ("POST", "/copy_weights", "load the checkpoint and save it again"),
-    ("GET", ARCHIVE, "use save_weights_external and external_weights_urls"),
     ("GET", "/sessions", "list training runs instead"),
     ("GET", "/sessions/{session_id}", "list training runs instead"),
     ("PUT", "/sessions/{session_id}/project", "there are no projects"),

@@ -195,6 +195,24 @@ class LoadWeightsRequest(Request):
         return self.session_id is not None
 
 
+class CopyWeightsRequest(Request):
+    """POST copy_weights: into a slot of a session, or (of any project: there are none) by itself."""
+
+    source_path: Path
+    session_id: Identifier | None = None
+    model_seq_id: SequenceNumber | None = None
+    destination_project_id: Word | None = None
+    ttl_seconds: TTL | None = None
+    weights_access_token: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_destination(self) -> "CopyWeightsRequest":
+        slot = (self.session_id is not None, self.model_seq_id is not None)
+        if slot != (self.destination_project_id is None,) * 2:
+            raise ValueError("give destination_project_id, or session_id and model_seq_id")
+        return self
+
+
 class SaveWeightsRequest(Numbered):
     """POST save_weights."""
 

@@ -268,6 +268,12 @@ class WeightsInfo(Reply):
     train_attn: bool | None = None
 
 
+class CopyWeightsReply(Reply):
+    """The path of the copy."""
+
+    tinker_path: str
+
+
 class ExternalWeightsUrls(Reply):
     """One signed address for each file of an external checkpoint."""
 

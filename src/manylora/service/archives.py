@@ -1,0 +1,116 @@
+"""Archives: a checkpoint's adapter as one tar file of PEFT's files, made when it is fetched."""
+
+import shutil
+import tarfile
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import IO
+
+from anyio import to_thread
+
+from manylora.api.states import read_state, write_peft
+from manylora.service.errors import Backpressure
+from manylora.service.keeping import Keeping
+from manylora.service.parts import Parts
+from manylora.service.wire.paths import TinkerPath
+from manylora.store import CheckpointRow
+
+# Archives that are made or fetched at the same time; each takes its adapter's size on the disk.
+MOST_OPEN = 8
+CHUNK = 1 << 20
+SCRATCH = ".archive-"
+
+
+class Archive:
+    """A tar file without a name: nothing of it stays when it is closed, however that comes.
+
+    Attributes:
+        size: its bytes.
+    """
+
+    def __init__(self, file: IO[bytes], closed: Callable[[], None]):
+        """`file` is at its end; `closed` is called once, when the archive is closed."""
+        self.size = file.tell()
+        self._file = file
+        self._closed = closed
+        file.seek(0)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """What it holds, once; it is closed afterwards."""
+        try:
+            while chunk := await to_thread.run_sync(self._file.read, CHUNK):
+                yield chunk
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give its room back."""
+        if not self._file.closed:
+            self._file.close()
+            self._closed()
+
+
+class Archives:
+    """Makes archives of what `keeping` keeps."""
+
+    def __init__(self, parts: Parts, keeping: Keeping):
+        self._parts = parts
+        self._keeping = keeping
+        self._open = 0
+
+    async def check(self, tenant: str, path: TinkerPath) -> None:
+        """Raises NotFound: there is no such checkpoint for this tenant."""
+        await self._keeping.readable(tenant, path, path.kind)
+
+    async def open(self, tenant: str, path: TinkerPath) -> Archive:
+        """The archive of a checkpoint that the tenant may read; `chunks` has to be run to its end.
+
+        Raises:
+            NotFound: there is no such checkpoint. Backpressure: too many are open.
+            CheckpointDamaged, SaveFailed.
+        """
+        row = await self._keeping.readable(tenant, path, path.kind)
+        if self._open >= MOST_OPEN:
+            raise Backpressure(f"{MOST_OPEN} archives are being fetched; try again")
+        self._open += 1
+        try:
+            file = await to_thread.run_sync(self._packed, row)
+        except BaseException:
+            self._closed()
+            raise
+        return Archive(file, self._closed)
+
+    def _closed(self) -> None:
+        self._open -= 1
+
+    def _packed(self, row: CheckpointRow) -> IO[bytes]:
+        folder, engine = self._keeping.folder_of(row), self._parts.host.engine
+        if row.kind == "external_weights":
+            return _pack(folder, self._parts.folder)
+        state = read_state(engine, folder, called=row.path).state
+        with tempfile.TemporaryDirectory(dir=self._parts.folder, prefix=SCRATCH) as scratch:
+            peft = Path(scratch) / "peft"
+            write_peft(engine, peft, state)
+            return _pack(peft, self._parts.folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what archives of an earlier server left in the data directory when it was killed."""
+    for scratch in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _pack(folder: Path, place: Path) -> IO[bytes]:
+    """A folder's files as a tar: a nameless file on the disk of `place`, at its end."""
+    target = tempfile.TemporaryFile(dir=place)
+    with tarfile.open(fileobj=target, mode="w") as tar:
+        for file in sorted(folder.iterdir()):
+            if file.is_file():
+                info = tar.gettarinfo(str(file), arcname=file.name)
+                info.uid = info.gid = 0
+                info.uname = info.gname = ""
+                info.mode = 0o644
+                with file.open("rb") as content:
+                    tar.addfile(info, content)
+    return target
