@@ -1,12 +1,15 @@
 """The oldest supported SDK gets from the server what the newest gets."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import tinker
 
@@ -105,3 +108,6 @@ def test_the_oldest_sdk_gets_the_same_numbers(service: tinker.ServiceClient, ser
     assert topk is not None
     assert old["topk"] == [row if row is None else [list(pair) for pair in row] for row in topk]
     assert old["checkpoints"] == ["sampler_weights/old", "weights/old"]
+    archive = httpx.get(old["archive"], trust_env=False).content
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        assert "adapter_model.safetensors" in tar.getnames()

@@ -37,12 +37,9 @@ class Archive:
         file.seek(0)
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """What it holds, once; it is closed afterwards."""
-        try:
-            while chunk := await to_thread.run_sync(self._file.read, CHUNK):
-                yield chunk
-        finally:
-            self.close()
+        """What it holds, once."""
+        while chunk := await to_thread.run_sync(self._file.read, CHUNK):
+            yield chunk
 
     def close(self) -> None:
         """Give its room back."""
@@ -55,16 +52,15 @@ class Archives:
     """Makes archives of what `keeping` keeps."""
 
     def __init__(self, parts: Parts, keeping: Keeping):
+        """What a server that was killed left of its archives in the data directory is removed."""
+        for scratch in parts.folder.glob(f"{SCRATCH}*"):
+            shutil.rmtree(scratch, ignore_errors=True)
         self._parts = parts
         self._keeping = keeping
         self._open = 0
 
-    async def check(self, tenant: str, path: TinkerPath) -> None:
-        """Raises NotFound: there is no such checkpoint for this tenant."""
-        await self._keeping.readable(tenant, path, path.kind)
-
     async def open(self, tenant: str, path: TinkerPath) -> Archive:
-        """The archive of a checkpoint that the tenant may read; `chunks` has to be run to its end.
+        """The archive of a checkpoint that the tenant may read; whoever asks has to close it.
 
         Raises:
             NotFound: there is no such checkpoint. Backpressure: too many are open.
@@ -95,15 +91,9 @@ class Archives:
             return _pack(peft, self._parts.folder)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what archives of an earlier server left in the data directory when it was killed."""
-    for scratch in folder.glob(f"{SCRATCH}*"):
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def _pack(folder: Path, place: Path) -> IO[bytes]:
     """A folder's files as a tar: a nameless file on the disk of `place`, at its end."""
-    target = tempfile.TemporaryFile(dir=place)
+    target = tempfile.TemporaryFile(dir=place)  # noqa: SIM115 - the caller's to close
     with tarfile.open(fileobj=target, mode="w") as tar:
         for file in sorted(folder.iterdir()):
             if file.is_file():

@@ -6,13 +6,14 @@ raises exactly what a missing id raises (`errors.NotFound`, with the same words)
 they hand anything slow to a thread.
 """
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from manylora.service.errors import Category
 from manylora.service.wire.messages import (
+    CopyWeightsRequest,
     CreateModelRequest,
     CreateSamplingSessionRequest,
     CreateSessionRequest,
@@ -68,6 +69,24 @@ class Waiting:
 
 
 Outcome = Ready | Failed | Waiting
+
+
+class Archive(Protocol):
+    """A file that is made for one reader.
+
+    Attributes:
+        size: its bytes.
+    """
+
+    size: int
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """What it holds, once."""
+        ...
+
+    def close(self) -> None:
+        """Give its room back, read or not."""
+        ...
 
 
 class Hub(Protocol):
@@ -192,6 +211,16 @@ class Hub(Protocol):
     async def set_public(self, tenant: str, path: TinkerPath, public: bool) -> None: ...
 
     async def weights_info(self, tenant: str, path: TinkerPath) -> WeightsInfo: ...
+
+    async def copy_weights(
+        self, tenant: str, request: CopyWeightsRequest, path: TinkerPath, key: str | None
+    ) -> TinkerPath:
+        """Copy the checkpoint at `path`; the same `key` again gives the same copy."""
+        ...
+
+    async def archive(self, tenant: str, path: TinkerPath) -> Archive:
+        """A checkpoint's adapter as one tar of PEFT's files; whoever asks has to close it."""
+        ...
 
     async def external_files(self, tenant: str, path: TinkerPath) -> Mapping[str, Path]:
         """The files of an external checkpoint: name inside it → file on disk."""

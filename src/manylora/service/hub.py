@@ -8,7 +8,9 @@ import logging
 import time
 from contextlib import suppress
 
+from manylora.service.archives import Archives
 from manylora.service.contract import JSON_TYPE, Outcome, Waiting
+from manylora.service.copies import Copies
 from manylora.service.keeping import Keeping
 from manylora.service.missing import Missing
 from manylora.service.models import Models, seed_of
@@ -63,6 +65,8 @@ class TinkerHub(Shelves, Plain):
         self.parts = parts
         self.keeping = Keeping(parts.store, parts.folder, parts.settings)
         self.sessions = Sessions(parts.store, parts.clock)
+        self.copies = Copies(parts, self.keeping, self.sessions)
+        self.archives = Archives(parts, self.keeping)
         self.samplers = Samplers(parts, self.keeping)
         operations = Operations(parts, self.keeping, self.samplers.publish)
         self.models = Models(parts, operations)

@@ -5,35 +5,42 @@ A checkpoint's id holds a slash (`weights/step-1`), so its two halves are two pa
 
 import time
 from datetime import UTC, datetime
+from email.utils import formatdate
 from typing import Annotated
 
 from anyio import to_thread
 from fastapi import Depends, Query, Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, RedirectResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from manylora.service.contract import Archive
 from manylora.service.door import Routes, TheCaller, TheDoor, json_body, takes
 from manylora.service.errors import missing
 from manylora.service.signing import Grant
-from manylora.service.wire.messages import TTLRequest, WeightsInfoRequest
+from manylora.service.wire.messages import CopyWeightsRequest, TTLRequest, WeightsInfoRequest
 from manylora.service.wire.paths import TinkerPath, is_identifier
 from manylora.service.wire.replies import (
     CheckpointList,
+    CopyWeightsReply,
     Empty,
     ExternalWeightsUrls,
     TrainingRun,
     TrainingRunList,
     WeightsInfo,
 )
-from manylora.types import DataError
+from manylora.types import DataError, Unsupported
 
 router = Routes(prefix="/api/v1", tags=["checkpoints"])
 
 ONE = "/training_runs/{model_id}/checkpoints/{kind}/{name}"
 MOST = 1000
+# The name that a grant gives a checkpoint's archive; no file of PEFT's is called so.
+ARCHIVE = "archive.tar"
 
 Limit = Annotated[int, Query(ge=1, le=2**31 - 1)]
 Offset = Annotated[int, Query(ge=0, le=2**31 - 1)]
 Info = Annotated[WeightsInfoRequest, json_body(WeightsInfoRequest)]
+Copy = Annotated[CopyWeightsRequest, json_body(CopyWeightsRequest)]
 TTL = Annotated[TTLRequest, json_body(TTLRequest)]
 
 
@@ -48,6 +55,24 @@ def _path(model_id: str, kind: str, name: str) -> TinkerPath:
         return TinkerPath(_run(model_id), kind, name)  # type: ignore[arg-type]
     except DataError:
         raise missing("checkpoint") from None
+
+
+class ArchiveResponse(StreamingResponse):
+    """An archive as it is read; closed when its client has it, or has gone."""
+
+    def __init__(self, archive: Archive, name: str) -> None:
+        headers = {
+            "Content-Length": str(archive.size),
+            "Content-Disposition": f'attachment; filename="{name}"',
+        }
+        super().__init__(archive.chunks(), media_type="application/x-tar", headers=headers)
+        self._archive = archive
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._archive.close()
 
 
 Run = Annotated[str, Depends(_run)]
@@ -112,6 +137,41 @@ async def unpublish(caller: TheCaller, path: Path) -> Empty:
 async def weights_info(caller: TheCaller, message: Info) -> WeightsInfo:
     """What a checkpoint was trained on, and how."""
     return await caller.hub.weights_info(caller.tenant, TinkerPath.parse(message.tinker_path))
+
+
+@router.post("/copy_weights", openapi_extra=takes(CopyWeightsRequest))
+async def copy_weights(caller: TheCaller, message: Copy, request: Request) -> CopyWeightsReply:
+    """Copy a checkpoint into a training run of its own, which is not trained."""
+    token = request.headers.get("x-tinker-weights-access-token", message.weights_access_token)
+    if token is not None:
+        raise Unsupported("weights_access_token is not supported; publish the checkpoint instead")
+    path, key = TinkerPath.parse(message.source_path), request.headers.get("x-idempotency-key")
+    copy = await caller.hub.copy_weights(caller.tenant, message, path, key)
+    return CopyWeightsReply(tinker_path=str(copy))
+
+
+@router.get(f"{ONE}/archive", status_code=302, response_class=RedirectResponse)
+async def archive(caller: TheCaller, path: Path, request: Request) -> RedirectResponse:
+    """The address of a checkpoint's archive; who has it needs no key."""
+    await caller.hub.weights_info(caller.tenant, path)  # it is there, and the caller may read it
+    expires = int(time.time()) + caller.door.settings.url_seconds
+    token = caller.door.signer.token(Grant(caller.tenant, path, ARCHIVE, expires))
+    address = f"{str(request.base_url).rstrip('/')}{router.prefix}/archives/{token}"
+    return RedirectResponse(address, 302, {"Expires": formatdate(expires, usegmt=True)})
+
+
+@router.get(
+    "/archives/{token}",
+    response_class=Response,
+    responses={200: {"content": {"application/x-tar": {}}}},
+)
+async def fetch_archive(door: TheDoor, token: str) -> Response:
+    """A checkpoint's adapter as one tar of PEFT's files, by its signed address."""
+    grant = door.signer.grant(token)
+    if grant.file != ARCHIVE:
+        raise missing("file")
+    archive = await door.hub.archive(grant.tenant, grant.path)
+    return ArchiveResponse(archive, f"{grant.path.name}.tar")
 
 
 @router.get(f"{ONE}/external_weights_urls")

@@ -4,10 +4,13 @@ import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
+from manylora.service.archives import Archive, Archives
+from manylora.service.copies import Copies
 from manylora.service.keeping import Keeping
 from manylora.service.listing import listed, training_run, weights_info
 from manylora.service.models import Models
 from manylora.service.parts import Parts
+from manylora.service.wire.messages import CopyWeightsRequest
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.replies import (
     CheckpointList,
@@ -23,6 +26,8 @@ class Shelves:
 
     parts: Parts
     keeping: Keeping
+    copies: Copies
+    archives: Archives
     models: Models
 
     async def training_run(self, tenant: str, model_id: str) -> TrainingRun:
@@ -57,6 +62,14 @@ class Shelves:
             tenant, path, "weights", "sampler_weights", "external_weights"
         )
         return weights_info(row)
+
+    async def copy_weights(
+        self, tenant: str, request: CopyWeightsRequest, path: TinkerPath, key: str | None
+    ) -> TinkerPath:
+        return await self.copies.make(tenant, request, path, key)
+
+    async def archive(self, tenant: str, path: TinkerPath) -> Archive:
+        return await self.archives.open(tenant, path)
 
     async def external_files(self, tenant: str, path: TinkerPath) -> Mapping[str, Path]:
         return await self.keeping.external_files(tenant, path)

@@ -1,6 +1,6 @@
 """A hub in memory, with two tenants' things, that writes down what it is asked."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,25 @@ ADAPTER = plain.Adapter(
 )
 
 
+class FakeArchive:
+    """An archive of five bytes, which remembers whether it was closed."""
+
+    size = 5
+    closed = False
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        yield b"ar"
+        yield b"hiv"
+
+    def close(self) -> None:
+        self.closed = True
+
+
 class FakeHub:
     """`alice` owns a session, a model, a sampler and two checkpoints; nobody else owns any."""
 
     def __init__(self, files: Mapping[str, Path] | None = None) -> None:
+        self.archives: list[FakeArchive] = []
         self.asked: list[tuple[str, Any]] = []
         self.refused: list[tuple[str, str, int, ManyloraError]] = []
         self.files = dict(files or {})
@@ -210,6 +225,17 @@ class FakeHub:
     async def weights_info(self, tenant: str, path: TinkerPath) -> r.WeightsInfo:
         self._note(tenant, path, path == WEIGHTS, kind="checkpoint")
         return r.WeightsInfo(base_model="base", lora_rank=4)
+
+    async def copy_weights(
+        self, tenant: str, request: m.CopyWeightsRequest, path: TinkerPath, key: str | None
+    ) -> TinkerPath:
+        self._note(tenant, (request, path, key), path == WEIGHTS, kind="checkpoint")
+        return TinkerPath("c1:train:0", path.kind, path.name)
+
+    async def archive(self, tenant: str, path: TinkerPath) -> "FakeArchive":
+        self._note(tenant, path, path == WEIGHTS, kind="checkpoint")
+        self.archives.append(FakeArchive())
+        return self.archives[-1]
 
     async def external_files(self, tenant: str, path: TinkerPath) -> Mapping[str, Path]:
         self._note(tenant, path, path == EXTERNAL, kind="checkpoint")

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from email.utils import parsedate_to_datetime
 
 import pytest
 
@@ -47,6 +49,28 @@ def test_external_weights_can_be_downloaded_without_a_key(files):
     other = Client(application(hub), None)
     assert other.get(urls["adapter_model.safetensors"]).status_code == 404  # another secret
     assert alice.get(f"{PATH}/external_weights_urls").status_code == 404
+
+
+def test_an_archive_is_fetched_by_the_address_that_its_owner_is_sent_to(hub):
+    alice, bob = Client(application(hub)), Client(application(hub), "tml-bob")
+    assert bob.get(f"{PATH}/archive").status_code == 404
+    stranger = Client(alice.app, None)
+    assert stranger.get(f"{PATH}/archive").status_code == 401
+    sent = alice.get(f"{PATH}/archive")
+    assert sent.status_code == 302
+    left = parsedate_to_datetime(sent.headers["expires"]).timestamp() - time.time()
+    assert 3500 < left <= 3601
+    address = sent.headers["location"]
+    answer = stranger.get(address)
+    assert (answer.status_code, answer.content) == (200, b"arhiv")
+    assert answer.headers["content-length"] == "5"
+    assert answer.headers["content-type"] == "application/x-tar"
+    assert [archive.closed for archive in hub.archives] == [True]
+    for bad in (address[:-2], address.replace("archives/", "archives/a")):
+        assert stranger.get(bad).status_code == 404
+    # A grant for one file is none for another, and neither way.
+    token = address.rpartition("/")[2]
+    assert stranger.get(f"/api/v1/external_weights/{token}").status_code == 404
 
 
 def test_the_door_does_not_know_torch():

@@ -92,6 +92,12 @@ JSON_ROUTES = [
     ("PUT", f"{PATH}/ttl", {"ttl_seconds": None}, 404),
     ("POST", f"{PATH}/publish", None, 404),
     ("DELETE", f"{PATH}/publish", None, 404),
+    (
+        "POST",
+        "/api/v1/copy_weights",
+        {"source_path": str(WEIGHTS), "destination_project_id": "any"},
+        404,
+    ),
     ("POST", "/api/v1/weights_info", {"tinker_path": str(WEIGHTS)}, 404),
     (
         "GET",

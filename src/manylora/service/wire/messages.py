@@ -196,7 +196,8 @@ class LoadWeightsRequest(Request):
 
 
 class CopyWeightsRequest(Request):
-    """POST copy_weights: into a slot of a session, or (of any project: there are none) by itself."""
+    """POST copy_weights: into a slot of a session, or by itself. There are no projects: any name
+    of one is taken, and the copy is the caller's."""
 
     source_path: Path
     session_id: Identifier | None = None
