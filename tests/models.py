@@ -18,6 +18,9 @@ FAMILIES = (
     "granite",
     "cohere",
 )
+# Families that ask something odd of attention: a window that only the mask tells, two calls in each
+# layer, chunks.
+ODD = ("qwen2_moe", "diffllama", "cohere2", "llama4_text")
 VOCAB = 160
 
 # A window shorter than the sequences of the tests, and layers with it beside layers without.
@@ -37,6 +40,22 @@ PECULIARITIES: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 1.5,
         "residual_multiplier": 0.8,
         "attention_multiplier": 0.25,
+    },
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+    },
+    "cohere2": {"sliding_window": 8, "layer_types": SLIDING},
+    "llama4_text": {
+        "attention_chunk_size": 8,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 96,
+        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
     },
     "cohere": {"logit_scale": 0.4, "use_qk_norm": False},
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 16, "layer_types": SLIDING},
@@ -59,7 +78,7 @@ def tiny_config(family: str, **overrides: Any) -> Any:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if family not in ("phi3", "cohere"):
+    if family not in ("phi3", "cohere", "qwen2_moe", "diffllama"):
         fields["head_dim"] = 16
     return AutoConfig.for_model(family, **{**fields, **PECULIARITIES.get(family, {}), **overrides})
 

@@ -8,6 +8,7 @@ whole stream; elsewhere each run of equally long sequences is one call, and a se
 do not depend on the others of its run.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -17,9 +18,15 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from manylora.models.cache import CachedLayer, DecodeStep
+from manylora.models.sight import NAME, Sight
 from manylora.models.stream import PackedStream, current_stream
+from manylora.types import Unsupported
 
-NAME = "manylora"
+# What models hand on to whichever attention function is chosen, and what does not concern ours.
+IGNORED = {
+    *("position_ids", "cache_position", "use_cache", "past_key_values", "output_attentions"),
+    *("output_hidden_states", "output_router_logits", "num_items_in_batch"),
+}
 
 
 def packed_attention(
@@ -27,44 +34,70 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Sight | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of the stream.
 
     Args:
         query: [1, H, T, D]; key and value may have fewer heads.
-        sliding_window: a token sees this many tokens, itself included.
+        attention_mask: what a token sees; None = what `sliding_window` says.
+        sliding_window: a token sees this many tokens, itself included; a mask says it too, and goes
+            before, as in transformers' eager attention.
         softcap: scores become softcap·tanh(scores / softcap).
 
     Returns:
         [1, T, H, D], as transformers' attention interface asks, and no weights.
+
+    Raises:
+        Unsupported: the model asks for something else.
     """
     stream = current_stream()
     assert stream is not None, "packed attention outside a stream"
+    if others or dropout or is_causal is False:
+        _refuse_unknown(module, dropout, is_causal, others)
+    sight = Sight(sliding_window) if attention_mask is None else attention_mask
+    if not isinstance(sight, Sight):
+        raise Unsupported(f"{type(module).__name__} makes an attention mask of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
     cached = None
     if stream.decoding is not None:
-        layers = stream.decoding.rows.cache.layer(_layer(module), key, value)
+        layers = stream.decoding.rows.cache.layer(stream.next_call(), key, value)
         step = stream.decoding
-        out = decode_attention(query, key, value, step, layers, scale, sliding_window, softcap)
-        return out, None
+        return decode_attention(query, key, value, step, layers, scale, sight, softcap), None
     if stream.filling is not None:
-        cached = stream.filling.cache.layer(_layer(module), key, value)
+        cached = stream.filling.cache.layer(stream.next_call(), key, value)
         _fill(cached, key, value, stream)
-    if _varlen_serves(query, softcap) and not any(map(stream.kept, range(len(stream.lengths)))):
-        return _varlen(query, key, value, stream, scale, sliding_window), None
+    if _varlen_serves(query, sight, softcap) and not any(
+        map(stream.kept, range(len(stream.lengths)))
+    ):
+        return _varlen(query, key, value, stream, scale, sight.window), None
     if groups > 1:
         key, value = (kv.repeat_interleave(groups, dim=1) for kv in (key, value))
-    return _per_run(query, key, value, stream, cached, scale, sliding_window, softcap), None
+    return _per_run(query, key, value, stream, cached, scale, sight, softcap), None
 
 
-def _layer(module: nn.Module) -> int:
-    return int(module.layer_idx)  # type: ignore[arg-type]
+def _refuse_unknown(
+    module: nn.Module, dropout: float, is_causal: bool | None, others: Mapping[str, Any]
+) -> None:
+    asked = {name for name, value in others.items() if value is not None} - IGNORED
+    if others.get("output_attentions"):
+        asked.add("output_attentions")
+    if dropout:
+        asked.add(f"dropout={dropout}")
+    if is_causal is False:
+        asked.add("is_causal=False")
+    if asked:
+        raise Unsupported(
+            f"{type(module).__name__} asks its attention for {', '.join(sorted(asked))}, which "
+            "manylora's attention does not do"
+        )
 
 
 def _per_run(
@@ -74,7 +107,7 @@ def _per_run(
     stream: PackedStream,
     cached: tuple[CachedLayer, CachedLayer] | None,
     scale: float,
-    window: int | None,
+    sight: Sight,
     softcap: float | None,
 ) -> Tensor:
     runs = stream.runs()
@@ -89,12 +122,12 @@ def _per_run(
         first, number = number, number + count
         if stream.kept(first):
             assert cached is not None
-            outputs.append(_continued(q, stream, first, cached, scale, window, softcap))
+            outputs.append(_continued(q, stream, first, cached, scale, sight, softcap))
             continue
         q_nHLD, k_nHLD, v_nHLD = (
             t.unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v)
         )
-        out_nHLD = _attend(q_nHLD, k_nHLD, v_nHLD, scale, window, softcap)
+        out_nHLD = _attend(q_nHLD, k_nHLD, v_nHLD, scale, sight, softcap)
         outputs.append(out_nHLD.transpose(1, 2).flatten(0, 1))
     if stream.num_padding:
         heads, head_dim = query.shape[1], value.shape[3]
@@ -107,13 +140,13 @@ def _attend(
     k_nHLD: Tensor,
     v_nHLD: Tensor,
     scale: float,
-    window: int | None,
+    sight: Sight,
     softcap: float | None,
 ) -> Tensor:
     length = q_nHLD.shape[2]
-    whole = window is None or window >= length
+    whole = sight.covers(length)
     if softcap is not None:
-        mask = _causal_mask(length, None if whole else window, q_nHLD.device)
+        mask = _causal_mask(length, Sight() if whole else sight, q_nHLD.device)
         # One sequence at a time: a batched product's bits would depend on the run's length.
         singles = zip(*(t.split(1) for t in (q_nHLD, k_nHLD, v_nHLD)), strict=True)
         return torch.cat([_softcapped(q, k, v, mask, scale, softcap) for q, k, v in singles])
@@ -121,7 +154,7 @@ def _attend(
         return functional.scaled_dot_product_attention(
             q_nHLD, k_nHLD, v_nHLD, is_causal=True, scale=scale
         )
-    mask = _causal_mask(length, window, q_nHLD.device)
+    mask = _causal_mask(length, sight, q_nHLD.device)
     return functional.scaled_dot_product_attention(
         q_nHLD, k_nHLD, v_nHLD, attn_mask=mask, scale=scale
     )
@@ -137,14 +170,9 @@ def _softcapped(
 
 
 @lru_cache(maxsize=64)
-def _causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    return _seen(torch.arange(length, device=device), length, window)
-
-
-def _seen(position_Q: Tensor, length: int, window: int | None) -> Tensor:
-    """bool [queries, length]: whether the query at each position sees each key."""
-    back = position_Q[:, None] - torch.arange(length, device=position_Q.device)[None, :]
-    return (back >= 0) if window is None else (back >= 0) & (back < window)
+def _causal_mask(length: int, sight: Sight, device: torch.device) -> Tensor:
+    place = torch.arange(length, device=device)
+    return sight.seen(place[:, None], place)
 
 
 def _fill(
@@ -167,7 +195,7 @@ def _continued(
     number: int,
     cached: tuple[CachedLayer, CachedLayer],
     scale: float,
-    window: int | None,
+    sight: Sight,
     softcap: float | None,
 ) -> Tensor:
     """Attention [L, H, D] of tokens that go on from what is kept of their sequence."""
@@ -176,7 +204,8 @@ def _continued(
     reach = kept + q_HLD.shape[1]
     groups = q_HLD.shape[0] // cached[0].heads
     k, v = (layer.runs_of(extent, 1, reach).repeat_interleave(groups, dim=1) for layer in cached)
-    mask = _seen(torch.arange(kept, reach, device=q_HLD.device), reach, window)
+    place = torch.arange(reach, device=q_HLD.device)
+    mask = sight.seen(place[kept:, None], place)
     if softcap is not None:
         out = _softcapped(q_HLD[None], k, v, mask, scale, softcap)
     else:
@@ -193,7 +222,7 @@ def decode_attention(
     step: DecodeStep,
     layers: tuple[CachedLayer, CachedLayer],
     scale: float,
-    window: int | None,
+    sight: Sight,
     softcap: float | None,
 ) -> Tensor:
     """One new token of each sequence against what is kept of it; padding rows get zeros.
@@ -209,9 +238,9 @@ def decode_attention(
     q_SHGD = query[0, :, :count].transpose(0, 1).unflatten(1, (heads, -1))
     q_SHGD = q_SHGD.contiguous() if rows.sorted else q_SHGD[rows.order]
     if query.device.type == "cpu" or softcap is not None:
-        out_SHGD = _decode_runs(q_SHGD, step, layers, scale, window, softcap)
+        out_SHGD = _decode_runs(q_SHGD, step, layers, scale, sight, softcap)
     else:
-        out_SHGD = _decode_gathered(q_SHGD, step, layers, scale, window)
+        out_SHGD = _decode_gathered(q_SHGD, step, layers, scale, sight)
     out_SHD = out_SHGD.flatten(1, 2)
     out_SHD = out_SHD if rows.sorted else out_SHD[rows.back]
     padding = out_SHD.new_zeros(query.shape[2] - count, *out_SHD.shape[1:])
@@ -223,11 +252,11 @@ def _decode_runs(
     step: DecodeStep,
     layers: tuple[CachedLayer, CachedLayer],
     scale: float,
-    window: int | None,
+    sight: Sight,
     softcap: float | None,
 ) -> Tensor:
     """In place, one call for each run of extents; a sequence's bits are its own."""
-    mask = step.mask(window, q_SHGD.dtype)
+    mask = step.mask(sight, q_SHGD.dtype)
     outputs = []
     for first, last in step.runs():
         # One sequence at a time under a softcap: a batched product's bits would depend on the run.
@@ -252,7 +281,7 @@ def _decode_gathered(
     step: DecodeStep,
     layers: tuple[CachedLayer, CachedLayer],
     scale: float,
-    window: int | None,
+    sight: Sight,
 ) -> Tensor:
     """All sequences in one call, their keys and values copied side by side."""
     rows, longest, device = step.rows, step.longest(), q_SHGD.device
@@ -266,13 +295,13 @@ def _decode_gathered(
         for layer in layers
     )
     return functional.scaled_dot_product_attention(
-        q_SHGD, k, v, attn_mask=step.mask(window, q_SHGD.dtype), scale=scale
+        q_SHGD, k, v, attn_mask=step.mask(sight, q_SHGD.dtype), scale=scale
     )
 
 
-def _varlen_serves(query: Tensor, softcap: float | None) -> bool:
+def _varlen_serves(query: Tensor, sight: Sight, softcap: float | None) -> bool:
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and softcap is None
+    return query.is_cuda and half and softcap is None and sight.chunk is None
 
 
 def _varlen(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manylora.models.sight import Sight
 from manylora.types.data import Array
 
 # Extents and what attention reads of them are whole blocks of this many tokens.
@@ -102,7 +103,13 @@ class KVCache:
             layer.runs_of(target, 1, tokens).copy_(layer.runs_of(source, 1, tokens))
 
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[CachedLayer, CachedLayer]:
-        """Keys and values of one layer, made on first use; `key` and `value` are [1, H, T, D]."""
+        """Keys and values of one call of attention, which is made on first use.
+
+        Args:
+            number: of the call among those of a forward, which are the same in every forward; a
+                layer may make several.
+            key, value: [1, H, T, D].
+        """
         if number not in self._layers:
             self._layers[number] = (self._new_layer(key), self._new_layer(value))
         return self._layers[number]
@@ -176,7 +183,7 @@ class DecodeStep:
     _reach_S: Array = field(init=False)
     _runs: list[tuple[int, int]] | None = None
     _places: dict[int, Tensor] = field(default_factory=dict)
-    _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[Sight, torch.dtype], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._sorted_S = self.positions_S[self.rows.order_S]
@@ -207,15 +214,15 @@ class DecodeStep:
             self._places[heads] = place.to(rows.device)
         return self._places[heads]
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+    def mask(self, sight: Sight, dtype: torch.dtype) -> Tensor:
         """[S, 1, 1, longest]: 0 where a token may look, -inf elsewhere."""
-        key = (window, dtype)
+        key = (sight, dtype)
         if key not in self._masks:
             position_S = torch.from_numpy(self._sorted_S).to(self.rows.device)
-            back = position_S[:, None] - torch.arange(self.longest(), device=self.rows.device)
-            hidden = (back < 0) if window is None else (back < 0) | (back >= window)
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-            self._masks[key] = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
+            keys = torch.arange(self.longest(), device=self.rows.device)
+            seen = sight.seen(position_S[:, None], keys)
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            self._masks[key] = mask.masked_fill_(~seen, -torch.inf)[:, None, None]
         return self._masks[key]
 
 

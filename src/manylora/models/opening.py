@@ -71,7 +71,7 @@ def open_base(
         name=str(name),
         folder=folder,
         model=model,
-        backbone=model.base_model,
+        backbone=_backbone(model),
         head=head,
         tokenizer=open_tokenizer(folder),
         context_length=_context_length(text_config),
@@ -121,6 +121,16 @@ def _head(model: Any, config: Any, mesh: Mesh, shared: Shared) -> Head:
     softcap = getattr(config, "final_logit_softcapping", None)
     axis = mesh.tp if mesh.tp.size > 1 else None
     return Head(layer, None if softcap is None else float(softcap), name, axis, shared)
+
+
+def _backbone(model: Any) -> Any:
+    if model.base_model is not model:
+        return model.base_model
+    # Llama 4's does not say where its text model is: it is all that there is beside the head.
+    others = [part for part in model.children() if part is not model.get_output_embeddings()]
+    if len(others) != 1:
+        raise Unsupported(f"{type(model).__name__} does not tell its backbone from its head")
+    return others[0]
 
 
 def _context_length(config: Any) -> int:

@@ -49,6 +49,12 @@ class PackedStream:
     decoding: DecodeStep | None = None
     _cu_seqlens: Tensor | None = field(default=None)
     _runs: list[tuple[int, int]] | None = field(default=None)
+    _calls: int = field(default=0)
+
+    def next_call(self) -> int:
+        """The number of this call of attention among those of the stream's forward."""
+        self._calls += 1
+        return self._calls - 1
 
     @property
     def num_padding(self) -> int:

@@ -3,18 +3,28 @@
 T tokens of the stream, H hidden size, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    packed_sequence_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from manylora.models import BaseModel, KVCache, PackedStream, attention, open_base, packed
 from manylora.models.cache import DecodeRows, DecodeStep, Extent, Filling
+from manylora.models.sight import Sight, make_sight
 from manylora.models.stream import padded_rows
-from tests.models import FAMILIES, VOCAB
+from manylora.types import Unsupported
+from tests.models import FAMILIES, ODD, VOCAB
 
 pytestmark = pytest.mark.usefixtures("threads")
 RUNS = attention._decode_runs
@@ -41,7 +51,7 @@ def streamed(base: BaseModel, tokens: list[Tensor], filling: Filling | None = No
     return list(hidden_TH[: sum(lengths)].split(lengths))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ODD])
 @torch.no_grad()
 def test_a_packed_stream_gives_each_sequences_own_logits(tiny, family: str):
     """Longer than the window, equal lengths side by side, single tokens; grouped heads."""
@@ -53,7 +63,7 @@ def test_a_packed_stream_gives_each_sequences_own_logits(tiny, family: str):
         torch.testing.assert_close(base.logits(hidden), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "diffllama", "cohere2"])
 @torch.no_grad()
 def test_neighbours_do_not_change_a_bit(tiny, family: str):
     """Alone, or in a run of equal lengths, at its beginning or its end."""
@@ -83,7 +93,7 @@ def decoded(base: BaseModel, cache: KVCache, extents: list[Extent], tokens, plac
 
 
 @pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ODD])
 @torch.no_grad()
 def test_decoding_from_the_cache_is_the_full_forward(
     tiny, family: str, gathered: bool, monkeypatch: pytest.MonkeyPatch
@@ -171,6 +181,46 @@ def test_who_else_decodes_does_not_change_a_bit(
             outcomes.append(decoded(base, cache, extents, tokens, places)[mine])
         for found_H in outcomes[1:]:
             assert torch.equal(found_H, outcomes[0]), place
+
+
+def test_what_attention_is_asked_for_and_does_not_do_is_refused():
+    layer, attend = torch.nn.Identity(), cast(Any, attention.packed_attention)
+    q = torch.zeros(1, 4, 32, 16)
+    for asked in (
+        {"s_aux": torch.zeros(4)},
+        {"position_bias": q},
+        {"dropout": 0.1},
+        {"is_causal": False},
+        {"output_attentions": True},
+    ):
+        with packed(PackedStream([3], 32)), pytest.raises(Unsupported, match=next(iter(asked))):
+            attend(layer, q, q, q, None, **asked)
+    with packed(PackedStream([3], 32)):  # what says nothing
+        attention.packed_attention(
+            layer, q, q, q, None, s_aux=None, position_ids=q, use_cache=False
+        )
+        with pytest.raises(Unsupported, match="mask of its own"):
+            attend(layer, q, q, q, torch.zeros(1, 1, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("masks", "size", "sight"),
+    [
+        ((causal_mask_function,), None, Sight()),
+        ((sliding_window_causal_mask_function(5),), 5, Sight(window=5)),
+        ((chunked_causal_mask_function(4, torch.zeros(1)),), 4, Sight(chunk=4)),
+        ((bidirectional_mask_function,), None, None),
+        ((causal_mask_function, lambda *_: torch.tensor(True)), None, None),
+        ((sliding_window_causal_mask_function(5),), None, None),
+    ],
+)
+def test_a_mask_is_understood_or_refused(masks, size, sight):
+    function = and_masks(*masks, packed_sequence_mask_function(torch.zeros(1, 9)))
+    if sight is None:
+        with pytest.raises(Unsupported, match="attention mask"):
+            make_sight(mask_function=function, local_size=size)
+    else:
+        assert make_sight(mask_function=function, local_size=size) == sight
 
 
 def test_runs_and_boundaries():
