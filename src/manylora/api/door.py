@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from manylora.checkpoint.tensors import rounded
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.lora.state import AdapterState
+from manylora.models.vocabulary import Vocabulary, read_vocabulary
 from manylora.scheduler import Operation
 from manylora.types import (
     AdapterSpec,
@@ -30,6 +32,7 @@ from manylora.types import (
     SampleResult,
     SamplingParams,
     Scoring,
+    TextFormat,
 )
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -58,6 +61,11 @@ class AdapterDoor:
     def tokenizer(self) -> Any:
         """The base's tokenizer; None if its folder has none."""
         return self._engine.tokenizer
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What the base's files say of its tokens."""
+        return read_vocabulary(self._engine.base.folder)
 
     @property
     def context_length(self) -> int:
@@ -100,13 +108,14 @@ class AdapterDoor:
         if spec is not None and settings:
             raise ConfigError("give either an AdapterSpec or keywords, not both")
         wanted = spec or (AdapterSpec(**settings) if settings or init_from is None else None)
+        text_format = TextFormat()
         if init_from is None:
             assert wanted is not None
             new = self._call(name, lambda pager: self._make(pager, name, wanted)).result()
         else:
-            state = self._warm_start(Path(init_from), wanted)
+            state, text_format = self._warm_start(Path(init_from), wanted)
             new = self._call(name, lambda pager: self._make(pager, name, state)).result()
-        return self._handle(new, name)
+        return self._handle(new, name, text_format)
 
     def restore(
         self, name: str, folder: str | Path, *, spec: AdapterSpec | None = None
@@ -125,7 +134,7 @@ class AdapterDoor:
         """
         saved = read_state(self._engine, Path(folder), spec=spec)
         new = self._call(name, lambda pager: self._make(pager, name, saved.state)).result()
-        return self._handle(new, name), dict(saved.client)
+        return self._handle(new, name, saved.text_format), dict(saved.client)
 
     def sample(
         self,
@@ -155,6 +164,7 @@ class AdapterDoor:
 
     def save(self, name: str, folder: Path, client: Mapping[str, JSON]) -> Future[Path]:
         """See `AdapterHandle.save`."""
+        text_format = self._text_format(name)
 
         def write(state: AdapterState) -> None:
             save_state(
@@ -163,16 +173,18 @@ class AdapterDoor:
                 base_name=self.base_name,
                 base_fingerprint=self.fingerprint,
                 client=client,
+                text_format=text_format,
             )
 
         return self._copy_then(name, folder, write)
 
     def export(self, name: str, folder: Path, *, merged: bool) -> Future[Path]:
         """See `AdapterHandle.export`."""
+        text_format = self._text_format(name)
 
         def write(state: AdapterState) -> None:
             if not merged:
-                write_peft(self._engine, folder, state)
+                write_peft(self._engine, folder, state, text_format)
                 return
             from manylora.checkpoint.merged import export_merged
 
@@ -180,7 +192,7 @@ class AdapterDoor:
             weights_P = rounded(state.weights, state.spec.dtype)
             export_merged(
                 folder, self._engine.base.folder, state.layout, weights_P,
-                base_fingerprint=self.fingerprint,
+                base_fingerprint=self.fingerprint, text_format=text_format,
             )  # fmt: skip
 
         return self._copy_then(name, folder, write)
@@ -242,16 +254,24 @@ class AdapterDoor:
             pager.restore(name, what)
         return self._host.resident(name)
 
-    def _handle(self, new: Resident, name: str) -> AdapterHandle:
-        self.adapters[name] = AdapterHandle(self, name, new.spec, new.layout.num_params)
-        return self.adapters[name]
+    def _handle(self, new: Resident, name: str, text_format: TextFormat) -> AdapterHandle:
+        handle = AdapterHandle(self, name, new.spec, new.layout.num_params)
+        handle.text_format = text_format
+        self.adapters[name] = handle
+        return handle
 
-    def _warm_start(self, folder: Path, spec: AdapterSpec | None) -> AdapterState:
+    def _text_format(self, name: str) -> TextFormat:
+        return self.adapters[name].text_format if name in self.adapters else TextFormat()
+
+    def _warm_start(
+        self, folder: Path, spec: AdapterSpec | None
+    ) -> tuple[AdapterState, TextFormat]:
         imported = import_peft(
             folder, self.sites, base_weight=lambda name: self._engine.base_weight(name)
         )
         if spec is None:
-            return AdapterState(imported.spec, imported.layout, imported.weights_P)
+            state = AdapterState(imported.spec, imported.layout, imported.weights_P)
+            return state, imported.text_format
         layout = plan_layout(spec, resolve_targets(spec, self.sites))
         found, wanted = ({term(f) for f in of.factors} for of in (imported.layout, layout))
         if found != wanted:
@@ -260,4 +280,4 @@ class AdapterDoor:
                 f"{folder} does not fit the adapter's settings (site, rank or scale of {only}); "
                 "give the rank, alpha and targets that it was trained with, or leave them out"
             )
-        return AdapterState(spec, layout, imported.weights_P)
+        return AdapterState(spec, layout, imported.weights_P), imported.text_format

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from manylora.types import (
     SampleResult,
     SamplingParams,
     Scoring,
+    TextFormat,
 )
 
 JSON = Any
@@ -52,6 +54,8 @@ class AdapterHandle:
         name: unique among the trainer's adapters.
         spec: its settings.
         num_params: numbers in A and B together.
+        text_format: how its texts became tokens, and where its answers end by default; recorded
+            with what `save` and `export` write.
     """
 
     def __init__(self, door: Door, name: str, spec: AdapterSpec, num_params: int):
@@ -59,6 +63,7 @@ class AdapterHandle:
         self.name = name
         self.spec = spec
         self.num_params = num_params
+        self.text_format = TextFormat()
 
     def __repr__(self) -> str:
         return f"<adapter {self.name!r}: rank {self.spec.rank}, {self.num_params:,} parameters>"
@@ -121,7 +126,8 @@ class AdapterHandle:
         have that effect.
 
         Args:
-            params: how; by default greedily, at most 64 tokens.
+            params: how; by default greedily, at most 64 tokens. Without a `stop` of its own an
+                answer ends where the adapter's `text_format` says, or else where the base's do.
             num_samples: continuations of each prompt.
             scoring: what to report beside the tokens and their log-probabilities.
 
@@ -132,7 +138,7 @@ class AdapterHandle:
         request = Sample(
             adapter=self.name,
             prompts=prompts,
-            params=params or SamplingParams(),
+            params=_stopping(params, self.text_format),
             num_samples=num_samples,
             scoring=scoring or Scoring(),
         )
@@ -140,7 +146,9 @@ class AdapterHandle:
 
     def snapshot(self) -> SnapshotHandle:
         """A frozen copy of the weights at this point, for sampling while training goes on."""
-        return self._door.take_snapshot(self.name)
+        snapshot = self._door.take_snapshot(self.name)
+        snapshot.text_format = self.text_format
+        return snapshot
 
     def save(self, folder: str | Path, client: Mapping[str, JSON] | None = None) -> Future[Path]:
         """Write the complete training state, atomically.
@@ -188,6 +196,7 @@ class SnapshotHandle:
         self._door = door
         self.adapter = adapter
         self.name = name
+        self.text_format = TextFormat()
 
     def sample(
         self,
@@ -201,7 +210,7 @@ class SnapshotHandle:
         request = Sample(
             adapter=self.adapter,
             prompts=prompts,
-            params=params or SamplingParams(),
+            params=_stopping(params, self.text_format),
             num_samples=num_samples,
             snapshot=self.name,
             scoring=scoring or Scoring(),
@@ -211,3 +220,11 @@ class SnapshotHandle:
     def drop(self) -> Future[None]:
         """Free the copy."""
         return self._door.drop_snapshot(self.adapter, self.name)
+
+
+def _stopping(params: SamplingParams | None, text_format: TextFormat) -> SamplingParams:
+    """The parameters, with the adapter's ends of an answer where they name none."""
+    params = params or SamplingParams()
+    if params.stop is not None or not text_format.stop:
+        return params
+    return replace(params, stop=text_format.stop)

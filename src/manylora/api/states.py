@@ -8,7 +8,7 @@ from manylora.checkpoint import SavedState, export_peft, load_state, save_state
 from manylora.lora.layout import Factor, plan_layout
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
-from manylora.types import AdapterSpec, CheckpointError, CheckpointMismatch
+from manylora.types import AdapterSpec, CheckpointError, CheckpointMismatch, TextFormat
 
 
 def read_state(
@@ -49,12 +49,14 @@ def write_state(engine: Verbs, folder: Path, state: AdapterState, *, position: i
     )  # fmt: skip
 
 
-def write_peft(engine: Verbs, folder: Path, state: AdapterState) -> None:
+def write_peft(
+    engine: Verbs, folder: Path, state: AdapterState, text_format: TextFormat | None = None
+) -> None:
     """Write an adapter's weights as PEFT's files. Raises SaveFailed."""
     base = engine.base
     export_peft(
         folder, state.spec, state.layout, state.weights, base_name=base.name, sites=engine.sites,
-        base_fingerprint=base.fingerprint,
+        base_fingerprint=base.fingerprint, text_format=text_format,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from manylora.checkpoint.atomic import logger, write_folder
 from manylora.checkpoint.manifest import JSON, MERGED, SIDECAR
 from manylora.lora.layout import Factor, Layout
 from manylora.lora.state import Floats
-from manylora.types import BaseModelError, CheckpointMismatch, NotFinite, Unsupported
+from manylora.types import BaseModelError, CheckpointMismatch, NotFinite, TextFormat, Unsupported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +25,7 @@ def export_merged(
     weights_P: Floats,
     *,
     base_fingerprint: str | None = None,
+    text_format: TextFormat | None = None,
 ) -> None:
     """Write base + scale·B·A as a model that needs neither PEFT nor manylora.
 
@@ -34,6 +35,8 @@ def export_merged(
     Args:
         weights_P: fp32 [P].
         base: folder or locally cached name of the base, which is loaded anew.
+        text_format: of the adapter: the model ends its answers there, and its tokenizer has that
+            chat template.
 
     Raises:
         BaseModelError: the base cannot be opened.
@@ -61,10 +64,13 @@ def export_merged(
     _untie_head(model, layout)
     for factor in layout.factors:
         _add(model, factor, vector_P)
+    text_format = text_format or TextFormat()
+    if text_format.stop:
+        model.generation_config.eos_token_id = list(text_format.stop)
     about: dict[str, JSON] = {"base_name": str(base), "base_fingerprint": base_fingerprint}
     with write_folder(folder, kind=MERGED, about=about, manifest_name=SIDECAR) as partial:
         model.save_pretrained(partial)
-        _save_tokenizer(source, partial)
+        _save_tokenizer(source, partial, text_format.chat_template)
 
 
 def _untie_head(model: "PreTrainedModel", layout: Layout) -> None:
@@ -104,7 +110,7 @@ def _add(model: "PreTrainedModel", factor: Factor, weights_P: torch.Tensor) -> N
     linear.weight.copy_(rounded_NK)
 
 
-def _save_tokenizer(base: str, partial: Path) -> None:
+def _save_tokenizer(base: str, partial: Path, chat_template: str | None) -> None:
     from transformers import AutoTokenizer
 
     try:
@@ -115,4 +121,6 @@ def _save_tokenizer(base: str, partial: Path) -> None:
         logger.warning("%s has no tokenizer that can be copied: %s", base, error)
         return
     if tokenizer is not None:
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(partial)

@@ -2,7 +2,8 @@
 
     adapter_model.safetensors   base_model.model.<site>.lora_A.weight [R, K], .lora_B.weight [N, R]
     adapter_config.json         PEFT's LoraConfig
-    manylora.json               ours: base, layout and the SHA-256 of the two files above
+    manylora.json               ours: base, what ends an answer, the SHA-256 of the other files
+    chat_template.jinja         only if it was trained with a template of its own
 
 K input features, N output features, R LoRA rank, P parameters of the adapter.
 """
@@ -43,6 +44,7 @@ from manylora.types import (
     CheckpointMismatch,
     ConfigError,
     NotFinite,
+    TextFormat,
     Unsupported,
 )
 from manylora.types.adapter import DType
@@ -50,6 +52,8 @@ from manylora.types.adapter import DType
 KIND = "peft-adapter"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MAX_CONFIG_BYTES = 4 << 20
+# As tokenizers keep it; no template is longer.
+TEMPLATE, _LONGEST_TEMPLATE = "chat_template.jinja", 1 << 20
 
 _KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
 # PEFT saves the frozen weight along when the output head is a target.
@@ -66,12 +70,14 @@ class ImportedAdapter:
         layout: `plan_layout` of that spec.
         weights_P: fp32 [P], exactly the file's numbers.
         base_name: the base that the file names, if any.
+        text_format: how its texts became tokens, as far as the folder tells.
     """
 
     spec: AdapterSpec
     layout: Layout
     weights_P: Floats
     base_name: str | None
+    text_format: TextFormat
 
 
 def export_peft(
@@ -83,6 +89,7 @@ def export_peft(
     base_name: str,
     sites: Sequence[Site],
     base_fingerprint: str | None = None,
+    text_format: TextFormat | None = None,
 ) -> None:
     """Write an adapter as stock PEFT reads it, in the adapter's own dtype.
 
@@ -92,6 +99,8 @@ def export_peft(
         weights_P: fp32 [P].
         sites: every linear layer of the base, targeted or not, so that the written
             `target_modules` match the adapter's modules and no other.
+        text_format: how its texts became tokens: what ends its answers goes beside our own
+            fingerprint, a chat template of its own into a file as tokenizers have it.
 
     Raises:
         CheckpointMismatch: `weights_P` or `sites` do not belong to `layout`.
@@ -120,7 +129,12 @@ def export_peft(
         "base_fingerprint": base_fingerprint,
         "use_rslora": spec.use_rslora,
     }
+    text_format = text_format or TextFormat()
+    if text_format.stop:
+        about["stop"] = list(text_format.stop)
     with write_folder(folder, kind=KIND, about=about, manifest_name=SIDECAR) as partial:
+        if text_format.chat_template is not None:
+            (partial / TEMPLATE).write_text(text_format.chat_template, encoding="utf-8")
         write_tensors(partial / WEIGHTS, tensors, spec.dtype, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
@@ -166,7 +180,20 @@ def import_peft(
         factor.b_transposed(weights_P)[...] = tensors[factors[factor.site, "B"]].fp32().T
     if not np.isfinite(weights_P).all():
         raise CheckpointDamaged(f"{folder / WEIGHTS} holds NaN or Inf")
-    return ImportedAdapter(spec, layout, weights_P, config.base_name)
+    return ImportedAdapter(spec, layout, weights_P, config.base_name, _text_format(folder))
+
+
+def _text_format(folder: Path) -> TextFormat:
+    about = read_object(folder / SIDECAR).get("about") if (folder / SIDECAR).is_file() else None
+    stop = about.get("stop") if isinstance(about, dict) else None
+    template: str | None = None
+    path = folder / TEMPLATE
+    if path.is_file() and path.stat().st_size <= _LONGEST_TEMPLATE:
+        try:
+            template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
+    return TextFormat.of_json({"stop": stop, "chat_template": template})
 
 
 def _config_json(

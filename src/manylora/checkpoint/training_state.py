@@ -13,7 +13,7 @@ P parameters of the adapter, S shares of its work.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from manylora.types import (
     CheckpointMismatch,
     ConfigError,
     SaveFailed,
+    TextFormat,
 )
 
 KIND = "training-state"
@@ -49,12 +50,14 @@ class SavedState:
         state: the adapter's state, arrays of its own memory.
         client: what the saver put beside it.
         base_name, base_fingerprint: the base that it was trained on.
+        text_format: how its texts became tokens.
     """
 
     state: AdapterState
     client: dict[str, JSON]
     base_name: str
     base_fingerprint: str
+    text_format: TextFormat = field(default_factory=TextFormat)
 
 
 def save_state(
@@ -64,12 +67,14 @@ def save_state(
     base_name: str,
     base_fingerprint: str,
     client: Mapping[str, JSON],
+    text_format: TextFormat | None = None,
 ) -> None:
     """Write `state` so that it is whole on disk when this returns.
 
     Args:
         folder: usually `step-N`, for `newest_state` to find; replaced if it is there.
         client: the caller's own notes (position in its data, …), plain JSON values.
+        text_format: how its texts became tokens, if that is known.
 
     Raises:
         SaveFailed: it could not be written, or `client` would not come back as it is.
@@ -83,6 +88,8 @@ def save_state(
         "poison": state.poison,
         "client": dict(client),
     }
+    if text_format is not None and text_format != TextFormat():
+        settings["text_format"] = text_format.to_json()
     about: dict[str, JSON] = {
         "base_name": base_name,
         "base_fingerprint": base_fingerprint,
@@ -146,7 +153,8 @@ def load_state(
     state = AdapterState(
         saved_spec, layout or saved_layout, **vectors, step=step, draws=draws, poison=poison
     )
-    return SavedState(state, client, base_name, fingerprint)
+    text_format = TextFormat.of_json(settings.get("text_format"))  # older states have none
+    return SavedState(state, client, base_name, fingerprint, text_format)
 
 
 def newest_state(parent: str | Path) -> Path | None:

@@ -22,7 +22,8 @@ from manylora.runs.events import (
     RunStarted,
     StepDone,
 )
-from manylora.runs.sources import FIELDS, Example, read_source
+from manylora.runs.rows import row_of
+from manylora.runs.sources import read_source
 from manylora.runs.view import open_view
 from manylora.types import DataError
 
@@ -194,11 +195,5 @@ def _lines(source: str) -> str:
         except UnicodeDecodeError as error:
             raise DataError(f"{source}: is not UTF-8 text (byte {error.start + 1})") from error
     read = read_source(source)
-    names = FIELDS[read.kind]
-    return "".join(f"{json.dumps(_row(names, example))}\n" for example in read.examples)
-
-
-def _row(names: Sequence[str], example: Example) -> dict[str, Any]:
-    if example.messages:
-        return {"messages": [{"role": m.role, "content": m.content} for m in example.messages]}
-    return dict(zip(names, example.texts, strict=True))
+    rows = (row_of(read.kind, example) for example in read.examples)
+    return "".join(f"{json.dumps(row)}\n" for row in rows)

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
     metavar="KIND",
     help="nf4 or int8: keep the base's weights in 4 or 8 bits, as in the run that trained on it.",
 )
-@click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Put the prompt into the chat template: the adapter's own, or else the tokenizer's.",
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option(
     "--temperature",
@@ -82,7 +86,6 @@ def _answers(
 
     with Trainer(base, quantization=quantization) as trainer:
         tokenizer = trainer.tokenizer
-        tokens = prompt_tokens(tokenizer, prompt, chat=chat)
         labels = distinct([adapter.label for adapter in adapters])
         doors = {
             label: open_adapter(trainer, f"a{number}", adapter)
@@ -90,7 +93,7 @@ def _answers(
         }
         # All are asked before any is waited for, so that they share one decode loop.
         futures = {
-            label: door.sample([tokens], params)
+            label: door.sample([as_trained(tokenizer, prompt, door, chat=chat)], params)
             for label, door in (doors or {base: trainer}).items()
         }
         answers = {label: future.result().sequences[0] for label, future in futures.items()}
@@ -100,16 +103,26 @@ def _answers(
         }
 
 
-def prompt_tokens(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
+def as_trained(tokenizer: Any, prompt: str, door: Any, *, chat: bool) -> list[int]:
+    """The prompt as the adapter (or the base) behind a door would have been trained on it."""
+    text_format = getattr(door, "text_format", None)
+    template = None if text_format is None else text_format.chat_template
+    return prompt_tokens(tokenizer, prompt, chat=chat, chat_template=template)
+
+
+def prompt_tokens(
+    tokenizer: Any, text: str, *, chat: bool, chat_template: str | None = None
+) -> list[int]:
     """The prompt as training would have seen it."""
-    from manylora.runs.encode import encode_prompt
+    from manylora.runs.encode import Encoder
     from manylora.types import ConfigError, DataError
 
     if tokenizer is None:
         raise ConfigError("this base has no tokenizer")
-    if chat and not getattr(tokenizer, "chat_template", None):
+    encoder = Encoder(tokenizer, chat_template=chat_template)
+    if chat and not encoder.template.exists:
         raise ConfigError("this base has no chat template; leave --chat away")
-    tokens = encode_prompt(tokenizer, text, chat=chat)
+    tokens = encoder.prompt(text, chat=chat)
     if not tokens:
         raise DataError("the prompt has no tokens; give some text")
     return tokens

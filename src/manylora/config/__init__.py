@@ -9,6 +9,7 @@ Talks to: types below; runs, quickstart and cli use it. No torch.
 from manylora.config.load import load_run_file, load_server_file
 from manylora.config.render import resolved_yaml, run_json_schema
 from manylora.config.run_file import (
+    DATA_SUFFIXES,
     AdapterEntry,
     LoraSettings,
     OptimizerSettings,
@@ -17,11 +18,14 @@ from manylora.config.run_file import (
     SftSettings,
     TrackioSettings,
     WandbSettings,
+    data_suffix,
     is_data_file,
+    is_template,
 )
 from manylora.config.server_file import Quotas, RequestLimits, Saving, ServerFile
 
 __all__ = [
+    "DATA_SUFFIXES",
     "AdapterEntry",
     "LoraSettings",
     "OptimizerSettings",
@@ -34,7 +38,9 @@ __all__ = [
     "SftSettings",
     "TrackioSettings",
     "WandbSettings",
+    "data_suffix",
     "is_data_file",
+    "is_template",
     "load_run_file",
     "load_server_file",
     "resolved_yaml",

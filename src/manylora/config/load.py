@@ -12,7 +12,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from manylora.config.overrides import apply_override
-from manylora.config.run_file import AdapterEntry, RunFile, is_data_file, is_name
+from manylora.config.run_file import (
+    DATA_SUFFIXES,
+    AdapterEntry,
+    RunFile,
+    is_data_file,
+    is_name,
+    is_template,
+)
 from manylora.config.server_file import ServerFile
 from manylora.config.yaml_text import Document, KeyPath, problems_error, read_document
 from manylora.types import ConfigError
@@ -47,7 +54,8 @@ def load_run_file(path: str | PathLike[str], overrides: Sequence[str] = ()) -> R
 
     Paths that are read (data, `init_from`, a base that begins with . or ~) are relative to the run
     file's folder and come back absolute, so that the run can be copied elsewhere; `out`, which is
-    written, is relative to the current directory and comes back as it is.
+    written, is relative to the current directory and comes back as it is. A `chat_template` comes
+    back as the template itself, and every adapter has the one that it uses.
 
     Args:
         path: a YAML file.
@@ -60,7 +68,7 @@ def load_run_file(path: str | PathLike[str], overrides: Sequence[str] = ()) -> R
     document = read_document(_read_text(file), str(path))
     hint = "a run file has at least base, out, and adapters with name and sft.train"
     run = _validate(RunFile, document, str(path), overrides, hint)
-    return _with_absolute_paths(run, file.resolve().parent)
+    return _with_templates(_with_absolute_paths(run, file.resolve().parent), file)
 
 
 def load_server_file(path: str | PathLike[str] | None, overrides: Sequence[str] = ()) -> ServerFile:
@@ -121,8 +129,14 @@ def _read_text(file: Path) -> str:
 
 def _with_absolute_paths(run: RunFile, folder: Path) -> RunFile:
     def source(text: str | None) -> str | None:
-        is_file = text is not None and is_data_file(text)
-        return str(_below(folder, text)) if is_file and text is not None else text
+        if text is None or is_data_file(text):
+            return None if text is None else str(_below(folder, text))
+        if _below(folder, text).exists():
+            raise ConfigError(
+                f"{text}: there is such a folder or file beside the run file, and its name does "
+                f"not end in {', '.join(DATA_SUFFIXES)}; rename it, or write ./ in front of a file"
+            )
+        return text
 
     def entry(adapter: AdapterEntry) -> AdapterEntry:
         sft, lora = adapter.sft, adapter.lora
@@ -144,6 +158,31 @@ def _with_absolute_paths(run: RunFile, folder: Path) -> RunFile:
             "out": run.out.expanduser(),
         }
     )
+
+
+def _with_templates(run: RunFile, file: Path) -> RunFile:
+    def read(text: str | None, key: str) -> str | None:
+        if text is None or is_template(text):
+            return text
+        found = _read_text(_below(file.resolve().parent, text))
+        if not is_template(found):
+            raise ConfigError(
+                f"{file}: {key}: {text} holds no Jinja template (there is no {{{{ or {{% in it)"
+            )
+        return found
+
+    whole = read(run.chat_template, "chat_template")
+    adapters = [
+        entry.model_copy(
+            update={
+                "chat_template": whole
+                if entry.chat_template is None
+                else read(entry.chat_template, f"adapters.{entry.name}.chat_template")
+            }
+        )
+        for entry in run.adapters
+    ]
+    return run.model_copy(update={"chat_template": None, "adapters": adapters})
 
 
 def _below(folder: Path, path: str | Path) -> Path:

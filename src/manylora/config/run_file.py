@@ -25,15 +25,38 @@ from manylora.types.patterns import BadPattern, compiled, shown
 
 Schedule = Literal["constant", "linear", "cosine"]
 
-DATA_SUFFIXES = (".jsonl", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+# What names a file as well, though none that is read: nothing of the kind is asked of a hub.
+_OTHER_SUFFIXES = frozenset((
+    ".json", ".ndjson", ".tsv", ".txt", ".md", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz",
+    ".7z", ".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx", ".ods", ".yaml", ".yml", ".xml",
+    ".html", ".pkl", ".npy", ".npz", ".h5", ".db", ".sqlite", ".bin", ".safetensors",
+))  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _YAML_11_WORDS = {"yes": True, "on": True, "no": False, "off": False}
 
 
+def data_suffix(source: str) -> str:
+    """What the name of a file ends in: one of `DATA_SUFFIXES`, or something that is not read."""
+    known = [suffix for suffix in DATA_SUFFIXES if source.lower().endswith(suffix)]
+    return max(known, key=len) if known else Path(source).suffix.lower()
+
+
 def is_data_file(source: str) -> bool:
-    """Whether a data source is a local file (otherwise it is a hub id)."""
-    return source.lower().endswith(DATA_SUFFIXES)
+    """Whether a data source is a local file (otherwise it is a hub id): it looks like a path, or
+    ends as files do. Whether it can be read is another question."""
+    return (
+        source.startswith((".", "/", "~"))
+        or "\\" in source
+        or source.count("/") > 1
+        or data_suffix(source) in {*DATA_SUFFIXES, *_OTHER_SUFFIXES}
+    )
+
+
+def is_template(text: str) -> bool:
+    """Whether this is a chat template itself (otherwise it is the path of one)."""
+    return "{{" in text or "{%" in text
 
 
 def _yaml_11_word(value: object) -> object:
@@ -176,8 +199,8 @@ class SftSettings(Settings):
     """Supervised fine-tuning: which data, how often."""
 
     train: Text
-    """A .jsonl or .parquet file (relative to the run file's folder) or a hub id `org/name`,
-    optionally with `:split`."""
+    """A .jsonl, .csv or .parquet file, the first two also as .gz (relative to the run file's
+    folder), or a hub id `org/name`, optionally with `:split`."""
     eval: Text | None = None
     """Held-out data, in the same forms; null = no evaluation."""
     batch_size: Count = 16
@@ -188,6 +211,9 @@ class SftSettings(Settings):
     """Optimizer steps, in place of epochs."""
     shuffle: Flag = True
     """A new order for each epoch, fixed by the adapter's seed."""
+    eos: Text | None = None
+    """The token that ends an answer, as text: it is put behind every answer that has no end of its
+    own. null = the tokenizer's, or the one that the base's files name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -203,11 +229,15 @@ class SftSettings(Settings):
     @field_validator("train", "eval")
     @classmethod
     def _check_source(cls, value: str | None) -> str | None:
-        if value is None or is_data_file(value) or _HUB_ID.fullmatch(value):
+        files = f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]}"
+        if value is not None and is_data_file(value):
+            if data_suffix(value) not in DATA_SUFFIXES:
+                raise _problem(f"is {value!r}; of local files {files} are read")
+            return value
+        if value is None or _HUB_ID.fullmatch(value):
             return value
         raise _problem(
-            f"is {value!r}; name a .jsonl or .parquet file, or a hub id such as org/name or "
-            "org/name:split"
+            f"is {value!r}; name a {files} file, or a hub id such as org/name or org/name:split"
         )
 
 
@@ -224,6 +254,9 @@ class AdapterEntry(Settings):
     """Supervised fine-tuning: which data, how often."""
     save_every: Annotated[int, Field(ge=0)] = 100
     """Steps between saved training states; 0 = only at the end."""
+    chat_template: Text | None = None
+    """A Jinja template in place of the tokenizer's own: itself, or the path of a file with it
+    (relative to the run file's folder). null = the run's."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the first factors, of dropout, and of the order of the data."""
 
@@ -282,6 +315,9 @@ class RunFile(Settings):
     """Tokens, of all adapters together, that go through the base at once."""
     adapters: Annotated[list[AdapterEntry], Field(min_length=1)]
     """The adapters, in any number and of any mixture of shapes."""
+    chat_template: Text | None = None
+    """A Jinja template in place of the tokenizer's own, for all adapters: itself, or the path of a
+    file with it (relative to the run file's folder)."""
     activation_checkpointing: Flag = False
     """Compute activations twice to hold fewer of them in memory."""
     dtype: Literal["fp32", "bf16", "auto"] = "auto"

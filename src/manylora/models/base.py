@@ -91,7 +91,7 @@ class BaseModel:
         model: the whole causal LM. backbone: all of it but the head.
         tokenizer: None if the folder has none.
         context_length: longest sequence.
-        eos_token_ids: tokens that end an answer.
+        eos_token_ids: tokens that end an answer: the model's and the tokenizer's.
         fingerprint: tells whether a checkpoint belongs to these weights.
         quantization: how the weights of its linear layers are kept; None = in `dtype`.
     """

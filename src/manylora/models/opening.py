@@ -1,6 +1,5 @@
 """Opening a base model: any Hugging Face causal LM, by folder, hub id or the name `seedling`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from manylora.models.parts import OpenedPart, open_part
 from manylora.models.quantized import check_quantization
 from manylora.models.splitting import SplitLinear
 from manylora.models.tokenizer import open_tokenizer
+from manylora.models.vocabulary import answer_ends
 from manylora.parallel import Mesh
 from manylora.types import BaseModelError, Unsupported
 from manylora.types.mesh import MeshShape
@@ -67,15 +67,16 @@ def open_base(
     _silence_dropout(model)
     text_config = config.get_text_config()
     head = _head(model, text_config, mesh, opened.head)
+    tokenizer = open_tokenizer(folder)
     base = BaseModel(
         name=str(name),
         folder=folder,
         model=model,
         backbone=_backbone(model),
         head=head,
-        tokenizer=open_tokenizer(folder),
+        tokenizer=tokenizer,
         context_length=_context_length(text_config),
-        eos_token_ids=_eos(model),
+        eos_token_ids=answer_ends(model, tokenizer),
         vocab_size=head.vocab,
         device=place,
         dtype=head.weight_VH.dtype,
@@ -144,12 +145,3 @@ def _context_length(config: Any) -> int:
             )
             longest = min(longest, int(original or longest))
     return longest
-
-
-def _eos(model: Any) -> tuple[int, ...]:
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    if eos is None:
-        eos = model.config.eos_token_id
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, Sequence) else (int(eos),)

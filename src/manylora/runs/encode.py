@@ -3,212 +3,339 @@
 - prompt and completion are tokenised apart, so that a prompt alone, as at sampling, has the very
   tokens that were trained; the loss is on the completion and the end-of-sequence token.
 - text: the loss is on every token but the first, and on the end-of-sequence token.
-- messages: rendered by the tokenizer's chat template; the loss is on what the assistant has to say
-  itself, up to and including the token that ends its turn.
+- messages: rendered by the chat template; the loss is on what the assistant has to say itself, up
+  to and including the token that ends its turn (`conversations` cuts them).
 
-A beginning-of-sequence token stands in front where the tokenizer adds one by itself (a chat
-template writes its own). Nothing is cut: an example that is too long for the base is refused there.
+What the tokenizer itself puts in front of a text stands in front here, too (a chat template writes
+its own beginning). Nothing is cut: an example that is too long for the base is refused there.
 """
 
-import re
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from manylora.runs.sources import Example, Source
-from manylora.types import DataError, Datum, causal_datum
+from manylora.runs.chat_template import ChatTemplate, TemplateRefusal
+from manylora.runs.conversations import Conversations, Piece
+from manylora.runs.rows import Example, Message
+from manylora.runs.sources import Source
+from manylora.types import ConfigError, DataError, Datum, causal_datum
 
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+log = logging.getLogger(__name__)
 
 # Tokenised at once: long enough for the tokenizer's threads, short enough to hold in memory.
 CHUNK = 1024
 
 
-def encode_source(source: Source, tokenizer: Any) -> list[Datum]:
-    """One datum per example, in the order of the source.
+@dataclass(slots=True)
+class Encoded:
+    """A source as data.
 
-    Args:
-        source: examples of one kind.
-        tokenizer: a Hugging Face tokenizer.
-
-    Raises:
-        DataError: an example without any token to learn, or that the chat template cannot render;
-            names file and line. Or a tokenizer that lacks what this kind of data needs.
+    Attributes:
+        data: in the order of the source; a conversation may have become several.
+        owners: the number of the example that each is of.
+        ends: tokens that were learned as the end of an answer.
+        notes: what a user should know, each thing once.
     """
-    if source.kind == "messages":
-        return _encode_messages(source, tokenizer)
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise DataError(
-            "the base's tokenizer has no end-of-sequence token, so an adapter could not learn when "
-            "to stop; set eos_token in its tokenizer_config.json"
-        )
-    bos = _bos(tokenizer)
-    data: list[Datum] = []
-    for examples in _chunks(source.examples):
-        # prompt, completion, prompt, completion, …; or the texts.
-        flat = _tokenise(tokenizer, [text for example in examples for text in example.texts])
-        for example in examples:
-            pieces = [next(flat) for _ in example.texts]
-            prompt, learned = (pieces[0] if len(pieces) == 2 else []), pieces[-1]
-            if not learned:
-                raise DataError(f"{source.place(example)}: the text to learn has no tokens")
-            end = [] if learned[-1] == eos else [eos]
-            tokens = [*bos, *prompt, *learned, *end]
-            context = len(bos) + len(prompt)
-            weights = [0.0] * context + [1.0] * (len(tokens) - context)
-            if len(tokens) < 2:
-                raise DataError(
-                    f"{source.place(example)}: is a single token, which nothing predicts"
-                )
-            data.append(causal_datum(tokens, weights))
-    return data
+
+    data: list[Datum] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+    ends: set[int] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+    def tell(self, note: str) -> None:
+        """Note something, unless it is there already."""
+        if note not in self.notes:
+            self.notes.append(note)
+
+
+def encode_source(source: Source, tokenizer: Any) -> list[Datum]:
+    """The data of a source, by nothing but a tokenizer; see `Encoder.encode`."""
+    encoded = Encoder(tokenizer).encode(source)
+    for note in encoded.notes:
+        log.warning("%s", note)
+    return encoded.data
 
 
 def encode_prompt(tokenizer: Any, text: str, *, chat: bool = False) -> list[int]:
-    """One prompt as training would have seen it: bare, or as a user's turn of a conversation."""
-    if chat:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    """One prompt, by nothing but a tokenizer; see `Encoder.prompt`."""
+    return Encoder(tokenizer).prompt(text, chat=chat)
+
+
+class Encoder:
+    """Turns examples into data, and prompts into what training would have seen of them.
+
+    Attributes:
+        eos: the token that ends an answer which has no end of its own; None if none is known.
+        template: the chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        eos: str | None = None,
+        chat_template: str | None = None,
+        ends: Sequence[int] = (),
+        vocab_size: int | None = None,
+    ):
+        """Choose how to encode.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer.
+            eos: text of the token that ends an answer; None = the tokenizer's, else the first of
+                `ends`.
+            chat_template: in place of the tokenizer's own.
+            ends: tokens at which the base ends its answers.
+            vocab_size: tokens that the base knows; None = any.
+
+        Raises:
+            ConfigError: `eos` is not one token of the vocabulary.
+        """
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self.template = ChatTemplate(tokenizer, chat_template)
+        self._chosen = None if eos is None else _one_token(tokenizer, eos)
+        own = tokenizer.eos_token_id
+        first = next(iter(ends), None)
+        self.eos: int | None = next((e for e in (self._chosen, own, first) if e is not None), None)
+        self._ends = {token for token in (self._chosen, own, *ends) if token is not None}
+        self._front: list[int] | None = None
+
+    def prompt(self, text: str, *, chat: bool = False) -> list[int]:
+        """A prompt as training would have seen it: bare, or as a user's turn of a conversation.
+
+        Raises:
+            DataError: the chat template cannot render it.
+        """
+        if not chat:
+            return [*self.front(), *next(self._tokenise([text]))]
+        try:
+            asking = self.template.render([Message("user", text)], {}, asking=True)
+        except TemplateRefusal as error:
+            raise DataError(f"the chat template refuses the prompt: {error}") from error
+        return next(self._tokenise([asking]))
+
+    def encode(self, source: Source) -> Encoded:
+        """Every example of a source.
+
+        Raises:
+            DataError: an example without any token to learn, with a token that the base lacks, or
+                that the chat template cannot render; names file and line. Or something that this
+                kind of data needs is missing: an end, or a chat template.
+        """
+        encoded = Encoded()
+        if source.ignored:
+            columns = ", ".join(map(repr, source.ignored))
+            encoded.tell(f"{source.name}: not used: {columns}")
+        encode = self._conversations if source.kind == "messages" else self._texts
+        encode(source, encoded)
+        return encoded
+
+    def stops(self, encoded: Encoded) -> tuple[int, ...]:
+        """Tokens that end an answer of an adapter that has learned these data."""
+        return tuple(sorted(self._ends | encoded.ends))
+
+    def front(self) -> list[int]:
+        """What the tokenizer itself puts in front of a text."""
+        if self._front is None:
+            whole = list(self._tokenizer("a")["input_ids"])
+            bare = list(self._tokenizer("a", add_special_tokens=False)["input_ids"])
+            places = range(len(whole) - len(bare) + 1)
+            found = next((i for i in places if whole[i : i + len(bare)] == bare), 0)
+            self._front = whole[:found]
+        return self._front
+
+    # -- prompt/completion and text ---------------------------------------------------------------
+
+    def _texts(self, source: Source, encoded: Encoded) -> None:
+        eos = self.eos
+        if eos is None:
+            raise DataError(
+                "the base's tokenizer has no end-of-sequence token, and its files name none, so an "
+                "adapter could not learn when to stop; name one with sft.eos, or set eos_token in "
+                "its tokenizer_config.json"
+            )
+        front = self.front()
+        encoded.ends.add(eos)
+        for first, examples in _chunks(source.examples):
+            # prompt, completion, prompt, completion, …; or the texts.
+            flat = self._tokenise([text for example in examples for text in example.texts])
+            for number, example in enumerate(examples, start=first):
+                pieces = [next(flat) for _ in example.texts]
+                prompt, learned = (pieces[0] if len(pieces) == 2 else []), pieces[-1]
+                if not learned:
+                    raise DataError(f"{source.place(example)}: the text to learn has no tokens")
+                end = [] if learned[-1] == eos else [eos]
+                tokens = [*front, *prompt, *learned, *end]
+                context = len(front) + len(prompt)
+                weights = [0.0] * context + [1.0] * (len(tokens) - context)
+                if len(tokens) < 2:
+                    raise DataError(
+                        f"{source.place(example)}: is a single token, which nothing predicts"
+                    )
+                self._add(encoded, source, number, tokens, weights)
+
+    # -- messages ---------------------------------------------------------------------------------
+
+    def _conversations(self, source: Source, encoded: Encoded) -> None:
+        if not self.template.exists:
+            raise DataError(
+                f"{source.name}: has messages, but the base's tokenizer has no chat template; give "
+                "one with chat_template, use prompt/completion rows, or a base that was made for "
+                "conversations"
+            )
+        conversations = Conversations(
+            self.template, lambda note: encoded.tell(f"{source.name}: {note}")
         )
-    bos = [] if chat else _bos(tokenizer)
-    return [*bos, *next(_tokenise(tokenizer, [text]))]
+        endless: list[str] = []
+        for first, examples in _chunks(source.examples):
+            cut: list[list[list[Piece]]] = []
+            for example in examples:
+                try:
+                    cut.append(conversations.cut(example))
+                except DataError as error:
+                    raise DataError(f"{source.place(example)}: {error}") from error
+            flat = self._tokenise([p.text for groups in cut for group in groups for p in group])
+            for number, (example, groups) in enumerate(zip(examples, cut, strict=True), first):
+                for group in groups:
+                    assembly = _Assembly(list(group), list(islice(flat, len(group))))
+                    for tokens, weights in self._assembled(example, assembly, encoded):
+                        if not any(weights[1:]):
+                            raise DataError(
+                                f"{source.place(example)}: the chat template leaves no token of "
+                                "the assistant to learn"
+                            )
+                        self._add(encoded, source, number, tokens, weights)
+                    endless += [f"{source.place(example)}: messages[{n}]" for n in assembly.endless]
+        self._check_ends(endless, encoded)
 
+    def _assembled(
+        self, example: Example, assembly: "_Assembly", encoded: Encoded
+    ) -> Iterator[tuple[list[int], list[float]]]:
+        """The tokens and weights of a group of turns: one sequence, unless a turn has to be given
+        an end that does not stand in the conversation."""
+        tokens: list[int] = []
+        weights: list[float] = []
+        end_follows = False
+        for place, (piece, ids) in enumerate(zip(assembly.pieces, assembly.tokens, strict=True), 1):
+            learned, ended = len(ids) if piece.turn is not None else int(end_follows), True
+            end_follows = False
+            if piece.turn is not None and piece.last:
+                learned, ended = self._turn_length(example, piece.turn, ids)
+                if ended:
+                    encoded.ends.add(ids[learned - 1])
+            tokens += ids
+            weights += [1.0] * learned + [0.0] * (len(ids) - learned)
+            if ended:
+                continue
+            if self._chosen is None:
+                assembly.endless.append(piece.turn or 0)
+                continue
+            encoded.ends.add(self._chosen)
+            following = assembly.tokens[place] if place < len(assembly.tokens) else []
+            if following[:1] == [self._chosen]:
+                end_follows = True
+            else:
+                kept = len(tokens) - self._blank_end(ids)
+                yield [*tokens[:kept], self._chosen], [*weights[:kept], 1.0]
+                weights = [0.0] * len(tokens)
+        if any(weights):
+            yield tokens, weights
 
-def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(examples), CHUNK):
-        yield examples[start : start + CHUNK]
+    def _turn_length(self, example: Example, number: int, ids: list[int]) -> tuple[int, bool]:
+        """Tokens of a turn up to the one that ends it, and whether there is one. The line break
+        that a template writes after it is never sampled."""
+        shape = self.template.shape(example.options)
+        content = (example.messages[number].content or "").rstrip()
+        for length in range(len(ids), 0, -1):
+            token = ids[length - 1]
+            if token in self._ends or (shape is not None and token == shape.end):
+                return length, True
+            text = self._tokenizer.decode([token])
+            # Whatever special token the template itself puts last. Where it has no end at all, one
+            # that stands there is a part of the answer.
+            written = token in self.template.special and not content.endswith(text)
+            if written and (shape is None or shape.end is not None):
+                return length, True
+            if text.strip():
+                break
+        return len(ids), False
 
+    def _blank_end(self, ids: list[int]) -> int:
+        count = 0
+        while count < len(ids) - 1 and not self._tokenizer.decode([ids[-1 - count]]).strip():
+            count += 1
+        return count
 
-def _tokenise(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:
-    if not texts:
-        return iter(())
-    return iter(
-        tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    )
+    def _check_ends(self, endless: Sequence[str], encoded: Encoded) -> None:
+        if not endless:
+            return
+        where = (
+            "has a {% generation %} block that leaves the end of the assistant's turn out"
+            if self.template.marks
+            else "writes no token that ends the assistant's turn"
+        )
+        remedy = (
+            "name the token that is to end it with sft.eos, or give a chat_template that writes one"
+        )
+        told = f"{endless[0]}: {self.template.name} {where}, so the adapter"
+        if not encoded.ends:
+            raise DataError(f"{told} would never learn to stop; {remedy}")
+        encoded.tell(
+            f"{told} does not learn to stop there (nor in {len(endless) - 1} other turns); {remedy}"
+        )
 
+    # -- both -------------------------------------------------------------------------------------
 
-def _bos(tokenizer: Any) -> list[int]:
-    """The beginning-of-sequence token, if the tokenizer itself puts one in front."""
-    bos = tokenizer.bos_token_id
-    with_special = tokenizer("a")["input_ids"]
-    without = tokenizer("a", add_special_tokens=False)["input_ids"]
-    added = len(with_special) > len(without) and with_special[0] == bos
-    return [bos] if bos is not None and added else []
+    def _add(
+        self,
+        encoded: Encoded,
+        source: Source,
+        number: int,
+        tokens: list[int],
+        weights: list[float],
+    ) -> None:
+        largest = max(tokens)
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            raise DataError(
+                f"{source.place(source.examples[number])}: has the token {largest} "
+                f"({self._tokenizer.decode([largest])!r}), and the model has {self._vocab_size:,}, "
+                "numbered from 0: its tokenizer was given tokens that its embedding lacks; use the "
+                "tokenizer that it was trained with, or leave the token out"
+            )
+        encoded.data.append(causal_datum(tokens, weights))
+        encoded.owners.append(number)
+
+    def _tokenise(self, texts: list[str]) -> Iterator[list[int]]:
+        if not texts:
+            return iter(())
+        ids = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+        return iter(ids["input_ids"])
 
 
 @dataclass(slots=True)
-class _Conversation:
-    """Text in alternation: what leads up to an assistant's turn, and the turn."""
+class _Assembly:
+    """The pieces of a group of turns, their tokens, and which turns turned out to have no end."""
 
-    example: Example
-    pieces: list[str] = field(default_factory=list)
+    pieces: list[Piece]
+    tokens: list[list[int]]
+    endless: list[int] = field(default_factory=list)
 
 
-def _encode_messages(source: Source, tokenizer: Any) -> list[Datum]:
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise DataError(
-            f"{source.name}: has messages, but the base's tokenizer has no chat template; use "
-            "prompt/completion rows, or a base that was made for conversations"
+def _chunks(examples: Sequence[Example]) -> Iterator[tuple[int, Sequence[Example]]]:
+    for start in range(0, len(examples), CHUNK):
+        yield start, examples[start : start + CHUNK]
+
+
+def _one_token(tokenizer: Any, text: str) -> int:
+    """The token that is written so."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if len(ids) != 1 or (ids[0] == unknown and text != getattr(tokenizer, "unk_token", None)):
+        parts = [tokenizer.decode([token]) for token in ids[:8]]
+        raise ConfigError(
+            f"sft.eos is {text!r}, which is not one token of the base's vocabulary (it is read as "
+            f"{parts}); name one of its special tokens"
         )
-    if isinstance(template, str) and _GENERATION.search(template):
-        return [_by_mask(source, example, tokenizer) for example in source.examples]
-    enders = set(tokenizer.all_special_ids) | {
-        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    data: list[Datum] = []
-    for examples in _chunks(source.examples):
-        conversations = [_split_turns(source, example, tokenizer) for example in examples]
-        flat = _tokenise(tokenizer, [piece for each in conversations for piece in each.pieces])
-        for conversation in conversations:
-            pieces = list(islice(flat, len(conversation.pieces)))
-            tokens: list[int] = []
-            weights: list[float] = []
-            for number, piece in enumerate(pieces):
-                learned = _turn_length(piece, enders, tokenizer) if number % 2 else 0
-                tokens += piece
-                weights += [1.0] * learned + [0.0] * (len(piece) - learned)
-            data.append(_datum(source, conversation.example, tokens, weights))
-    return data
-
-
-def _turn_length(piece: list[int], enders: set[int], tokenizer: Any) -> int:
-    """Tokens of a turn up to the special one that ends it; the line break that a template writes
-    after that one is never sampled."""
-    for end in range(len(piece), 0, -1):
-        if piece[end - 1] in enders:
-            return end
-        if tokenizer.decode(piece[end - 1 : end]).strip():
-            break
-    return len(piece)
-
-
-def _split_turns(source: Source, example: Example, tokenizer: Any) -> _Conversation:
-    """Cut a conversation before and after each assistant turn.
-
-    A turn is what the template adds to the text with which it would ask for that turn. Each of
-    these texts must begin with the one before; else what is trained would not be what is sampled.
-    """
-    conversation = _Conversation(example)
-    text = ""
-    for number, message in enumerate(example.messages):
-        if message.role != "assistant":
-            continue
-        for end, asking in ((number, True), (number + 1, False)):
-            longer = _render(source, example, tokenizer, end, asking=asking)
-            if not longer.startswith(text):
-                raise DataError(_prefix_complaint(source, example, number, asking=asking))
-            conversation.pieces.append(longer[len(text) :])
-            text = longer
-    return conversation
-
-
-def _prefix_complaint(source: Source, example: Example, number: int, *, asking: bool) -> str:
-    what = (
-        f"rewrites earlier turns once messages[{number - 1}] follows them"
-        if asking
-        else f"renders messages[{number}] otherwise than by adding it to the text that asks for it"
-    )
-    return (
-        f"{source.place(example)}: the chat template {what}, so the tokens of the assistant's "
-        "turns cannot be told apart; give each such conversation as prompt/completion rows, or "
-        "use a template that marks them with {% generation %}"
-    )
-
-
-def _render(source: Source, example: Example, tokenizer: Any, end: int, *, asking: bool) -> str:
-    turns = [{"role": m.role, "content": m.content} for m in example.messages[:end]]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asking)
-    # A template is a program of its own and may raise anything, by its author's words.
-    except Exception as error:
-        raise DataError(
-            f"{source.place(example)}: the chat template refuses it: {error}"
-        ) from error
-    assert isinstance(text, str)
-    return text
-
-
-def _by_mask(source: Source, example: Example, tokenizer: Any) -> Datum:
-    """By the template's own `{% generation %}` marks."""
-    turns = [{"role": m.role, "content": m.content} for m in example.messages]
-    try:
-        encoded = tokenizer.apply_chat_template(
-            turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-    except Exception as error:
-        raise DataError(
-            f"{source.place(example)}: the chat template refuses it: {error}"
-        ) from error
-    weights = [float(mark) for mark in encoded["assistant_masks"]]
-    return _datum(source, example, encoded["input_ids"], weights)
-
-
-def _datum(source: Source, example: Example, tokens: list[int], weights: list[float]) -> Datum:
-    if not any(weights[1:]):
-        raise DataError(
-            f"{source.place(example)}: the chat template leaves no token of the assistant to learn"
-        )
-    return causal_datum(tokens, weights)
+    return int(ids[0])

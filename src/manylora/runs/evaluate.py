@@ -83,7 +83,7 @@ async def mean_loss(adapter: Any, data: Sequence[Datum], tick: Tick) -> float | 
 async def greedy_answers(adapter: Any, tokenizer: Any, evals: EvalSet, tick: Tick) -> list[Answer]:
     """Continue every prompt greedily."""
     prompts = evals.prompts
-    params = SamplingParams(max_tokens=evals.max_tokens, temperature=0.0)
+    params = SamplingParams(max_tokens=evals.max_tokens, temperature=0.0, stop=evals.stop)
     chunks = [prompts[i : i + SAMPLE_CHUNK] for i in range(0, len(prompts), SAMPLE_CHUNK)]
     sequences: list[Any] = []
 

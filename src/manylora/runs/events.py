@@ -74,6 +74,14 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True)
+class Warned:
+    """Something that an adapter's owner should know; training goes on."""
+
+    adapter: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class EvalDone:
     """Figures on the evaluation set, `when` = before or after training."""
 
@@ -126,6 +134,7 @@ Event = (
     | Phase
     | AdapterStarted
     | StepDone
+    | Warned
     | EvalDone
     | CheckpointSaved
     | AdapterEnded

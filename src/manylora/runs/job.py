@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from manylora.types import AdamParams, AdapterSpec, DataError, Datum
+from manylora.types import AdamParams, AdapterSpec, DataError, Datum, TextFormat
 
 Progress = Callable[[str, int, int], None]
 
@@ -29,11 +29,16 @@ class EvalPrompt:
 
 @dataclass(frozen=True, slots=True)
 class EvalSet:
-    """What an adapter is measured on before and after training."""
+    """What an adapter is measured on before and after training.
+
+    Attributes:
+        max_tokens: of an answer. stop: tokens that end one; None = the base's.
+    """
 
     data: Sequence[Datum] = ()
     prompts: Sequence[EvalPrompt] = ()
     max_tokens: int = 64
+    stop: tuple[int, ...] | None = None
 
     def __bool__(self) -> bool:
         return bool(self.data or self.prompts)
@@ -47,12 +52,19 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What reading an adapter's data gives."""
+    """What reading an adapter's data gives.
+
+    Attributes:
+        text_format: how its texts became tokens, to be recorded with the adapter.
+        notes: what its owner should know.
+    """
 
     steps: int
     batch: Batches
     adam: Callable[[int], AdamParams]
     evals: EvalSet = field(default_factory=EvalSet)
+    text_format: TextFormat = field(default_factory=TextFormat)
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """How an adapter ended."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from manylora.runs.events import Status, finite
@@ -16,6 +16,7 @@ class Outcome:
     Attributes:
         steps: optimizer steps that are behind the adapter; total_steps: that were planned.
         tokens, trained_tokens: of all steps, those before a resume included.
+        warnings: what its owner should know.
         trained_here: tokens that this process trained (for the rate of the whole run).
         seconds: spent in steps, those before a resume included.
     """
@@ -33,6 +34,7 @@ class Outcome:
     seconds: float = 0.0
     resumed_from: int = 0
     error: dict[str, str] | None = None
+    warnings: list[str] = field(default_factory=list)
     trained_here: int = 0
     skipped: bool = False
 
@@ -47,7 +49,7 @@ class Outcome:
         """What an earlier attempt has left: a finished adapter, or how far one came."""
         if is_completed(paths):
             result = read_json(paths.result)
-            names = {field.name for field in fields(cls)}
+            names = {one.name for one in fields(cls)}
             return cls(**{k: v for k, v in result.items() if k in names}, skipped=True)
         outcome = cls()
         outcome.count_rows(read_metrics(paths.metrics))

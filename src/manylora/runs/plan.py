@@ -17,9 +17,10 @@ from manylora.config import AdapterEntry, RunFile
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.models import resolve_base
+from manylora.models.vocabulary import Vocabulary, read_vocabulary
 from manylora.processes.starting import check_split
-from manylora.runs.encode import encode_source
 from manylora.runs.order import DataOrder, total_steps
+from manylora.runs.prepare import ends_notes, entry_encoder
 from manylora.runs.sources import read_source
 from manylora.types import BaseModelError, ConfigError, Datum, ManyloraError
 from manylora.types.mesh import MeshShape
@@ -38,6 +39,7 @@ class AdapterPlan:
         num_bytes: weights, gradient and optimizer state; activations come on top.
         num_tokens: that go through the base over all steps.
         longest: tokens of the longest example, evaluation included.
+        notes: what is worth knowing of its data.
     """
 
     name: str
@@ -51,6 +53,7 @@ class AdapterPlan:
     steps: int
     num_tokens: int
     longest: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +69,10 @@ class RunPlan:
 
     def warnings(self) -> list[str]:
         """What would go wrong later."""
+        noted = [f"adapter {plan.name}: {note}" for plan in self.adapters for note in plan.notes]
         if self.context_length is None:
-            return []
-        return [
+            return noted
+        return noted + [
             f"adapter {plan.name}: its longest example has {plan.longest} tokens; the base's "
             f"context ends at {self.context_length}"
             for plan in self.adapters
@@ -95,14 +99,16 @@ def plan_run(run: RunFile) -> RunPlan:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"cannot open base {run.base!r}: {error}") from error
-    sites = list_sites(model)
+    sites, vocabulary = list_sites(model), read_vocabulary(folder)
     return RunPlan(
         base=run.base,
         architecture=type(model).__name__,
         base_params=sum(parameter.numel() for parameter in model.parameters()),
         context_length=getattr(config.get_text_config(), "max_position_embeddings", None),
         out=str(run.out),
-        adapters=tuple(_plan_adapter(entry, sites, tokenizer) for entry in run.adapters),
+        adapters=tuple(
+            _plan_adapter(entry, sites, tokenizer, vocabulary) for entry in run.adapters
+        ),
     )
 
 
@@ -117,14 +123,19 @@ def list_sites(model: Any) -> list[Site]:
     ]
 
 
-def _plan_adapter(entry: AdapterEntry, sites: Sequence[Site], tokenizer: Any) -> AdapterPlan:
+def _plan_adapter(
+    entry: AdapterEntry, sites: Sequence[Site], tokenizer: Any, vocabulary: Vocabulary
+) -> AdapterPlan:
     spec = entry.spec()
     try:
         layout = plan_layout(spec, resolve_targets(spec, sites))
     except ConfigError as error:
         raise type(error)(f"adapter {entry.name}: {error}") from error
-    train = _encoded(entry, entry.sft.train, tokenizer)
-    held_out = _encoded(entry, entry.sft.eval, tokenizer) if entry.sft.eval else []
+    notes = ends_notes(entry, tokenizer, vocabulary)
+    train = _encoded(entry, entry.sft.train, tokenizer, vocabulary, notes)
+    held_out: list[Datum] = []
+    if entry.sft.eval:
+        held_out = _encoded(entry, entry.sft.eval, tokenizer, vocabulary, notes)
     steps = total_steps(
         len(train),
         entry.sft.batch_size,
@@ -144,12 +155,17 @@ def _plan_adapter(entry: AdapterEntry, sites: Sequence[Site], tokenizer: Any) ->
         steps=steps,
         num_tokens=_count_tokens(entry, train, steps),
         longest=max(map(len, [*train, *held_out])),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
-def _encoded(entry: AdapterEntry, source: str, tokenizer: Any) -> list[Datum]:
+def _encoded(
+    entry: AdapterEntry, source: str, tokenizer: Any, vocabulary: Vocabulary, notes: list[str]
+) -> list[Datum]:
     try:
-        return encode_source(read_source(source), tokenizer)
+        encoded = entry_encoder(entry, tokenizer, vocabulary).encode(read_source(source))
+        notes += encoded.notes
+        return encoded.data
     except ManyloraError as error:
         raise type(error)(f"adapter {entry.name}: {error}") from error
 

@@ -6,12 +6,14 @@ from typing import Any, Literal
 import numpy as np
 
 from manylora.config import AdapterEntry
-from manylora.runs.encode import encode_source
+from manylora.models.vocabulary import Vocabulary
+from manylora.runs.encode import Encoded, Encoder
 from manylora.runs.job import EvalPrompt, EvalSet, Job, Prepared, Progress
 from manylora.runs.order import DataOrder, total_steps
+from manylora.runs.rows import Example
 from manylora.runs.schedule import scheduled_lr
-from manylora.runs.sources import Example, Source, read_source
-from manylora.types import AdamParams, DataError, Datum, DatumTooLong
+from manylora.runs.sources import Source, read_source
+from manylora.types import AdamParams, DataError, Datum, DatumTooLong, TextFormat
 
 # Answers that are generated before and after training, at most: enough to see and to count.
 MAX_SAMPLES = 64
@@ -66,7 +68,11 @@ def prepare_sft(
         return read_source(named)
 
     read = read or read_named
-    data = _encoded(read("train"), door, progress, "training data")
+    if door.tokenizer is None:
+        raise DataError("the base's folder has no tokenizer, so text cannot be read")
+    encoder = entry_encoder(entry, door.tokenizer, door.vocabulary)
+    trained = _encoded(encoder, read("train"), door, progress, "training data")
+    data = trained.data
     order = DataOrder(
         size=len(data), batch_size=sft.batch_size, seed=entry.seed, shuffle=sft.shuffle
     )
@@ -78,37 +84,67 @@ def prepare_sft(
     def adam(step: int) -> AdamParams:
         return entry.optimizer.adam_params(scheduled_lr(entry.optimizer, step - 1, steps))
 
+    notes = [*ends_notes(entry, door.tokenizer, door.vocabulary), *trained.notes]
+    text_format = TextFormat(encoder.stops(trained), entry.chat_template)
     evals = EvalSet()
     if sft.eval is not None:
         source = read("eval")
-        held_out = _encoded(source, door, progress, "evaluation data")
-        evals = eval_set(source, held_out, door.tokenizer)
-    return Prepared(steps, batch, adam, evals)
+        held_out = _encoded(encoder, source, door, progress, "evaluation data")
+        notes += [note for note in held_out.notes if note not in notes]
+        evals = eval_set(source, held_out, door.tokenizer, text_format.stop)
+    return Prepared(steps, batch, adam, evals, text_format, notes)
 
 
-def _encoded(source: Source, door: Any, progress: Progress, what: str) -> list[Datum]:
-    if door.tokenizer is None:
-        raise DataError("the base's folder has no tokenizer, so text cannot be read")
+def entry_encoder(entry: AdapterEntry, tokenizer: Any, vocabulary: Vocabulary) -> Encoder:
+    """How an entry's texts become tokens on a base. Raises ConfigError."""
+    return Encoder(
+        tokenizer,
+        eos=entry.sft.eos,
+        chat_template=entry.chat_template,
+        ends=vocabulary.ends,
+        vocab_size=vocabulary.size,
+    )
+
+
+def ends_notes(entry: AdapterEntry, tokenizer: Any, vocabulary: Vocabulary) -> list[str]:
+    """What to say where a base's files disagree about the token that ends an answer."""
+    own = tokenizer.eos_token_id
+    if entry.sft.eos is not None or own is None or not vocabulary.ends or own in vocabulary.ends:
+        return []
+    named = ", ".join(repr(tokenizer.decode([token])) for token in vocabulary.ends)
+    return [
+        f"tokenizer_config.json ends a text with {tokenizer.decode([own])!r}, "
+        f"{vocabulary.named_in} an answer with {named}; prompt/completion and text rows are "
+        f"trained to end with {tokenizer.decode([own])!r}, and answers stop at either. Choose one "
+        "with sft.eos"
+    ]
+
+
+def _encoded(encoder: Encoder, source: Source, door: Any, progress: Progress, what: str) -> Encoded:
     short = len(source) < ANNOUNCED_EXAMPLES
     progress(f"tokenising {what} ({len(source):,} examples)", 0, 1 if short else 0)
-    data = encode_source(source, door.tokenizer)
+    encoded = encoder.encode(source)
     limit = door.context_length
-    for example, datum in zip(source.examples, data, strict=True):
+    for number, datum in zip(encoded.owners, encoded.data, strict=True):
+        example = source.examples[number]
         # One token more was tokenised; the last one is only ever predicted.
         if limit and len(datum) > limit:
             raise DatumTooLong(
                 f"{source.place(example)}: has {len(datum) + 1} tokens; the base's context holds "
                 f"{limit}, so shorten or drop this example"
             )
-    return data
+    return encoded
 
 
-def eval_set(source: Source, data: Sequence[Datum], tokenizer: Any) -> EvalSet:
+def eval_set(source: Source, encoded: Encoded, tokenizer: Any, stop: tuple[int, ...]) -> EvalSet:
     """Everything is measured by loss; the first examples that have an answer are also asked."""
     prompts: list[EvalPrompt] = []
     longest = 1
     if source.kind != "text":
-        for example, datum in zip(source.examples[:MAX_SAMPLES], data, strict=False):
+        # Of a conversation that became several data, the last holds the last answer.
+        last = dict(zip(encoded.owners, encoded.data, strict=True))
+        for number, example in enumerate(source.examples[:MAX_SAMPLES]):
+            datum = last[number]
             start, end = _last_answer(datum)
             expected = (
                 example.texts[-1]
@@ -122,7 +158,8 @@ def eval_set(source: Source, data: Sequence[Datum], tokenizer: Any) -> EvalSet:
             prompt = datum.tokens[: start + 1].tolist()
             prompts.append(EvalPrompt(_prompt_text(example), prompt, expected))
             longest = max(longest, end - start)
-    return EvalSet(data, prompts, min(longest + EXTRA_TOKENS, MAX_ANSWER_TOKENS))
+    max_tokens = min(longest + EXTRA_TOKENS, MAX_ANSWER_TOKENS)
+    return EvalSet(encoded.data, prompts, max_tokens, stop)
 
 
 def _last_answer(datum: Datum) -> tuple[int, int]:
@@ -140,4 +177,4 @@ def _prompt_text(example: Example) -> str:
     if example.texts:
         return example.texts[0]
     last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
-    return "\n".join(f"{turn.role}: {turn.content}" for turn in example.messages[:last])
+    return "\n".join(f"{turn.role}: {turn.content or ''}" for turn in example.messages[:last])

@@ -30,6 +30,7 @@ from manylora.runs.events import (
     Phase,
     Status,
     StepDone,
+    Warned,
 )
 from manylora.runs.job import Job, Prepared, mean_weights
 from manylora.runs.layout import AdapterPaths, is_completed, read_json, write_json
@@ -128,7 +129,11 @@ class AdapterRun:
     async def _train(self) -> None:
         prepared = await self._prepare()
         self.outcome.total_steps = prepared.steps
+        self.outcome.warnings = list(prepared.notes)
+        for note in prepared.notes:
+            self._emit(Warned(self._job.name, note))
         await self._open()
+        self._adapter.text_format = prepared.text_format
         self._emit(
             AdapterStarted(
                 self._job.name, self.outcome.steps, prepared.steps, self.outcome.num_params

@@ -1,63 +1,54 @@
-"""Training examples from a .jsonl file, a .parquet file or a hub dataset.
+"""Training examples from a local file (JSON Lines, CSV, Parquet) or a hub dataset.
 
-Three kinds of rows, one kind per source; other columns are ignored:
-
-    {"prompt": "2+2=", "completion": "4"}
-    {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
-    {"text": "2+2=4"}
-
-A JSON Lines file is read here, not by the `datasets` library: that one's errors do not name the
-line, and its cache takes a file for unchanged when its modification time is. Parquet files are
-streamed through the library, which caches nothing; hub datasets are cached by their revision.
+JSON Lines and CSV, packed with gzip or not, are read here, not by the `datasets` library: that
+one's errors do not name the line, and its cache takes a file for unchanged when its modification
+time is. Parquet files are streamed through the library, which caches nothing; hub datasets are
+cached by their revision. What a row may say is in `rows`.
 """
 
+import csv
+import gzip
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import BinaryIO, Literal
 
-from manylora.config import is_data_file
+from manylora.config import DATA_SUFFIXES, data_suffix, is_data_file
+from manylora.runs.rows import (
+    FORMS,
+    Example,
+    Kind,
+    ignored_columns,
+    kind_of,
+    read_example,
+    without_nulls,
+)
 from manylora.types import DataError
 
-Kind = Literal["prompt/completion", "messages", "text"]
-FIELDS: Mapping[Kind, tuple[str, ...]] = {
-    "prompt/completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "text": ("text",),
-}
-FORMS = (
-    'a row is {"prompt": …, "completion": …}, {"messages": [{"role": …, "content": …}, …]} or '
-    '{"text": …}'
-)
+READ_HERE = f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]}"
+# A cell of a CSV file may hold a long text; the module's own limit is 128 KiB.
+_LONGEST_CELL = 2**31 - 1
 
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row: `texts` holds prompt and completion, or the text; else there are `messages`."""
-
-    line: int
-    texts: tuple[str, ...] = ()
-    messages: tuple[Message, ...] = ()
+# Line (or row) and what stands there.
+Rows = Iterator[tuple[int, object]]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """All examples of a data source, which are of one kind, and what to call their places."""
+    """All examples of a data source, which are of one kind, and what to call their places.
+
+    Attributes:
+        ignored: columns that are there and are not used.
+    """
 
     name: str
     kind: Kind
     examples: Sequence[Example]
     unit: Literal["line", "row"] = "line"
+    ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -71,8 +62,8 @@ def read_source(source: str, *, name: str | None = None) -> Source:
     """Read and check every row.
 
     Args:
-        source: a .jsonl or .parquet file, or a hub id `org/name` or `org/name:split` (the split is
-            `train` unless given).
+        source: a local file, or a hub id `org/name` or `org/name:split` (the split is `train`
+            unless given).
         name: what messages call it; by default as `source` does.
 
     Raises:
@@ -81,27 +72,31 @@ def read_source(source: str, *, name: str | None = None) -> Source:
     """
     name = source if name is None else name
     if not is_data_file(source):
-        return _collect(name, "row", enumerate(_hub_rows(source), start=1))
-    path = Path(source)
+        return _collect(name, "row", _hub_rows(source))
+    path, suffix = Path(source), data_suffix(source)
+    if suffix not in DATA_SUFFIXES:
+        raise DataError(f"{name}: of local files {READ_HERE} are read; write it as one of those")
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "there is no such file"
-        raise DataError(f"{name}: {what}; name a .jsonl or .parquet file, or a hub id")
-    if path.suffix.lower() == ".parquet":
-        return _collect(name, "row", enumerate(_parquet_rows(source, name), start=1))
-    return _collect(name, "line", _json_lines(path, name))
+        raise DataError(f"{name}: {what}; name a {READ_HERE} file, or a hub id")
+    if suffix == ".parquet":
+        return _collect(name, "row", _parquet_rows(source, name))
+    read = _csv_rows if suffix.startswith(".csv") else _json_lines
+    return _collect(name, "line", _of_file(path, name, read))
 
 
 def _place(name: str, unit: str, line: int) -> str:
     return f"{name}:{line}" if unit == "line" else f"{name}, row {line}"
 
 
-def _collect(name: str, unit: Literal["line", "row"], rows: Iterable[tuple[int, object]]) -> Source:
+def _collect(name: str, unit: Literal["line", "row"], rows: Rows) -> Source:
     kind: Kind | None = None
     first_line = 0
     examples: list[Example] = []
+    ignored: set[str] = set()
     for line, row in rows:
         try:
-            this_kind = _kind_of(row)
+            this_kind = kind_of(row)
             if kind is None:
                 kind, first_line = this_kind, line
             if this_kind != kind:
@@ -110,24 +105,40 @@ def _collect(name: str, unit: Literal["line", "row"], rows: Iterable[tuple[int, 
                     "per file"
                 )
             assert isinstance(row, Mapping)
-            examples.append(_example(line, this_kind, row))
+            ignored |= ignored_columns(row, kind)
+            examples.append(read_example(line, kind, row))
         except DataError as error:
             raise DataError(f"{_place(name, unit, line)}: {error}") from error
     if kind is None:
         raise DataError(f"{name}: has no rows; {FORMS}")
-    return Source(name, kind, examples, unit)
+    return Source(name, kind, examples, unit, tuple(sorted(ignored)))
 
 
-def _json_lines(path: Path, name: str) -> Iterator[tuple[int, object]]:
+# -- files that are read here ---------------------------------------------------------------------
+
+
+def _of_file(path: Path, name: str, read: Callable[[BinaryIO, str], Rows]) -> Rows:
+    """The rows of a file, unpacked on the way."""
     try:
         with path.open("rb") as file:
-            for line, raw in enumerate(file, start=1):
-                # Some editors begin a file with a byte order mark.
-                content = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
-                if content.strip():
-                    yield line, _parse(f"{name}:{line}", content)
+            if path.suffix.lower() != ".gz":
+                yield from read(file, name)
+                return
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                # A zip file's reader is a binary stream like any other.
+                yield from read(unpacked, name)  # type: ignore[arg-type]
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{name}: is not a whole gzip file: {_first_line(error)}") from error
     except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
+
+
+def _json_lines(file: BinaryIO, name: str) -> Rows:
+    for line, raw in enumerate(file, start=1):
+        # Some editors begin a file with a byte order mark.
+        content = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
+        if content.strip():
+            yield line, _parse(f"{name}:{line}", content)
 
 
 def _parse(place: str, raw: bytes) -> object:
@@ -142,119 +153,106 @@ def _parse(place: str, raw: bytes) -> object:
         ) from error
     except RecursionError as error:
         raise DataError(f"{place}: is nested too deeply; {FORMS}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{place}: cannot be read: {_first_line(error)}") from error
 
 
-def _parquet_rows(source: str, name: str) -> Iterator[object]:
-    import datasets
-    import pyarrow
-
+def _csv_rows(file: BinaryIO, name: str) -> Rows:
+    """Rows of a table with a line of titles; an empty cell of another column than the text's is
+    none at all."""
+    csv.field_size_limit(_LONGEST_CELL)
+    reader = csv.reader(_decoded(file, name), strict=True)
+    titles: list[str] | None = None
+    before = 0
     try:
+        for cells in reader:
+            line, before = before + 1, reader.line_num
+            if not any(cells):
+                continue
+            if titles is None:
+                titles = _titles(cells, f"{name}:{line}")
+                continue
+            if len(cells) != len(titles):
+                raise DataError(
+                    f"{name}:{line}: has {len(cells)} cells; the titles in the first line are "
+                    f"{len(titles)}"
+                )
+            yield (
+                line,
+                {
+                    title: _cell(title, cell)
+                    for title, cell in zip(titles, cells, strict=True)
+                    if cell or title in ("prompt", "completion", "text")
+                },
+            )
+    except csv.Error as error:
+        raise DataError(f"{name}:{before + 1}: is not CSV: {error}") from error
+
+
+def _decoded(file: BinaryIO, name: str) -> Iterator[str]:
+    for line, raw in enumerate(file, start=1):
+        try:
+            yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            where = f"{name}:{line}"
+            raise DataError(f"{where}: is not UTF-8 text (byte {error.start + 1})") from error
+
+
+def _titles(cells: Sequence[str], place: str) -> list[str]:
+    titles = [cell.strip() for cell in cells]
+    if len(set(titles)) < len(titles):
+        twice = next(title for title in titles if titles.count(title) > 1)
+        raise DataError(f"{place}: has two columns {twice!r}; titles must differ")
+    return titles
+
+
+def _cell(title: str, cell: str) -> object:
+    """Messages are lists, which a cell can only hold as JSON; a prompt is text in any case."""
+    if title != "messages":
+        return cell
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell  # and the row is told what it should be
+
+
+# -- files and tables that a library reads --------------------------------------------------------
+
+
+def _parquet_rows(source: str, name: str) -> Rows:
+    def load() -> Iterable[object]:
+        import datasets
+
         # Streaming reads the file itself: no copy in the cache that could be out of date.
-        yield from datasets.load_dataset(
+        return datasets.load_dataset(
             "parquet", data_files=os.path.abspath(source), split="train", streaming=True
         )
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(f"{name}: cannot be read as Parquet: {_first_line(error)}") from error
+
+    return _table_rows(load, f"{name}: cannot be read as Parquet: ", "")
 
 
-def _hub_rows(source: str) -> Iterable[object]:
-    import datasets
+def _hub_rows(source: str) -> Rows:
+    def load() -> Iterable[object]:
+        import datasets
 
-    name, _, split = source.partition(":")
-    try:
+        name, _, split = source.partition(":")
         return datasets.load_dataset(name, split=split or "train")
-    # Whatever goes wrong between here and the hub, the user's next step is the same.
+
+    remedy = (
+        ". Check its name and split and the network; a local file must end in "
+        f"{READ_HERE}, or begin with ./"
+    )
+    return _table_rows(load, f"{source}: cannot load this dataset from the hub: ", remedy)
+
+
+def _table_rows(load: Callable[[], Iterable[object]], complaint: str, remedy: str) -> Rows:
+    """Whatever a library raises, before the first row or at any, is the source's fault."""
+    try:
+        for number, row in enumerate(load(), start=1):
+            yield number, without_nulls(row)
     except Exception as error:
-        raise DataError(
-            f"{source}: cannot load this dataset from the hub: {_first_line(error)}. Check "
-            "its name and split and the network; a local file must end in .jsonl or .parquet"
-        ) from error
+        raise DataError(f"{complaint}{_first_line(error)}{remedy}") from error
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _kind_of(row: object) -> Kind:
-    if not isinstance(row, Mapping):
-        raise DataError(f"is {_described(row)}, not an object; {FORMS}")
-    # Parquet and the hub give every column to every row; null stands for absent.
-    present = {key for key, value in row.items() if value is not None}
-    complete = [kind for kind, fields in FIELDS.items() if present.issuperset(fields)]
-    if len(complete) == 1:
-        return complete[0]
-    if complete:
-        raise DataError(f"is {' and '.join(complete)} at once; keep the fields of one kind")
-    if "completion" in present or "prompt" in present:
-        missing = "prompt" if "completion" in present else "completion"
-        raise DataError(f"has no {missing!r}; {FORMS}")
-    have = f"has only {', '.join(map(repr, sorted(map(str, row))))}" if row else "is empty"
-    raise DataError(f"{have}; {FORMS}")
-
-
-def _example(line: int, kind: Kind, row: Mapping[str, Any]) -> Example:
-    if kind == "messages":
-        return Example(line, messages=_messages(row["messages"]))
-    texts = tuple(_text(repr(field), row[field]) for field in FIELDS[kind])
-    if not texts[-1]:
-        field = FIELDS[kind][-1]
-        raise DataError(f"{field!r} is empty, so there is nothing to learn; drop the row")
-    return Example(line, texts=texts)
-
-
-def _messages(value: object) -> tuple[Message, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise DataError(
-            f"'messages' is {_described(value)}; it must be a list of "
-            '{"role": …, "content": …} that is not empty'
-        )
-    messages = tuple(_message(number, item) for number, item in enumerate(value))
-    if all(message.role != "assistant" for message in messages):
-        raise DataError("'messages' has no turn of role 'assistant', so there is nothing to learn")
-    return messages
-
-
-def _message(number: int, item: object) -> Message:
-    where = f"messages[{number}]"
-    if not isinstance(item, Mapping):
-        raise DataError(f"{where} is {_described(item)}; it must be {{'role': …, 'content': …}}")
-    extra = [key for key, value in item.items() if key not in ("role", "content") and value]
-    if extra:
-        raise DataError(f"{where} has {extra[0]!r}, which is not supported; keep role and content")
-    for field in ("role", "content"):
-        if item.get(field) is None:
-            raise DataError(f"{where} has no {field!r}; it must be {{'role': …, 'content': …}}")
-    role = _text(f"{where}.role", item["role"])
-    content = _text(f"{where}.content", item["content"])
-    if not role:
-        raise DataError(f"{where}.role is empty; write system, user or assistant")
-    if role == "assistant" and not content:
-        raise DataError(f"{where}.content is empty, so there is nothing to learn")
-    return Message(role, content)
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{name} is {_described(value)}; it must be a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{name} has half of a surrogate pair at character {error.start + 1}; write the whole "
-            "character"
-        ) from error
-    return value
-
-
-def _described(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    if isinstance(value, str):
-        return f"the string {value[:40]!r}" if value else "an empty string"
-    if isinstance(value, Mapping):
-        return "an object"
-    return "a list" if len(value) else "an empty list"  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from manylora.runs.events import (
     RunStarted,
     StepDone,
     Stopping,
+    Warned,
     event_dict,
 )
 
@@ -105,6 +106,8 @@ class PlainView:
                 )
             case StepDone() if self._due(event):
                 self._say(event.adapter, step_text(self._board.row(event.adapter)))
+            case Warned():
+                self._say(event.adapter, f"warning: {event.text}")
             case EvalDone():
                 self._say(event.adapter, eval_text(event))
             case AdapterEnded():
@@ -189,6 +192,9 @@ class LiveView:
         if isinstance(event, AdapterEnded) and event.error:
             error = printable(event.error)
             self.live.console.print(Text(f"{event.adapter} failed: {error}", style="red"))
+        if isinstance(event, Warned):
+            note = printable(event.text)
+            self.live.console.print(Text(f"{event.adapter}: warning: {note}", style="yellow"))
         if isinstance(event, RunEnded):
             self.live.stop()
             print_closing(event, Console(file=self._out, width=closing_width(self._out)))

@@ -93,6 +93,7 @@ def run_info(row: RunRow, figures: Mapping[str, Any] | None = None) -> Run:
         eval_before=_evaluated(known.get("eval_before")),
         eval_after=_evaluated(known.get("eval_after")),
         error=None if error is None else RunError(**error),
+        warnings=known.get("warnings") or [],
         path=None if path is None else f"{path}/weights/{name}",
         external_path=f"{path}/external_weights/{name}" if path and name == "final" else None,
     )

@@ -112,8 +112,8 @@ def check_size(entry: AdapterEntry, max_rank: int) -> None:
     """Refuse what a shared server does not take.
 
     Raises:
-        TooLarge: the rank. Unsupported: files of the server, or regular expressions, which can take
-            for ever to match.
+        TooLarge: the rank. Unsupported: files of the server, or what can take for ever: regular
+            expressions and templates.
     """
     lora = entry.lora
     for rank in (lora.rank, *lora.rank_pattern.values()):
@@ -121,6 +121,11 @@ def check_size(entry: AdapterEntry, max_rank: int) -> None:
             raise TooLarge(f"lora.rank is {rank}; at most {max_rank} here")
     if lora.init_from is not None:
         raise Unsupported("lora.init_from names a folder of the server; leave it out")
+    if entry.chat_template is not None:
+        raise Unsupported(
+            "chat_template: a template is a program, and a server runs none but its base's; render "
+            "the conversations yourself and send prompt/completion rows"
+        )
     names = [lora.targets] if isinstance(lora.targets, str) else lora.targets
     for name in (*names, *lora.rank_pattern, *lora.alpha_pattern):
         if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():

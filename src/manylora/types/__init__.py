@@ -44,6 +44,7 @@ from manylora.types.sampling import (
     Scoring,
     TopK,
 )
+from manylora.types.text_format import TextFormat
 
 __all__ = [
     "ALL_LINEAR",
@@ -80,6 +81,7 @@ __all__ = [
     "StoreError",
     "StoreTooNew",
     "TargetError",
+    "TextFormat",
     "TopK",
     "Unsupported",
     "causal_datum",

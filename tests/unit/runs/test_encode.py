@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from manylora.runs.encode import encode_prompt, encode_source
+from manylora.runs.encode import Encoder, encode_prompt, encode_source
 from manylora.runs.sources import read_source
 from manylora.types import DataError
 
@@ -145,8 +145,8 @@ def test_special_tokens_within_an_answer_do_not_end_its_loss(source, tokenizer_w
     )
     tokenizer = tokenizer_with_template(no_end)
     turns = [TURNS[1], {"role": "assistant", "content": "a<|im_end|>b"}]
-    (datum,) = encode_source(source({"messages": turns}), tokenizer)
-    assert learned(datum, tokenizer) == "a<|im_end|>b\n"
+    (datum,) = Encoder(tokenizer, eos="<|end|>").encode(source({"messages": turns})).data
+    assert learned(datum, tokenizer) == "a<|im_end|>b<|end|>"
 
 
 GENERATION = (
@@ -165,14 +165,9 @@ def test_a_template_s_own_marks_are_used(source, tokenizer, tokenizer_with_templ
     assert by_marks.loss_inputs["weights"].tolist() == by_prefix.loss_inputs["weights"].tolist()
 
 
-FORGETFUL = (
-    "{% for m in messages %}{% if m['role'] != 'assistant' or loop.last %}"
-    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 OTHERWISE = (
     "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}?{% endif %}"
+    "{% if add_generation_prompt %}{{ messages | length }}?{% endif %}"
 )
 PICKY = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
 MUTE = (
@@ -183,7 +178,6 @@ MUTE = (
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (FORGETFUL, r"rewrites earlier turns once messages\[3\] follows"),
         (OTHERWISE, r"renders messages\[2\] otherwise"),
         (PICKY, "refuses it: no system here"),
         (MUTE, "leaves no token of the assistant"),

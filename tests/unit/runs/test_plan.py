@@ -37,6 +37,7 @@ def base_folder(tmp_path_factory, tokenizer):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,

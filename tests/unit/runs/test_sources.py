@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from manylora.runs.sources import Message, Source, read_source
+from manylora.runs.rows import Message
+from manylora.runs.sources import Source, read_source
 from manylora.types import DataError
 
 PAIR = '{"prompt": "a", "completion": "b"}\n'
@@ -103,12 +104,19 @@ WRONG_MESSAGES = [
     ([CHAT[0], {"role": "assistant"}], "messages[1] has no 'content'"),
     ([CHAT[0], {"content": "x"}], "messages[1] has no 'role'"),
     ([CHAT[0], {"role": "assistant", "content": ""}], "messages[1].content is empty"),
-    ([CHAT[0], {"role": "assistant", "content": [1]}], "messages[1].content is a list"),
+    ([CHAT[0], {"role": "assistant", "content": [1]}], "messages[1].content[0] is the number 1"),
+    (
+        [CHAT[0], {"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}],
+        "messages[1].content[0] is of type 'image_url'; only text",
+    ),
+    ([CHAT[0], {"role": "assistant", "content": 3}], "messages[1].content is the number 3"),
     ([CHAT[0], {"role": "", "content": "x"}], "messages[1].role is empty"),
     (
         [*CHAT, {"role": "assistant", "content": "", "tool_calls": [1]}],
-        "messages[2] has 'tool_calls'",
+        "messages[2].tool_calls is a list; it must be a list of objects",
     ),
+    ([*CHAT, {"role": "user", "content": "x", "weight": 0}], "messages[2] has 'weight'"),
+    ([*CHAT, {"role": "user", "content": "x", "name": 3}], "messages[2].name is the number 3"),
 ]
 
 
@@ -192,4 +200,4 @@ def test_without_the_hub_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     text = refusal("org/name")
     assert text.startswith("org/name: cannot load this dataset from the hub: Couldn't reach")
-    assert "long story" not in text and ".jsonl or .parquet" in text
+    assert "long story" not in text and ".csv.gz or .parquet, or begin with ./" in text

@@ -59,6 +59,7 @@ class Run(Reply):
     Attributes:
         step, steps: optimizer steps made, and planned (0 = not known yet).
         first_loss, last_loss: mean per trained token.
+        warnings: what the run's owner should know of its data.
         path: the trained adapter (`weights/final`; of a run that broke off, `weights/last`).
         external_path: the same as PEFT's files.
         metrics: a row for each of the last steps; only where one run is asked for.
@@ -80,6 +81,7 @@ class Run(Reply):
     eval_before: EvalFigures | None = None
     eval_after: EvalFigures | None = None
     error: RunError | None = None
+    warnings: list[str] = Field(default_factory=list)
     path: str | None = None
     external_path: str | None = None
     metrics: list[dict[str, Any]] | None = None

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from manylora.models.vocabulary import Vocabulary
 from manylora.types import (
     AdamParams,
     AdapterSpec,
@@ -155,6 +156,7 @@ class FakeDoor:
 
     def __init__(self, *, context_length: int = 64, step_seconds: float = 0.0) -> None:
         self.tokenizer = FakeTokenizer()
+        self.vocabulary = Vocabulary(None, (0,), "config.json")
         self.base_name, self.fingerprint = "fake", "0"
         self.context_length = context_length
         self.step_seconds = step_seconds
