@@ -87,7 +87,7 @@ class Server:
 
     def start(self) -> Self:
         """Start and wait until it answers; a second start takes the same port."""
-        found = self._launch()
+        found = self.launch()
         try:
             assert found.wait(START_SECONDS), self._complaint("printed no URL")
             end = time.monotonic() + START_SECONDS
@@ -101,10 +101,10 @@ class Server:
 
     def start_and_kill(self, seconds: float) -> None:
         """Start, and kill it after so long, however far it has come."""
-        self._launch().wait(seconds)
+        self.launch().wait(seconds)
         self.kill()
 
-    def _launch(self) -> threading.Event:
+    def launch(self) -> threading.Event:
         """Start the process; the event tells when it printed its URL, or went."""
         aliases = [word for alias in (BASE_ALIAS, CHAT_ALIAS) for word in ("--alias", alias)]
         self._process = self._spawn(

@@ -157,11 +157,12 @@ class Host:
         self.pager.close()
 
     def close(self, *, cancel: bool) -> None:
-        """Run what is queued (or, with `cancel`, drop what has not started), save every state that
-        is not on disk, and stop."""
+        """Run what is queued (or, with `cancel`, drop what has not started and what is decoding),
+        save every state that is not on disk, and stop."""
         self.queue.close()
         if cancel:
             self.queue.cancel_waiting()
+            self.worker.drop_samples()
         self.worker.join()
         try:
             if self.worker.loss is None:

@@ -117,7 +117,8 @@ class Trainer(AdapterDoor):
         self.close(cancel=error_type is not None)
 
     def close(self, *, cancel: bool = False) -> None:
-        """Run what is queued (or, with `cancel`, drop what has not started), then stop."""
+        """Run what is queued (or, with `cancel`, drop what has not started and what is decoding),
+        then stop."""
         try:
             self._host.close(cancel=cancel)
         finally:

@@ -100,6 +100,7 @@ class EngineGroup:
         self._strangers = threading.BoundedSemaphore(self._size + STRANGERS)
         self._changed = threading.Condition()
         self._engines: tuple[RemoteEngine, ...] = ()
+        self._members: list[_Met] = []
         secret = secrets.token_bytes(SECRET_BYTES)
         self._folder = Path(tempfile.mkdtemp(prefix="manylora-"))
         try:
@@ -162,17 +163,30 @@ class EngineGroup:
         return engines
 
     def give_up(self) -> None:
-        """Have an `open` that waits for processes raise EngineLost; any thread."""
+        """Have an `open` that waits raise EngineLost, and whatever an engine is asked or was; any
+        thread. The processes end, in the midst of what they do."""
         with self._changed:
             self._given_up = True
             self._changed.notify_all()
+            members = self._members
+        for engine in self._engines:
+            if engine.lost is None:
+                engine.lose("nobody waits for the engine's processes any more")
+        for _, connection in members:
+            connection.hang_up()
+        if self._near:
+            _kill([hello for hello, _ in members])
 
     def stacks(self) -> str:
         """Where those processes stood that took too long or broke down; empty if none did."""
         return "\n".join(engine.stacks for engine in self._engines if engine.stacks)
 
-    def close(self) -> None:
-        """End the processes, and wait until they are gone."""
+    def close(self, seconds: float = STOP_SECONDS) -> None:
+        """End the processes, and wait until they are gone.
+
+        Args:
+            seconds: how long they may take to end by themselves.
+        """
         for engine in self._engines:
             engine.close()
         with self._changed:
@@ -184,10 +198,14 @@ class EngineGroup:
         if not self._engines or any(engine.was_lost for engine in self._engines):
             self._launcher.kill()
         try:
-            self._launcher.wait(STOP_SECONDS)
+            self._launcher.wait(seconds)
         except subprocess.TimeoutExpired:
-            log.warning("the engine's processes did not end; they are killed")
+            log.warning("the engine's processes did not end by themselves; they are killed")
             self._launcher.kill()
+            if self._near:
+                _kill([hello for hello, _ in self._members])
+            with suppress(subprocess.TimeoutExpired):
+                self._launcher.wait(seconds)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # -- inside ---------------------------------------------------------------------------------
@@ -219,14 +237,15 @@ class EngineGroup:
     def _next_generation(self) -> "list[_Met]":
         with self._changed:
             while True:
+                if self._given_up:
+                    raise EngineLost("nobody waits for the engine's processes any more")
                 for generation in sorted(self._waiting, reverse=True):
                     members = self._waiting[generation]
                     if generation > self._generation and len(members) == self._size:
                         self._generation = generation
                         self._waiting.clear()
-                        return [members[rank] for rank in range(self._size)]
-                if self._given_up:
-                    raise EngineLost("nobody waits for the engine's processes any more")
+                        self._members = [members[rank] for rank in range(self._size)]
+                        return self._members
                 status = self._launcher_status()
                 if status is not None and self._generation >= 0:
                     log.error("the launcher went (exit status %s); another is started", status)

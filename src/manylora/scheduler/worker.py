@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 from manylora.scheduler.queue import Call, Operation, OperationQueue, Pending
 from manylora.scheduler.share import DeviceShare
 from manylora.types import (
+    Cancelled,
     EngineLost,
     ForwardBackward,
     ForwardBackwardResult,
@@ -107,10 +108,15 @@ class Worker:
         # Samples in the decode loop. Equal ones have equal answers, so which is which is no matter.
         self._decoding: dict[int, list[Pending]] = {}
         self._began: list[tuple[Pending, float]] = []
+        self._dropping = False
         self.loss: EngineLost | None = None
         self.lost_with: list[Operation] = []
         self._thread = threading.Thread(target=self._loop, name="manylora-engine", daemon=True)
         self._thread.start()
+
+    def drop_samples(self) -> None:
+        """Finish none of the samples in the decode loop. Any thread, once the queue is closed."""
+        self._dropping = True
 
     def join(self) -> None:
         """Wait until the queue is closed and drained."""
@@ -223,10 +229,10 @@ class Worker:
         """Samples whose clients have given up need no more tokens."""
         waiting = [pending for entries in self._decoding.values() for pending in entries]
         for pending in waiting:
-            if pending.future.cancelled():
+            if pending.future.cancelled() or self._dropping:
                 self._forget(pending)
                 self._cancel_all([pending.operation])
-                self._finish(pending, None)
+                self._finish(pending, Cancelled("the sample was dropped before it was finished"))
 
     def _forget(self, pending: Pending) -> None:
         entries = self._decoding[id(pending.operation)]

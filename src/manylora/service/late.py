@@ -29,13 +29,20 @@ class LateHub:
         if self._arrival.done():
             self._arrival = asyncio.get_running_loop().create_future()
 
+    def close(self) -> None:
+        """The server stops: nobody need wait for a hub any more."""
+        if not self._arrival.done():
+            self._arrival.set_exception(NotReady("the server is stopping"))
+            self._arrival.exception()  # perhaps nobody waits
+
     async def settle(self) -> None:
         """Wait until the last hub has answered what it had begun to answer."""
         await self._empty.wait()
 
     def ready(self) -> bool:
         """Whether the engine answers."""
-        return self._arrival.done() and self._arrival.result().ready()
+        there = self._arrival.done() and self._arrival.exception() is None
+        return there and self._arrival.result().ready()
 
     async def outcome(self, *arguments: Any) -> Outcome:
         """A poll is told to come again while there is no engine; see `contract.Hub`."""

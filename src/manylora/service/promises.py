@@ -121,6 +121,8 @@ class Promises:
         if promise is not None:
             if promise.tenant != tenant:
                 return None
+            if self.closing:
+                return Waiting()
             try:
                 await asyncio.wait_for(promise.known.wait(), timeout)
             except TimeoutError:

@@ -18,6 +18,7 @@ from manylora.processes import EngineGroup, start_group
 from manylora.service.app import build_app
 from manylora.service.auth import DEV_TENANT, KEY_PREFIX
 from manylora.service.door import DoorSettings
+from manylora.service.ending import CONNECTION_SECONDS, Ending
 from manylora.service.engines import keep_up, opening_of
 from manylora.service.late import LateHub
 from manylora.service.limits import BodyLimits
@@ -33,6 +34,8 @@ from manylora.types.machine import M_ARENA_MAX, set_malloc
 log = logging.getLogger("manylora.service")
 
 BACKLOG = 2048
+# What the engine's processes may take to end by themselves.
+ENGINE_SECONDS = 2.0
 
 
 class StoreAuthenticator:
@@ -51,18 +54,40 @@ class StoreAuthenticator:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Tells when a signal asks it to stop."""
+    """Tells when a signal asks it to stop, and lets no client hold that up."""
 
-    def __init__(self, config: uvicorn.Config):
+    def __init__(self, config: uvicorn.Config, ending: Ending):
         super().__init__(config)
         self.asked_to_stop = asyncio.Event()
+        self._ending = ending
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal stops in order, a second at once. Unlike uvicorn's own, it is not
-        raised again in the end: what is queued has still to be finished and saved."""
-        self.force_exit = self.should_exit
+        """The first signal stops in order, a second without draining. Unlike uvicorn's own, it is
+        not raised again in the end: what is queued has still to be finished and saved."""
+        if self.should_exit:
+            self.force_exit = True
+            self._ending.hurry()
         self.should_exit = True
+        self._ending.ask()
         self.asked_to_stop.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what is in hand, for a while, and close every connection.
+
+        Uvicorn waits for whoever does not read his answer or does not send the rest of his request,
+        and for a connection that came just as it closed the others.
+        """
+        cutting = asyncio.create_task(self._cut())
+        await super().shutdown(sockets)
+        cutting.cancel()
+
+    async def _cut(self) -> None:
+        await asyncio.sleep(CONNECTION_SECONDS)
+        self.force_exit = True  # handlers that are still at work are not waited for
+        while True:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+            await asyncio.sleep(0.1)
 
 
 def run_server(settings: ServerFile) -> int:
@@ -93,11 +118,14 @@ def run_server(settings: ServerFile) -> int:
     except BaseException:
         store.close()
         raise
+    ending = Ending(settings.drain_seconds)
+    ending.enforce()
     try:
         with listener:
-            return asyncio.run(_serve(settings, store, group, listener, keyed=keyed))
+            return asyncio.run(_serve(settings, store, group, listener, ending, keyed=keyed))
     finally:
-        group.close()
+        # Nothing is asked of them any more, so there is no reason to wait for long.
+        group.close(ENGINE_SECONDS)
 
 
 async def _serve(
@@ -105,6 +133,7 @@ async def _serve(
     store: Store,
     group: EngineGroup,
     listener: socket.socket,
+    ending: Ending,
     *,
     keyed: bool,
 ) -> int:
@@ -133,19 +162,22 @@ async def _serve(
             timeout_keep_alive=75,
             server_header=False,
             proxy_headers=False,
-        )
+        ),
+        ending,
     )
     web = asyncio.create_task(server.serve(sockets=[listener]))
     stop = asyncio.create_task(server.asked_to_stop.wait())
     try:
         announce = partial(_announce, settings, listener, keyed=keyed)
         await keep_up(hub, service, group, stop, announce)
-        service.wake()
-        await web
     finally:
         server.should_exit = True
+        ending.ask(status=int(not stop.done()))
+        hub.close()
+        service.wake()
         await asyncio.wait([web])
-        await service.stop()
+        await service.stop(ending, group.give_up)
+    await web
     return 0
 
 

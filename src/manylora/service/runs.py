@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -134,10 +134,15 @@ class Runs:
             waiting = [asyncio.wrap_future(task) for task in list(self._tasks)]
             await asyncio.wait(waiting, timeout=seconds)
 
-    def close(self) -> None:
-        """Wait for what `stop` asked to end; any thread, when the queue takes no more."""
-        for task in list(self._tasks):
-            task.exception()
+    def close(self, seconds: float | None = None) -> None:
+        """Wait for what `stop` asked to end; any thread, when the queue takes no more.
+
+        Args:
+            seconds: what is preparing its data after that is left to it; None = all is waited for.
+        """
+        if wait(list(self._tasks), seconds).not_done:
+            log.warning("runs that are still preparing their data are left behind")
+            return
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.run_until_complete(self._loop.shutdown_default_executor())

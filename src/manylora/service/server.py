@@ -12,6 +12,7 @@ from manylora.api.verbs import Verbs
 from manylora.config import ServerFile
 from manylora.scheduler import BatchReport, Journal
 from manylora.service.breakages import Breakages
+from manylora.service.ending import Ending
 from manylora.service.hub import TinkerHub
 from manylora.service.parts import Parts
 from manylora.service.promises import Promises
@@ -118,20 +119,34 @@ class Service:
         await parts.settle()
         await asyncio.to_thread(self._close_journal, parts)
 
-    async def stop(self) -> None:
+    async def stop(
+        self, ending: Ending | None = None, give_up: Callable[[], None] = lambda: None
+    ) -> None:
         """Finish what is queued, for a while; save every adapter; what is left stays in the
-        journal and goes on with the next start."""
+        journal and goes on with the next start.
+
+        Args:
+            ending: until when; None = it begins now.
+            give_up: called when the engine takes too long for what it has begun, or states take too
+                long to be saved: has it fail whatever it is asked, and was.
+        """
+        if ending is None:
+            ending = Ending(self.settings.drain_seconds)
+            ending.ask()
         if self._upkeep is not None:
             self._upkeep.cancel()
         if self.hub is not None:
             parts = self.hub.parts
             parts.promises.closing = True
-            deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
-            await self.hub.submitted.stop(self.settings.drain_seconds)
-            while self._is_working() and asyncio.get_running_loop().time() < deadline:
+            await self.hub.submitted.stop(_until(ending.drained))
+            while self._is_working() and _until(ending.drained):
                 await asyncio.sleep(0.05)
-            await asyncio.to_thread(parts.host.close, cancel=True)
-            await asyncio.to_thread(self.hub.submitted.close)
+            closing = asyncio.create_task(asyncio.to_thread(parts.host.close, cancel=True))
+            if not (await asyncio.wait([closing], timeout=_until(ending.saved)))[0]:
+                log.warning("the engine is ended in the midst of something; it will be done again")
+                give_up()
+            await closing
+            await asyncio.to_thread(self.hub.submitted.close, _until(ending.saved))
             await asyncio.to_thread(parts.promises.close)
             await asyncio.sleep(0)  # what the last outcomes left for the loop to do
             await parts.settle()
@@ -140,6 +155,8 @@ class Service:
 
     def _is_working(self) -> bool:
         assert self.hub is not None
+        if self.hub.parts.host.losses():  # nothing that runs now will be finished
+            return False
         return any(model.running for model in self.hub.models) or self.hub.samplers.num_running > 0
 
     def _close_journal(self, parts: Parts) -> None:
@@ -147,6 +164,11 @@ class Service:
         while parts.covered:
             parts.journal.covered(*parts.covered.popleft())
         parts.journal.close()
+
+
+def _until(moment: float) -> float:
+    """Seconds from now on; none if it is over."""
+    return max(0.0, moment - time.monotonic())
 
 
 def _open_journal(folder: Path) -> tuple[Journal, Any]:

@@ -237,6 +237,36 @@ def test_a_process_that_cannot_even_end_itself_is_killed(
         assert isinstance(group.open()[0], RemoteEngine)
 
 
+def test_who_waits_for_an_engine_that_is_given_up_is_told(tiny: TinyBases) -> None:
+    """In the midst of a command, and for ever after."""
+    with group_of(tiny("qwen3")) as group:
+        engine, pid = group.open()[0], member(group)
+        engine.create("a", SPEC)
+        os.kill(pid, signal.SIGSTOP)
+        giving_up = threading.Timer(0.3, group.give_up)
+        giving_up.start()
+        with pytest.raises(EngineLost):
+            engine.forward_backward([work("a", 1)])
+        giving_up.join()
+        with pytest.raises(EngineLost, match="nobody waits"):
+            group.open()
+        group.close()
+        assert not runs(pid)
+
+
+def test_an_opening_can_be_given_up(tiny: TinyBases) -> None:
+    with group_of(tiny("qwen3")) as group:
+        group.open()
+        pid = member(group)
+        os.kill(pid, signal.SIGSTOP)
+        giving_up = threading.Timer(0.3, group.give_up)
+        giving_up.start()
+        members, group._engines = group._members, ()  # as if it had not opened the base yet
+        with pytest.raises(EngineLost, match="went while it opened"):
+            group._opened(members)
+        giving_up.join()
+
+
 def test_a_base_that_cannot_be_opened_is_an_error_of_its_own(tmp_path: Path) -> None:
     with (
         group_of(tmp_path / "nothing") as group,

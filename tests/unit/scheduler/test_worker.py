@@ -11,6 +11,7 @@ import pytest
 from manylora.scheduler import BatchReport, Call, OperationQueue, Worker
 from manylora.types import (
     AdamParams,
+    Cancelled,
     DataError,
     EngineLost,
     ForwardBackward,
@@ -252,6 +253,18 @@ def test_closing_finishes_what_decodes():
     queue.close()
     worker.join()
     assert all(future.done() for future in futures)
+
+
+def test_what_decodes_can_be_dropped_when_closing():
+    queue, recorder = OperationQueue(100), Recorder()
+    worker = Worker(queue, recorder)
+    future = queue.submit(sample("a", 10**9))
+    assert recorder.entered.wait(WAIT)
+    queue.close()
+    worker.drop_samples()
+    worker.join()
+    assert isinstance(future.exception(), Cancelled)
+    assert len(recorder.cancelled) == 1 and queue.places_held == 0
 
 
 def test_every_batch_is_reported_and_a_failing_observer_ends_nothing(
