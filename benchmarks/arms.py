@@ -114,9 +114,9 @@ class Bare:
         table = RoutingTable(batch.segments, training=False)
         with routing(table), packed(PackedStream(batch.lengths, batch.total)):
             hidden_TH = self.base.hidden(batch.tokens_T, batch.positions_T)
-            out = self.head(hidden_TH.detach(), batch, table, backward=True)
+            out = self.head(hidden_TH.detach(), batch.head, table, backward=True)
             hidden_TH.backward(out.grad_TH)
-        torch.stack([out.logprobs_T, out.loss_T]).numpy()
+        torch.stack([out.logprobs_L, out.loss_L]).numpy()
 
 
 class _NoAdapters(dict[str, Any]):

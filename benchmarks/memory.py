@@ -68,12 +68,14 @@ def loss_memory(base: Path | str, tokens: int = 4096) -> dict[str, int]:
     hidden_TH = torch.randn(batch.total, opened.head.weight_VH.shape[1])
     with PeakBytes() as chunked:
         HeadLoss(opened.head, -1)(
-            hidden_TH, batch, RoutingTable(batch.segments, False), backward=True
+            hidden_TH, batch.head, RoutingTable(batch.segments, False), backward=True
         )
     hidden_TH.requires_grad_()
     with PeakBytes() as whole:
         logits_TV = opened.logits(hidden_TH)
-        torch.nn.functional.cross_entropy(logits_TV, batch.targets_T, reduction="sum").backward()
+        torch.nn.functional.cross_entropy(
+            logits_TV, batch.head.targets_L, reduction="sum"
+        ).backward()
     return {
         "loss_peak_bytes": chunked.peak,
         "whole_logits_peak_bytes": whole.peak,

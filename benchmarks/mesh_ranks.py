@@ -187,7 +187,8 @@ def _bare(engine: Engine, work: ForwardBackward) -> Callable[[], list[Any]]:
         rows = [run(engine.base, engine.head_loss, batch, backward=True) for batch in batches]
         for hook in hooks:
             hook.remove()
-        return [found(rows) if mesh is None else gathered(found(rows), plan, mesh.dp, device)]
+        own = found(rows, [loss])
+        return [own if mesh is None else gathered(own, plan, [loss], mesh.dp, device)]
 
     return verb
 

@@ -5,7 +5,7 @@ P parameters of an adapter, N tokens of a datum, K targets of each position.
 
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from manylora.types import (
     ForwardBackward,
     ForwardBackwardResult,
     OptimStep,
+    Wanted,
 )
 from tests.models import VOCAB
 
@@ -77,6 +78,27 @@ def _several_targets(rng: np.random.Generator, targets: Any, vocab: int) -> dict
     return {"target_tokens": targets_NK, "weights": weights_NK}
 
 
+def thinned(rng: np.random.Generator, data: Sequence[Datum], share: float) -> list[Datum]:
+    """The data with about `share` of their positions left untrained, one at least of each trained
+    (by `dro` every position is)."""
+    thin = []
+    for datum in data:
+        keep = rng.random(len(datum)) >= share
+        keep[rng.integers(len(datum))] = True
+        inputs = dict(datum.loss_inputs)
+        for name in {"weights", "advantages", "sequence_ratio_mask"} & set(inputs):
+            kept = keep if inputs[name].ndim == 1 else keep[:, None]
+            inputs[name] = np.where(kept, inputs[name], 0)
+        if "sequence_ratio_mask" in inputs:
+            # Some have a part in the ratio and no advantage.
+            without = rng.random(len(datum)) < 0.5
+            without[first := np.argmax(keep)] = False
+            inputs["advantages"][without] = 0.0
+            inputs["sequence_ratio_mask"][first] = 1
+        thin.append(replace(datum, loss_inputs=inputs))
+    return thin
+
+
 def work_of(adapter: str, loss: str, data: Sequence[Datum]) -> ForwardBackward:
     """The operation of one of `LOSSES`."""
     name = "cross_entropy" if loss == "distillation" else loss
@@ -103,7 +125,8 @@ def perturb(engine: Engine, name: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class Tenant:
     """One adapter and its plan: a round is `calls` forward-backwards, and every `every`-th round
-    ends in an optimizer step. It is there from round `join` to before round `leave`."""
+    ends in an optimizer step. It is there from round `join` to before round `leave`. About
+    `untrained` of its positions are not trained, and its calls want, in turn, `wanted`."""
 
     name: str
     spec: AdapterSpec
@@ -114,6 +137,8 @@ class Tenant:
     every: int = 1
     join: int = 0
     leave: int | None = None
+    untrained: float = 0.0
+    wanted: Sequence[Wanted] = ("all",)
     params: AdamParams = field(
         default_factory=lambda: AdamParams(lr=1e-3, clip_norm=1.0, weight_decay=0.01)
     )
@@ -133,7 +158,10 @@ class Tenant:
         for call in range(self.calls):
             loss = self.losses[(number + call) % len(self.losses)]
             data = random_data(rng, self.num_data, loss, self.lengths, vocab)
-            works.append(work_of(self.name, loss, data))
+            if self.untrained:
+                data = thinned(rng, data, self.untrained)
+            wanted = self.wanted[(number + call) % len(self.wanted)]
+            works.append(replace(work_of(self.name, loss, data), logprobs=wanted))
         return works
 
 
@@ -191,8 +219,16 @@ def assert_same_bits(one: Trace, other: Trace, name: str = "") -> None:
     """Every output, gradient and number of state is the same to the last bit."""
     assert len(one.results) == len(other.results) > 0
     for number, (a, b) in enumerate(zip(one.results, other.results, strict=True)):
+        for x, y in zip(a.positions or (), b.positions or (), strict=True):
+            assert np.array_equal(x, y), f"{name}: positions of call {number}"
         for datum, (x, y) in enumerate(zip(a.logprobs, b.logprobs, strict=True)):
             assert np.array_equal(x, y), f"{name}: log-probabilities, call {number}, datum {datum}"
+    assert_same_training(one, other, name)
+
+
+def assert_same_training(one: Trace, other: Trace, name: str = "") -> None:
+    """The same bits in every loss, gradient and number of state, whatever else came back."""
+    for number, (a, b) in enumerate(zip(one.results, other.results, strict=True)):
         assert a.loss == b.loss, f"{name}: loss of call {number}"
     assert len(one.gradients_P) == len(other.gradients_P) > 0
     for number, (g, h) in enumerate(zip(one.gradients_P, other.gradients_P, strict=True)):

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from manylora.engine import Engine
-from manylora.types import AdamParams, AdapterSpec
-from tests.laws.tenants import LOSSES, Tenant, assert_same_bits, train
+from manylora.types import AdamParams, AdapterSpec, Wanted
+from tests.laws.tenants import LOSSES, Tenant, assert_same_bits, assert_same_training, train
 from tests.models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -31,6 +31,8 @@ def crowd(attention: str = "q_proj") -> list[Tenant]:
             spec=AdapterSpec(rank=8, alpha=16, seed=1),
             losses=("cross_entropy", "distillation"),
             num_data=4,
+            untrained=0.7,
+            wanted=("trained",),
         ),
         Tenant(
             name="leaves",
@@ -44,6 +46,8 @@ def crowd(attention: str = "q_proj") -> list[Tenant]:
             spec=AdapterSpec(rank=33, alpha=20, targets=("o_proj", "lm_head"), seed=3),
             losses=("dro", "distillation", "gspo", "cross_entropy"),
             every=2,
+            untrained=0.5,
+            wanted=("trained", "all", "trained"),
             params=AdamParams(lr=3e-3, beta1=0.8, beta2=0.95, eps=1e-6),
         ),
         Tenant(
@@ -75,6 +79,8 @@ def crowd(attention: str = "q_proj") -> list[Tenant]:
             num_data=7,
             lengths=(1, 9),
             leave=3,
+            untrained=0.5,
+            wanted=("all", "trained"),
         ),
     ]
 
@@ -153,6 +159,24 @@ def test_small_chunks_of_the_head(tiny, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("manylora.engine.head_loss.CHUNK_ELEMENTS", 1)
     tenants = [replace(tenant, lengths=(15, 50)) for tenant in crowd()]
     assert_alone_as_together(tiny("llama"), tenants)
+
+
+@BOTH_THREADS
+@pytest.mark.parametrize("elements", [1, 1 << 22])
+def test_what_is_read_changes_nothing(tiny, monkeypatch: pytest.MonkeyPatch, elements: int):
+    """An adapter learns the same, to the bit, whether it and its neighbours want to read every
+    log-probability or those of the trained positions; also with dropout, and on the head."""
+    monkeypatch.setattr("manylora.engine.head_loss.CHUNK_ELEMENTS", elements)
+    base = tiny("gemma2")
+    tenants = [replace(tenant, lengths=(2, 50)) for tenant in crowd()]
+    ways: tuple[tuple[Wanted, ...], ...] = (("all",), ("trained",), ())
+    everything, trained, mixed = (
+        train(Engine(base), [replace(t, wanted=way or t.wanted) for t in tenants], ROUNDS)
+        for way in ways
+    )
+    for tenant in tenants:
+        assert_same_training(everything[tenant.name], trained[tenant.name], tenant.name)
+        assert_same_training(everything[tenant.name], mixed[tenant.name], tenant.name)
 
 
 def test_neighbours_of_its_own_kind(tiny):

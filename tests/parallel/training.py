@@ -53,12 +53,15 @@ def crowd(*, exact: bool = False) -> list[Tenant]:
             spec=AdapterSpec(rank=16, alpha=16, seed=3),
             losses=("cross_entropy", "distillation"),
             num_data=9,
+            untrained=0.5,
+            wanted=("trained", "all", "trained"),
         ),
         Tenant(
             name="head",
             spec=AdapterSpec(rank=3, alpha=4, targets=("o_proj", "lm_head"), seed=4),
             losses=("dro", "cross_entropy", "gspo", "distillation"),
             num_data=3,
+            wanted=("trained", "trained", "all"),
             every=2,
             join=1,
             params=AdamParams(lr=2e-3, beta1=0.8, beta2=0.95, weight_decay=0.1),
@@ -66,7 +69,6 @@ def crowd(*, exact: bool = False) -> list[Tenant]:
         Tenant(
             name="dropped",
             spec=AdapterSpec(rank=4, targets=r"model\.layers\.[02]\..*(q|down)_proj", dropout=0.3),
-            losses=("cross_entropy",),
             num_data=4,
             lengths=(1, 9),
         ),

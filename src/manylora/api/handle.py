@@ -22,6 +22,7 @@ from manylora.types import (
     SamplingParams,
     Scoring,
     TextFormat,
+    Wanted,
 )
 
 JSON = Any
@@ -73,6 +74,8 @@ class AdapterHandle:
         data: Sequence[Datum],
         loss: str = "cross_entropy",
         config: Mapping[str, float] | None = None,
+        *,
+        logprobs: Wanted = "all",
     ) -> Future[ForwardBackwardResult]:
         """Add the gradient of the summed loss of `data` to what has accumulated.
 
@@ -80,21 +83,26 @@ class AdapterHandle:
             data: any number of sequences; see `Datum` for what each loss needs.
             loss: cross_entropy, importance_sampling, ppo, cispo, dro or gspo.
             config: the loss's settings, e.g. {"clip_high_threshold": 1.3}.
+            logprobs: "all", or "trained" if those of the positions without a weight (or
+                advantage) are not needed; the less is trained, the more time that saves. Loss and
+                gradient are the same.
 
         Returns:
-            A future of log p(target) of every token and the summed loss. It raises DataError,
-            DatumTooLong or NotFinite; then the next `optim_step` is refused.
+            A future of log p(target) of every token, or every trained one, and the summed loss. It
+            raises DataError, DatumTooLong or NotFinite; then the next `optim_step` is refused.
         """
-        return self._work(data, loss, config, backward=True)
+        return self._work(data, loss, config, logprobs, backward=True)
 
     def forward(
         self,
         data: Sequence[Datum],
         loss: str = "cross_entropy",
         config: Mapping[str, float] | None = None,
+        *,
+        logprobs: Wanted = "all",
     ) -> Future[ForwardBackwardResult]:
         """The same without gradients."""
-        return self._work(data, loss, config, backward=False)
+        return self._work(data, loss, config, logprobs, backward=False)
 
     def optim_step(
         self, params: AdamParams | None = None, **settings: float
@@ -179,12 +187,18 @@ class AdapterHandle:
         data: Sequence[Datum],
         loss: str,
         config: Mapping[str, float] | None,
+        logprobs: Wanted,
         *,
         backward: bool,
     ) -> Future[ForwardBackwardResult]:
         return self._door.submit(
             ForwardBackward(
-                adapter=self.name, data=data, loss=loss, config=config or {}, backward=backward
+                adapter=self.name,
+                data=data,
+                loss=loss,
+                config=config or {},
+                backward=backward,
+                logprobs=logprobs,
             )
         )
 

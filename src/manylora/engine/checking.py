@@ -2,7 +2,7 @@
 
 from manylora.losses import Loss, Settings, get_loss
 from manylora.models import BaseModel
-from manylora.types import DataError, Datum, DatumTooLong, ForwardBackward
+from manylora.types import WANTED, DataError, Datum, DatumTooLong, ForwardBackward
 
 
 def check(work: ForwardBackward, base: BaseModel) -> tuple[Loss, Settings]:
@@ -15,6 +15,8 @@ def check(work: ForwardBackward, base: BaseModel) -> tuple[Loss, Settings]:
     try:
         loss = get_loss(work.loss)
         settings = loss.settings(work.config)
+        if work.logprobs not in WANTED:
+            raise DataError(f"logprobs is {work.logprobs!r}; it is one of {', '.join(WANTED)}")
         for number, datum in enumerate(work.data):
             where = f"adapter {work.adapter!r}, datum {number}"
             loss.check(datum)

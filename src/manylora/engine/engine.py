@@ -5,7 +5,7 @@ P parameters of an adapter.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from manylora.engine.head_loss import HeadLoss
 from manylora.engine.host_memory import free_bytes, keep_freed_memory
 from manylora.engine.microbatch import MicroBatch, build
 from manylora.engine.plan import Plan, make_plan
-from manylora.engine.results import Rows, found, gathered, results
+from manylora.engine.results import Losses, Rows, found, gathered, results
 from manylora.engine.running import run, visit_every_block
 from manylora.engine.stepping import Due, step_alone, step_on_mesh
 from manylora.kernels import settle_functions, whole_products
@@ -307,17 +307,18 @@ class Engine:
             if losses[number] is not None and work.backward == backward
         ]
         plan = self._plan(runnable, backward=backward)
+        known = cast(Losses, losses)  # of all that have pieces
         rows = [
             self._run(
-                build(batch, self.adapters, losses, backward=backward, device=self.base.device),  # type: ignore[arg-type]
+                build(batch, self.adapters, known, backward=backward, device=self.base.device),
                 backward=backward,
             )
             for batch in plan.batches[self.index.place.dp_index]
         ]
-        pieces = found(rows)
+        pieces = found(rows, known)
         if self.mesh is not None and self._ranks > 1:
-            pieces = gathered(pieces, plan, self.mesh.dp, self.base.device)
-        for number, result in results(pieces, plan, runnable):
+            pieces = gathered(pieces, plan, known, self.mesh.dp, self.base.device)
+        for number, result in results(pieces, plan, known, runnable):
             outcomes[number] = self._finite(works[number], result)
 
     def _run(self, batch: MicroBatch, *, backward: bool) -> Rows:

@@ -1,21 +1,22 @@
 """From hidden states to log-probabilities, losses and the hidden states' gradient, in chunks.
 
-Logits exist for one chunk of rows at a time, so the memory of the loss does not grow with the
-stream. The head is frozen: it has no weight gradient, and the gradient of the hidden states is
-made in the same pass. Under tensor parallelism a rank forms the logits of its own part of the
-vocabulary only (see `vocabulary`).
+The head runs on the rows that somebody asks for, and backwards on the trained ones alone (see
+`head_rows`). Logits exist for one chunk of them at a time, so the memory of the loss does not grow
+with the stream. The head is frozen: it has no weight gradient, and the gradient of the hidden
+states is made in the same pass. Under tensor parallelism a rank forms the logits of its own part of
+the vocabulary only (see `vocabulary`).
 
-T tokens, c rows of a chunk, H hidden size, V vocabulary; M targets beyond the first of each row,
-m of them in a chunk.
+T tokens, L rows of the head, c rows of a chunk, H hidden size, V vocabulary; M targets beyond the
+first of each row, m of them in a chunk.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from manylora.engine.microbatch import MicroBatch
+from manylora.engine.head_rows import Chunk, HeadRows
 from manylora.engine.vocabulary import VocabularyPart
 from manylora.kernels import SegmentWork, product, shrink_expand, shrink_expand_backward
 from manylora.lora.routing import RoutingTable
@@ -32,13 +33,13 @@ class HeadOutput:
     """What the head gives back for a stream, in fp32 but for the gradient.
 
     Attributes:
-        logprobs_T: log p(target); loss_T: loss of each token, by its first target.
+        logprobs_L: log p(target); loss_L: loss of each row, by its first target.
         grad_TH: gradient of the sum of all losses by the hidden states; None without a backward.
         more_logprobs_M, more_loss_M: of the targets beyond the first; None where there are none.
     """
 
-    logprobs_T: Tensor
-    loss_T: Tensor
+    logprobs_L: Tensor
+    loss_L: Tensor
     grad_TH: Tensor | None
     more_logprobs_M: Tensor | None = None
     more_loss_M: Tensor | None = None
@@ -97,26 +98,27 @@ class HeadLoss:
 
     @torch.no_grad()
     def __call__(
-        self, hidden_TH: Tensor, batch: MicroBatch, table: RoutingTable, *, backward: bool
+        self, hidden_TH: Tensor, rows: HeadRows, table: RoutingTable, *, backward: bool
     ) -> HeadOutput:
-        """Run the head over a whole stream."""
+        """Run the head over the rows of a stream that are asked for."""
         with self.head.gathered():
-            return self._run(hidden_TH, batch, table, backward=backward)
+            return self._run(hidden_TH, rows, table, backward=backward)
 
     def _run(
-        self, hidden_TH: Tensor, batch: MicroBatch, table: RoutingTable, *, backward: bool
+        self, hidden_TH: Tensor, rows: HeadRows, table: RoutingTable, *, backward: bool
     ) -> HeadOutput:
-        chunks = list(self._chunks(batch, table))
-        inputs = {**batch.inputs, **self._sequence_inputs(hidden_TH, batch, table, chunks)}
-        logprobs_T = torch.empty(batch.total, dtype=torch.float32, device=hidden_TH.device)
-        out = HeadOutput(logprobs_T, torch.empty_like(logprobs_T), None)
+        apart = {item.segment for item in table.work(self.group)}
+        chunks = list(rows.chunks(apart, self.chunk_rows))
+        inputs = {**rows.inputs, **self._sequence_inputs(hidden_TH, rows, table, chunks)}
+        logprobs_L = torch.empty(rows.total, dtype=torch.float32, device=hidden_TH.device)
+        out = HeadOutput(logprobs_L, torch.empty_like(logprobs_L), None)
         if backward:
-            out.grad_TH = torch.empty_like(hidden_TH)
-        if batch.more is not None:
-            out.more_logprobs_M = torch.empty_like(batch.more.weights_M)
-            out.more_loss_M = torch.empty_like(batch.more.weights_M)
-        for start, stop in chunks:
-            self._chunk(hidden_TH, batch, inputs, table, start, stop, out)
+            out.grad_TH = torch.zeros_like(hidden_TH)
+        if rows.more is not None:
+            out.more_logprobs_M = torch.empty_like(rows.more.weights_M)
+            out.more_loss_M = torch.empty_like(rows.more.weights_M)
+        for chunk in chunks:
+            self._chunk(hidden_TH, rows, inputs, table, chunk, out)
         if self.part is not None and out.grad_TH is not None:
             self.part.axis.sum_(out.grad_TH)
         return out
@@ -124,69 +126,55 @@ class HeadLoss:
     def _sequence_inputs(
         self,
         hidden_TH: Tensor,
-        batch: MicroBatch,
+        rows: HeadRows,
         table: RoutingTable,
-        chunks: Sequence[tuple[int, int]],
+        chunks: Sequence[Chunk],
     ) -> dict[str, Tensor]:
-        """What losses need to know of whole data beforehand, by a forward of their rows."""
-        shares = [share for share in batch.losses if share.loss.sequence_inputs]
+        """What losses need to know of whole data beforehand, by a forward of their trained rows."""
+        shares = [share for share in rows.losses if share.loss.sequence_inputs]
         if not shares:
             return {}
-        logprobs_T = torch.zeros(batch.total, dtype=torch.float32, device=hidden_TH.device)
-        for start, stop in chunks:
-            if any(share.within(start, stop) for share in shares):
-                logprobs_c = self._softmax(hidden_TH, batch, table, start, stop).logprobs_c
-                logprobs_T[start:stop] = logprobs_c[: stop - start]
+        logprobs_L = torch.zeros(rows.total, dtype=torch.float32, device=hidden_TH.device)
+        for chunk in chunks:
+            start, stop = chunk.start, chunk.stop
+            if chunk.trained and any(share.within(start, stop) for share in shares):
+                logprobs_c = self._softmax(hidden_TH, rows, table, chunk).logprobs_c
+                logprobs_L[start:stop] = logprobs_c[: len(chunk)]
         return {
-            name: make(logprobs_T, batch.inputs, batch.lengths)
+            name: make(logprobs_L, rows.inputs, rows.lengths)
             for share in shares
             for name, make in share.loss.sequence_inputs.items()
         }
 
-    def _chunks(self, batch: MicroBatch, table: RoutingTable) -> Iterator[tuple[int, int]]:
-        """Row ranges. A piece with an adapter on the head is cut on a grid of its own, so that
-        its factors' gradients are summed the same way wherever the piece lies."""
-        own = {item.segment for item in table.work(self.group)}
-        offset, run_start = 0, 0
-        ranges: list[tuple[int, int]] = []
-        for number, segment in enumerate(batch.segments):
-            if number in own:
-                ranges += [(run_start, offset), (offset, offset + segment.rows)]
-                run_start = offset + segment.rows
-            offset += segment.rows
-        for first, last in [*ranges, (run_start, offset)]:
-            for start in range(first, last, self.chunk_rows):
-                yield start, min(start + self.chunk_rows, last)
-
     def _chunk(
         self,
         hidden_TH: Tensor,
-        batch: MicroBatch,
-        inputs_T: Mapping[str, Tensor],
+        rows: HeadRows,
+        inputs_L: Mapping[str, Tensor],
         table: RoutingTable,
-        start: int,
-        stop: int,
+        chunk: Chunk,
         out: HeadOutput,
     ) -> None:
-        """Fill in the rows [start, stop) of `out`."""
-        rows = stop - start
-        chunk = self._softmax(hidden_TH, batch, table, start, stop)
-        loss_c, slope_c = _losses(batch, inputs_T, start, stop, chunk.logprobs_c)
-        out.logprobs_T[start:stop] = chunk.logprobs_c[:rows]
-        out.loss_T[start:stop] = loss_c[:rows]
-        slope_m = _more_losses(chunk.more, out)
-        if out.grad_TH is not None:
-            out.grad_TH[start:stop] = self._gradient(chunk, slope_c, slope_m)[:rows]
+        """Fill in the chunk's part of `out`."""
+        start, stop = chunk.start, chunk.stop
+        made = self._softmax(hidden_TH, rows, table, chunk)
+        loss_c, slope_c = _losses(rows, inputs_L, start, stop, made.logprobs_c)
+        out.logprobs_L[start:stop] = made.logprobs_c[: len(chunk)]
+        out.loss_L[start:stop] = loss_c[: len(chunk)]
+        slope_m = _more_losses(made.more, out)
+        if out.grad_TH is not None and chunk.trained:
+            grad_cH = self._gradient(made, slope_c, slope_m)[: len(chunk)]
+            out.grad_TH.index_copy_(0, rows.rows_L[start:stop], grad_cH)
 
     def _softmax(
-        self, hidden_TH: Tensor, batch: MicroBatch, table: RoutingTable, start: int, stop: int
+        self, hidden_TH: Tensor, rows: HeadRows, table: RoutingTable, chunk: Chunk
     ) -> _Softmax:
-        """The forward of the rows [start, stop)."""
-        head, rows = self.head, stop - start
-        h_cH = _padded(hidden_TH, start, stop)
-        targets_c1 = _padded(batch.targets_T, start, stop).unsqueeze(1)
-        sizes, work = table.rows(start, stop, self.group)
-        sizes = [*sizes, len(h_cH) - rows]
+        """The forward of a chunk."""
+        head, start, stop = self.head, chunk.start, chunk.stop
+        h_cH = _filled_up(hidden_TH.index_select(0, rows.rows_L[start:stop]))
+        targets_c1 = _padded(rows.targets_L, start, stop).unsqueeze(1)
+        sizes = [len(chunk), len(h_cH) - len(chunk)]
+        work = table.part(chunk.piece, chunk.within, self.group) if chunk.piece is not None else []
         raw_cV, shrunk = self._logits(h_cH, sizes, work)
         logits_cV = head.scaled_(raw_cV.float())
         cap_cV = 1.0 - (logits_cV / head.softcap) ** 2 if head.softcap is not None else None
@@ -196,7 +184,7 @@ class HeadLoss:
         mine = None if self.part is None else self.part.mine(targets_c1)
         places_c1 = targets_c1 if mine is None else mine.place
         target_c1 = logits_cV.gather(1, places_c1)
-        more = _gathered(batch, start, stop, logits_cV, self.part)
+        more = _gathered(rows, start, stop, logits_cV, self.part)
         exp_cV = logits_cV.exp_()
         sum_c1 = exp_cV.sum(dim=1, keepdim=True)
         if self.part is not None:
@@ -281,35 +269,35 @@ class HeadLoss:
 
 
 def _losses(
-    batch: MicroBatch, inputs_T: Mapping[str, Tensor], start: int, stop: int, logprobs_c: Tensor
+    rows: HeadRows, inputs_L: Mapping[str, Tensor], start: int, stop: int, logprobs_c: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Loss and slope of each row under its own operation's loss."""
-    inputs = {name: _padded(value, start, stop) for name, value in inputs_T.items()}
+    inputs = {name: _padded(value, start, stop) for name, value in inputs_L.items()}
     loss_c, slope_c = torch.zeros_like(logprobs_c), torch.zeros_like(logprobs_c)
-    for share in batch.losses:
+    for share in rows.losses:
         own_loss_c, own_slope_c = share.loss.function(logprobs_c, inputs, share.settings)
-        if share.rows_T is None:
+        if share.rows_L is None:
             return own_loss_c, own_slope_c
-        rows_c = _padded(share.rows_T, start, stop)
+        rows_c = _padded(share.rows_L, start, stop)
         loss_c = torch.where(rows_c, own_loss_c, loss_c)
         slope_c = torch.where(rows_c, own_slope_c, slope_c)
     return loss_c, slope_c
 
 
 def _gathered(
-    batch: MicroBatch, start: int, stop: int, logits_cV: Tensor, part: VocabularyPart | None
+    rows: HeadRows, start: int, stop: int, logits_cV: Tensor, part: VocabularyPart | None
 ) -> _More | None:
     """The shifted logits of a chunk's targets beyond the first, as `logprobs_m` to be completed."""
-    more = batch.more
-    first, last = batch.more_span(start, stop)
+    more = rows.more
+    first, last = rows.more_span(start, stop)
     if more is None or first == last:
         return None
     rows_c = torch.arange(stop - start, device=logits_cV.device)
-    rows_m = rows_c.repeat_interleave(more.counts_T[start:stop], output_size=last - first)
+    rows_m = rows_c.repeat_interleave(more.counts_L[start:stop], output_size=last - first)
     targets_m = more.targets_M[first:last]
     mine = None if part is None else part.mine(targets_m)
     cells_m = rows_m * logits_cV.shape[1] + (targets_m if mine is None else mine.place)
-    weight_c1 = _padded(more.weight_T, start, stop).unsqueeze(1)
+    weight_c1 = _padded(more.weight_L, start, stop).unsqueeze(1)
     weights_m = more.weights_M[first:last]
     return _More(
         first,
@@ -335,10 +323,14 @@ def _more_losses(more: _More | None, out: HeadOutput) -> Tensor | None:
     return slope_m
 
 
-def _padded(tensor_T: Tensor, start: int, stop: int) -> Tensor:
-    """Rows [start, stop), with zero rows up to a safe number (see `ROW_MULTIPLE`)."""
-    rows = tensor_T[start:stop]
-    missing = padded_rows(stop - start) - (stop - start)
+def _padded(tensor_L: Tensor, start: int, stop: int) -> Tensor:
+    """Rows [start, stop), filled up."""
+    return _filled_up(tensor_L[start:stop])
+
+
+def _filled_up(rows: Tensor) -> Tensor:
+    """With zero rows up to a safe number (see `ROW_MULTIPLE`)."""
+    missing = padded_rows(len(rows)) - len(rows)
     if missing == 0:
         return rows
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])

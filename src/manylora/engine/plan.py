@@ -16,7 +16,7 @@ make the same one.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from manylora.types import Datum, ForwardBackward
+from manylora.types import Datum, ForwardBackward, Wanted
 
 # Pieces are at most this share of a micro-batch, so that whole pieces fill it well.
 PIECES_PER_BATCH = 4
@@ -34,6 +34,7 @@ class Piece:
         rows: their tokens.
         draw: its position in the adapter's random stream.
         share: which share of the operation it belongs to.
+        wanted: which log-probabilities the operation wants.
     """
 
     work: int
@@ -43,6 +44,7 @@ class Piece:
     rows: int
     draw: int = 0
     share: int = 0
+    wanted: Wanted = "all"
 
 
 @dataclass(slots=True)
@@ -113,14 +115,19 @@ def cut(number: int, work: ForwardBackward, token_budget: int) -> list[Piece]:
     """Cut one operation into pieces of at most a quarter of the budget; a longer datum is alone."""
     limit = max(1, token_budget // PIECES_PER_BATCH)
     pieces: list[Piece] = []
+
+    def close(start: int, stop: int, rows: int) -> None:
+        data = work.data[start:stop]
+        pieces.append(Piece(number, work.adapter, start, data, rows, wanted=work.logprobs))
+
     start, rows = 0, 0
     for index, datum in enumerate(work.data):
         if index > start and rows + len(datum) > limit:
-            pieces.append(Piece(number, work.adapter, start, work.data[start:index], rows))
+            close(start, index, rows)
             start, rows = index, 0
         rows += len(datum)
     if len(work.data) > start:
-        pieces.append(Piece(number, work.adapter, start, work.data[start:], rows))
+        close(start, len(work.data), rows)
     return pieces
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from manylora.lora.state import AdapterState
 from manylora.models.base import DTYPES, resolve_base
-from manylora.types import AdamParams, Datum
+from manylora.types import AdamParams, Datum, Wanted
 
 
 class ReferenceLinear(nn.Module):
@@ -72,8 +72,9 @@ class ReferenceEngine:
         data: Sequence[Datum],
         loss: str = "cross_entropy",
         config: Mapping[str, float] | None = None,
+        wanted: Wanted = "all",
     ) -> tuple[list[Tensor], float]:
-        """Accumulate gradients; returns each datum's log-probabilities and the summed loss."""
+        """Accumulate gradients; returns what is wanted of each datum, and the summed loss."""
         logprobs: list[Tensor] = []
         total = 0.0
         for datum in data:
@@ -81,7 +82,8 @@ class ReferenceEngine:
             inputs = {k: torch.from_numpy(v) for k, v in datum.loss_inputs.items()}
             value = reference_loss(loss, logprobs_N, inputs, config or {}).sum()
             value.backward()
-            logprobs.append(logprobs_N.detach())
+            rows = trained_rows(loss, inputs) if wanted == "trained" else slice(None)
+            logprobs.append(logprobs_N.detach()[rows])
             total += value.item()
         return logprobs, total
 
@@ -116,6 +118,19 @@ class ReferenceEngine:
             factor.a(vector_P).copy_(read(module.lora_a).detach())
             factor.b_transposed(vector_P).copy_(read(module.lora_b).detach().t())
         return vector_P
+
+
+def trained_rows(name: str, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The positions [n] on which a datum's loss depends."""
+    if name == "cross_entropy":
+        weights = inputs["weights"]
+        return weights.view(len(weights), -1).abs().sum(dim=1).nonzero()[:, 0]
+    if name == "dro":
+        return torch.arange(len(inputs["advantages"]))
+    counts = inputs["advantages"].abs()
+    if name == "gspo":
+        counts = counts + inputs["sequence_ratio_mask"]
+    return counts.nonzero()[:, 0]
 
 
 def reference_loss(

@@ -1,9 +1,10 @@
 """From the outputs of micro-batches to each operation's result.
 
-T tokens of a stream, M targets beyond the first of each row, N tokens of a datum, K targets of
-each position.
+L rows of the head, M targets beyond the first of each row, N tokens of a datum, n of them whose
+log-probabilities are wanted, K targets of each position.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -14,11 +15,10 @@ import torch
 from manylora.engine.head_loss import HeadOutput
 from manylora.engine.microbatch import MicroBatch
 from manylora.engine.plan import Piece, Plan
+from manylora.losses import Loss, Settings
 from manylora.parallel import Axis
-from manylora.types import ForwardBackward, ForwardBackwardResult
+from manylora.types import Datum, ForwardBackward, ForwardBackwardResult
 from manylora.types.data import Array
-
-_NONE = np.zeros(0, np.float32)
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class Rows:
 
 @dataclass(slots=True)
 class PieceResult:
-    """Of one piece: each datum's log-probabilities, and the sum of its losses."""
+    """Of one piece: each datum's log-probabilities that are wanted, and the sum of its losses."""
 
     logprobs: list[Array]
     loss: float
@@ -40,31 +40,38 @@ class PieceResult:
 # By the number of the operation and of the piece's first datum in it.
 Found: TypeAlias = dict[tuple[int, int], PieceResult]
 
+# Of each operation, by its number in the call.
+Losses: TypeAlias = Sequence[tuple[Loss, Settings]]
 
-def found(rows: Iterable[Rows]) -> Found:
+
+def found(rows: Iterable[Rows], losses: Losses) -> Found:
     """Cut the micro-batches' outputs up again by piece."""
     pieces: Found = {}
     for row in rows:
         if not row.batch.pieces:
             continue
         # One transfer a micro-batch, after all of them have been started.
-        logprobs_T, loss_T = torch.stack([row.out.logprobs_T, row.out.loss_T]).cpu().numpy()
-        more_logprobs_M, more_loss_M = _more(row.out)
-        for piece, start in zip(row.batch.pieces, row.batch.starts, strict=True):
-            ends = start + np.cumsum([len(datum) for datum in piece.data])
-            parts = np.split(logprobs_T[start : ends[-1]], ends[:-1] - start)
-            loss = float(loss_T[start : ends[-1]].sum(dtype=np.float64))
-            first, last = row.batch.more_span(start, int(ends[-1]))
-            loss += float(more_loss_M[first:last].sum(dtype=np.float64))
-            logprobs = _shaped(parts, piece, more_logprobs_M[first:last])
+        first_2L = torch.stack([row.out.logprobs_L, row.out.loss_L]).cpu().numpy()
+        more_2M = _more(row.out)
+        head = row.batch.head
+        for piece, *spans in zip(row.batch.pieces, head.trained, head.read, strict=True):
+            sections = [
+                _Section(first_2L[:, slice(*span)], more_2M[:, slice(*head.more_span(*span))])
+                for span in spans
+            ]
+            logprobs = [
+                _wanted(datum, losses[piece.work][0], piece, *sections) for datum in piece.data
+            ]
+            # The rows that are only read have a loss of 0; unless something is not finite.
+            loss = sum(section.loss() for section in sections)
             pieces[piece.work, piece.first] = PieceResult(logprobs, loss)
     return pieces
 
 
-def gathered(own: Found, plan: Plan, axis: Axis, device: torch.device) -> Found:
+def gathered(own: Found, plan: Plan, losses: Losses, axis: Axis, device: torch.device) -> Found:
     """What every rank found, by one collective; how much that is, each knows from the plan."""
     lists = [[piece for batch in batches for piece in batch] for batches in plan.batches]
-    numbers = max(sum(_numbers(piece) for piece in pieces) for pieces in lists)
+    numbers = max(sum(_numbers(piece, losses) for piece in pieces) for pieces in lists)
     if numbers == 0:
         return own
     sent = np.zeros(numbers, np.float32)
@@ -80,61 +87,100 @@ def gathered(own: Found, plan: Plan, axis: Axis, device: torch.device) -> Found:
     for pieces, row in zip(lists, received, strict=True):
         end = 0
         for piece in pieces:
-            part, end = row[end : end + _numbers(piece)], end + _numbers(piece)
-            everything[piece.work, piece.first] = _read(piece, part)
+            part, end = row[end : end + _numbers(piece, losses)], end + _numbers(piece, losses)
+            everything[piece.work, piece.first] = _read(piece, losses, part)
     return everything
 
 
 def results(
-    pieces: Found, plan: Plan, runnable: Sequence[tuple[int, ForwardBackward]]
+    pieces: Found, plan: Plan, losses: Losses, runnable: Sequence[tuple[int, ForwardBackward]]
 ) -> Iterator[tuple[int, ForwardBackwardResult]]:
     """Put each operation's result together, in the order of its data."""
     logprobs: dict[int, list[Array]] = {number: [] for number, _ in runnable}
-    losses: dict[int, list[float]] = {number: [] for number, _ in runnable}
+    sums: dict[int, list[float]] = {number: [] for number, _ in runnable}
     for piece in plan.pieces:
         result = pieces[piece.work, piece.first]
         logprobs[piece.work] += result.logprobs
-        losses[piece.work].append(result.loss)
-    for number, _ in runnable:
-        total = float(sum(losses[number]))
-        yield number, ForwardBackwardResult(tuple(logprobs[number]), total, {"loss:sum": total})
+        sums[piece.work].append(result.loss)
+    for number, work in runnable:
+        total = float(sum(sums[number]))
+        positions = None
+        if work.logprobs == "trained":
+            trained = losses[number][0].trained
+            positions = tuple(np.flatnonzero(trained(datum)) for datum in work.data)
+        yield (
+            number,
+            ForwardBackwardResult(tuple(logprobs[number]), total, {"loss:sum": total}, positions),
+        )
 
 
-def _numbers(piece: Piece) -> int:
+class _Section:
+    """A piece's numbers in one section of the head's rows, read datum by datum."""
+
+    def __init__(self, first_2n: Array, more_2m: Array):
+        """Log-probabilities and losses, by the first target and by the others."""
+        self._first, self._more = first_2n, more_2m
+        self._row = self._other = 0
+
+    def loss(self) -> float:
+        """The sum of the losses."""
+        return float(self._first[1].sum(dtype=np.float64) + self._more[1].sum(dtype=np.float64))
+
+    def read(self, rows: int, datum: Datum) -> Array:
+        """The next rows' log-probabilities, [n] or [n, K] as the datum's targets are."""
+        first_n = self._first[0, self._row : self._row + rows]
+        self._row += rows
+        if datum.loss_inputs["target_tokens"].ndim == 1:
+            return first_n
+        others = datum.num_targets - 1
+        count = rows * others
+        others_nK = self._more[0, self._other : self._other + count].reshape(rows, others)
+        self._other += count
+        return np.concatenate([first_n[:, None], others_nK], axis=1)
+
+
+def _wanted(datum: Datum, loss: Loss, piece: Piece, trained: _Section, read: _Section) -> Array:
+    """What is wanted of a datum's log-probabilities."""
+    trained_N = loss.trained(datum)
+    rows = int(np.count_nonzero(trained_N))
+    values = trained.read(rows, datum)
+    if piece.wanted == "trained" or rows == len(datum):
+        return values
+    whole = np.empty((len(datum), *values.shape[1:]), np.float32)
+    whole[trained_N] = values
+    whole[~trained_N] = read.read(len(datum) - rows, datum)
+    return whole
+
+
+def _shapes(piece: Piece, losses: Losses) -> list[tuple[int, ...]]:
+    """Of what is wanted of each datum's log-probabilities."""
+    shapes = [datum.loss_inputs["target_tokens"].shape for datum in piece.data]
+    if piece.wanted == "all":
+        return shapes
+    trained = losses[piece.work][0].trained
+    return [
+        (int(np.count_nonzero(trained(datum))), *shape[1:])
+        for datum, shape in zip(piece.data, shapes, strict=True)
+    ]
+
+
+def _numbers(piece: Piece, losses: Losses) -> int:
     """How many fp32 numbers a piece's result is; a loss, in fp64, takes the place of two."""
-    return 2 + sum(datum.loss_inputs["target_tokens"].size for datum in piece.data)
+    return 2 + sum(math.prod(shape) for shape in _shapes(piece, losses))
 
 
-def _read(piece: Piece, row: Array) -> PieceResult:
+def _read(piece: Piece, losses: Losses, row: Array) -> PieceResult:
     loss = float(row[:2].copy().view(np.float64)[0])
     logprobs: list[Array] = []
     start = 2
-    for datum in piece.data:
-        targets = datum.loss_inputs["target_tokens"]
-        logprobs.append(row[start : start + targets.size].reshape(targets.shape))
-        start += targets.size
+    for shape in _shapes(piece, losses):
+        logprobs.append(row[start : start + math.prod(shape)].reshape(shape))
+        start += math.prod(shape)
     return PieceResult(logprobs, loss)
 
 
-def _more(out: HeadOutput) -> tuple[Array, Array]:
-    """Log-probabilities and losses of the targets beyond the first."""
+def _more(out: HeadOutput) -> Array:
+    """Log-probabilities and losses [2, M] of the targets beyond the first."""
     if out.more_logprobs_M is None or out.more_loss_M is None:
-        return _NONE, _NONE
-    logprobs_M, loss_M = torch.stack([out.more_logprobs_M, out.more_loss_M]).cpu().numpy()
-    return logprobs_M, loss_M
-
-
-def _shaped(parts: Sequence[Array], piece: Piece, others_M: Array) -> list[Array]:
-    """Each datum's log-probabilities in the shape of its targets."""
-    shaped: list[Array] = []
-    start = 0
-    for first_N, datum in zip(parts, piece.data, strict=True):
-        targets = datum.loss_inputs["target_tokens"]
-        if targets.ndim == 1:
-            shaped.append(first_N)
-            continue
-        rows, others = len(targets), targets.shape[1] - 1
-        others_NK = others_M[start : start + rows * others].reshape(rows, others)
-        shaped.append(np.concatenate([first_N[:, None], others_NK], axis=1))
-        start += rows * others
-    return shaped
+        return np.zeros((2, 0), np.float32)
+    return torch.stack([out.more_logprobs_M, out.more_loss_M]).cpu().numpy()

@@ -21,7 +21,7 @@ def run(base: BaseModel, head_loss: HeadLoss, batch: MicroBatch, *, backward: bo
     stream = PackedStream(batch.lengths, batch.total)
     with torch.set_grad_enabled(backward), routing(table), packed(stream):
         hidden_TH = base.hidden(batch.tokens_T, batch.positions_T)
-        out = head_loss(hidden_TH.detach(), batch, table, backward=backward)
+        out = head_loss(hidden_TH.detach(), batch.head, table, backward=backward)
         # Nothing to do below the head if only the head carries adapters.
         if out.grad_TH is not None and hidden_TH.requires_grad:
             hidden_TH.backward(out.grad_TH)

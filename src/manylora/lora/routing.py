@@ -125,27 +125,17 @@ class RoutingTable:
             ]
         return self._spread_work[group]
 
-    def rows(self, start: int, stop: int, group: int) -> tuple[list[int], list[SegmentWork]]:
-        """Sizes and work of one group for the rows [start, stop) only.
+    def part(self, segment: int, within: int, group: int) -> list[SegmentWork]:
+        """The work of one group on rows of one segment that run by themselves, as segment 0.
 
-        The caller cuts at piece boundaries (or inside a single piece), so each row range belongs
-        to the pieces it covers whatever else is in the stream.
+        Args:
+            within: where they begin among the segment's rows, in the order in which they run.
         """
-        sizes: list[int] = []
-        work: list[SegmentWork] = []
-        by_segment = {item.segment: item for item in self.work(group)}
-        offset = 0
-        for number, segment in enumerate(self.segments):
-            overlap = min(stop, offset + segment.rows) - max(start, offset)
-            if overlap > 0:
-                if number in by_segment:
-                    item = by_segment[number]
-                    within = max(start - offset, 0)
-                    seed = _mix(item.seed, within) if item.dropout else 0
-                    work.append(SegmentWork(len(sizes), item.block, item.dropout, seed))
-                sizes.append(overlap)
-            offset += segment.rows
-        return sizes, work
+        return [
+            replace(item, segment=0, seed=_mix(item.seed, within) if item.dropout else 0)
+            for item in self.work(group)
+            if item.segment == segment
+        ]
 
     def _resolve(self, group: int) -> list[SegmentWork]:
         work = []

@@ -46,6 +46,8 @@ class Loss:
         sequence_inputs: inputs that `function` reads and the engine makes, once the
             log-probabilities of whole data are known: (logprobs [T], inputs, lengths of the
             data) → [T].
+        trained_by: inputs of which one at least is not 0 where a position is trained; none = every
+            position is.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Loss:
     several: bool = False
     masks: tuple[str, ...] = ()
     sequence_inputs: Mapping[str, SequenceFunction] = field(default_factory=dict)
+    trained_by: tuple[str, ...] = ()
 
     def settings(self, config: Mapping[str, float] | None) -> Settings:
         """The complete settings.
@@ -103,6 +106,17 @@ class Loss:
         for name in self.inputs:
             self._check_numbers(name, datum.loss_inputs[name])
 
+    def trained(self, datum: Datum) -> Array:
+        """Which positions [N] are trained: have a loss, or a part in the loss of others.
+
+        The others' loss and its derivative are 0, whatever their log-probabilities.
+        """
+        trained_N = np.full(len(datum), not self.trained_by)
+        for name in self.trained_by:
+            values = datum.loss_inputs[name] != 0
+            trained_N |= values if values.ndim == 1 else values.any(axis=1)
+        return trained_N
+
     def _check_numbers(self, name: str, values: Array) -> None:
         finite = np.isfinite(values)
         if not finite.all():
@@ -127,12 +141,23 @@ def _is_finite_number(value: object) -> bool:
 _LOSSES = {
     loss.name: loss
     for loss in (
-        Loss("cross_entropy", ("weights",), cross_entropy, several=True),
-        Loss("importance_sampling", POLICY_INPUTS, importance_sampling),
-        Loss("ppo", POLICY_INPUTS, ppo, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}),
+        Loss("cross_entropy", ("weights",), cross_entropy, several=True, trained_by=("weights",)),
+        Loss("importance_sampling", POLICY_INPUTS, importance_sampling, trained_by=("advantages",)),
         Loss(
-            "cispo", POLICY_INPUTS, cispo, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}
+            "ppo",
+            POLICY_INPUTS,
+            ppo,
+            {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+            trained_by=("advantages",),
         ),
+        Loss(
+            "cispo",
+            POLICY_INPUTS,
+            cispo,
+            {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
+            trained_by=("advantages",),
+        ),
+        # Pulled towards the sampler everywhere, with or without an advantage.
         Loss("dro", POLICY_INPUTS, dro, required=("beta",)),
         Loss(
             "gspo",
@@ -141,6 +166,7 @@ _LOSSES = {
             required=("clip_low_threshold", "clip_high_threshold"),
             masks=("sequence_ratio_mask",),
             sequence_inputs={"sequence_log_ratio": sequence_log_ratio},
+            trained_by=("advantages", "sequence_ratio_mask"),
         ),
     )
 }

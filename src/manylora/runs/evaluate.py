@@ -76,7 +76,7 @@ async def mean_loss(adapter: Any, data: Sequence[Datum], tick: Tick) -> float | 
         tick("evaluating", min(done, len(data)), len(data))
 
     tick("evaluating", 0, len(data))
-    await _pipelined(chunks, adapter.forward, add)
+    await _pipelined(chunks, lambda part: adapter.forward(part, logprobs="trained"), add)
     return total / weight if weight else None
 
 

@@ -212,7 +212,10 @@ class AdapterRun:
         adam = prepared.adam(step)
         job = self._job
         config = dict(job.loss_config) if job.loss_config else None
-        loss = self._adapter.forward_backward(batch, loss=job.loss, config=config)
+        # Of an answer to a long prompt little is trained, and nobody looks at the rest.
+        loss = self._adapter.forward_backward(
+            batch, loss=job.loss, config=config, logprobs="trained"
+        )
         update = self._adapter.optim_step(adam)
         tokens = sum(len(datum) for datum in batch)
         return _InFlight(step, adam.lr, tokens, trained, wrap_future(loss), wrap_future(update))

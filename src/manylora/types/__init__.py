@@ -35,7 +35,7 @@ from manylora.types.errors import (
     TargetError,
     Unsupported,
 )
-from manylora.types.operations import ForwardBackward, OptimStep, Sample
+from manylora.types.operations import WANTED, ForwardBackward, OptimStep, Sample, Wanted
 from manylora.types.sampling import (
     PromptScores,
     SampledSequence,
@@ -48,6 +48,7 @@ from manylora.types.text_format import TextFormat
 
 __all__ = [
     "ALL_LINEAR",
+    "WANTED",
     "AdamParams",
     "AdapterExists",
     "AdapterNotFound",
@@ -84,5 +85,6 @@ __all__ = [
     "TextFormat",
     "TopK",
     "Unsupported",
+    "Wanted",
     "causal_datum",
 ]

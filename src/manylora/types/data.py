@@ -111,14 +111,18 @@ class ForwardBackwardResult:
 
     Attributes:
         logprobs: per datum float32, log p(target) at temperature 1, of the shape of its
-            `target_tokens`: [N] or [N, K].
+            `target_tokens`: [N] or [N, K]. If the operation wanted the trained positions only,
+            there are no others: [n] or [n, K].
         loss: sum of the losses over all targets, tokens and data.
         metrics: further figures, named `name:reduction`; `loss:sum` is always there.
+        positions: per datum int64 [n], the positions whose log-probabilities these are; None if
+            they are all positions'.
     """
 
     logprobs: tuple[Array, ...]
     loss: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    positions: tuple[Array, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

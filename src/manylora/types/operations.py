@@ -6,10 +6,15 @@ operations, which one it is (`seq`, for knowing what a saved state contains).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from manylora.types.adapter import AdamParams
 from manylora.types.data import Array, Datum
 from manylora.types.sampling import SamplingParams, Scoring
+
+# Whose log-probabilities an operation wants: every position's, or only the trained ones'.
+Wanted = Literal["all", "trained"]
+WANTED: tuple[Wanted, ...] = get_args(Wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +22,12 @@ class ForwardBackward:
     """Loss and log-probabilities of `data`; gradients too, unless `backward` is False.
 
     Gradients add up over any number of calls until the adapter's own optimizer step.
+
+    Attributes:
+        logprobs: which log-probabilities come back. With "trained" the output head, a large part
+            of a model with many words, runs on the trained positions only: by `cross_entropy` those
+            with a weight that is not 0, by the policy losses those with such an advantage (`gspo`:
+            or in the ratio's mask), by `dro` all. Loss and gradient are the same to the bit.
     """
 
     adapter: str
@@ -24,6 +35,7 @@ class ForwardBackward:
     loss: str = "cross_entropy"
     config: Mapping[str, float] = field(default_factory=dict)
     backward: bool = True
+    logprobs: Wanted = "all"
     tenant: str = ""
     seq: int = 0
 

@@ -33,13 +33,12 @@ def test_only_adapters_on_the_group_have_work():
     assert table.work(1) is table.work(1)  # worked out once
 
 
-def test_row_ranges_cut_sizes_and_keep_blocks():
+def test_a_part_of_a_segment_is_a_segment_by_itself():
     one, two = adapter(), adapter(seed=1)
     table = RoutingTable([Segment(3, one), Segment(2, None), Segment(4, two)], training=True)
-    sizes, work = table.rows(2, 7, 0)
-    assert sizes == [1, 2, 2]
-    assert [(item.segment, item.block) for item in work] == [(0, one.blocks[0]), (2, two.blocks[0])]
-    assert table.rows(3, 5, 0) == ([2], [])
+    (item,) = table.part(2, 1, 0)
+    assert (item.segment, item.block) == (0, two.blocks[0])
+    assert table.part(1, 0, 0) == []
 
 
 def seeds(table: RoutingTable, group: int = 0) -> list[int]:
@@ -55,8 +54,8 @@ def test_random_streams_are_an_adapters_own():
     later = RoutingTable([Segment(3, one, draw=5)], training=True)
     assert len({seeds(alone)[0], seeds(later)[0], seeds(alone, 1)[0]}) == 3
     # Within a piece that is cut further, each part has a mask of its own.
-    parts = [alone.rows(0, 2, 0)[1][0].seed, alone.rows(2, 3, 0)[1][0].seed]
-    beside_parts = [beside.rows(9, 11, 0)[1][0].seed, beside.rows(11, 12, 0)[1][0].seed]
+    parts = [alone.part(0, within, 0)[0].seed for within in (0, 2)]
+    beside_parts = [beside.part(1, within, 0)[0].seed for within in (0, 2)]
     assert parts == beside_parts
     assert parts[0] != parts[1]
 

@@ -60,11 +60,20 @@ def test_nan_payloads_are_kept_in_arrays() -> None:
 
 def test_a_datum_and_vectors() -> None:
     datum = types.causal_datum([1, 2, 3, 4], [0.0, 1.0, -1.0, 0.5])
-    work = types.ForwardBackward(adapter="a", data=[datum], config={"beta": 0.1}, seq=2)
+    work = types.ForwardBackward(
+        adapter="a", data=[datum], config={"beta": 0.1}, logprobs="trained", seq=2
+    )
     found = there_and_back(work)
     assert (found.adapter, found.config, found.seq) == ("a", {"beta": 0.1}, 2)
+    assert found.logprobs == "trained"
     for name, array in datum.loss_inputs.items():
         assert np.array_equal(found.data[0].loss_inputs[name], array)
+    result = types.ForwardBackwardResult(
+        (np.ones(1, np.float32), np.ones(0, np.float32)), 1.0, {}, (np.array([2]), np.zeros(0, int))
+    )
+    read = there_and_back(result).positions
+    assert [one.tolist() for one in read] == [[2], []]
+    assert there_and_back(types.ForwardBackwardResult((), 1.0)).positions is None
     vectors = Vectors(np.arange(3, dtype=np.float32), None, None, None, 2, 3, "why")
     other = there_and_back(vectors)
     assert np.array_equal(other.weights, vectors.weights)

@@ -66,12 +66,27 @@ class FakeAdapter:
         self.door.submitted.append((self.name, what))
         return self.door.worker.submit(work)
 
-    def forward(self, data: Sequence[Datum], loss: str = "cross_entropy", config: Any = None):
+    def forward(
+        self,
+        data: Sequence[Datum],
+        loss: str = "cross_entropy",
+        config: Any = None,
+        *,
+        logprobs: str = "all",
+    ):
+        self.door.wanted.add(("forward", logprobs))
         return self._submit("forward", lambda: self._loss(data)[0])
 
     def forward_backward(
-        self, data: Sequence[Datum], loss: str = "cross_entropy", config: Any = None
+        self,
+        data: Sequence[Datum],
+        loss: str = "cross_entropy",
+        config: Any = None,
+        *,
+        logprobs: str = "all",
     ):
+        self.door.wanted.add(("forward_backward", logprobs))
+
         def work() -> ForwardBackwardResult:
             time.sleep(self.door.step_seconds)
             try:
@@ -162,6 +177,7 @@ class FakeDoor:
         self.step_seconds = step_seconds
         self.full_disk: set[str] = set()
         self.submitted: list[tuple[str, str]] = []
+        self.wanted: set[tuple[str, str]] = set()
         self.adapters: dict[str, FakeAdapter] = {}
 
     def __enter__(self) -> "FakeDoor":

@@ -61,6 +61,8 @@ def test_operations_of_a_step_are_submitted_together_and_one_step_ahead(
     order = [name for name, what in door.submitted if what == "optim_step"]
     turns = sum(a != b for a, b in itertools.pairwise(order))
     assert turns > 10
+    # Nobody reads the log-probabilities of what is not trained.
+    assert door.wanted == {("forward_backward", "trained"), ("forward", "trained")}
 
 
 def test_every_adapter_trains_as_it_does_alone(run_data: dict[str, Any], tmp_path: Path):

@@ -1,0 +1,273 @@
+"""The rows of a stream that the head runs on, in the order in which it takes them.
+
+First the trained ones (see `Loss.trained`), in the order of the stream; behind them, in that order
+too, those of which an operation wants to read the log-probabilities and nothing else. The head runs
+on the first as if the second were not there, so an operation's loss and gradient have the same bits
+whatever it wants to read; nobody asks for the rest, so it costs nothing.
+
+L rows of the head, N tokens of a datum, M targets beyond the first of each row.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manylora.engine.plan import Piece
+from manylora.losses import Loss, Settings
+from manylora.types import Datum
+from manylora.types.data import Array
+
+Span = tuple[int, int]
+
+
+@dataclass(slots=True)
+class LossShare:
+    """One loss of the micro-batch and the rows that it acts on (None = all of them).
+
+    `spans` are the same rows as ranges.
+    """
+
+    loss: Loss
+    settings: Settings
+    rows_L: Tensor | None
+    spans: list[Span] = field(default_factory=list)
+
+    def within(self, start: int, stop: int) -> bool:
+        """Whether any of the rows [start, stop) is this loss's."""
+        return self.rows_L is None or any(a < stop and start < b for a, b in self.spans)
+
+
+@dataclass(slots=True)
+class MoreTargets:
+    """The targets of rows that have several, without each row's first, end to end.
+
+    Attributes:
+        ends: how many there are up to and including each row (on the host).
+        counts_L: int64 [L], how many each row has.
+        targets_M: int64; weights_M: fp32.
+        weight_L: fp32 [L], the sum of each row's weights.
+    """
+
+    ends: Array
+    counts_L: Tensor
+    targets_M: Tensor
+    weights_M: Tensor
+    weight_L: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows [start, stop) of the head that run together.
+
+    Attributes:
+        trained: whether they are trained; the others have no gradient.
+        piece: the piece with an adapter on the head whose rows these are, and no others' are;
+            None where no row has one.
+        within: their place in the order of that piece's rows.
+    """
+
+    start: int
+    stop: int
+    trained: bool
+    piece: int | None = None
+    within: int = 0
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(slots=True)
+class HeadRows:
+    """What the head and the losses need to know of the rows that they run on.
+
+    Attributes:
+        rows_L: int64 [L], which row of the stream each is.
+        trained, read: of each piece its trained rows, and those that are only read, among the L.
+        lengths: of each datum its trained rows.
+        targets_L: int64 [L].
+        inputs: per-token inputs of the losses, fp32 [L]; zero where a row's loss has none.
+        losses: usually one.
+        more: None where every row has one target. Otherwise `targets_L` and `inputs` hold each
+            row's first, and this the others.
+    """
+
+    rows_L: Tensor
+    trained: list[Span]
+    read: list[Span]
+    lengths: list[int]
+    targets_L: Tensor
+    inputs: dict[str, Tensor]
+    losses: list[LossShare]
+    more: MoreTargets | None = None
+
+    @property
+    def total(self) -> int:
+        return len(self.rows_L)
+
+    @property
+    def num_trained(self) -> int:
+        return self.trained[-1][1] if self.trained else 0
+
+    def more_span(self, start: int, stop: int) -> Span:
+        """Where the targets beyond the first of the rows [start, stop) lie in `more`."""
+        if self.more is None:
+            return 0, 0
+        first, last = (int(self.more.ends[row - 1]) if row else 0 for row in (start, stop))
+        return first, last
+
+    def chunks(self, apart: Collection[int], longest: int) -> Iterator[Chunk]:
+        """All rows in chunks of at most `longest`.
+
+        Args:
+            apart: pieces with an adapter on the head. Each is cut on a grid of its own, so that
+                its factors' gradients are summed the same way wherever it lies.
+        """
+        for spans, trained in ((self.trained, True), (self.read, False)):
+            for first, last, piece in _runs(spans, apart):
+                before = 0 if piece is None or trained else _length(self.trained[piece])
+                for start in range(first, last, longest):
+                    stop = min(start + longest, last)
+                    yield Chunk(start, stop, trained, piece, before + start - first)
+
+
+def _runs(spans: Sequence[Span], apart: Collection[int]) -> Iterator[tuple[int, int, int | None]]:
+    """Neighbouring spans joined, those of `apart` by themselves and with their numbers."""
+    if not spans:
+        return
+    begin = spans[0][0]
+    for number in sorted(apart):
+        first, last = spans[number]
+        yield begin, first, None
+        yield first, last, number
+        begin = last
+    yield begin, spans[-1][1], None
+
+
+def _length(span: Span) -> int:
+    return span[1] - span[0]
+
+
+def head_rows(
+    pieces: Sequence[Piece],
+    starts: Sequence[int],
+    losses: Sequence[tuple[Loss, Settings]],
+    device: torch.device,
+) -> HeadRows:
+    """Choose the rows of a stream and bring them into order.
+
+    Args:
+        starts: where each piece begins in the stream.
+        losses: of each operation, by the pieces' `work`.
+    """
+    places: list[list[Array]] = [[], []]
+    data: list[list[tuple[Datum, Array]]] = [[], []]
+    lengths: list[int] = []
+    for piece, start in zip(pieces, starts, strict=True):
+        loss = losses[piece.work][0]
+        masks = [loss.trained(datum) for datum in piece.data]
+        lengths += [int(np.count_nonzero(mask_N)) for mask_N in masks]
+        mask = np.concatenate(masks)
+        untrained = ~mask & (piece.wanted == "all")
+        for section, chosen in enumerate((mask, untrained)):
+            places[section].append(start + np.flatnonzero(chosen))
+            ends = np.cumsum([len(mask_N) for mask_N in masks])[:-1]
+            data[section] += zip(piece.data, np.split(chosen, ends), strict=True)
+    return _laid_out(pieces, places, [*data[0], *data[1]], lengths, losses, device)
+
+
+def _laid_out(
+    pieces: Sequence[Piece],
+    places: Sequence[Sequence[Array]],
+    data: Sequence[tuple[Datum, Array]],
+    lengths: list[int],
+    losses: Sequence[tuple[Loss, Settings]],
+    device: torch.device,
+) -> HeadRows:
+    """`places`: the trained and the read rows of each piece; `data`: which of each datum's."""
+    count = len(pieces)
+    ends = np.cumsum([0, *(len(rows) for section in places for rows in section)]).tolist()
+    spans = list(pairwise(ends))
+    names = sorted({name for piece in pieces for name in losses[piece.work][0].inputs})
+
+    def column(name: str, dtype: type) -> Tensor:
+        parts = [
+            _first(datum.loss_inputs[name])[chosen_N]
+            if name in datum.loss_inputs
+            else np.zeros(np.count_nonzero(chosen_N), dtype)
+            for datum, chosen_N in data
+        ]
+        return _joined(parts, dtype, device)
+
+    return HeadRows(
+        rows_L=_joined([*places[0], *places[1]], np.int64, device),
+        trained=spans[:count],
+        read=spans[count:],
+        lengths=lengths,
+        targets_L=column("target_tokens", np.int64),
+        inputs={name: column(name, np.float32) for name in names},
+        losses=_shares(pieces, losses, spans, device),
+        more=_more_targets(data, device),
+    )
+
+
+def _first(values: Array) -> Array:
+    """Each position's only, or first, number."""
+    return values if values.ndim == 1 else values[:, 0]
+
+
+def _more_targets(data: Sequence[tuple[Datum, Array]], device: torch.device) -> MoreTargets | None:
+    if all(datum.num_targets == 1 for datum, _ in data):
+        return None
+    counts: list[Array] = []
+    weight: list[Array] = []
+    targets: list[Array] = []
+    weights: list[Array] = []
+    for datum, chosen_N in data:
+        rows = np.count_nonzero(chosen_N)
+        counts.append(np.full(rows, datum.num_targets - 1))
+        if datum.num_targets == 1:
+            weight.append(np.zeros(rows, np.float32))
+            continue
+        others = datum.loss_inputs["weights"][chosen_N, 1:]
+        weight.append(others.sum(axis=1, dtype=np.float64))
+        targets.append(datum.loss_inputs["target_tokens"][chosen_N, 1:].ravel())
+        weights.append(others.ravel())
+    return MoreTargets(
+        ends=np.cumsum(np.concatenate(counts)),
+        counts_L=_joined(counts, np.int64, device),
+        targets_M=_joined(targets, np.int64, device),
+        weights_M=_joined(weights, np.float32, device),
+        weight_L=_joined(weight, np.float32, device),
+    )
+
+
+def _shares(
+    pieces: Sequence[Piece],
+    losses: Sequence[tuple[Loss, Settings]],
+    spans: Sequence[Span],
+    device: torch.device,
+) -> list[LossShare]:
+    """The distinct losses of the rows, each with its own; `spans` of the pieces, twice."""
+    distinct: list[tuple[Loss, Settings]] = []
+    for piece in pieces:
+        if losses[piece.work] not in distinct:
+            distinct.append(losses[piece.work])
+    if len(distinct) == 1:
+        return [LossShare(*distinct[0], None)]
+    shares = []
+    for loss in distinct:
+        mine = [losses[piece.work] == loss for piece in pieces] * 2
+        flags = [np.full(_length(span), own) for span, own in zip(spans, mine, strict=True)]
+        own_spans = [span for span, own in zip(spans, mine, strict=True) if own]
+        shares.append(LossShare(*loss, _joined(flags, np.bool_, device), own_spans))
+    return shares
+
+
+def _joined(parts: Sequence[Array], dtype: type, device: torch.device) -> Tensor:
+    """The parts end to end."""
+    row = np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
+    return torch.from_numpy(row).to(device, non_blocking=True)
