@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Put the prompt into the chat template: the adapter's own, or else the tokenizer's.",
 )
-@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1, 2**31 - 1), default=64, show_default=True)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0.0),
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="0 = always the likeliest token.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer.")
 def sample(
     base: str | None,

@@ -10,6 +10,7 @@ from manylora.config.load import load_run_file, load_server_file
 from manylora.config.render import resolved_yaml, run_json_schema
 from manylora.config.run_file import (
     DATA_SUFFIXES,
+    MOST_STEPS,
     AdapterEntry,
     LoraSettings,
     OptimizerSettings,
@@ -26,6 +27,7 @@ from manylora.config.server_file import Quotas, RequestLimits, Saving, ServerFil
 
 __all__ = [
     "DATA_SUFFIXES",
+    "MOST_STEPS",
     "AdapterEntry",
     "LoraSettings",
     "OptimizerSettings",

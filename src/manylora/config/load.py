@@ -238,7 +238,8 @@ def _remedy(details: ErrorDetails, path: KeyPath, root: type[BaseModel]) -> str:
         return f"is {given}; choose {str(context['expected']).replace(chr(39), '')}"
     if kind in _LIMITS:
         name, sign = _LIMITS[kind]
-        return f"is {given}; it must be {sign} {context[name]:g}"
+        limit = context[name]
+        return f"is {given}; it must be {sign} {limit if isinstance(limit, int) else f'{limit:g}'}"
     if kind == "too_short" and path[-1] == "adapters":
         return "is empty; list one adapter or more"
     if kind == "string_type" and isinstance(details["input"], bool | int | float):

@@ -90,7 +90,14 @@ def _check_regex(pattern: str) -> None:
 
 
 Flag = Annotated[bool, BeforeValidator(_yaml_11_word)]
-Count = Annotated[int, Field(ge=1)]
+# Whatever is counted has a largest sensible value: beyond it a number is a slip, or an attack.
+MOST_STEPS = 100_000_000
+MOST_SECONDS = 315_360_000  # ten years
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Rank = Annotated[int, Field(ge=1, le=65_536)]
+Tokens = Annotated[int, Field(ge=1, le=1 << 30)]
+Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
@@ -117,7 +124,7 @@ class Settings(BaseModel):
 class LoraSettings(Settings):
     """Shape of one adapter."""
 
-    rank: Count = 16
+    rank: Rank = 16
     """Rows of A: how much the adapter can change."""
     alpha: Positive = 32.0
     """The update is scaled by alpha / rank."""
@@ -130,7 +137,7 @@ class LoraSettings(Settings):
     """Of the factors; gradients, moments and master weights are always fp32."""
     init_from: Annotated[Path | None, Field(strict=False)] = None
     """An adapter folder to start from; relative to the run file's folder."""
-    rank_pattern: dict[str, Count] = Field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     """Regular expression → rank, for modules whose name ends in a match."""
     alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
     """Regular expression → alpha, for modules whose name ends in a match."""
@@ -172,7 +179,7 @@ class OptimizerSettings(Settings):
     """Highest learning rate."""
     schedule: Schedule = "linear"
     """After the warm-up: stay (constant), or fall to 0 at the run's last step (linear, cosine)."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = 0
     """Steps over which the learning rate rises evenly from lr / warmup_steps to lr."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     """Decay of the first and second moment."""
@@ -207,7 +214,7 @@ class SftSettings(Settings):
     """Examples of one optimizer step."""
     epochs: Count | None = None
     """Passes over the data; 1 when max_steps is not given either."""
-    max_steps: Count | None = None
+    max_steps: Steps | None = None
     """Optimizer steps, in place of epochs."""
     shuffle: Flag = True
     """A new order for each epoch, fixed by the adapter's seed."""
@@ -252,7 +259,7 @@ class AdapterEntry(Settings):
     """AdamW and its learning rate over the run."""
     sft: SftSettings
     """Supervised fine-tuning: which data, how often."""
-    save_every: Annotated[int, Field(ge=0)] = 100
+    save_every: Annotated[int, Field(ge=0, le=MOST_STEPS)] = 100
     """Steps between saved training states; 0 = only at the end."""
     chat_template: Text | None = None
     """A Jinja template in place of the tokenizer's own: itself, or the path of a file with it
@@ -311,7 +318,7 @@ class RunFile(Settings):
     ../ is relative to the run file's folder."""
     out: Annotated[Path, Field(strict=False)]
     """Folder for everything that the run writes; relative to the current directory."""
-    token_budget: Count = 4096
+    token_budget: Tokens = 4096
     """Tokens, of all adapters together, that go through the base at once."""
     adapters: Annotated[list[AdapterEntry], Field(min_length=1)]
     """The adapters, in any number and of any mixture of shapes."""
@@ -339,7 +346,7 @@ class RunFile(Settings):
     engine_address: Text | None = None
     """With Ray: this machine's address for processes on others; by default the one on the route
     toward them."""
-    step_seconds: Positive = 600.0
+    step_seconds: Seconds = 600.0
     """On a mesh: a step that takes longer is taken for hung, and its processes are started anew."""
     report: Flag = True
     """Write report.html."""

@@ -8,10 +8,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from manylora.config.run_file import Count, Flag, MeshText, Positive, Settings, Text
+from manylora.config.run_file import (
+    MOST_SECONDS,
+    Count,
+    Flag,
+    MeshText,
+    Rank,
+    Seconds,
+    Settings,
+    Steps,
+    Text,
+    Tokens,
+)
 from manylora.types.base import Quantization
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+Bytes = Annotated[int, Field(ge=1, le=1 << 50)]
+Hours = Annotated[float, Field(gt=0, le=MOST_SECONDS / 3600)]
 
 
 class Quotas(Settings):
@@ -19,9 +32,9 @@ class Quotas(Settings):
 
     adapters: Count = 1000
     """Open adapters, resident or not."""
-    checkpoint_bytes: Count = 1 << 40
+    checkpoint_bytes: Bytes = 1 << 40
     """Bytes of all checkpoints that are kept."""
-    tokens_in_flight: Count = 1 << 24
+    tokens_in_flight: Tokens = 1 << 24
     """Tokens of requests that have been accepted and are not done; beyond it, clients are asked
     to wait."""
 
@@ -29,26 +42,26 @@ class Quotas(Settings):
 class RequestLimits(Settings):
     """What one request may hold; more is refused with the limit in the answer."""
 
-    body_bytes: Count = 64 << 20
+    body_bytes: Annotated[int, Field(ge=1, le=256 << 20)] = 64 << 20
     """Bytes of a request's body."""
-    rank: Count = 512
+    rank: Rank = 512
     """LoRA rank."""
-    samples: Count = 1024
+    samples: Annotated[int, Field(ge=1, le=65_536)] = 1024
     """Answers to one prompt."""
-    topk: Count = 128
+    topk: Annotated[int, Field(ge=1, le=65_536)] = 128
     """Likeliest tokens to report for each place."""
 
 
 class Saving(Settings):
     """When training states are written in the background."""
 
-    every_seconds: Positive = 30.0
+    every_seconds: Seconds = 30.0
     """After this long, if the adapter has done anything since."""
-    every_steps: Count = 200
+    every_steps: Steps = 200
     """After this many optimizer steps."""
-    result_hours: Positive = 24.0
+    result_hours: Hours = 24.0
     """How long results stay readable."""
-    snapshot_hours: Positive = 24.0
+    snapshot_hours: Hours = 24.0
     """How long a snapshot for sampling outlives its last use."""
 
 
@@ -69,7 +82,7 @@ class ServerFile(Settings):
     """0 = any free one."""
     database: Text | None = None
     """SQLAlchemy URL; by default SQLite in the data folder."""
-    token_budget: Count = 4096
+    token_budget: Tokens = 4096
     """Tokens of one packed micro-batch; a longer sequence runs alone."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the base: `auto` is as stored."""
@@ -88,7 +101,7 @@ class ServerFile(Settings):
     engine_address: Text | None = None
     """This machine's address for processes of the engine on other machines; by default the one on
     the route toward them."""
-    step_seconds: Positive = 600.0
+    step_seconds: Seconds = 600.0
     """A step of the engine that takes longer is taken for hung: the engine's processes write down
     where they stand, and are started again."""
     mesh: MeshText = "dp=1,tp=1"
@@ -99,9 +112,9 @@ class ServerFile(Settings):
     """Adapters in the engine at once; by default as many as measured memory allows."""
     long_poll_seconds: Annotated[float, Field(gt=0, le=40)] = 30.0
     """How long a poll for a result is held open."""
-    session_seconds: Positive = 300.0
+    session_seconds: Seconds = 300.0
     """A session without a heartbeat for this long is closed, its adapters saved first."""
-    drain_seconds: Annotated[float, Field(ge=0)] = 30.0
+    drain_seconds: Annotated[float, Field(ge=0, le=MOST_SECONDS)] = 30.0
     """How long a stopping server goes on with what is queued; the rest waits for the next start."""
     quotas: Quotas = Quotas()
     """What one tenant may hold at once."""

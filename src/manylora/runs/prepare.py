@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from manylora.config import AdapterEntry
+from manylora.config import MOST_STEPS, AdapterEntry
 from manylora.models.vocabulary import Vocabulary
 from manylora.runs.encode import Encoded, Encoder
 from manylora.runs.job import EvalPrompt, EvalSet, Job, Prepared, Progress
@@ -77,6 +77,11 @@ def prepare_sft(
         size=len(data), batch_size=sft.batch_size, seed=entry.seed, shuffle=sft.shuffle
     )
     steps = total_steps(len(data), sft.batch_size, epochs=sft.epochs, max_steps=sft.max_steps)
+    if steps > MOST_STEPS:
+        raise DataError(
+            f"{sft.epochs:,} epochs of these data are {steps:,} steps; at most {MOST_STEPS:,} are "
+            "made: give fewer epochs, or max_steps"
+        )
 
     def batch(step: int) -> Sequence[Datum]:
         return [data[i] for i in order.batch_indices(step - 1)]

@@ -15,11 +15,12 @@ from manylora.service.errors import Lost, missing
 from manylora.service.keeping import Keeping
 from manylora.service.operations import sampler_id
 from manylora.service.parts import Parts
+from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.messages import CreateSamplingSessionRequest
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.pieces import SampleSubmit
 from manylora.service.wire.replies import SamplerInfo, Submitted
-from manylora.service.wire.sampling import encode_sample
+from manylora.service.wire.sampling import check_answer_cells, encode_sample
 from manylora.store import SamplerRow
 from manylora.types import DataError, Sample, SampleResult
 
@@ -230,7 +231,10 @@ class Samplers:
             if k > limits.topk:
                 raise DataError(f"{name} is {k}; at most {limits.topk}")
         room = max(1, context - len(submit.prompt))
-        params = submit.params(max_tokens=room, seed=_seed_of(request_id))
+        params = submit.params(room=room, seed=_seed_of(request_id))
+        check_answer_cells(
+            submit.num_samples, params.max_tokens, submit.scoring.topk_sampled, WireLimits().cells
+        )
         return Sample(
             adapter=None, prompts=[submit.prompt], params=params, num_samples=submit.num_samples,
             snapshot=snapshot, scoring=submit.scoring, tenant=row.tenant,

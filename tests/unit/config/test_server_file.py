@@ -1,10 +1,13 @@
 """The server file: defaults, overrides, and errors that say where."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
-from manylora.config import load_server_file
+from manylora.config import RunFile, ServerFile, load_server_file
 from manylora.service.engines import opening_of
 from manylora.types import ConfigError
 
@@ -48,3 +51,37 @@ def test_what_opens_the_engine_is_told() -> None:
             == getattr(server, name)
             != getattr(load_server_file(None, ["base=seedling", "data_dir=here"]), name)
         )
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "max_resident", "threads", "token_budget", "port", "step_seconds", "session_seconds",
+        "drain_seconds", "quotas.adapters", "quotas.checkpoint_bytes", "quotas.tokens_in_flight",
+        "limits.body_bytes", "limits.rank", "limits.samples", "limits.topk",
+        "saving.every_seconds", "saving.every_steps", "saving.result_hours",
+        "saving.snapshot_hours",
+    ],
+)  # fmt: skip
+def test_no_number_is_without_bound(setting: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{setting}: is 1000000000000000000; it must be ≤ \d+"):
+        load_server_file(None, ["base=seedling", "data_dir=here", f"{setting}={10**18}"])
+
+
+def _numbers(schema: dict[str, Any], where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    if schema.get("type") == "integer" and "const" not in schema:
+        yield where, schema
+    for key, value in schema.items():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                yield from _numbers(part, f"{where}/{key}")
+
+
+@pytest.mark.parametrize("model", [ServerFile, RunFile])
+def test_every_whole_number_of_a_file_has_both_ends(model: type[BaseModel]) -> None:
+    """So does a setting that somebody adds."""
+    found = dict(_numbers(model.model_json_schema()))
+    assert len(found) > 5
+    for where, schema in found.items():
+        assert {"minimum", "exclusiveMinimum"} & set(schema), where
+        assert {"maximum", "exclusiveMaximum"} & set(schema), where

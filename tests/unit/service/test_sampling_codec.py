@@ -55,10 +55,10 @@ def test_defaults_are_the_protocols():
     assert (submit.max_tokens, submit.seed) == (None, None)
     assert (submit.stop, submit.stop_strings) == (None, ())
     assert not submit.scoring.of_prompt
-    filled = submit.params(max_tokens=9, seed=4)
+    filled = submit.params(room=9, seed=4)
     assert (filled.max_tokens, filled.seed) == (9, 4)
     given = decode(**params(max_tokens=2, seed=7, top_k=5, top_p=0.5, temperature=0.0))
-    chosen = given.params(max_tokens=9, seed=4)
+    chosen = given.params(room=9, seed=4)
     assert (chosen.max_tokens, chosen.seed, chosen.top_k, chosen.top_p) == (2, 7, 5, 0.5)
     assert chosen.temperature == 0.0
 

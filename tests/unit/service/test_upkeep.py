@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from manylora.api import Host
-from manylora.config import Quotas, ServerFile
+from manylora.config import ServerFile
 from manylora.engine import Engine
 from manylora.service.contract import Failed, Ready, Waiting
 from manylora.service.errors import Gone, NotFound
@@ -42,8 +42,8 @@ class Clock:
 class Place:
     """A hub over a real engine, whose clocks only a test moves."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.folder, self.settings = folder, settings
         self.clock, self.wall = Clock(1000.0), Clock(1_800_000_000.0)
         self.hub: TinkerHub
         self.upkeep: Upkeep
@@ -53,7 +53,7 @@ class Place:
     async def open(self) -> AsyncIterator[None]:
         settings = ServerFile(
             base="seedling", data_dir=self.folder, aliases=[], threads=1, session_seconds=60.0,
-            quotas=Quotas(),
+            **self.settings,
         )  # fmt: skip
         service = Service(
             settings, Store.in_folder(self.folder), WireLimits(), clock=self.clock, wall=self.wall

@@ -91,10 +91,15 @@ class SampleSubmit:
     body: bytes = field(repr=False)
     digest: str
 
-    def params(self, *, max_tokens: int, seed: int) -> SamplingParams:
-        """The sampling settings, once the hub has filled in what the client left open."""
+    def params(self, *, room: int, seed: int) -> SamplingParams:
+        """The sampling settings, once the hub has filled in what the client left open.
+
+        Args:
+            room: tokens that the context has left: more than that are never made, so they are
+                neither asked for nor counted.
+        """
         return SamplingParams(
-            max_tokens=max_tokens if self.max_tokens is None else self.max_tokens,
+            max_tokens=room if self.max_tokens is None else min(self.max_tokens, room),
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,

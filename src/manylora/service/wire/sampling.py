@@ -95,15 +95,23 @@ def _check_sizes(request: SampleRequest, length: int, limits: WireLimits) -> Non
             raise TooLarge(f"{name} is {getattr(request, name)}; at most {limits.topk}")
     if length * request.topk_prompt_logprobs > limits.cells:
         raise TooLarge(f"topk_prompt_logprobs of this prompt has more than {limits.cells} cells")
-    longest = request.sampling_params.max_tokens or 1
-    if request.num_samples * longest * request.topk_sample_logprobs > limits.cells:
-        raise TooLarge(f"topk_sample_logprobs of the answers has more than {limits.cells} cells")
+    # How long the answers may become is the context's to say, which the hub knows.
+    check_answer_cells(request.num_samples, 1, request.topk_sample_logprobs, limits.cells)
     last_n = request.prompt_logprobs_last_n
     if last_n is not None and not request.prompt_logprobs:
         raise DataError("prompt_logprobs_last_n needs prompt_logprobs")
     if last_n is not None and last_n > length - 1:
         raise DataError(
             f"prompt_logprobs_last_n is {last_n}; the prompt has {length - 1} tokens to score"
+        )
+
+
+def check_answer_cells(num_samples: int, max_tokens: int, topk: int, cells: int) -> None:
+    """Raises TooLarge: the likeliest tokens of all answers are more than `cells` numbers."""
+    if num_samples * max_tokens * topk > cells:
+        raise TooLarge(
+            f"topk_sample_logprobs of {num_samples} answers of {max_tokens} tokens has more than "
+            f"{cells} cells"
         )
 
 
