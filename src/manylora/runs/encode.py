@@ -96,7 +96,7 @@ class Encoder:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self.template = ChatTemplate(tokenizer, chat_template)
         self._chosen = None if eos is None else _one_token(tokenizer, eos)
-        own = tokenizer.eos_token_id
+        own = getattr(tokenizer, "eos_token_id", None)
         first = next(iter(ends), None)
         self.eos: int | None = next((e for e in (self._chosen, own, first) if e is not None), None)
         self._ends = {token for token in (self._chosen, own, *ends) if token is not None}
