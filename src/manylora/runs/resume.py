@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from manylora.config import AdapterEntry, RunFile, is_data_file, load_run_file, resolved_yaml
-from manylora.runs.layout import RunPaths, read_json, write_json, write_text
+from manylora.runs.layout import AdapterPaths, RunPaths, read_json, write_json, write_text
 from manylora.types import ConfigError
 
 # Settings that change what is shown, or where files lie, but no weight.
@@ -16,6 +16,8 @@ _FREE = {
     "out", "mesh", "ray", "engine_address", "step_seconds",
     "report", "tensorboard", "wandb", "trackio",
 }  # fmt: skip
+# How long a run is; one that is finished may be made longer.
+_LENGTHS = ("epochs", "max_steps")
 _SHOWN = 8
 # Reading as many takes long enough to be worth telling.
 ANNOUNCED_BYTES = 2**30
@@ -27,7 +29,7 @@ Hashing = Callable[[str], None]
 def claim(
     run: RunFile, paths: RunPaths, *, overwrite: bool = False, hashing: Hashing = lambda _: None
 ) -> None:
-    """Make OUT this run's: begin it, take it up again, or refuse.
+    """Make OUT this run's: begin it, take it up again (it may have become longer), or refuse.
 
     Args:
         overwrite: delete what another run wrote there (that, and nothing else).
@@ -126,6 +128,7 @@ def _same_run(run: RunFile, paths: RunPaths, inputs: Inputs) -> Inputs:
             f"another out, or overwrite it with --overwrite ({error})"
         ) from error
     differences = list(_differences(_comparable(before), _comparable(run)))
+    differences += _changed_lengths(before, run, paths)
     noted = read_json(paths.inputs)
     noted = noted if isinstance(noted, dict) else {}
     if not differences:
@@ -138,6 +141,7 @@ def _same_run(run: RunFile, paths: RunPaths, inputs: Inputs) -> Inputs:
             + (f"\n  and {more} more" if more > 0 else "")
             + "\nchoose another out, or start afresh with --overwrite"
         )
+    _reopen(before, run, paths)
     return {
         name: {source: digest or noted.get(name, {}).get(source) for source, digest in of.items()}
         for name, of in inputs.items()
@@ -148,7 +152,64 @@ def _comparable(run: RunFile) -> dict[str, Any]:
     data = run.model_dump(mode="json")
     # By name: their order in the file changes nothing.
     adapters = {entry["name"]: entry for entry in data.pop("adapters")}
+    for entry in adapters.values():
+        for length in _LENGTHS:
+            del entry["sft"][length]
     return {"adapters": adapters, **{k: v for k, v in data.items() if k not in _FREE}}
+
+
+def _length(entry: AdapterEntry) -> tuple[str, int]:
+    """Which of its settings says how long an adapter trains, and what it says."""
+    name = next(name for name in _LENGTHS if getattr(entry.sft, name) is not None)
+    return name, int(getattr(entry.sft, name))
+
+
+def _changed_lengths(before: RunFile, now: RunFile, paths: RunPaths) -> Iterator[str]:
+    """Lengths that cannot be changed any more, and why."""
+    old = {entry.name: entry for entry in before.adapters}
+    for entry in now.adapters:
+        if entry.name not in old or _length(old[entry.name]) == _length(entry):
+            continue
+        (was, count), (name, wanted) = _length(old[entry.name]), _length(entry)
+        made = _steps_made(paths.adapter(entry.name))
+        if made is None:
+            continue  # nothing is trained yet
+        change = f"adapters.{entry.name}.sft.{name}: {was} {count:,} there, {wanted:,} here; "
+        optimizer = entry.optimizer
+        if name == was and wanted < count:
+            yield f"{change}a run can be made longer, not shorter"
+        elif optimizer.schedule != "constant" and made > optimizer.warmup_steps:
+            yield (
+                f"{change}its schedule is {optimizer.schedule}, which depends on the number of "
+                f"all steps, so the {made:,} that it has made would have had other learning rates; "
+                "only with schedule: constant can it be made longer. A new run may begin where it "
+                f"ended, with lora.init_from: {paths.adapter(entry.name).final}"
+            )
+        elif not _states(paths.adapter(entry.name)):
+            yield f"{change}its training states are gone, so it cannot go on"
+
+
+def _reopen(before: RunFile, now: RunFile, paths: RunPaths) -> None:
+    """Have finished adapters go on that are longer now. Before run.yaml says so: a run that is
+    killed in between is asked again."""
+    old = {entry.name: _length(entry) for entry in before.adapters}
+    for entry in now.adapters:
+        if old[entry.name] != _length(entry):
+            paths.adapter(entry.name).result.unlink(missing_ok=True)
+
+
+def _states(adapter: AdapterPaths) -> list[int]:
+    found = (path.name.removeprefix("step-") for path in adapter.checkpoints.glob("step-*"))
+    return [int(number) for number in found if number.isdecimal()]
+
+
+def _steps_made(adapter: AdapterPaths) -> int | None:
+    """Steps behind an adapter that has a training state or is finished; None for any other."""
+    result = read_json(adapter.result)
+    finished = result.get("steps") if isinstance(result, dict) else None
+    return max(
+        [*_states(adapter), *([finished] if isinstance(finished, int) else [])], default=None
+    )
 
 
 def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:

@@ -37,6 +37,7 @@ from manylora.runs.layout import AdapterPaths, is_completed, read_json, write_js
 from manylora.runs.metrics import MetricsFile, cut_back, read_metrics
 from manylora.runs.outcome import Outcome
 from manylora.types import (
+    ConfigError,
     DataError,
     EngineLost,
     ManyloraError,
@@ -133,6 +134,11 @@ class AdapterRun:
         for note in prepared.notes:
             self._emit(Warned(self._job.name, note))
         await self._open()
+        if self.outcome.steps > prepared.steps:
+            raise ConfigError(
+                f"has made {self.outcome.steps:,} steps, and {prepared.steps:,} are asked for; a "
+                "run can be made longer, not shorter"
+            )
         self._adapter.text_format = prepared.text_format
         self._emit(
             AdapterStarted(

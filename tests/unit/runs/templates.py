@@ -35,7 +35,8 @@ SYSTEM_LAST = (
     "{% set turns = messages[1:] if system else messages %}"
     "<|begin|>{% for m in turns %}{% if m.role == 'user' %}[INST] "
     "{% set before = 1 if add_generation_prompt else 2 %}"
-    "{% if system and loop.index0 == turns | length - before %}{{ system + '\n\n' }}{% endif %}{{ m.content }} [/INST]"
+    "{% if system and loop.index0 == turns | length - before %}{{ system + '\n\n' }}{% endif %}"
+    "{{ m.content }} [/INST]"
     "{% else %} {{ m.content }}<|end|>{% endif %}{% endfor %}"
 )
 # Ends the last turn with another token than those before (gpt-oss).

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -224,3 +225,73 @@ def test_interrupted_while_the_base_opens_is_told_without_forgetting_what_is_don
     assert (told["alpha"]["status"], told["alpha"]["steps"]) == ("completed", 6)
     assert (told["gamma"]["status"], told["gamma"]["steps"]) == ("cancelled", 16)
     assert train(run_file) == 0
+
+
+@pytest.mark.parametrize("key", ["max_steps", "epochs"])
+def test_a_finished_run_made_longer_is_the_run_that_was_so_long_from_the_start(
+    key: str, run_data: dict[str, Any], tmp_path: Path
+):
+    for entry in run_data["adapters"]:
+        entry["optimizer"].update(schedule="constant", warmup_steps=3)
+        del entry["sft"]["max_steps"]
+        entry["sft"][key] = 3
+    short = RunFile.model_validate(run_data)
+    assert train(short) == 0
+    finished = final_weights(short, "beta")
+    for entry in run_data["adapters"][1:]:
+        entry["sft"][key] = 5
+    longer, door = RunFile.model_validate(run_data), FakeDoor()
+    assert train(longer, door) == 0
+    assert "alpha" not in door.adapters  # it is as long as it was, and is left as it is
+    assert final_weights(longer, "beta") != finished
+    assert summary(longer)["adapters"]["beta"]["steps"] == 5 * (4 if key == "epochs" else 1)
+    same_as_undisturbed(longer, run_data, tmp_path)
+    assert train(longer, FakeDoor()) == 0
+
+
+def test_a_schedule_that_depends_on_the_end_cannot_be_made_longer(
+    run_data: dict[str, Any], run_file: RunFile
+):
+    assert train(run_file) == 0
+    before = summary(run_file)
+    run_data["adapters"][0]["sft"]["max_steps"] = 50
+    with pytest.raises(
+        ConfigError,
+        match=r"adapters\.alpha\.sft\.max_steps: max_steps 6 there, 50 here; its schedule is linear"
+        r".*6 that it has made.*schedule: constant.*init_from: .*alpha/final",
+    ):
+        train(RunFile.model_validate(run_data))
+    assert train(run_file, FakeDoor()) == 0 and summary(run_file) == before
+    # While only the warm-up is behind it, its learning rates are those of the longer run.
+    warm = {**run_data, "out": run_data["out"] / "warm"}
+    for entry in warm["adapters"]:
+        entry["optimizer"]["warmup_steps"] = 20
+        entry["sft"]["max_steps"] = 6
+    assert train(RunFile.model_validate(warm)) == 0
+    warm["adapters"][0]["sft"]["max_steps"] = 50
+    assert train(RunFile.model_validate(warm)) == 0
+
+
+def test_a_run_cannot_be_made_shorter_or_go_on_without_its_states(
+    run_data: dict[str, Any], run_file: RunFile
+):
+    for entry in run_data["adapters"]:
+        entry["optimizer"]["schedule"] = "constant"
+    run = RunFile.model_validate(run_data)
+    assert train(run) == 0
+    run_data["adapters"][0]["sft"]["max_steps"] = 5
+    with pytest.raises(ConfigError, match="6 there, 5 here; a run can be made longer, not shorter"):
+        train(RunFile.model_validate(run_data))
+    del run_data["adapters"][0]["sft"]["max_steps"]
+    run_data["adapters"][0]["sft"]["epochs"] = 1
+    assert train(RunFile.model_validate(run_data)) == 1
+    error = summary(run)["adapters"]["alpha"]["error"]
+    assert (
+        error["type"] == "ConfigError" and "has made 6 steps, and 4 are asked" in error["message"]
+    )
+    run_data["adapters"][0]["sft"]["epochs"] = 3
+    assert train(RunFile.model_validate(run_data)) == 0
+    shutil.rmtree(RunPaths(run.out).adapter("alpha").checkpoints)
+    run_data["adapters"][0]["sft"]["epochs"] = 4
+    with pytest.raises(ConfigError, match="its training states are gone"):
+        train(RunFile.model_validate(run_data))
