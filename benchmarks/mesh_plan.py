@@ -7,6 +7,8 @@ bound, and only their order says something: which of them the others wait for.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from benchmarks.mesh_formulas import (
     Base,
     Part,
@@ -21,6 +23,7 @@ from benchmarks.mesh_formulas import (
     part,
     total,
 )
+from manylora.engine.head_chunks import chunk_rows
 from manylora.models.quantized import BITS
 from manylora.types.base import Quantization
 from manylora.types.mesh import MeshShape
@@ -32,7 +35,6 @@ MEMORIES = {"80 GB": 80e9, "141 GB": 141e9}
 # Of the memory, for what is not counted: the allocator's gaps, workspaces, NCCL's buffers.
 RESERVED = 0.1
 TOKENS = 8192  # of one micro-batch on one dp rank
-CHUNK_ELEMENTS = 1 << 22  # as engine/head_loss.py
 BF16 = 2
 LORA_RANKS = (16, 64)
 STEPPING = 16  # adapters in the example of an optimizer step
@@ -131,9 +133,9 @@ class Case:
     def sent(self) -> Sent:
         """Of one micro-batch."""
         longest = -(-self.base.vocab // self.mesh.tp)
-        chunk_rows = max(32, CHUNK_ELEMENTS // longest // 32 * 32)
+        rows = chunk_rows(longest, torch.bfloat16, capped=False)
         # A result is one number a token, and few more.
-        stream = Stream([self.tokens], chunk_rows, self.tokens)
+        stream = Stream([self.tokens], rows, self.tokens)
         return forward_backward_sent(self.base, self.mesh, stream, checkpointing=True)
 
     def gather_seconds(self) -> tuple[float, float]:

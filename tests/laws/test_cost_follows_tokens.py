@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from manylora.engine import Engine
+from manylora.engine.head_chunks import row_bytes
 from manylora.types import AdamParams, AdapterSpec, Datum, ForwardBackward, OptimStep
 from tests.laws.tenants import must, random_data, work_of
 
@@ -156,7 +157,7 @@ def test_flops_follow_tokens(tiny):
 def test_only_what_a_loss_needs_is_paid_for(tiny, monkeypatch):
     """Several targets take no product more, a sequence's ratio a second forward of the head, and
     that only for the chunks that hold such sequences."""
-    monkeypatch.setattr("manylora.engine.head_loss.CHUNK_ELEMENTS", 1)  # chunks of 32 rows
+    monkeypatch.setattr("manylora.engine.head_loss.chunk_rows", lambda *_, **__: 32)
     engine = Engine(tiny("llama"))
     for name in ("a", "b"):
         engine.create(name, AdapterSpec(rank=4))
@@ -183,7 +184,7 @@ def test_logits_exist_for_one_chunk_at_a_time(
     tiny, monkeypatch, family: str, targets: Any, loss: str
 ):
     vocab, chunk = 331, 64  # a size that no other tensor has
-    monkeypatch.setattr("manylora.engine.head_loss.CHUNK_ELEMENTS", vocab * chunk)
+    monkeypatch.setattr("manylora.engine.head_loss.chunk_rows", lambda *_, **__: chunk)
     engine = Engine(tiny(family, vocab_size=vocab))
     engine.create("a", AdapterSpec(rank=4, targets=targets))
     engine.create("b", AdapterSpec(rank=4))
@@ -192,18 +193,20 @@ def test_logits_exist_for_one_chunk_at_a_time(
     with Watch(last_dim=vocab) as watch:
         must(engine.forward_backward([work_of(name, loss, data) for name in ("a", "b")]))
     assert vocab * 32 <= watch.largest <= vocab * chunk
-    # One chunk's logits; a copy for adapters on the head (such rows begin off a cache line), or the
-    # derivative of the softcap and what is made on the way to it. Never those of two chunks.
-    copies = 4 if family == "gemma2" else 1 + ("lm_head" in targets)
+    # One chunk's logits; a copy for adapters on the head (such rows begin off a cache line), and
+    # the derivative of the softcap. Never those of two chunks.
+    copies = 1 + (family == "gemma2") + ("lm_head" in targets)
     assert watch.most_alive <= copies * vocab * chunk
+    # What admission counts with.
+    assert 4 * copies * vocab <= row_bytes(vocab, torch.float32, capped=family == "gemma2")
 
 
 def test_chunks_change_nothing(tiny, monkeypatch):
     """The same numbers from one chunk as from many, up to the order of sums."""
     gradients = []
     data = random_data(np.random.default_rng(0), 6, lengths=(20, 60))
-    for elements in (1 << 22, 1):
-        monkeypatch.setattr("manylora.engine.head_loss.CHUNK_ELEMENTS", elements)
+    for rows in (1024, 32):
+        monkeypatch.setattr("manylora.engine.head_loss.chunk_rows", lambda *_, n=rows, **__: n)
         engine = Engine(tiny("gemma2"))
         engine.create("a", AdapterSpec(rank=4, targets=("q_proj", "lm_head")))
         must(engine.forward_backward([ForwardBackward(adapter="a", data=data)]))

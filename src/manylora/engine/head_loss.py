@@ -16,16 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from manylora.engine.head_chunks import chunk_rows
 from manylora.engine.head_rows import Chunk, HeadRows
 from manylora.engine.vocabulary import VocabularyPart
 from manylora.kernels import SegmentWork, product, shrink_expand, shrink_expand_backward
 from manylora.lora.routing import RoutingTable
 from manylora.losses.cross_entropy import cross_entropy
 from manylora.models import Head
-from manylora.models.stream import ROW_MULTIPLE, padded_rows
-
-# Logits of a chunk: at most this many elements (16 MiB in fp32).
-CHUNK_ELEMENTS = 1 << 22
+from manylora.models.stream import padded_rows
 
 
 @dataclass(slots=True)
@@ -93,8 +91,9 @@ class HeadLoss:
         self.head = head
         self.group = group
         self.part = None if head.axis is None else VocabularyPart(head.axis, head.vocab)
-        rows = CHUNK_ELEMENTS // (head.vocab if self.part is None else self.part.longest)
-        self.chunk_rows = max(ROW_MULTIPLE, rows // ROW_MULTIPLE * ROW_MULTIPLE)
+        words = head.vocab if self.part is None else self.part.longest
+        capped = head.softcap is not None
+        self.chunk_rows = chunk_rows(words, head.weight_VH.dtype, capped=capped)
 
     @torch.no_grad()
     def __call__(
@@ -177,7 +176,9 @@ class HeadLoss:
         work = table.part(chunk.piece, chunk.within, self.group) if chunk.piece is not None else []
         raw_cV, shrunk = self._logits(h_cH, sizes, work)
         logits_cV = head.scaled_(raw_cV.float())
-        cap_cV = 1.0 - (logits_cV / head.softcap) ** 2 if head.softcap is not None else None
+        cap_cV = None
+        if head.softcap is not None:
+            cap_cV = (logits_cV / head.softcap).square_().neg_().add_(1.0)
         # One exponential serves the normaliser, the log-probabilities and the gradient.
         max_c1 = logits_cV.amax(dim=1, keepdim=True)
         logits_cV = logits_cV.sub_(max_c1)

@@ -41,7 +41,7 @@ SCALED = "cohere"  # and this one multiplies them
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `chunks` the head works on 32 rows at a time, which end inside data."""
     if request.param == "chunks":
-        monkeypatch.setattr("manylora.engine.head_loss.CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr("manylora.engine.head_loss.chunk_rows", lambda *_, **__: 32)
 
 
 def crowd(base: Path, **options: Any) -> Engine:
