@@ -26,10 +26,12 @@ from manylora.types import (
     ForwardBackward,
     ManyloraError,
     OptimStep,
+    Wanted,
     causal_datum,
 )
 
 RANKS = (4, 4, 8, 8, 8, 16, 16, 32)
+ARMS = ("fused", "fused_fb", "bare", "bare_sequential", "peft")
 SEQUENCE = 32  # tokens of a sequence; equal lengths, so that the sequential arm needs no padding
 ADAM = AdamParams(lr=1e-4, clip_norm=1.0)
 
@@ -45,13 +47,25 @@ class Load:
     budget: int
 
 
-def make_load(base: Path | str, vocab: int, tokens: int, ranks: Sequence[int] = RANKS) -> Load:
-    """`tokens` per tenant for one tenant per entry of `ranks`, random ids from a fixed seed."""
+def make_load(
+    base: Path | str,
+    vocab: int,
+    tokens: int,
+    ranks: Sequence[int] = RANKS,
+    trained: float = 1.0,
+) -> Load:
+    """`tokens` per tenant for one tenant per entry of `ranks`, random ids from a fixed seed.
+
+    Args:
+        trained: share of a sequence's tokens, at its end, that are trained.
+    """
     rng = np.random.default_rng(0)
+    weights = np.zeros(SEQUENCE + 1)
+    weights[-round(trained * SEQUENCE) :] = 1.0
     data = {}
     for number in range(len(ranks)):
         rows = rng.integers(0, vocab, (tokens // SEQUENCE, SEQUENCE + 1))
-        data[f"tenant{number}"] = [causal_datum(row, np.ones(SEQUENCE + 1)) for row in rows]
+        data[f"tenant{number}"] = [causal_datum(row, weights) for row in rows]
     by_name = dict(zip(data, ranks, strict=True))
     return Load(base, tokens, by_name, data, budget=max(4096, tokens * len(ranks)))
 
@@ -65,12 +79,14 @@ def _checked(outcomes: list[Any]) -> None:
 class Fused:
     """All tenants in one packed batch: the product."""
 
-    def __init__(self, load: Load):
+    def __init__(self, load: Load, wanted: Wanted = "all"):
         self.engine = Engine(load.base, token_budget=load.budget)
         self.load = load
         for name, rank in load.ranks.items():
             self.engine.create(name, AdapterSpec(rank=rank, alpha=2 * rank))
-        self.works = [ForwardBackward(adapter=n, data=d) for n, d in load.data.items()]
+        self.works = [
+            ForwardBackward(adapter=n, data=d, logprobs=wanted) for n, d in load.data.items()
+        ]
         self.steps = [OptimStep(adapter=n, params=ADAM) for n in load.data]
 
     def forward_backward(self) -> None:
@@ -137,7 +153,7 @@ _NO_ADAPTER = _NoAdapter()
 class SequentialPeft:
     """One tenant after another with stock PEFT, as strong as we can make it: one model, adapters
     switched by `set_adapter`, SDPA, no padding, fused AdamW, the first layer's input gradient
-    left out, gradients set to None."""
+    left out, gradients set to None, the head on the trained rows only."""
 
     def __init__(self, load: Load):
         from peft import LoraConfig, get_peft_model
@@ -157,22 +173,27 @@ class SequentialPeft:
         for name, config in others:
             self.model.add_adapter(name, config)
         self.model.train()
-        self.batches: dict[str, tuple[Tensor, Tensor]] = {}
+        self.batches: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.optimizers: dict[str, torch.optim.AdamW] = {}
         for name, data in load.data.items():
             tokens = torch.tensor(np.stack([d.tokens for d in data]))
             targets = torch.tensor(np.stack([d.loss_inputs["target_tokens"] for d in data]))
-            self.batches[name] = (tokens, targets)
+            weights = torch.tensor(np.stack([d.loss_inputs["weights"] for d in data]))
+            trained = weights.flatten().nonzero()[:, 0]
+            self.batches[name] = (tokens, targets.flatten()[trained], trained)
             own = [p for n, p in self.model.named_parameters() if f".{name}." in n]
             self.optimizers[name] = torch.optim.AdamW(own, lr=ADAM.lr, weight_decay=0.0, fused=True)
 
     def step(self) -> None:
         for name, optimizer in self.optimizers.items():
             self.model.set_adapter(name)
-            tokens, targets = self.batches[name]
-            logits = self.model(input_ids=tokens, use_cache=False).logits
+            tokens, targets, trained = self.batches[name]
+            model = self.model.get_base_model()
+            hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+            if len(trained) < len(hidden):
+                hidden = hidden[trained]
             loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), reduction="sum"
+                model.lm_head(hidden), targets, reduction="sum"
             )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], ADAM.clip_norm)
@@ -181,13 +202,40 @@ class SequentialPeft:
             loss.item()
 
 
-def arms(load: Load) -> dict[str, Callable[[], None]]:
+def arms(load: Load, chosen: Sequence[str] = ARMS) -> dict[str, Callable[[], None]]:
     """Name → one step of that arm."""
-    fused, bare, peft = Fused(load), Bare(load), SequentialPeft(load)
-    return {
+    fused, bare = Fused(load), Bare(load)
+    steps = {
         "fused": fused.step,
         "fused_fb": fused.forward_backward,
         "bare": bare.fused,
         "bare_sequential": bare.sequential,
-        "peft": peft.step,
     }
+    if "peft" in chosen:
+        steps["peft"] = SequentialPeft(load).step
+    return {name: steps[name] for name in chosen}
+
+
+def trained_arms(load: Load, whole: Load) -> dict[str, Callable[[], None]]:
+    """The same for data of which some tokens are trained, and `whole` of which all are."""
+    engine = Fused(load)
+    everything, trained = Fused(whole), Fused(load, "trained")
+    return {
+        "everything_trained": everything.step,
+        "all_read": engine.step,
+        "trained_only": trained.step,
+        "peft_selecting": SequentialPeft(load).step,
+    }
+
+
+def arithmetic_floor(base: Path | str, ranks: Sequence[int]) -> float:
+    """The overhead of a step if multiplications were all that costs, attention's left out.
+
+    Of the base's linear layers a token takes a product forwards and one backwards; an adapter's
+    A and B take one forwards and two backwards each.
+    """
+    engine = Engine(base)
+    products = sum(site.in_features * site.out_features for site in engine.sites)
+    engine.create("one", AdapterSpec(rank=1))
+    of_rank_one = engine.adapters["one"].layout.num_params
+    return 1.0 + 6 * of_rank_one * sum(ranks) / len(ranks) / (4 * products)
