@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from manylora.api.verbs import Verbs
+from manylora.lora.layout import Layout, plan_layout
+from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
 from manylora.types import AdapterSpec
-
-# Vectors of an adapter that has stepped: weights, gradient and two moments, in fp32.
-BYTES_PER_PARAMETER = 16
 
 
 @dataclass(slots=True)
@@ -34,6 +34,16 @@ def bytes_of(state: AdapterState) -> int:
     """Memory of a state's vectors."""
     vectors = (state.weights, state.exp_avg, state.exp_avg_sq, state.grad)
     return sum(v.nbytes for v in vectors if v is not None)
+
+
+def settings_of(
+    engine: Verbs, page: Page, state: AdapterState | None
+) -> tuple[AdapterSpec, Layout]:
+    """An adapter's settings and layout, before it is made. Raises TargetError."""
+    if state is not None:
+        return state.spec, state.layout
+    assert page.fresh is not None
+    return page.fresh, plan_layout(page.fresh, resolve_targets(page.fresh, engine.sites))
 
 
 def file_name(name: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from manylora.api.page import BYTES_PER_PARAMETER, Page, bytes_of, file_name
+from manylora.api.page import Page, bytes_of, file_name, settings_of
 from manylora.api.snapshots import Snapshots
 from manylora.api.states import read_state, write_state
 from manylora.api.verbs import Verbs
@@ -34,6 +34,7 @@ from manylora.types import (
     Sample,
     SampleResult,
 )
+from manylora.types.memory import adapter_bytes, admit_adapter
 
 Result = TypeVar("Result")
 
@@ -83,7 +84,7 @@ class Pager:
         """A new adapter, resident at once so that wrong settings show.
 
         Raises:
-            AdapterExists, TargetError
+            AdapterExists, TargetError, DoesNotFit
         """
         self._refuse_known(name)
         self._pages[name] = Page(fresh=spec)
@@ -93,7 +94,7 @@ class Pager:
         """A new adapter that begins with a state, resident at once.
 
         Raises:
-            AdapterExists
+            AdapterExists, DoesNotFit
         """
         self._refuse_known(name)
         self._pages[name] = Page()
@@ -307,7 +308,7 @@ class Pager:
         faults: dict[str, ManyloraError] = {}
         for name in sorted(names):
             try:
-                self._bring_one(name, keep=names)
+                self._bring_one(name, names)
             except ManyloraError as error:
                 faults[name] = error
         return faults
@@ -321,16 +322,22 @@ class Pager:
         if state is None and page.fresh is None:
             called = f"the state of {name!r}"
             state = read_state(self.engine, self.state_folder(name), called=called).state
-        needed = 1 if state is None else state.layout.num_params * BYTES_PER_PARAMETER
+        spec, layout = settings_of(self.engine, page, state)
+        others = self.adapters.names(keep) if self._folder else []
+        room = self.engine.room_bytes + sum(self.adapters.size(other) for other in others)
+        admit_adapter(name, spec.rank, layout.num_params, spec.dtype, room)  # before anybody goes
+        needed = adapter_bytes(layout.num_params, spec.dtype)
         self._page_out(self.adapters.excess(keep, incoming=needed))
+        for other in others:
+            if other in self.adapters and needed > self.engine.room_bytes:
+                self._page_out([other])
         if state is None:
-            assert page.fresh is not None
-            adapter = self.engine.create(name, page.fresh)
+            adapter = self.engine.create(name, spec)
         else:
             adapter = self.engine.restore(name, state)
         page.held = None
         self._held.drop(name)
-        self.adapters.use(name, adapter.layout.num_params * BYTES_PER_PARAMETER)
+        self.adapters.use(name, adapter_bytes(adapter.layout.num_params, adapter.spec.dtype))
 
     def _page_out(self, names: Iterable[str]) -> None:
         for name in names:

@@ -29,6 +29,7 @@ from manylora.checkpoint.tensors import (
     DTYPES,
     Encoded,
     FileTensor,
+    admit_tensors,
     decoded,
     encoded,
     read_tensors,
@@ -161,6 +162,7 @@ def import_peft(
         Unsupported: anything else than plain LoRA factors, by name.
         CheckpointMismatch: names every missing, unexpected and misshapen key.
         CheckpointDamaged: files are missing, torn or altered, or hold NaN or Inf.
+        DoesNotFit: there is no memory for the factors.
     """
     folder = Path(folder)
     if (folder / SIDECAR).is_file():
@@ -174,6 +176,8 @@ def import_peft(
     dtype = dtype or _file_dtype(tensors[key] for key in factors.values())
     spec = _spec_of(folder, config, {site for site, _ in factors}, sites, seed, dtype)
     layout = plan_layout(spec, resolve_targets(spec, sites))
+    # One factor is in memory beside the vector.
+    admit_tensors(folder / WEIGHTS, (tensors[key] for key in factors.values()))
     weights_P = np.zeros(layout.num_params, np.float32)
     for factor in layout.factors:
         factor.a(weights_P)[...] = tensors[factors[factor.site, "A"]].fp32()

@@ -4,7 +4,8 @@ numpy has no bf16. Its numbers are the upper halves of fp32 numbers, and are kep
 """
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +17,8 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from manylora.lora.state import Floats
 from manylora.types import CheckpointDamaged, CheckpointMismatch
 from manylora.types.adapter import DType
+from manylora.types.machine import free_host_bytes, freed_heap_bytes
+from manylora.types.memory import admit, bytes_text
 
 Encoded: TypeAlias = npt.NDArray[Any]
 
@@ -134,13 +137,22 @@ def read_fp32(
     Raises:
         CheckpointDamaged: it is missing, or no safetensors file.
         CheckpointMismatch: a tensor is of another dtype.
+        DoesNotFit: there is no memory for them.
     """
     tensors = read_tensors(path)
     for key, tensor in tensors.items():
         if tensor.known != "fp32":
             raise CheckpointMismatch(f"{path}: {key} is {tensor.dtype}; only F32 belongs there")
     check(tensors)
+    admit_tensors(path, tensors.values())
     return {key: tensor.fp32() for key, tensor in tensors.items()}
+
+
+def admit_tensors(path: Path, tensors: Iterable[FileTensor]) -> None:
+    """Whether there is memory for tensors as fp32. Raises DoesNotFit."""
+    needed = 4 * sum(math.prod(tensor.shape) for tensor in tensors)
+    free = free_host_bytes() + freed_heap_bytes()
+    admit(f"what {path} holds", needed, free, f"as much as {bytes_text(free)} would fit")
 
 
 def read_tensors(path: Path) -> dict[str, FileTensor]:

@@ -67,6 +67,8 @@ def train(
 
 def plan_text(plan: "RunPlan") -> str:
     """The plan as a table for people."""
+    from manylora.types.memory import bytes_text
+
     context = f", context {plan.context_length}" if plan.context_length else ""
     head = f"base {plan.base}: {plan.architecture}, {plan.base_params:,} parameters{context}"
     titles = (
@@ -79,7 +81,7 @@ def plan_text(plan: "RunPlan") -> str:
             "–".join(map(str, dict.fromkeys(adapter.rank))),
             str(adapter.num_targets),
             f"{adapter.num_params:,}",
-            size_text(adapter.num_bytes),
+            bytes_text(adapter.num_bytes),
             f"{adapter.num_examples:,}",
             f"{adapter.num_eval_examples:,}",
             f"{adapter.batch_size:,}",
@@ -98,11 +100,3 @@ def plan_text(plan: "RunPlan") -> str:
         for row in (titles, *rows)
     ]
     return "\n".join([head, "", *lines, "", f"out: {plan.out}"])
-
-
-def size_text(count: int) -> str:
-    """Bytes for people."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

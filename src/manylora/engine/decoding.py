@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from manylora.engine.admission import admit_sample
 from manylora.lora.adapter import AdapterWeights
 from manylora.models import BaseModel
 from manylora.sampling import Answer, DecodeLoop, LoopsTogether, Request
@@ -64,7 +65,8 @@ class Decoder:
         """Let requests join the loop.
 
         Returns:
-            For each None, or why it did not: DataError, DatumTooLong, AdapterNotFound, Unsupported.
+            For each None, or why it did not: DataError, DatumTooLong, DoesNotFit, AdapterNotFound,
+            Unsupported.
         """
         return [self._admit(sample) for sample in samples]
 
@@ -112,6 +114,7 @@ class Decoder:
         try:
             weights = self._weights_of(sample)
             self._check(sample)
+            admit_sample(sample, self.base, self.loop.longest)
             requests = [
                 Request(
                     self._prompt(prompt), weights, sample.params, sample.num_samples,

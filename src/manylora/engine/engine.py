@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from manylora.engine.admission import admit_work, cached_tokens
 from manylora.engine.checking import check
 from manylora.engine.decoding import Decoder
 from manylora.engine.head_loss import HeadLoss
@@ -31,9 +32,9 @@ from manylora.lora.adapter import (
 )
 from manylora.lora.gathering import gathered_state, gathered_weights
 from manylora.lora.init import fresh_state, named_seed
-from manylora.lora.layout import plan_layout
+from manylora.lora.layout import Layout, plan_layout
 from manylora.lora.linear import wrap_linears
-from manylora.lora.sharding import ALONE, Place, part_of
+from manylora.lora.sharding import part_of, place_on
 from manylora.lora.sites import Site, resolve_targets
 from manylora.lora.state import AdapterState, Floats
 from manylora.losses import Loss, Settings
@@ -58,6 +59,7 @@ from manylora.types import (
     SampleResult,
     StepRefused,
 )
+from manylora.types.memory import admit_adapter
 
 Result = TypeVar("Result")
 
@@ -110,7 +112,7 @@ class Engine:
         whole_products(self.base.device, self.base.dtype)  # found out now, not in the first step
         self.token_budget = token_budget
         self.sites = tuple(_site(found) for found in find_linears(self.base))
-        self.index = SiteIndex(self.sites, _place(self.mesh))
+        self.index = SiteIndex(self.sites, place_on(self.mesh))
         wrap_linears(self.base.model, self.index)
         if activation_checkpointing:
             checkpoint_activations(self.base)
@@ -119,7 +121,8 @@ class Engine:
         self.head_loss = HeadLoss(self.base.head, self.sites[-1].group)
         self.adapters: dict[str, Adapter] = {}
         self.snapshots: dict[str, AdapterWeights] = {}
-        loop = DecodeLoop(self.base, token_budget=token_budget)
+        most = cached_tokens(self.base, self.free_bytes)
+        loop = DecodeLoop(self.base, token_budget=token_budget, max_cached_tokens=most)
         self.decoder = Decoder(self.base, loop, self._sampled_weights)
 
     @property
@@ -132,28 +135,39 @@ class Engine:
         """Bytes of the device that could be taken now."""
         return free_bytes(self.base.device)
 
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that more adapters could take: what is free and not promised to those here."""
+        return self.free_bytes - sum(a.promised_bytes() for a in self.adapters.values())
+
     # -- adapters -------------------------------------------------------------------------------
 
     def create(self, name: str, spec: AdapterSpec) -> Adapter:
         """A new adapter that changes nothing yet.
 
         Raises:
-            AdapterExists, TargetError
+            AdapterExists, TargetError, DoesNotFit
         """
         layout = plan_layout(spec, resolve_targets(spec, self.sites))
+        self._admit(name, spec, layout)
         return self.restore(name, fresh_state(spec, layout))
 
     def restore(self, name: str, state: AdapterState) -> Adapter:
         """An adapter with the given state, whose layout must be this base's.
 
         Raises:
-            AdapterExists
+            AdapterExists, DoesNotFit
         """
-        if name in self.adapters:
-            raise AdapterExists(f"an adapter named {name!r} exists already; choose another name")
+        self._admit(name, state.spec, state.layout)
         home = named_seed(0, name) % self._ranks
         self.adapters[name] = Adapter(state, self.index, self.base.device, home)
         return self.adapters[name]
+
+    def _admit(self, name: str, spec: AdapterSpec, layout: Layout) -> None:
+        if name in self.adapters:
+            raise AdapterExists(f"an adapter named {name!r} exists already; choose another name")
+        if self.mesh is None:  # the ranks of a mesh must agree: there the control process decides
+            admit_adapter(name, spec.rank, layout.num_params, spec.dtype, self.room_bytes)
 
     def base_weight(self, site: str) -> Floats:
         """A copy of the frozen weight [N, K] of a linear layer, in fp32."""
@@ -209,7 +223,7 @@ class Engine:
         """Run the work of any number of adapters, merged into micro-batches.
 
         Returns:
-            For each operation its result, or: DataError, DatumTooLong, AdapterNotFound,
+            For each operation its result, or: DataError, DatumTooLong, DoesNotFit, AdapterNotFound,
             NotFinite. After an error the adapter's pending gradients are refused by its next
             optimizer step; after an exception, those of every adapter of the call.
         """
@@ -218,7 +232,9 @@ class Engine:
         for number, work in enumerate(works):
             try:
                 self._adapter(work.adapter)
-                losses[number] = check(work, self.base)
+                loss = check(work, self.base)
+                admit_work(work, self.base, self.free_bytes)
+                losses[number] = loss
             except ManyloraError as error:
                 outcomes[number] = error
                 self._poison(work, error)
@@ -382,9 +398,3 @@ def _site(found: FoundLinear) -> Site:
     return Site(
         found.name, found.in_features, found.out_features, found.group, found.is_head, found.split
     )
-
-
-def _place(mesh: Mesh | None) -> Place:
-    if mesh is None:
-        return ALONE
-    return Place(mesh.dp.size, mesh.dp.index, mesh.tp.size, mesh.tp.index)

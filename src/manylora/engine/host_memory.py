@@ -13,6 +13,7 @@ from manylora.types.machine import (
     M_TOP_PAD,
     M_TRIM_THRESHOLD,
     free_host_bytes,
+    freed_heap_bytes,
     set_malloc,
 )
 
@@ -43,5 +44,7 @@ def is_exhaustion(error: BaseException) -> bool:
 def free_bytes(device: torch.device) -> int:
     """Bytes that could be taken on this device now."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return free_host_bytes()
+        # What torch's allocator keeps of freed memory is there for the next allocation.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    return free_host_bytes() + freed_heap_bytes()

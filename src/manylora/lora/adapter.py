@@ -15,6 +15,7 @@ from manylora.lora.sharding import ALONE, Part, Place, part_of
 from manylora.lora.sites import Site
 from manylora.lora.state import AdapterState, Floats
 from manylora.types import AdapterSpec
+from manylora.types.memory import adapter_bytes
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -207,6 +208,11 @@ class Adapter:
         if self.spec.dtype != "fp32":
             vectors.append(self.master_P)
         return sum(v.numel() * v.element_size() for v in vectors if v is not None)
+
+    def promised_bytes(self) -> int:
+        """Bytes that the adapter does not hold yet, and will once it has stepped."""
+        count, dp = self.weights.weights_P.numel(), self.part.place.dp
+        return max(0, adapter_bytes(count, self.spec.dtype, dp) - self.num_bytes())
 
 
 def _block(factors: tuple[Factor, ...], vector_P: Tensor, sites: SiteIndex) -> Block:

@@ -21,6 +21,7 @@ import numpy as np
 
 from manylora.lora.layout import Factor, Layout, rows
 from manylora.lora.sites import Site
+from manylora.parallel import Mesh
 from manylora.types.data import Array
 from manylora.types.mesh import Split
 
@@ -36,6 +37,13 @@ class Place:
 
 
 ALONE = Place()
+
+
+def place_on(mesh: Mesh | None) -> Place:
+    """This rank's place on a mesh; None = there is none."""
+    if mesh is None:
+        return ALONE
+    return Place(mesh.dp.size, mesh.dp.index, mesh.tp.size, mesh.tp.index)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from manylora.types import (
 )
 from manylora.types.data import Array
 from manylora.types.machine import oom_kills
+from manylora.types.memory import WEIGHT_BYTES, adapter_bytes
 
 log = logging.getLogger("manylora.processes")
 
@@ -39,8 +40,6 @@ _CLOSED = "the engine is closed"
 # A process that takes too long ends itself, and says where it stood. One that cannot even do that
 # is waited for so much longer.
 GRACE_SECONDS = 30.0
-
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ class Resident:
     @property
     def num_bytes(self) -> int:
         """Of its weights as the layers read them."""
-        return self.layout.num_params * BYTES[self.spec.dtype]
+        return self.layout.num_params * WEIGHT_BYTES[self.spec.dtype]
 
 
 class RemoteEngine:
@@ -98,6 +97,16 @@ class RemoteEngine:
     def free_bytes(self) -> int:
         """Bytes of a device that could be taken when the base had been opened."""
         return self.base.free_bytes
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that more adapters could take, of all processes together: what was free when the
+        base had been opened, less what those that are there take once they have stepped."""
+        held = sum(
+            adapter_bytes(one.layout.num_params, one.spec.dtype) for one in self.adapters.values()
+        )
+        frozen = sum(one.num_bytes for one in self.snapshots.values())
+        return self.base.free_bytes * len(self._connections) - held - frozen
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -23,10 +23,8 @@ from manylora.runs.order import DataOrder, total_steps
 from manylora.runs.prepare import ends_notes, entry_encoder
 from manylora.runs.sources import read_source
 from manylora.types import BaseModelError, ConfigError, Datum, ManyloraError
+from manylora.types.memory import adapter_bytes
 from manylora.types.mesh import MeshShape
-
-# Master weights, gradient and two moments, 4 bytes each; factors of another dtype are a copy.
-BYTES_PER_PARAM = {"fp32": 16, "bf16": 18, "fp16": 18}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +146,7 @@ def _plan_adapter(
         rank=(min(ranks), max(ranks)),
         num_targets=len(layout.factors),
         num_params=layout.num_params,
-        num_bytes=layout.num_params * BYTES_PER_PARAM[entry.lora.dtype],
+        num_bytes=adapter_bytes(layout.num_params, entry.lora.dtype),
         num_examples=len(train),
         num_eval_examples=len(held_out),
         batch_size=entry.sft.batch_size,

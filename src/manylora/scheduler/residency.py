@@ -24,6 +24,14 @@ class Residency:
     def __contains__(self, name: str) -> bool:
         return name in self._sizes
 
+    def names(self, keep: Collection[str] = ()) -> list[str]:
+        """What is held and not of `keep`, least recently used first."""
+        return [name for name in self._sizes if name not in keep]
+
+    def size(self, name: str) -> int:
+        """Bytes of what is held."""
+        return self._sizes[name]
+
     def use(self, name: str, num_bytes: int | None = None) -> None:
         """Note that `name` is held and was just used; `num_bytes` when its size is new."""
         if num_bytes is not None:

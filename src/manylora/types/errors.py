@@ -7,6 +7,7 @@
     │   └── DatumTooLong                  longer than the base model's context
     ├── BaseModelError                    a base model that cannot be opened
     ├── Unsupported                       known, and refused by name
+    ├── DoesNotFit                        more memory than there is; nothing was allocated
     ├── AdapterNotFound (KeyError)        no adapter of that name
     ├── AdapterExists (ValueError)        the name is taken
     ├── NotFinite (ArithmeticError)       NaN or Inf in one adapter's loss or gradient
@@ -57,6 +58,10 @@ class BaseModelError(ManyloraError):
 
 class Unsupported(ManyloraError):
     """Something known that manylora does not do."""
+
+
+class DoesNotFit(ManyloraError):
+    """It needs more memory than there is; the message says how much, and what would fit."""
 
 
 class AdapterNotFound(ManyloraError, KeyError):

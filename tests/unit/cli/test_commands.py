@@ -12,9 +12,9 @@ import pytest
 from manylora.cli import main as cli
 from manylora.cli.adapters import common_base, find_adapter
 from manylora.cli.sample import distinct, printable
-from manylora.cli.train import size_text
 from manylora.runs.plan import AdapterPlan, RunPlan
 from manylora.types import CheckpointDamaged, CheckpointError, ConfigError, SamplingParams
+from manylora.types.memory import bytes_text
 
 RUN = "base: seedling\nout: o\nadapters:\n  - {name: a, sft: {train: d.jsonl}}\n"
 
@@ -161,7 +161,7 @@ def test_labels_are_made_to_differ():
     [(3, "3 B"), (1024, "1.0 KiB"), (3 * 2**19, "1.5 MiB"), (2**34, "16.0 GiB")],
 )
 def test_sizes(count, text):
-    assert size_text(count) == text
+    assert bytes_text(count) == text
 
 
 def test_an_answer_cannot_steer_the_terminal():

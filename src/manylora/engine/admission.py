@@ -1,0 +1,88 @@
+"""What is let into the engine by its bytes, before anything of it is allocated.
+
+On a mesh the ranks have to agree, and each sees its own memory only: there the bounds are the fixed
+ones, and adapters are admitted by the control process.
+"""
+
+from typing import Any
+
+from manylora.models import BaseModel
+from manylora.models.cache import BLOCK
+from manylora.sampling.loop import MAX_CACHED_TOKENS
+from manylora.types import DoesNotFit, ForwardBackward, Sample
+from manylora.types.machine import free_host_bytes, freed_heap_bytes
+from manylora.types.memory import ANSWER_TOKEN_BYTES, admit, bytes_text
+
+# Of the memory that is free once the base is open: for keys and values while decoding.
+CACHE_SHARE = 0.3
+# Of one likeliest token that is reported: an id and a log-probability.
+TOPK_BYTES = 16
+
+
+def kv_bytes(config: Any, itemsize: int, tp: int = 1) -> int:
+    """Bytes of one token's keys and values in all layers, by a base's config.
+
+    Args:
+        config: the text config. itemsize: bytes of a number of the base.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * max(1, heads // tp) * size * itemsize
+
+
+def cached_tokens(base: BaseModel, free: int) -> int:
+    """Tokens that the decode cache may hold on this machine."""
+    if base.mesh.shape.size > 1:
+        return MAX_CACHED_TOKENS
+    each = kv_bytes(base.model.config.get_text_config(), base.dtype.itemsize)
+    return max(BLOCK, min(MAX_CACHED_TOKENS, int(free * CACHE_SHARE) // each))
+
+
+def admit_sample(sample: Sample, base: BaseModel, most_tokens: int) -> None:
+    """Whether one continuation fits the cache, and all answers the host's memory.
+
+    Args:
+        most_tokens: of a sequence in the decode loop.
+
+    Raises:
+        DoesNotFit
+    """
+    lengths = [len(list(prompt)) for prompt in sample.prompts]
+    limits = [min(sample.params.max_tokens, max(0, base.context_length - n)) for n in lengths]
+    longest = max((n + limit for n, limit in zip(lengths, limits, strict=True)), default=0)
+    # Beyond the fixed bound an answer is cut, as it is at the context's end.
+    if most_tokens < MAX_CACHED_TOKENS and longest > most_tokens:
+        each = kv_bytes(base.model.config.get_text_config(), base.dtype.itemsize)
+        raise DoesNotFit(
+            f"a prompt and its max_tokens, {longest:,} tokens together, need "
+            f"{bytes_text(longest * each)} of decode cache and {bytes_text(most_tokens * each)} "
+            f"are free for it; {most_tokens:,} tokens would fit"
+        )
+    if not sample.prompts or sample.num_samples < 1:
+        return
+    each = ANSWER_TOKEN_BYTES + TOPK_BYTES * max(0, sample.scoring.topk_sampled)
+    free = free_host_bytes() + freed_heap_bytes()
+    admit(
+        f"num_samples={sample.num_samples:,} answers of up to {max(limits):,} tokens to "
+        f"{len(lengths):,} prompts", each * sum(limits) * sample.num_samples, free,
+        f"num_samples × max_tokens × prompts of at most {free // each:,} would fit",
+    )  # fmt: skip
+
+
+def admit_work(work: ForwardBackward, base: BaseModel, free: int) -> None:
+    """Whether an operation's longest datum can be run at all: what is certainly kept of it for the
+    backward has to fit.
+
+    Raises:
+        DoesNotFit
+    """
+    if base.mesh.shape.size > 1 or not work.data:
+        return
+    config = base.model.config.get_text_config()
+    blocks = config.num_hidden_layers if work.backward else 1
+    each = blocks * config.hidden_size * base.dtype.itemsize
+    rows = max(len(datum) for datum in work.data)
+    admit(
+        f"adapter {work.adapter!r}: a datum of {rows:,} tokens", rows * each, free,
+        f"one of at most {max(0, free) // each:,} tokens would fit",
+    )  # fmt: skip
