@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# Before torch is imported, which reads the number once.
+from tests import threads as number_of_threads
+
 if TYPE_CHECKING:
     from tests.models import TinyBases
 
@@ -13,8 +16,26 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that wait should sleep: a spinning one takes the core that the other needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The Tinker SDK reads these when it is imported, by whichever test comes first.
+os.environ["TINKER_TELEMETRY"] = "0"
+os.environ.pop("TINKER_BASE_URL", None)
+os.environ.pop("TINKER_API_KEY", None)
 
-THREADS = 1
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """A test that has left another number behind, as run files do, leaves it to nobody."""
+    with number_of_threads.under(number_of_threads.SESSION):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Iterator[object]:
+    """What several tests share is computed under the session's number, whoever asks first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with number_of_threads.under(number_of_threads.SESSION):
+        return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -29,12 +50,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> "TinyBases":
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Torch's number of threads during this test; a test may parametrize it indirectly.
 
-    Bits are compared between runs with the same number.
+    Bits are compared between runs with the same number. What wider fixtures have computed has the
+    session's, so a test that compares with it does not parametrize this.
     """
-    import torch
-
-    before = torch.get_num_threads()
-    number = int(getattr(request, "param", THREADS))
-    torch.set_num_threads(number)
-    yield number
-    torch.set_num_threads(before)
+    with number_of_threads.under(int(getattr(request, "param", number_of_threads.SESSION))) as it:
+        number_of_threads.check_expected()
+        yield it
+        number_of_threads.check_expected()

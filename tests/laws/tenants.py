@@ -24,6 +24,7 @@ from manylora.types import (
     Wanted,
 )
 from tests.models import VOCAB
+from tests.threads import check_expected
 
 # What a tenant may learn by, with the loss's settings. `distillation` is cross-entropy with several
 # targets for each position.
@@ -106,7 +107,9 @@ def work_of(adapter: str, loss: str, data: Sequence[Datum]) -> ForwardBackward:
 
 
 def must(outcomes: Iterable[Any]) -> list[Any]:
-    """The results; an error among them is raised."""
+    """The results; an error among them is raised. They were computed under the test's number of
+    threads."""
+    check_expected()
     results = list(outcomes)
     for outcome in results:
         if isinstance(outcome, Exception):
@@ -241,6 +244,7 @@ def assert_same_training(one: Trace, other: Trace, name: str = "") -> None:
 
 def assert_same_state(one: AdapterState, other: AdapterState, name: str = "") -> None:
     """Weights, moments, pending gradient and counters are the same to the last bit."""
+    check_expected()
     for field_name in ("weights", "exp_avg", "exp_avg_sq", "grad"):
         a, b = getattr(one, field_name), getattr(other, field_name)
         assert (a is None) == (b is None), f"{name}: {field_name}"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from manylora.config import RunFile
 from manylora.runs.events import StepDone
@@ -23,6 +22,7 @@ from manylora.runs.layout import RunPaths
 from manylora.runs.metrics import MetricsFile
 from manylora.runs.train import _Run, train_run_file
 from tests.laws.tiny_runs import command, losses, make_base, make_run, summary, weights
+from tests.threads import SESSION, under
 
 NAMES = ("double", "reverse", "upper")
 STEPS = 24
@@ -93,11 +93,8 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 def train(run: dict[str, Any]) -> int:
     """In this process; a run file sets the number of threads for all of it."""
-    threads = torch.get_num_threads()
-    try:
+    with under(SESSION):
         return train_run_file(RunFile.model_validate(run), view="plain")
-    finally:
-        torch.set_num_threads(threads)
 
 
 def ending(run: dict[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,11 @@ in the middle, and the other two must come out as they did.
 
 import errno
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from manylora.checkpoint import training_state
 from manylora.config import RunFile
@@ -20,14 +19,6 @@ from manylora.types.adapter import DType
 from tests.laws.tiny_runs import losses, make_base, make_run, summary, weights
 
 VICTIM, NEIGHBOURS = "reverse", ("double", "upper")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def same_threads() -> Iterator[None]:
-    """A run file sets the number of threads for the whole process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+from tests.threads import under
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """The ranks have one thread each, and bits are compared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with under(1):
+        yield

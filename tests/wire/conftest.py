@@ -1,17 +1,10 @@
 """Servers and SDK clients for the tests of the wire."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-
-# The SDK reads these when it is imported.
-os.environ["TINKER_TELEMETRY"] = "0"
-os.environ.pop("TINKER_BASE_URL", None)
-os.environ.pop("TINKER_API_KEY", None)
-
 import tinker
 
 from tests.wire.forked import ForkedServer, Nursery

@@ -14,6 +14,8 @@ from typing import Any, Protocol, Self
 
 import httpx
 
+from tests.threads import SESSION
+
 BASE_ALIAS = "Qwen/Qwen3-8B-Base"
 CHAT_ALIAS = "Qwen/Qwen3-4B-Instruct-2507"
 DEVELOPER = "tml-test"  # any key will do where the server has none
@@ -26,8 +28,8 @@ _COMMAND = [sys.executable, "-m", "manylora.cli.main"]
 
 
 def environment() -> dict[str, str]:
-    """This process's, with one thread for each kernel: bits are compared between servers."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    """This process's, with its number of threads: bits are compared between servers."""
+    return {**os.environ, "OMP_NUM_THREADS": str(SESSION), "PYTHONUNBUFFERED": "1"}
 
 
 def run_keys(folder: Path, *words: str) -> str:

@@ -53,7 +53,7 @@ def command(folder: Path, url: str, key: str, *words: str) -> subprocess.Complet
         [sys.executable, "-m", "manylora.cli.main", *words],
         cwd=folder, capture_output=True, text=True, check=False, timeout=200,
         env={
-            **os.environ, "TINKER_BASE_URL": url, "TINKER_API_KEY": key, "OMP_NUM_THREADS": "1",
+            **os.environ, "TINKER_BASE_URL": url, "TINKER_API_KEY": key,
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         },
     )  # fmt: skip

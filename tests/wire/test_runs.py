@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tinker
-import torch
 from safetensors.numpy import load
 
 from manylora.runs.train import train_run_file
+from tests.threads import SESSION, under
 from tests.wire.data import forward, random_data, sdk_adam, to_sdk
 from tests.wire.plain import Plain, entry, lines
 from tests.wire.server import BASE_ALIAS, DEVELOPER, Server, create_key
@@ -46,12 +46,8 @@ def trained_alone(tmp_path: Path):
         run = RunFile.model_validate_json(
             json.dumps({**content, "report": False, "tensorboard": False})
         )
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with under(SESSION):
             assert train_run_file(run, view="json") == 0
-        finally:
-            torch.set_num_threads(threads)
         folder = tmp_path / "out" / adapter["name"] / "final"
         content_of = (folder / WEIGHTS_FILE).read_bytes()
         shutil.rmtree(tmp_path / "out")

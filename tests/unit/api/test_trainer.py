@@ -26,6 +26,7 @@ from manylora.types import (
     TargetError,
 )
 from tests.laws.tenants import must, random_data
+from tests.threads import SESSION, under
 
 pytestmark = pytest.mark.usefixtures("threads")
 GREEDY = SamplingParams(max_tokens=5, stop=())
@@ -186,10 +187,9 @@ def test_leaving_by_an_error_drops_what_waits(tiny):
 def test_threads_and_budget(tiny):
     with pytest.raises(ConfigError, match="token_budget is 0"):
         Trainer(tiny("llama"), token_budget=0)
-    before = torch.get_num_threads()
-    with Trainer(tiny("llama"), threads=2):
-        assert torch.get_num_threads() == 2
-    torch.set_num_threads(before)
+    other = SESSION + 1
+    with under(SESSION), Trainer(tiny("llama"), threads=other):
+        assert torch.get_num_threads() == other
 
 
 def test_a_step_waits_for_samples_of_the_living_weights(trainer):

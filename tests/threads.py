@@ -1,0 +1,41 @@
+"""Under how many threads the tests compute: a sum's order, and so its bits, may depend on it.
+
+One number holds for the session, for the processes that tests start, and for every fixture that is
+shared by several tests. It is `OMP_NUM_THREADS`; 1 if that is not set.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SESSION = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
+
+_expected = [SESSION]
+
+
+def set_expected() -> None:
+    """Have torch, if anybody has imported it, use the number that is expected here and now."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != _expected[-1]:
+        torch.set_num_threads(_expected[-1])
+
+
+def check_expected() -> None:
+    """Whoever compares bits calls this: both sides must have been computed under one number."""
+    import torch
+
+    found = torch.get_num_threads()
+    assert found == _expected[-1], f"{found} threads compute; {_expected[-1]} are expected"
+
+
+@contextmanager
+def under(number: int) -> Iterator[int]:
+    """Compute under another number for a while."""
+    _expected.append(number)
+    set_expected()
+    try:
+        yield number
+    finally:
+        _expected.pop()
+        set_expected()
