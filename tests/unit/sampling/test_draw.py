@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from manylora.models.stream import padded_rows
 from manylora.sampling.draw import RowSettings, choose, stream_key, uniforms
@@ -119,3 +120,22 @@ def test_streams_depend_on_every_number():
         len({stream_key(s, p, n) for s in (0, 1, -1, 2**63) for p in (0, 1) for n in (0, 1)}) == 16
     )
     assert stream_key(1, 0, 2) != stream_key(0, 1, 2) != stream_key(2, 1, 0)
+
+
+@pytest.mark.parametrize("equal", [1, 2, 4, 8, 16])
+def test_top_p_ends_where_the_sum_is_reached_exactly(equal: int):
+    """Against transformers, at shares that are exact in binary: so many equal tokens, the rest
+    without weight."""
+    logits_1V = np.full((1, VOCAB), -1e4, np.float32)
+    logits_1V[0, :equal] = 0.0
+    zero = np.zeros(1, np.int64)
+    for kept in range(1, equal):
+        share = kept / equal
+        warped = TopPLogitsWarper(share)(None, torch.from_numpy(logits_1V))  # type: ignore[arg-type]
+        expected = int(torch.isfinite(warped).sum())
+        draws = (np.arange(4 * equal) + 0.5) / (4 * equal)
+        tokens = {
+            int(run(logits_1V, np.ones(1), zero, np.array([share]), draws[i : i + 1]).tokens_S[0])
+            for i in range(len(draws))
+        }
+        assert len(tokens) == expected == kept
