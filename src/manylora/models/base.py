@@ -180,3 +180,34 @@ def checkpoint_activations(base: BaseModel) -> None:
         # The block itself asks `self.training`; its children must stay in evaluation mode.
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
+
+
+def find_head(model: Any, axis: Axis | None, shared: Shared) -> Head:
+    """The output head of a causal LM; its factor is not known yet.
+
+    Raises:
+        Unsupported: it is not one linear layer.
+    """
+    layer = model.get_output_embeddings()
+    if type(layer) not in (nn.Linear, SplitLinear):
+        raise Unsupported(
+            f"the output head is a {type(layer).__name__}; only nn.Linear is supported"
+        )
+    name = next(n for n, module in model.named_modules() if module is layer)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return Head(layer, None if softcap is None else float(softcap), name, axis, shared)
+
+
+def find_backbone(model: Any) -> Any:
+    """All of a causal LM but its head.
+
+    Raises:
+        Unsupported: the model does not tell them apart.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    # Llama 4's does not say where its text model is: it is all that there is beside the head.
+    others = [part for part in model.children() if part is not model.get_output_embeddings()]
+    if len(others) != 1:
+        raise Unsupported(f"{type(model).__name__} does not tell its backbone from its head")
+    return others[0]

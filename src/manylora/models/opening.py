@@ -10,15 +10,24 @@ from transformers.utils import logging as hub_logging
 
 from manylora.models import attention
 from manylora.models.agreement import check_agreement
-from manylora.models.base import DTYPES, SEEDLING, BaseModel, Head, fingerprint, resolve_base
+from manylora.models.base import (
+    DTYPES,
+    BaseModel,
+    find_backbone,
+    find_head,
+    fingerprint,
+    resolve_base,
+)
 from manylora.models.gathering import Shared
 from manylora.models.parts import OpenedPart, open_part
 from manylora.models.quantized import check_quantization
-from manylora.models.splitting import SplitLinear
+from manylora.models.stored import check_config, check_folder, library_errors
 from manylora.models.tokenizer import open_tokenizer
+from manylora.models.trial import try_twin
 from manylora.models.vocabulary import answer_ends
 from manylora.parallel import Mesh
-from manylora.types import BaseModelError, Unsupported
+from manylora.types import BaseModelError
+from manylora.types.base import Quantization
 from manylora.types.mesh import MeshShape
 
 # Rotary variants that choose their frequencies by the longest position in the batch: beyond the
@@ -52,30 +61,42 @@ def open_base(
     mesh = mesh or Mesh.join(MeshShape(), place)
     kind = check_quantization(quantization)
     hub_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(folder)
+    check_folder(str(name), folder)
+    with library_errors(str(name)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_config(str(name), config)
+        context_length = _context_length(config.get_text_config())
+        try_twin(str(name), config, context_length, place)
         if mesh.shape.size > 1 or kind is not None:
             opened = open_part(folder, config, DTYPES.get(dtype), place, mesh, kind)
         else:
-            opened = _open_whole(folder, dtype, place)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(
-            f"cannot open base {str(name)!r}: {error}. Name `{SEEDLING}`, a folder with "
-            "config.json and safetensors, or a hub id"
-        ) from error
+            opened = _open_whole(str(name), folder, dtype, place)
+        base = _as_base(str(name), folder, opened, context_length, place, mesh, kind)
+        check_agreement(base)
+    return base
+
+
+def _as_base(
+    name: str,
+    folder: str,
+    opened: OpenedPart,
+    context_length: int,
+    place: torch.device,
+    mesh: Mesh,
+    kind: Quantization | None,
+) -> BaseModel:
     model = opened.model.eval()
     _silence_dropout(model)
-    text_config = config.get_text_config()
-    head = _head(model, text_config, mesh, opened.head)
+    head = find_head(model, mesh.tp if mesh.tp.size > 1 else None, opened.head)
     tokenizer = open_tokenizer(folder)
-    base = BaseModel(
-        name=str(name),
+    return BaseModel(
+        name=name,
         folder=folder,
         model=model,
-        backbone=_backbone(model),
+        backbone=find_backbone(model),
         head=head,
         tokenizer=tokenizer,
-        context_length=_context_length(text_config),
+        context_length=context_length,
         eos_token_ids=answer_ends(model, tokenizer),
         vocab_size=head.vocab,
         device=place,
@@ -84,8 +105,6 @@ def open_base(
         mesh=mesh,
         quantization=kind,
     )
-    check_agreement(base)
-    return base
 
 
 def _device(name: str) -> torch.device:
@@ -94,11 +113,24 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _open_whole(folder: str, dtype: str, place: torch.device) -> OpenedPart:
-    """As transformers loads it."""
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPES.get(dtype, dtype), attn_implementation=attention.NAME
+def _open_whole(name: str, folder: str, dtype: str, place: torch.device) -> OpenedPart:
+    """As transformers loads it; what it would make up is an error."""
+    model: Any
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=DTYPES.get(dtype, dtype),
+        attn_implementation=attention.NAME,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise BaseModelError(
+            f"base {name!r} has no values for {', '.join(missing[:3])}{more}, which "
+            f"{type(model).__name__} needs; is it a causal LM, and complete?"
+        )
     model.to(place).requires_grad_(False)
     return OpenedPart(model, Shared(), fingerprint(model))
 
@@ -110,28 +142,6 @@ def _silence_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]
-
-
-def _head(model: Any, config: Any, mesh: Mesh, shared: Shared) -> Head:
-    layer = model.get_output_embeddings()
-    if type(layer) not in (nn.Linear, SplitLinear):
-        raise Unsupported(
-            f"the output head is a {type(layer).__name__}; only nn.Linear is supported"
-        )
-    name = next(n for n, module in model.named_modules() if module is layer)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    axis = mesh.tp if mesh.tp.size > 1 else None
-    return Head(layer, None if softcap is None else float(softcap), name, axis, shared)
-
-
-def _backbone(model: Any) -> Any:
-    if model.base_model is not model:
-        return model.base_model
-    # Llama 4's does not say where its text model is: it is all that there is beside the head.
-    others = [part for part in model.children() if part is not model.get_output_embeddings()]
-    if len(others) != 1:
-        raise Unsupported(f"{type(model).__name__} does not tell its backbone from its head")
-    return others[0]
 
 
 def _context_length(config: Any) -> int:

@@ -66,7 +66,8 @@ def make_sight(
     """
     parts = {part.__qualname__ for part in _parts(mask_function)}
     unknown = parts - {CAUSAL, PACKED, WINDOW, CHUNK}
-    if unknown or CAUSAL not in parts or {WINDOW, CHUNK} <= parts or attention_mask is not None:
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if unknown or CAUSAL not in parts or {WINDOW, CHUNK} <= parts or padded:
         raise Unsupported(
             f"its attention mask is not causal alone, with a window or in chunks "
             f"({', '.join(sorted(unknown)) or 'it asks for padding or both'})"
