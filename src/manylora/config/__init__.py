@@ -23,13 +23,14 @@ from manylora.config.run_file import (
     is_data_file,
     is_template,
 )
-from manylora.config.server_file import Quotas, RequestLimits, Saving, ServerFile
+from manylora.config.server_file import Memory, Quotas, RequestLimits, Saving, ServerFile
 
 __all__ = [
     "DATA_SUFFIXES",
     "MOST_STEPS",
     "AdapterEntry",
     "LoraSettings",
+    "Memory",
     "OptimizerSettings",
     "Quotas",
     "RequestLimits",

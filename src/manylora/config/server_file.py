@@ -37,6 +37,20 @@ class Quotas(Settings):
     tokens_in_flight: Tokens = 1 << 24
     """Tokens of requests that have been accepted and are not done; beyond it, clients are asked
     to wait."""
+    waiting_bytes: Bytes = 512 << 20
+    """Bytes of the bodies of such requests; beyond it, clients are asked to wait."""
+    decoded_bytes: Bytes = 1 << 30
+    """Bytes of the tensors that such requests are decoded to, once their turn has come; beyond it,
+    they wait. A single request that needs more is refused."""
+
+
+class Memory(Settings):
+    """What the requests of all tenants together may hold of the server's memory."""
+
+    waiting_bytes: Bytes = 2 << 30
+    """Bytes of the bodies of requests that have been accepted and are not done."""
+    decoded_bytes: Bytes = 4 << 30
+    """Bytes of the tensors that they are decoded to."""
 
 
 class RequestLimits(Settings):
@@ -118,6 +132,8 @@ class ServerFile(Settings):
     """How long a stopping server goes on with what is queued; the rest waits for the next start."""
     quotas: Quotas = Quotas()
     """What one tenant may hold at once."""
+    memory: Memory = Memory()
+    """What all tenants together may hold of the server's memory."""
     limits: RequestLimits = RequestLimits()
     """What one request may hold."""
     saving: Saving = Saving()

@@ -24,8 +24,9 @@ from manylora.service.wire.messages import (
     SaveWeightsForSamplerRequest,
     SaveWeightsRequest,
 )
+from manylora.service.wire.outline import Outline
 from manylora.service.wire.paths import TinkerPath
-from manylora.service.wire.pieces import ForwardBackwardSubmit, SampleSubmit
+from manylora.service.wire.pieces import SampleSubmit
 from manylora.service.wire.replies import (
     CheckpointList,
     ModelInfo,
@@ -126,7 +127,9 @@ class Hub(Protocol):
 
     async def model_info(self, tenant: str, model_id: str) -> ModelInfo: ...
 
-    async def forward_backward(self, tenant: str, submit: ForwardBackwardSubmit) -> Submitted: ...
+    async def forward_backward(self, tenant: str, outline: Outline) -> Submitted:
+        """What is wrong with its tensors is found here too, and uses its number up."""
+        ...
 
     async def optim_step(self, tenant: str, request: OptimStepRequest) -> Submitted: ...
 

@@ -6,7 +6,6 @@ Each has a file of its own; here is only what concerns several of them.
 import asyncio
 import logging
 import time
-from contextlib import suppress
 
 from manylora.service.archives import Archives
 from manylora.service.contract import JSON_TYPE, Outcome, Waiting
@@ -34,8 +33,9 @@ from manylora.service.wire.messages import (
     SaveWeightsForSamplerRequest,
     SaveWeightsRequest,
 )
+from manylora.service.wire.outline import Outline
 from manylora.service.wire.paths import TinkerPath
-from manylora.service.wire.pieces import ForwardBackwardSubmit, SampleSubmit
+from manylora.service.wire.pieces import SampleSubmit
 from manylora.service.wire.replies import (
     CreateModelReply,
     LoadWeightsReply,
@@ -194,10 +194,10 @@ class TinkerHub(Shelves, Plain):
 
     # -- operations ---------------------------------------------------
 
-    async def forward_backward(self, tenant: str, submit: ForwardBackwardSubmit) -> Submitted:
-        request = Request("forward_backward", submit, submit.num_tokens)
+    async def forward_backward(self, tenant: str, outline: Outline) -> Submitted:
+        request = Request("forward_backward", outline, outline.num_tokens)
         return await self.models.submit(
-            tenant, submit.model_id, submit.seq_id, request, submit.body, submit.digest
+            tenant, outline.model_id, outline.seq_id, request, outline.body, outline.digest
         )
 
     async def optim_step(self, tenant: str, request: OptimStepRequest) -> Submitted:
@@ -228,13 +228,7 @@ class TinkerHub(Shelves, Plain):
         return await self._submit(tenant, "save_weights_external", request)
 
     async def refuse(self, tenant: str, model_id: str, seq_id: int, error: ManyloraError) -> None:
-        model = self.models.peek(model_id)
-        if model is None or model.tenant != tenant or model.closing or seq_id < 1:
-            return
-        with suppress(DataError):  # the number was used before
-            await self.models.submit(
-                tenant, model_id, seq_id, Request("refused", error), str(error).encode(), "refused"
-            )
+        await self.models.refuse(tenant, model_id, seq_id, error)
 
     # -- sampling ---------------------------------------------------
 

@@ -6,7 +6,8 @@ part of its journal: then its client must learn so, and its model must not go on
 
 from manylora.service.contract import Failed
 from manylora.service.errors import Gone, ModelFault, NotFound
-from manylora.service.models import Model, Models
+from manylora.service.model import Model
+from manylora.service.models import Models
 from manylora.service.samplers import Samplers
 
 

@@ -9,22 +9,25 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 
 from manylora.scheduler import Record
 from manylora.service.errors import Backpressure, Gone, ModelFault, missing
-from manylora.service.listing import adapter_info
-from manylora.service.operations import Operations, Request, snapshot_made_by
+from manylora.service.model import Model, Turn
+from manylora.service.operations import Operations, Request, leaves_no_trace, snapshot_made_by
 from manylora.service.order import InOrder
 from manylora.service.parts import Parts
+from manylora.service.wire.outline import Outline
 from manylora.service.wire.replies import Submitted
-from manylora.service.wire.runs import Adapter
 from manylora.store import ModelRow
 from manylora.types import Cancelled, CheckpointDamaged, DataError, ManyloraError
 
 log = logging.getLogger("manylora.service")
 
+# What is smaller, and becomes no larger, is decoded at once; the rest in so many threads.
+INLINE = 64 * 1024
+DECODERS = 4
 # Operations of one model that may wait for a gap in their numbers to fill.
 MOST_EARLY = 4096
 FIRST_SEQ = 1
@@ -34,46 +37,6 @@ GIVEN_UP = "given_up"
 TRAINING = frozenset({"forward_backward", "optim_step"})
 
 
-@dataclass(slots=True)
-class Model:
-    """An open training run.
-
-    Attributes:
-        order: its operations, by number.
-        restored: an earlier server made it; whatever has been acknowledged is in `order`, unless
-            it was lost.
-        running: handed to the queue, without an outcome yet.
-        steps: optimizer steps made; unsaved_steps: of them, since its state was last asked for.
-        touched: whether anything has changed since then.
-        saved_at, arrived_at: when that was, and when the last operation arrived (`Parts.clock`).
-        fault: why it can no longer be used.
-    """
-
-    row: ModelRow
-    order: InOrder[Request] = field(default_factory=InOrder)
-    restored: bool = False
-    running: int = 0
-    steps: int = 0
-    unsaved_steps: int = 0
-    touched: bool = False
-    saved_at: float = 0.0
-    arrived_at: float = 0.0
-    fault: str | None = None
-    closing: bool = False
-
-    @property
-    def id(self) -> str:
-        return self.row.id
-
-    @property
-    def tenant(self) -> str:
-        return self.row.tenant
-
-    def info(self) -> Adapter:
-        """As its owner sees it."""
-        return adapter_info(self.row, step=self.steps, running=self.running, fault=self.fault)
-
-
 class Models:
     """The open models of a server."""
 
@@ -81,6 +44,7 @@ class Models:
         self._parts = parts
         self._operations = operations
         self._open: dict[str, Model] = {}
+        self._decoding = asyncio.Semaphore(DECODERS)
 
     def __iter__(self) -> Iterator[Model]:
         return iter(list(self._open.values()))
@@ -142,7 +106,8 @@ class Models:
 
         Raises:
             NotFound, Gone: no such open model. DataError: its number was used for another request.
-            Backpressure: too much waits already. SaveFailed: it could not be made durable.
+            Backpressure: too much waits already. TooLarge: it is more than can ever wait.
+            SaveFailed: it could not be made durable.
         """
         model = await self.require(tenant, model_id)
         reply = Submitted(request_id=f"{model_id}:{seq}", model_id=model_id)
@@ -154,22 +119,34 @@ class Models:
             raise Backpressure(
                 f"{MOST_EARLY} operations of {model_id!r} wait for number {model.order.next_seq}"
             )
-        self._parts.enter(tenant, request.tokens)
+        request = self._counted_in(tenant, request, len(body))
         try:
+            if isinstance(request.content, Outline):
+                request = await self._prepared(model, request)
             record = Record(
                 stream=model_id, seq=seq, kind=request.kind, tenant=tenant,
                 request_id=reply.request_id, digest=digest, body=body, meta={},
             )  # fmt: skip
             new = await self._parts.accept(record)
         except BaseException:
-            self._parts.leave(tenant, request.tokens)
+            self._count_out(tenant, request)
             raise
         if new:
             model.order.remember(seq, digest)
             self.arrive(model, seq, request)
         else:
-            self._parts.leave(tenant, request.tokens)
+            self._count_out(tenant, request)
         return reply
+
+    async def refuse(self, tenant: str, model_id: str, seq: int, error: ManyloraError) -> None:
+        """Use up the number of a request that was refused, if the tenant has such a model: later
+        ones would wait for it."""
+        model = self._open.get(model_id)
+        if model is None or model.tenant != tenant or model.closing or seq < FIRST_SEQ:
+            return
+        request = Request("refused", error)
+        with suppress(DataError):  # the number was used before
+            await self.submit(tenant, model_id, seq, request, str(error).encode(), "refused")
 
     def arrive(self, model: Model, seq: int, request: Request, *, replayed: bool = False) -> None:
         """Put a durable operation in its place, and run what is due."""
@@ -178,7 +155,7 @@ class Models:
         if snapshot is not None:
             self._parts.coming.expect(snapshot)
         for due, waiting in model.order.offer(seq, request):
-            self._run(model, due, waiting, replayed=replayed)
+            self._next(model, Turn(due, waiting, replayed))
         if model.fault is not None:
             self.give_up(model)
 
@@ -186,7 +163,7 @@ class Models:
         """Fail the operations that wait for one that never came."""
         absent = model.order.next_seq
         for seq, request in model.order.give_up():
-            self._run(model, seq, request, refusal=never_came(model.id, absent))
+            self._next(model, Turn(seq, request, refusal=never_came(model.id, absent)))
 
     async def close_gap(self, model: Model) -> None:
         """`give_up`, in a way that a restart repeats. Raises SaveFailed."""
@@ -208,12 +185,14 @@ class Models:
 
     async def keep_last(self, model: Model) -> None:
         """Write a model's state as its checkpoint `last`. Raises SaveFailed, QuotaExceeded."""
+        await self._fed(model)
         await asyncio.wrap_future(self._operations.keep_last(model.row))
 
     async def close(self, model: Model) -> None:
         """Take no more operations; what was handed over still runs, then the adapter is freed."""
         model.closing = True
         self.give_up(model)
+        await self._fed(model)
         host, id = self._parts.host, model.id
         freed = host.call(id, lambda pager: pager.unload(id), tenant=model.tenant, last=True)
         with suppress(Cancelled):
@@ -226,32 +205,118 @@ class Models:
 
     # -- inside ---------------------------------------------------
 
-    def _run(
-        self,
-        model: Model,
-        seq: int,
-        request: Request,
-        *,
-        replayed: bool = False,
-        refusal: ManyloraError | None = None,
-    ) -> None:
-        """Hand an operation to the queue; with a `refusal`, one that fails so."""
-        request_id = f"{model.id}:{seq}"
+    def _counted_in(self, tenant: str, request: Request, body_bytes: int) -> Request:
+        """A request that has been counted as held. Raises TooLarge, Backpressure."""
+        self._parts.enter(tenant, request.tokens)
+        try:
+            self._parts.waiting.enter(tenant, body_bytes)
+        except BaseException:
+            self._parts.leave(tenant, request.tokens)
+            raise
+        return replace(request, body_bytes=body_bytes)
+
+    def _count_out(self, tenant: str, request: Request) -> None:
+        self._parts.leave(tenant, request.tokens)
+        self._parts.waiting.leave(tenant, request.body_bytes)
+        self._parts.decoded.leave(tenant, request.decoded_bytes)
+
+    async def _prepared(self, model: Model, request: Request) -> Request:
+        """A forward_backward whose turn it is, decoded, if there is room; otherwise as it came.
+        What is wrong with it uses its number up."""
+        outline: Outline = request.content
+        try:
+            decoded, size = self._parts.decoded, outline.decoded_bytes
+            decoded.check(size)
+            its_turn = outline.seq_id == model.order.next_seq and not model.due
+            if not its_turn or not decoded.fits(model.tenant, size):
+                return request
+            decoded.take(model.tenant, size)
+            try:
+                return await self._decoded(request)
+            except BaseException:
+                decoded.leave(model.tenant, size)
+                raise
+        except ManyloraError as error:
+            await self.refuse(model.tenant, model.id, outline.seq_id, error)
+            raise
+
+    async def _decoded(self, request: Request) -> Request:
+        """A request with its tensors; their bytes have been counted in."""
+        outline: Outline = request.content
+        if max(outline.decoded_bytes, len(outline.body)) <= INLINE:
+            content = outline.decode()
+        else:
+            async with self._decoding:
+                content = await asyncio.to_thread(outline.decode)
+        return replace(request, content=content, decoded_bytes=outline.decoded_bytes)
+
+    def _next(self, model: Model, turn: Turn) -> None:
+        """Hand the operation to the queue whose turn it is, behind those that are due before."""
         model.running += 1
+        if not model.due and not self._is_packed(model, turn):
+            self._run(model, turn)
+            return
+        model.due.append(turn)
+        if model.feeding is None:
+            model.feeding = self._parts.in_background(self._feed(model))
+
+    async def _feed(self, model: Model) -> None:
+        """Decode and hand over what is due, as fast as there is room."""
+        try:
+            while model.due and not self._parts.promises.closing:
+                if self._is_packed(model, model.due[0]):
+                    await self._unpack(model, model.due[0])
+                else:
+                    self._run(model, model.due.popleft())
+        except Cancelled:
+            pass  # the server stops; it is in the journal
+        finally:
+            model.running -= len(model.due)
+            model.feeding = None
+
+    async def _unpack(self, model: Model, turn: Turn) -> None:
+        size = turn.request.content.decoded_bytes
+        await self._parts.decoded.enter_in_turn(model.tenant, size)
+        try:
+            turn.request = await self._decoded(turn.request)
+        except BaseException as error:
+            self._parts.decoded.leave(model.tenant, size)
+            if not isinstance(error, ManyloraError):
+                raise
+            turn.refusal = error
+
+    async def _fed(self, model: Model) -> None:
+        """Wait until everything that is due has been handed over, or the server stops."""
+        if model.feeding is not None:
+            await asyncio.wait([model.feeding])
+
+    def _is_packed(self, model: Model, turn: Turn) -> bool:
+        """Whether an operation has to be decoded before it can run."""
+        if not isinstance(turn.request.content, Outline) or turn.refusal is not None:
+            return False
+        if model.fault is not None:
+            return False
+        known = turn.replayed and leaves_no_trace(turn.request)
+        return not (known and self._operations.is_known(f"{model.id}:{turn.seq}"))
+
+    def _run(self, model: Model, turn: Turn) -> None:
+        """Hand an operation to the queue; with a `refusal`, one that fails so."""
+        seq, request, refusal = turn.seq, turn.request, turn.refusal
+        request_id = f"{model.id}:{seq}"
         then = partial(self._done, model, seq, request)
         if self._parts.breakages.is_numbered_given_up(model.id, seq) and model.fault is None:
             self.set_fault(model, f"operation {seq} was running each time the engine broke down")
         if model.fault is not None:
             refusal = ModelFault(model.fault)
         if refusal is not None:
-            request = Request("refused", refusal)
-        future, encode = self._operations.run(model.row, seq, request, replayed=replayed)
+            request = replace(request, kind="refused", content=refusal)
+        future, encode = self._operations.run(model.row, seq, request, replayed=turn.replayed)
         self._parts.promises.follow(request_id, future, encode, then)
 
     def _done(self, model: Model, seq: int, request: Request, error: BaseException | None) -> None:
         model.running -= 1
         model.touched = True
-        self._parts.leave(model.tenant, request.tokens)
+        self._count_out(model.tenant, request)
         if error is None:
             self._parts.breakages.acquit_numbered(model.id, seq)
         snapshot = snapshot_made_by(model.row, request)

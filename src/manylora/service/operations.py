@@ -51,13 +51,16 @@ class Request:
 
     Attributes:
         kind: what to do; the key of `Operations.run`'s table, and the journal's word for it.
-        content: the decoded request; for `refused`, the error.
-        tokens: counted as in flight.
+        content: the decoded request, or the outline of one that is not decoded yet; for `refused`,
+            the error.
+        tokens, body_bytes, decoded_bytes: counted as held by the tenant until it is done.
     """
 
     kind: str
     content: Any
     tokens: int = 0
+    body_bytes: int = 0
+    decoded_bytes: int = 0
 
 
 class Operations:
@@ -88,7 +91,7 @@ class Operations:
                 whose result is there, is passed over.
         """
         request_id = f"{row.id}:{seq}"
-        if replayed and _leaves_no_trace(request):
+        if replayed and leaves_no_trace(request):
             result = self._parts.promises.results.get(request_id)
             if result is not None:
                 skipped = self._call(row, seq, lambda pager: pager.skip(row.id, seq))
@@ -97,6 +100,10 @@ class Operations:
             return self._kinds[request.kind](row, seq, request.content)
         except ManyloraError as error:
             return self._refused(row, seq, error)
+
+    def is_known(self, request_id: str) -> bool:
+        """Whether a request has a result."""
+        return self._parts.promises.results.get(request_id) is not None
 
     # -- training ---------------------------------------------------
 
@@ -289,7 +296,8 @@ def _kind_of(site: Site) -> str:
     return "attn" if "attn" in path or "attention" in path else "mlp"
 
 
-def _leaves_no_trace(request: Request) -> bool:
+def leaves_no_trace(request: Request) -> bool:
+    """Whether an operation leaves the adapter as it was."""
     if request.kind == "forward_backward":
         return bool(request.content.forward_only)
     return request.kind in ("save_weights", "save_weights_external") or (

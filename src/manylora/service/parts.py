@@ -15,6 +15,7 @@ from manylora.config import ServerFile
 from manylora.scheduler import Journal, Record
 from manylora.service.breakages import Breakages
 from manylora.service.errors import Backpressure
+from manylora.service.ledger import Ledger
 from manylora.service.promises import Promises
 from manylora.store import Store
 
@@ -58,6 +59,8 @@ class Parts:
         clock: of silences and of what is due; monotonic. wall: unix seconds.
         coming: snapshots that accepted operations will make.
         in_flight: tenant → tokens of its requests that were accepted and are not done.
+        waiting: bytes of the bodies of accepted requests that are not done. decoded: bytes of the
+            tensors that were made from them.
         covered: streams of the journal and up to which number they are needed no longer; the
             upkeep tells the journal, once the results that replace them are durable.
     """
@@ -74,7 +77,14 @@ class Parts:
     coming: Coming = field(default_factory=Coming)
     in_flight: dict[str, int] = field(default_factory=dict)
     covered: deque[tuple[str, int]] = field(default_factory=deque)
+    waiting: Ledger = field(init=False)
+    decoded: Ledger = field(init=False)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        each, in_all = self.settings.quotas, self.settings.memory
+        self.waiting = Ledger("requests", each.waiting_bytes, in_all.waiting_bytes)
+        self.decoded = Ledger("decoded tensors", each.decoded_bytes, in_all.decoded_bytes)
 
     @property
     def base_names(self) -> list[str]:
@@ -95,14 +105,16 @@ class Parts:
             )
         self.in_flight[tenant] = held + tokens
 
-    def in_background(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Run something that nobody waits for; what it raises is logged."""
+    def in_background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run something that nobody has to wait for; what it raises is logged."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     async def settle(self) -> None:
-        """Wait for what runs in the background."""
+        """Wait for what runs in the background; nobody waits for room any more."""
+        self.decoded.close()
         while self._tasks:
             await asyncio.wait(list(self._tasks))
 

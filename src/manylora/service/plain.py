@@ -2,7 +2,8 @@
 
 from manylora.service.errors import QuotaExceeded
 from manylora.service.keeping import Keeping
-from manylora.service.models import Model, Models
+from manylora.service.model import Model
+from manylora.service.models import Models
 from manylora.service.parts import Parts
 from manylora.service.runs import Runs
 from manylora.service.wire.runs import Adapter, AdapterList, Run, RunList, SubmitRunRequest

@@ -13,10 +13,10 @@ from manylora.checkpoint import clean_strays
 from manylora.scheduler import Damage, Record, Recovery
 from manylora.service.errors import Lost
 from manylora.service.hub import CREATION, TinkerHub
-from manylora.service.models import FIRST_SEQ, GIVEN_UP, Model, never_came
+from manylora.service.model import Model
+from manylora.service.models import FIRST_SEQ, GIVEN_UP, never_came
 from manylora.service.operations import Request, adapter_spec
 from manylora.service.samplers import KIND as SAMPLE
-from manylora.service.wire import codec
 from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.messages import (
     LoadWeightsRequest,
@@ -25,9 +25,10 @@ from manylora.service.wire.messages import (
     SaveWeightsForSamplerRequest,
     SaveWeightsRequest,
 )
+from manylora.service.wire.outline import outline_of
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.replies import CreateModelReply, LoadWeightsReply
-from manylora.service.wire.sampling import decode_sample
+from manylora.service.wire.sampling import read_sample
 from manylora.store import ModelRow
 from manylora.types import DataError, ManyloraError
 
@@ -143,6 +144,7 @@ class Replay:
             if seq not in own:
                 self._hub.models.set_fault(model, _lost_words(seq))
                 request = Request("refused", Lost(_lost_words(seq)))
+            self._parts.waiting.take(model.tenant, request.body_bytes)
             model.order.remember(seq, record.digest)
             promise = self._parts.promises.open(record.request_id, record.tenant, record.digest)
             promise.durable.set_result(None)
@@ -171,7 +173,7 @@ class Replay:
         promise = self._parts.promises.open(record.request_id, record.tenant, record.digest)
         promise.durable.set_result(None)
         try:
-            submit = await asyncio.to_thread(decode_sample, record.body, self._limits)
+            submit = await asyncio.to_thread(read_sample, record.body, self._limits)
             await self._hub.samplers.replay(record.tenant, submit, record.meta.get("snapshot"))
         except ManyloraError as error:
             self._parts.promises.settle(record.request_id, error, lambda _: ("", b""))
@@ -183,10 +185,8 @@ class Replay:
             return Request("refused", DataError(record.body.decode()))
         try:
             if record.kind == "forward_backward":
-                submit = await asyncio.to_thread(
-                    codec.decode_forward_backward, record.body, self._limits
-                )
-                return Request(record.kind, submit)
+                outline = await asyncio.to_thread(outline_of, record.body, self._limits)
+                return Request(record.kind, outline, body_bytes=len(record.body))
             if record.kind == "load_weights":
                 asked = LoadWeightsRequest.model_validate_json(record.body)
                 path = TinkerPath.parse(asked.path)

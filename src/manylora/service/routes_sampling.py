@@ -11,7 +11,7 @@ from manylora.service.responses import JSON_TYPE
 from manylora.service.wire.messages import CreateSamplingSessionRequest, SampleRequest
 from manylora.service.wire.paths import TinkerPath, is_identifier
 from manylora.service.wire.replies import CreateSamplingSessionReply, SamplerInfo, Submitted
-from manylora.service.wire.sampling import decode_sample
+from manylora.service.wire.sampling import read_sample
 
 router = Routes(prefix="/api/v1", tags=["sampling"])
 
@@ -40,6 +40,6 @@ async def get_sampler(caller: TheCaller, sampler_id: str) -> SamplerInfo:
 async def asample(caller: TheCaller, request: Request) -> Submitted:
     """Continue a prompt, and score it."""
     check_type(request, JSON_TYPE)
-    decode = partial(decode_sample, limits=caller.door.settings.wire)
+    decode = partial(read_sample, limits=caller.door.settings.wire)
     submit = await caller.door.read(decode, await request.body())
     return await caller.hub.sample(caller.tenant, submit)

@@ -8,7 +8,7 @@ from fastapi import Request
 from manylora.service.contract import PROTOBUF_TYPE
 from manylora.service.door import Caller, Routes, TheCaller, check_type, json_body, takes
 from manylora.service.responses import JSON_TYPE
-from manylora.service.wire.codec import adam_params, decode_forward_backward
+from manylora.service.wire.codec import adam_params
 from manylora.service.wire.messages import (
     CreateModelRequest,
     LoadWeightsRequest,
@@ -19,6 +19,7 @@ from manylora.service.wire.messages import (
     SaveWeightsForSamplerRequest,
     SaveWeightsRequest,
 )
+from manylora.service.wire.outline import outline_of
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.replies import ModelInfo, Submitted
 from manylora.service.wire.scan import peek_ids
@@ -81,8 +82,8 @@ async def forward_backward(caller: TheCaller, request: Request) -> Submitted:
     check_type(request, PROTOBUF_TYPE)
     limits = caller.door.settings.wire
     async with caller.door.using_up(caller.tenant, lambda: peek_ids(body)):
-        submit = await caller.door.read(lambda body: decode_forward_backward(body, limits), body)
-    return await caller.hub.forward_backward(caller.tenant, submit)
+        outline = await caller.door.read(lambda body: outline_of(body, limits), body)
+    return await caller.hub.forward_backward(caller.tenant, outline)
 
 
 @router.post("/optim_step", openapi_extra=takes(OptimStepRequest))

@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from manylora.scheduler import Record
@@ -20,13 +21,15 @@ from manylora.service.wire.messages import CreateSamplingSessionRequest
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.pieces import SampleSubmit
 from manylora.service.wire.replies import SamplerInfo, Submitted
-from manylora.service.wire.sampling import check_answer_cells, encode_sample
+from manylora.service.wire.sampling import check_answer_cells, encode_sample, unpack
 from manylora.store import SamplerRow
 from manylora.types import DataError, Sample, SampleResult
 
 KIND = "sample"
 # Rows kept in memory; the others are in the database.
 MOST_CACHED = 10_000
+# Of a cell in a table of likeliest tokens: an id (int64) and a log-probability (float32).
+TABLE_BYTES = 12
 
 
 class Samplers:
@@ -118,7 +121,8 @@ class Samplers:
 
         Raises:
             NotFound: no such sampling session. DataError: beyond a limit, or the number was used
-            for another request. Backpressure: too much waits already.
+            for another request. Backpressure: too much waits already. TooLarge: it is more than
+            can ever be held.
         """
         row = await self.require(tenant, submit.sampling_session_id)
         request_id = f"{row.id}:{submit.seq_id}"
@@ -127,25 +131,25 @@ class Samplers:
             sample_sequence_ids=[f"{request_id}:{n}" for n in range(submit.num_samples)],
         )
         operation = self._operation(row, request_id, submit, await self._snapshot(row))
-        tokens = operation.num_tokens
         if self._parts.promises.repeated(request_id, submit.digest) is None:
             # Outcomes are looked up only where they cost nothing: a retry follows within minutes.
             if self._parts.promises.results.recent(request_id) is not None:
                 return reply
-            self._parts.enter(tenant, tokens)
+            held = self._count_in(operation, submit)
             try:
+                submit, operation = await self._unpacked(submit, operation)
                 record = Record(
                     stream=request_id, seq=1, kind=KIND, tenant=tenant, request_id=request_id,
                     digest=submit.digest, body=submit.body, meta={"snapshot": operation.snapshot},
                 )  # fmt: skip
                 new = await self._parts.accept(record)
             except BaseException:
-                self._parts.leave(tenant, tokens)
+                self._count_out(held)
                 raise
             if new:
-                self._run(row, request_id, operation, submit)
+                self._run(row, request_id, operation, submit, held)
             else:
-                self._parts.leave(tenant, tokens)
+                self._count_out(held)
         return reply
 
     async def replay(self, tenant: str, submit: SampleSubmit, snapshot: str | None) -> None:
@@ -158,7 +162,15 @@ class Samplers:
         request_id = f"{row.id}:{submit.seq_id}"
         operation = self._operation(row, request_id, submit, snapshot)
         self._parts.enter(tenant, operation.num_tokens)
-        self._run(row, request_id, operation, submit)
+        held = _held_by(operation, submit)
+        self._parts.waiting.take(tenant, held.body_bytes)
+        self._parts.decoded.take(tenant, held.decoded_bytes)
+        try:
+            submit, operation = await self._unpacked(submit, operation)
+        except BaseException:
+            self._count_out(held)
+            raise
+        self._run(row, request_id, operation, submit, held)
 
     async def forget_session(self, tenant: str, session_id: str) -> None:
         """Free the snapshots of a session that is over."""
@@ -218,6 +230,37 @@ class Samplers:
 
     # -- inside ---------------------------------------------------
 
+    def _count_in(self, operation: Sample, submit: SampleSubmit) -> "_Held":
+        """Count a request as held. Raises TooLarge, Backpressure."""
+        held, parts = _held_by(operation, submit), self._parts
+        parts.decoded.check(held.decoded_bytes)
+        parts.enter(held.tenant, held.tokens)
+        try:
+            parts.waiting.enter(held.tenant, held.body_bytes)
+            try:
+                parts.decoded.enter(held.tenant, held.decoded_bytes)
+            except BaseException:
+                parts.waiting.leave(held.tenant, held.body_bytes)
+                raise
+        except BaseException:
+            parts.leave(held.tenant, held.tokens)
+            raise
+        return held
+
+    def _count_out(self, held: "_Held") -> None:
+        self._parts.leave(held.tenant, held.tokens)
+        self._parts.waiting.leave(held.tenant, held.body_bytes)
+        self._parts.decoded.leave(held.tenant, held.decoded_bytes)
+
+    async def _unpacked(
+        self, submit: SampleSubmit, operation: Sample
+    ) -> tuple[SampleSubmit, Sample]:
+        """Both with the request's arrays, whose bytes have been counted in."""
+        if submit.packed is None:
+            return submit, operation
+        submit = await asyncio.to_thread(unpack, submit)
+        return submit, replace(operation, scoring=submit.scoring)
+
     def _operation(
         self, row: SamplerRow, request_id: str, submit: SampleSubmit, snapshot: str | None
     ) -> Sample:
@@ -258,9 +301,14 @@ class Samplers:
         return snapshot in self._parts.coming or folder.exists()
 
     def _run(
-        self, row: SamplerRow, request_id: str, operation: Sample, submit: SampleSubmit
+        self,
+        row: SamplerRow,
+        request_id: str,
+        operation: Sample,
+        submit: SampleSubmit,
+        held: "_Held",
     ) -> None:
-        parts, tokens, snapshot = self._parts, operation.num_tokens, operation.snapshot
+        parts, snapshot, wanted = self._parts, operation.snapshot, submit.wanted
         self._running[row.session_id] += 1
         self._begin(snapshot)
 
@@ -271,7 +319,7 @@ class Samplers:
             self._end(snapshot)
             if error is None:
                 parts.breakages.acquit(operation)
-            parts.leave(operation.tenant, tokens)
+            self._count_out(held)
             parts.finished(request_id)
 
         def submit_it() -> None:
@@ -283,7 +331,7 @@ class Samplers:
             parts.promises.follow(
                 request_id,
                 future,
-                lambda result: (PROTOBUF_TYPE, encode_sample(result, submit.wanted)),
+                lambda result: (PROTOBUF_TYPE, encode_sample(result, wanted)),
                 done,
             )
 
@@ -309,6 +357,25 @@ class Samplers:
         self._rows[row.id] = row
         while len(self._rows) > MOST_CACHED:
             self._rows.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a request is counted as."""
+
+    tenant: str
+    tokens: int
+    body_bytes: int
+    decoded_bytes: int
+
+
+def _held_by(operation: Sample, submit: SampleSubmit) -> _Held:
+    """What a request holds until it is done, with the tables that its answer will have."""
+    scoring, length = submit.scoring, len(submit.prompt)
+    answers = operation.num_samples * operation.params.max_tokens
+    cells = length * scoring.topk_prompt + answers * scoring.topk_sampled
+    size = submit.decoded_bytes + TABLE_BYTES * cells
+    return _Held(operation.tenant, operation.num_tokens, len(submit.body), size)
 
 
 def _seed_of(request_id: str) -> int:

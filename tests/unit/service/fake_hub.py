@@ -18,8 +18,9 @@ from manylora.service.wire import messages as m
 from manylora.service.wire import replies as r
 from manylora.service.wire import runs as plain
 from manylora.service.wire.codec import encode_forward_backward
+from manylora.service.wire.outline import Outline
 from manylora.service.wire.paths import TinkerPath
-from manylora.service.wire.pieces import ForwardBackwardSubmit, SampleSubmit
+from manylora.service.wire.pieces import SampleSubmit
 from manylora.types import ForwardBackwardResult, ManyloraError
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
@@ -120,7 +121,12 @@ class FakeHub:
         self._note(tenant, model_id, model_id == MODEL)
         return r.ModelInfo(model_id=MODEL, model_data=r.ModelData(model_name="base"), lora_rank=4)
 
-    async def forward_backward(self, tenant: str, submit: ForwardBackwardSubmit) -> r.Submitted:
+    async def forward_backward(self, tenant: str, outline: Outline) -> r.Submitted:
+        try:
+            submit = outline.decode()
+        except ManyloraError as error:
+            await self.refuse(tenant, outline.model_id, outline.seq_id, error)
+            raise
         return self._promise(tenant, submit, submit.model_id)
 
     async def optim_step(self, tenant: str, request: m.OptimStepRequest) -> r.Submitted:

@@ -18,8 +18,8 @@ from manylora.service.engines import MOST_FAILURES, keep_up
 from manylora.service.late import LateHub
 from manylora.service.server import Service
 from manylora.service.wire import messages as m
-from manylora.service.wire.codec import decode_forward_backward
 from manylora.service.wire.limits import WireLimits
+from manylora.service.wire.outline import outline_of
 from manylora.service.wire.sampling import decode_sample
 from manylora.store import Store
 from manylora.types import EngineLost, OptimStep, Sample, SamplingParams
@@ -129,7 +129,7 @@ class Client:
 
     async def data(self, seq: int, tokens: int) -> str:
         body = encode(self.model, seq, random_data(seq, 1, lengths=(tokens, tokens + 1)))
-        submit = decode_forward_backward(body, WireLimits())
+        submit = outline_of(body, WireLimits())
         return (await self.hub.forward_backward(WHO, submit)).request_id
 
     async def step(self, seq: int) -> str:

@@ -15,8 +15,8 @@ from manylora.service.contract import Ready
 from manylora.service.errors import NotFound
 from manylora.service.wire import messages as m
 from manylora.service.wire import wire_pb2 as pb
-from manylora.service.wire.codec import decode_forward_backward
 from manylora.service.wire.limits import WireLimits
+from manylora.service.wire.outline import outline_of
 from manylora.service.wire.runs import Data, SubmitRunRequest
 from manylora.service.wire.sampling import decode_sample
 from manylora.store import Store
@@ -87,7 +87,7 @@ def test_a_stranger_sees_no_run_that_goes_on(tmp_path: Path):
 
 async def send(place: Place, seq: int, datum: pb.Datum) -> str:
     message = bodies.request([datum], model_id=place.model, seq_id=seq)
-    submit = decode_forward_backward(message.SerializeToString(), WireLimits())
+    submit = outline_of(message.SerializeToString(), WireLimits())
     return (await place.hub.forward_backward(WHO, submit)).request_id
 
 

@@ -19,8 +19,8 @@ from manylora.service.hub import TinkerHub
 from manylora.service.server import Service
 from manylora.service.upkeep import SWEEP_SECONDS, Upkeep
 from manylora.service.wire import messages as m
-from manylora.service.wire.codec import decode_forward_backward
 from manylora.service.wire.limits import WireLimits
+from manylora.service.wire.outline import outline_of
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.sampling import decode_sample
 from manylora.store import Store
@@ -83,7 +83,7 @@ class Place:
 
     async def data(self, seq: int) -> str:
         message = bodies.request([bodies.plain_datum()], model_id=self.model, seq_id=seq)
-        submit = decode_forward_backward(message.SerializeToString(), WireLimits())
+        submit = outline_of(message.SerializeToString(), WireLimits())
         return (await self.hub.forward_backward(WHO, submit)).request_id
 
     async def step(self, seq: int) -> str:

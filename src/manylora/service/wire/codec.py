@@ -33,13 +33,37 @@ REFUSED_LOSSES = {
 OUTPUT_TYPE = "ArrayRecord"
 
 
-def decode_forward_backward(body: bytes, limits: WireLimits) -> ForwardBackwardSubmit:
+def decode_forward_backward(
+    body: bytes, limits: WireLimits, digest: str | None = None
+) -> ForwardBackwardSubmit:
     """A forward_backward body, decoded whole.
+
+    Args:
+        digest: of the body, if it is known.
 
     Raises:
         DataError: it is malformed; the message names the datum and the field.
         TooLarge: something in it is beyond a limit.
         Unsupported: it asks for what is not supported.
+    """
+    request = parse_request(body, limits)
+    return ForwardBackwardSubmit(
+        model_id=request.model_id,
+        seq_id=request.seq_id,
+        data=_data(request.data, limits),
+        loss=request.loss_fn,
+        config=_settings(request, limits),
+        forward_only=request.forward_only,
+        body=body,
+        digest=digest or digest_message(request),
+    )
+
+
+def parse_request(body: bytes, limits: WireLimits) -> pb.ForwardBackwardRequest:
+    """The message of a forward_backward body; no tensor in it has been looked at.
+
+    Raises:
+        DataError: it is none. TooLarge: it has too many parts. Unsupported: its loss.
     """
     check_outline(body, limits)
     request = pb.ForwardBackwardRequest()
@@ -59,16 +83,7 @@ def decode_forward_backward(body: bytes, limits: WireLimits) -> ForwardBackwardS
         raise DataError("loss_fn must name a loss")
     if not request.data:
         raise DataError("data is empty")
-    return ForwardBackwardSubmit(
-        model_id=model_id,
-        seq_id=request.seq_id,
-        data=_data(request.data, limits),
-        loss=request.loss_fn,
-        config=_settings(request, limits),
-        forward_only=request.forward_only,
-        body=body,
-        digest=_digest_message(request),
-    )
+    return request
 
 
 def _settings(request: pb.ForwardBackwardRequest, limits: WireLimits) -> dict[str, float]:
@@ -220,10 +235,11 @@ def digest_protobuf(body: bytes) -> str:
         request.ParseFromString(body)
     except DecodeError:
         raise DataError("the body is no ForwardBackwardRequest") from None
-    return _digest_message(request)
+    return digest_message(request)
 
 
-def _digest_message(message: Message) -> str:
+def digest_message(message: Message) -> str:
+    """Digest of a protobuf message."""
     return _digest(message.SerializeToString(deterministic=True))
 
 

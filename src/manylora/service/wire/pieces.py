@@ -72,6 +72,8 @@ class SampleSubmit:
         temperature, top_k, top_p, stop, stop_strings: as in `types.SamplingParams`.
         scoring: as `types.Sample` takes it.
         wanted: for `codec.encode_sample`.
+        packed: candidates of the prompt that are still in the sparse form in which they came;
+            `sampling.unpack` puts them into `scoring` and `wanted`.
         body, digest: as in `ForwardBackwardSubmit`; the body is JSON.
     """
 
@@ -90,6 +92,16 @@ class SampleSubmit:
     wanted: Wanted
     body: bytes = field(repr=False)
     digest: str
+    packed: tuple[CSR, Array] | None = None
+
+    @property
+    def decoded_bytes(self) -> int:
+        """What its arrays take, unpacked."""
+        cells = 0 if self.wanted.candidates is None else self.wanted.candidates.size
+        if self.packed is not None:
+            rows, columns = self.packed[0].shape
+            cells = rows * columns
+        return self.prompt.nbytes + 8 * cells
 
     def params(self, *, room: int, seed: int) -> SamplingParams:
         """The sampling settings, once the hub has filled in what the client left open.

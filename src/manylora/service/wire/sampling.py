@@ -3,6 +3,8 @@
 Shapes: M tokens of a prompt, C candidates of a prompt token, E listed entries, n new tokens.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from manylora.service.errors import TooLarge
@@ -20,7 +22,26 @@ NOTHING = -1  # a candidate that asks nothing
 
 
 def decode_sample(body: bytes, limits: WireLimits) -> SampleSubmit:
-    """An asample body, decoded whole.
+    """An asample body, decoded whole; raises as `read_sample` does."""
+    return unpack(read_sample(body, limits))
+
+
+def unpack(submit: SampleSubmit) -> SampleSubmit:
+    """The same, with its candidates [M - 1, C] in a dense array."""
+    if submit.packed is None:
+        return submit
+    csr, values_E = submit.packed
+    dense = densify(csr, values_E, NOTHING)
+    return replace(
+        submit,
+        scoring=replace(submit.scoring, candidates=dense),
+        wanted=replace(submit.wanted, candidates=dense),
+        packed=None,
+    )
+
+
+def read_sample(body: bytes, limits: WireLimits) -> SampleSubmit:
+    """An asample body, but for what grows when it is decoded.
 
     Raises:
         Malformed: it is not a SampleRequest.
@@ -33,7 +54,7 @@ def decode_sample(body: bytes, limits: WireLimits) -> SampleSubmit:
     if params.top_k == 0:
         raise DataError("top_k is 0; give -1 for all tokens, or a number ≥ 1")
     _check_sizes(request, prompt_M.size, limits)
-    candidates, csr = _candidates(request.target_prompt_logprobs, prompt_M.size, limits)
+    candidates, packed = _candidates(request.target_prompt_logprobs, prompt_M.size, limits)
     stop, stop_strings = _stops(params.stop)
     return SampleSubmit(
         sampling_session_id=request.sampling_session_id,
@@ -55,8 +76,11 @@ def decode_sample(body: bytes, limits: WireLimits) -> SampleSubmit:
             candidates=candidates,
         ),
         wanted=Wanted(
-            prompt_logprobs=bool(request.prompt_logprobs), candidates=candidates, csr=csr
+            prompt_logprobs=bool(request.prompt_logprobs),
+            candidates=candidates,
+            csr=None if packed is None else packed[0],
         ),
+        packed=packed,
         body=body,
         digest=digest_json(request),
     )
@@ -135,8 +159,8 @@ def _stops(
 
 def _candidates(
     tensor: WireTensor | None, length: int, limits: WireLimits
-) -> tuple[Array | None, CSR | None]:
-    """Candidates [M - 1, C], dense, and the sparse layout that they came in."""
+) -> tuple[Array | None, tuple[CSR, Array] | None]:
+    """Candidates [M - 1, C], if they came dense; if they came sparse, their layout and values."""
     if tensor is None:
         return None, None
     what = "target_prompt_logprobs"
@@ -159,7 +183,7 @@ def _candidates(
         return values_E.reshape(shape), None
     crow_R, col_E = np.asarray(crow, dtype=np.int64), np.asarray(col, dtype=np.int64)
     csr = check_csr(crow_R, col_E, (shape[0], shape[1]), values_E.size, what)
-    return densify(csr, values_E, NOTHING), csr
+    return None, (csr, values_E)
 
 
 # --- the answer -------------------------------------------------------------------------------
