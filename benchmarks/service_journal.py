@@ -19,8 +19,8 @@ from manylora.service.engines import opening_of
 from manylora.service.hub import TinkerHub
 from manylora.service.server import Service
 from manylora.service.wire import messages as m
-from manylora.service.wire.codec import decode_forward_backward
 from manylora.service.wire.limits import WireLimits
+from manylora.service.wire.outline import outline_of
 from manylora.store import Store
 from tests.family import engine_processes
 from tests.wire.data import random_data
@@ -54,12 +54,12 @@ class Trainee:
     async def step(self) -> None:
         """Submit a forward_backward and an optimizer step, and wait for both."""
         body = encode(self._model, self._seq + 1, self._data)
-        submit = decode_forward_backward(body, WireLimits())
+        outline = outline_of(body, WireLimits())
         adam = m.WireAdamParams(learning_rate=1e-4)
         step = m.OptimStepRequest(model_id=self._model, seq_id=self._seq + 2, adam_params=adam)
         self._seq += 2
         ids = [
-            (await self._hub.forward_backward(WHO, submit)).request_id,
+            (await self._hub.forward_backward(WHO, outline)).request_id,
             (await self._hub.optim_step(WHO, step)).request_id,
         ]
         for id in ids:

@@ -11,7 +11,7 @@ its own beginning). Nothing is cut: an example that is too long for the base is 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -25,7 +25,14 @@ from manylora.types import ConfigError, DataError, Datum, causal_datum
 log = logging.getLogger(__name__)
 
 # Tokenised at once: long enough for the tokenizer's threads, short enough to hold in memory.
-CHUNK = 1024
+CHUNK, CHUNK_CHARACTERS = 1024, 1 << 18
+
+# Called between two pieces of a long job, so that others may have their turn.
+Between = Callable[[], None]
+
+
+def nothing() -> None:
+    """Nobody else waits."""
 
 
 @dataclass(slots=True)
@@ -79,6 +86,7 @@ class Encoder:
         chat_template: str | None = None,
         ends: Sequence[int] = (),
         vocab_size: int | None = None,
+        between: Between = nothing,
     ):
         """Choose how to encode.
 
@@ -89,11 +97,13 @@ class Encoder:
             chat_template: in place of the tokenizer's own.
             ends: tokens at which the base ends its answers.
             vocab_size: tokens that the base knows; None = any.
+            between: called every few examples, while the tokenizer is not in use.
 
         Raises:
             ConfigError: `eos` is not one token of the vocabulary.
         """
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._between = between
         self.template = ChatTemplate(tokenizer, chat_template)
         self._chosen = None if eos is None else _one_token(tokenizer, eos)
         own = getattr(tokenizer, "eos_token_id", None)
@@ -158,7 +168,7 @@ class Encoder:
             )
         front = self.front()
         encoded.ends.add(eos)
-        for first, examples in _chunks(source.examples):
+        for first, examples in _chunks(source.examples, self._between):
             # prompt, completion, prompt, completion, …; or the texts.
             flat = self._tokenise([text for example in examples for text in example.texts])
             for number, example in enumerate(examples, start=first):
@@ -189,7 +199,7 @@ class Encoder:
             self.template, lambda note: encoded.tell(f"{source.name}: {note}")
         )
         endless: list[str] = []
-        for first, examples in _chunks(source.examples):
+        for first, examples in _chunks(source.examples, self._between):
             cut: list[list[list[Piece]]] = []
             for example in examples:
                 try:
@@ -323,9 +333,24 @@ class _Assembly:
     endless: list[int] = field(default_factory=list)
 
 
-def _chunks(examples: Sequence[Example]) -> Iterator[tuple[int, Sequence[Example]]]:
-    for start in range(0, len(examples), CHUNK):
-        yield start, examples[start : start + CHUNK]
+def _chunks(
+    examples: Sequence[Example], between: Between
+) -> Iterator[tuple[int, Sequence[Example]]]:
+    start = size = 0
+    for end, example in enumerate(examples):
+        length = _length(example)
+        if end > start and (end - start == CHUNK or size + length > CHUNK_CHARACTERS):
+            yield start, examples[start:end]
+            between()
+            start, size = end, 0
+        size += length
+    if start < len(examples):
+        yield start, examples[start:]
+
+
+def _length(example: Example) -> int:
+    turns = sum(len(message.content or "") for message in example.messages)
+    return turns + sum(map(len, example.texts))
 
 
 def _one_token(tokenizer: Any, text: str) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 
 from manylora.config import MOST_STEPS, AdapterEntry
 from manylora.models.vocabulary import Vocabulary
-from manylora.runs.encode import Encoded, Encoder
+from manylora.runs.encode import Between, Encoded, Encoder, nothing
 from manylora.runs.job import EvalPrompt, EvalSet, Job, Prepared, Progress
 from manylora.runs.order import DataOrder, total_steps
 from manylora.runs.rows import Example
@@ -28,16 +28,23 @@ ANNOUNCED_EXAMPLES = 5000
 Read = Callable[[Literal["train", "eval"]], Source]
 
 
-def plan_job(entry: AdapterEntry, *, name: str | None = None, read: Read | None = None) -> Job:
+def plan_job(
+    entry: AdapterEntry,
+    *,
+    name: str | None = None,
+    read: Read | None = None,
+    between: Between = nothing,
+) -> Job:
     """The job of one adapter; its data are read later, by `prepare`.
 
     Args:
         name: of the adapter at the door; by default the entry's.
         read: where its data come from, if not from what the entry names.
+        between: called every few examples while they are tokenised.
     """
 
     def prepare(door: Any, progress: Progress) -> Prepared:
-        return prepare_sft(entry, door, progress, read)
+        return prepare_sft(entry, door, progress, read, between)
 
     return Job(
         name=entry.name if name is None else name,
@@ -50,12 +57,17 @@ def plan_job(entry: AdapterEntry, *, name: str | None = None, read: Read | None 
 
 
 def prepare_sft(
-    entry: AdapterEntry, door: Any, progress: Progress, read: Read | None = None
+    entry: AdapterEntry,
+    door: Any,
+    progress: Progress,
+    read: Read | None = None,
+    between: Between = nothing,
 ) -> Prepared:
     """Read and tokenise everything, so that a bad line is found before the first step.
 
     Args:
         read: where the data come from, if not from what the entry names.
+        between: called every few examples while they are tokenised.
 
     Raises:
         DataError: a line that is wrong, named with its file; DatumTooLong: or is too long.
@@ -70,7 +82,7 @@ def prepare_sft(
     read = read or read_named
     if door.tokenizer is None:
         raise DataError("the base's folder has no tokenizer, so text cannot be read")
-    encoder = entry_encoder(entry, door.tokenizer, door.vocabulary)
+    encoder = entry_encoder(entry, door.tokenizer, door.vocabulary, between)
     trained = _encoded(encoder, read("train"), door, progress, "training data")
     data = trained.data
     order = DataOrder(
@@ -100,7 +112,9 @@ def prepare_sft(
     return Prepared(steps, batch, adam, evals, text_format, notes)
 
 
-def entry_encoder(entry: AdapterEntry, tokenizer: Any, vocabulary: Vocabulary) -> Encoder:
+def entry_encoder(
+    entry: AdapterEntry, tokenizer: Any, vocabulary: Vocabulary, between: Between = nothing
+) -> Encoder:
     """How an entry's texts become tokens on a base. Raises ConfigError."""
     return Encoder(
         tokenizer,
@@ -108,6 +122,7 @@ def entry_encoder(entry: AdapterEntry, tokenizer: Any, vocabulary: Vocabulary) -
         chat_template=entry.chat_template,
         ends=vocabulary.ends,
         vocab_size=vocabulary.size,
+        between=between,
     )
 
 

@@ -16,6 +16,7 @@ import time
 from asyncio import wrap_future
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class AdapterRun:
         *,
         emit: Listener,
         stop: asyncio.Event,
-        preparing: asyncio.Lock,
+        preparing: AbstractAsyncContextManager[object],
         newest_state: NewestState,
         patient: bool = False,
     ) -> None:

@@ -32,6 +32,8 @@ READ_HERE = f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]}"
 # A cell of a CSV file may hold a long text; the module's own limit is 128 KiB.
 _LONGEST_CELL = 2**31 - 1
 
+# Rows between two looks at whether others wait.
+ROWS_BETWEEN = 256
 # Line (or row) and what stands there.
 Rows = Iterator[tuple[int, object]]
 
@@ -58,7 +60,9 @@ class Source:
         return _place(self.name, self.unit, example.line)
 
 
-def read_source(source: str, *, name: str | None = None) -> Source:
+def read_source(
+    source: str, *, name: str | None = None, between: Callable[[], None] | None = None
+) -> Source:
     """Read and check every row.
 
     Args:
@@ -72,7 +76,7 @@ def read_source(source: str, *, name: str | None = None) -> Source:
     """
     name = source if name is None else name
     if not is_data_file(source):
-        return _collect(name, "row", _hub_rows(source))
+        return _collect(name, "row", _hub_rows(source), between)
     path, suffix = Path(source), data_suffix(source)
     if suffix not in DATA_SUFFIXES:
         raise DataError(f"{name}: of local files {READ_HERE} are read; write it as one of those")
@@ -80,21 +84,25 @@ def read_source(source: str, *, name: str | None = None) -> Source:
         what = "is a folder" if path.is_dir() else "there is no such file"
         raise DataError(f"{name}: {what}; name a {READ_HERE} file, or a hub id")
     if suffix == ".parquet":
-        return _collect(name, "row", _parquet_rows(source, name))
+        return _collect(name, "row", _parquet_rows(source, name), between)
     read = _csv_rows if suffix.startswith(".csv") else _json_lines
-    return _collect(name, "line", _of_file(path, name, read))
+    return _collect(name, "line", _of_file(path, name, read), between)
 
 
 def _place(name: str, unit: str, line: int) -> str:
     return f"{name}:{line}" if unit == "line" else f"{name}, row {line}"
 
 
-def _collect(name: str, unit: Literal["line", "row"], rows: Rows) -> Source:
+def _collect(
+    name: str, unit: Literal["line", "row"], rows: Rows, between: Callable[[], None] | None
+) -> Source:
     kind: Kind | None = None
     first_line = 0
     examples: list[Example] = []
     ignored: set[str] = set()
     for line, row in rows:
+        if between is not None and len(examples) % ROWS_BETWEEN == ROWS_BETWEEN - 1:
+            between()
         try:
             this_kind = kind_of(row)
             if kind is None:

@@ -17,7 +17,8 @@ from manylora.runs.layout import AdapterPaths
 from manylora.runs.metrics import read_metrics
 from manylora.runs.outcome import Outcome
 from manylora.runs.prepare import plan_job
-from manylora.runs.sft import AdapterRun
+from manylora.runs.sft import AdapterRun, StopAsked
+from manylora.service.preparing import Preparing
 from manylora.service.run_data import RunData
 from manylora.store import RunRow
 
@@ -54,18 +55,28 @@ class LiveRun:
     def paths(self) -> AdapterPaths:
         return self.data.paths
 
-    async def train(self, host: AnyHost, preparing: asyncio.Lock, note: Note) -> Outcome:
+    async def train(self, host: AnyHost, preparing: Preparing, note: Note) -> Outcome:
         """Train to the end, or to where it was asked to stop. Never raises.
 
         Args:
-            preparing: held by the run that tokenises.
+            preparing: gives out the turns in which data are read and tokenised.
             note: called, in a thread, when something is worth being written down.
         """
-        job = plan_job(self.data.entry, name=self.row.id, read=self.data.read)
+        turn = preparing.of(self.row.tenant)
+
+        def between() -> None:
+            turn.pass_on()
+            if self.stop.is_set():
+                raise StopAsked
+
+        job = plan_job(
+            self.data.entry, name=self.row.id, between=between,
+            read=lambda which: self.data.read(which, between),
+        )  # fmt: skip
         door = AdapterDoor(host, tenant=self.row.tenant)
         run = AdapterRun(
             door, job, self.paths, emit=self._listener(note), stop=self.stop,
-            preparing=preparing, newest_state=newest_state,
+            preparing=turn, newest_state=newest_state,
         )  # fmt: skip
         self._outcome = run.outcome
         return await run.run()

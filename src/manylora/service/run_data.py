@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -34,8 +34,11 @@ class RunData:
     roots: Sequence[Path]
     stamps: dict[str, Stamp]
 
-    def read(self, which: Which) -> Source:
+    def read(self, which: Which, between: Callable[[], None] | None = None) -> Source:
         """The examples. Places are named as the client named its files.
+
+        Args:
+            between: called every few rows.
 
         Raises:
             DataError: a line is wrong, or the file has changed since the run was submitted.
@@ -43,11 +46,11 @@ class RunData:
         name = _named(self.entry, which)
         assert name is not None
         if which not in self.stamps:
-            return read_source(str(_uploaded(self.paths, which)), name=name)
+            return read_source(str(_uploaded(self.paths, which)), name=name, between=between)
         path = find(self.roots, name)
         if _stamp(path) != self.stamps[which]:
             raise DataError(f"{name}: has changed since the run was submitted; submit it again")
-        return read_source(str(path), name=name)
+        return read_source(str(path), name=name, between=between)
 
     def forget(self) -> None:
         """Delete what was uploaded, and everything that only a run in progress needs."""

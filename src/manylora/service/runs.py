@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Coroutine
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from manylora.service.listing import run_info
 from manylora.service.live_run import LiveRun, metrics_after
 from manylora.service.operations import row_spec
 from manylora.service.parts import Parts
+from manylora.service.preparing import MOST_PAUSED, Preparing
 from manylora.service.run_data import RunData, accept, check_size
 from manylora.service.wire.paths import PathKind, TinkerPath
 from manylora.service.wire.replies import Cursor
@@ -50,9 +51,11 @@ class Runs:
         self._store = parts.store
         self._live: dict[str, LiveRun] = {}
         self._tasks: set[Future[None]] = set()
-        self._preparing = asyncio.Lock()
+        self._preparing = Preparing()
         self._closing = False
         self._loop = asyncio.new_event_loop()
+        # Preparations that wait for their next turn hold a thread each; others need some too.
+        self._loop.set_default_executor(ThreadPoolExecutor(2 * MOST_PAUSED, "manylora-runs"))
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="manylora-runs", daemon=True
         )
