@@ -37,6 +37,16 @@ class Quotas(Settings):
     tokens_in_flight: Tokens = 1 << 24
     """Tokens of requests that have been accepted and are not done; beyond it, clients are asked
     to wait."""
+    sessions: Count = 2000
+    """Sessions that are remembered, open or over; those of which checkpoints are kept are not
+    counted."""
+    samplers: Count = 100_000
+    """Sampling sessions that are remembered."""
+    run_data_bytes: Bytes = 1 << 30
+    """Bytes of data that were sent with runs that are not over."""
+    runs: Count = 1000
+    """Runs that are remembered once they are over; of more, the oldest go. Their checkpoints
+    stay."""
     waiting_bytes: Bytes = 512 << 20
     """Bytes of the bodies of such requests; beyond it, clients are asked to wait."""
     decoded_bytes: Bytes = 1 << 30
@@ -75,6 +85,9 @@ class Saving(Settings):
     """After this many optimizer steps."""
     result_hours: Hours = 24.0
     """How long results stay readable."""
+    session_hours: Hours = 168.0
+    """How long sessions that are over are remembered, with their sampling sessions and models. A
+    model that has checkpoints stays; a session in which nothing was made goes within minutes."""
     snapshot_hours: Hours = 24.0
     """How long a snapshot for sampling outlives its last use."""
 

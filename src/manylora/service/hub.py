@@ -64,7 +64,7 @@ class TinkerHub(Shelves, Plain):
     def __init__(self, parts: Parts):
         self.parts = parts
         self.keeping = Keeping(parts.store, parts.folder, parts.settings)
-        self.sessions = Sessions(parts.store, parts.clock)
+        self.sessions = Sessions(parts.store, parts.clock, parts.settings.quotas.sessions)
         self.copies = Copies(parts, self.keeping, self.sessions)
         self.archives = Archives(parts, self.keeping)
         self.samplers = Samplers(parts, self.keeping)

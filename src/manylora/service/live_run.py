@@ -52,6 +52,11 @@ class LiveRun:
     over: bool = False
 
     @property
+    def data_bytes(self) -> int:
+        """What was uploaded for it."""
+        return self.data.uploaded_bytes()
+
+    @property
     def paths(self) -> AdapterPaths:
         return self.data.paths
 

@@ -52,6 +52,11 @@ class RunData:
             raise DataError(f"{name}: has changed since the run was submitted; submit it again")
         return read_source(str(path), name=name, between=between)
 
+    def uploaded_bytes(self) -> int:
+        """What was uploaded."""
+        paths = [_uploaded(self.paths, which) for which in ("train", "eval")]
+        return sum(path.stat().st_size for path in paths if path.exists())
+
     def forget(self) -> None:
         """Delete what was uploaded, and everything that only a run in progress needs."""
         for which in ("train", "eval"):

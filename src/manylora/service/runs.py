@@ -23,7 +23,7 @@ from manylora.checkpoint import newest_state
 from manylora.config import AdapterEntry
 from manylora.runs.layout import AdapterPaths
 from manylora.runs.outcome import Outcome
-from manylora.service.errors import NotReady, missing
+from manylora.service.errors import NotReady, QuotaExceeded, TooLarge, missing
 from manylora.service.keeping import Keeping, Order
 from manylora.service.listing import run_info
 from manylora.service.live_run import LiveRun, metrics_after
@@ -33,7 +33,7 @@ from manylora.service.preparing import MOST_PAUSED, Preparing
 from manylora.service.run_data import RunData, accept, check_size
 from manylora.service.wire.paths import PathKind, TinkerPath
 from manylora.service.wire.replies import Cursor
-from manylora.service.wire.runs import ENDED, Run, RunList, SubmitRunRequest
+from manylora.service.wire.runs import ENDED, Data, Run, RunList, SubmitRunRequest
 from manylora.store import ModelRow, RunRow, SessionRow
 from manylora.types import EngineLost, ManyloraError, StoreError, errors
 
@@ -71,13 +71,39 @@ class Runs:
         """Take a run: durable when this returns.
 
         Raises:
-            DataError, Unsupported, TooLarge: something that cannot be trained here. SaveFailed.
+            DataError, Unsupported, TooLarge: something that cannot be trained here.
+            QuotaExceeded, SaveFailed.
         """
         if self._closing:
             raise NotReady("the server is stopping")
         check_size(request.adapter, self._parts.settings.limits.rank)
+        await asyncio.to_thread(self._check_data, tenant, request.data)
         row, data = await asyncio.to_thread(self._accept, tenant, request)
         return run_info(self._start(row, data).row)
+
+    def forget_old(self) -> None:
+        """Delete runs that are over, and their folders, beyond as many as are remembered. In a
+        thread."""
+        for row in self._store.tidying.runs_beyond(self._parts.settings.quotas.runs):
+            if row.id not in self._live:
+                shutil.rmtree(self._paths(row.id).root, ignore_errors=True)
+                self._store.runs.delete(row.tenant, row.id)
+
+    def _check_data(self, tenant: str, data: Data | None) -> None:
+        """Raises TooLarge, QuotaExceeded: the tenant's runs bring more data than they may."""
+        texts = () if data is None else (data.train, data.eval or "")
+        size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        limit = self._parts.settings.quotas.run_data_bytes
+        if size > limit:
+            raise TooLarge(f"the run's data have {size:,} bytes, and {limit:,} are allowed")
+        held = sum(
+            live.data_bytes for live in list(self._live.values()) if live.row.tenant == tenant
+        )
+        if held + size > limit:
+            raise QuotaExceeded(
+                f"the data of your runs that are not over have {held:,} bytes, this one's "
+                f"{size:,}, and {limit:,} are allowed: let one end, or cancel one"
+            )
 
     async def page(self, tenant: str, limit: int, offset: int) -> RunList:
         """A tenant's runs, newest first."""

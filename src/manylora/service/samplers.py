@@ -12,7 +12,7 @@ from pathlib import Path
 
 from manylora.scheduler import Record
 from manylora.service.contract import PROTOBUF_TYPE
-from manylora.service.errors import Lost, missing
+from manylora.service.errors import Lost, QuotaExceeded, missing
 from manylora.service.keeping import Keeping
 from manylora.service.operations import sampler_id
 from manylora.service.parts import Parts
@@ -66,6 +66,7 @@ class Samplers:
         names = self._parts.base_names
         if path is None and request.base_model not in names:
             raise DataError(f"base_model is {request.base_model!r}; here is {' or '.join(names)}")
+        await self._check_quota(tenant)
         id = sampler_id(request.session_id, request.sampling_session_seq_id)
         base, snapshot = request.base_model or names[0], None
         if path is not None:
@@ -87,6 +88,7 @@ class Samplers:
         self, tenant: str, session_id: str, model_id: str, base: str, seq: int, kind: str
     ) -> None:
         """A sampling session on a model's weights as they will be when its save has run."""
+        await self._check_quota(tenant)
         id = sampler_id(session_id, seq)
         row = SamplerRow(
             id=id, tenant=tenant, session_id=session_id, seq_id=seq, digest=model_id,
@@ -229,6 +231,15 @@ class Samplers:
         return self._running[session_id] > 0
 
     # -- inside ---------------------------------------------------
+
+    async def _check_quota(self, tenant: str) -> None:
+        most = self._parts.settings.quotas.samplers
+        held = await asyncio.to_thread(self._parts.store.tidying.count_samplers, tenant)
+        if held >= most:
+            raise QuotaExceeded(
+                f"you have {held:,} sampling sessions, and {most:,} are remembered: sample from "
+                "one that you have, or come again when old ones have been forgotten"
+            )
 
     def _count_in(self, operation: Sample, submit: SampleSubmit) -> "_Held":
         """Count a request as held. Raises TooLarge, Backpressure."""

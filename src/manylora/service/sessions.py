@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from manylora.service.errors import Gone, missing
+from manylora.service.errors import Gone, QuotaExceeded, missing
 from manylora.service.wire.messages import CreateSessionRequest, FinishSessionRequest
 from manylora.store import SessionRow, Store
 
@@ -23,13 +23,21 @@ class Session:
 class Sessions:
     """The open sessions of a server, with those that ended in the database."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic, most: int = 2000):
+        """`most`: that a tenant may have, open or over."""
+        self._most = most
         self._store = store
         self._clock = clock
         self._open: dict[str, Session] = {}
 
     async def create(self, tenant: str, request: CreateSessionRequest) -> str:
-        """A new session's id."""
+        """A new session's id. Raises QuotaExceeded."""
+        held = await asyncio.to_thread(self._store.tidying.count_sessions, tenant)
+        if held >= self._most:
+            raise QuotaExceeded(
+                f"you have {held:,} sessions, and {self._most:,} are remembered, open or over: "
+                "work in one that is open, or come again when old ones have been forgotten"
+            )
         id, now = f"s{secrets.token_hex(12)}", time.time()
         row = SessionRow(
             id=id, tenant=tenant, created_at=now, last_seen_at=now,

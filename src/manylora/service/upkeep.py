@@ -12,6 +12,8 @@ log = logging.getLogger("manylora.service")
 EVERY_SECONDS = 1.0
 SWEEP_SECONDS = 300.0
 SECONDS_OF_AN_HOUR = 3600.0
+# A session that is over and in which nothing was made; its client may still ask.
+EMPTY_SECONDS = 600.0
 # A client goes on sending a lost request for five minutes.
 GAP_SECONDS = 330.0
 # A journal beyond this many bytes has the states saved that hold it back.
@@ -112,6 +114,8 @@ class Upkeep:
         def work() -> None:
             self._parts.promises.results.sweep()
             self._hub.keeping.remove_expired()
+            store.tidying.forget(EMPTY_SECONDS, saving.session_hours * SECONDS_OF_AN_HOUR)
+            self._hub.submitted.forget_old()
             store.sessions.touch(self._hub.sessions.open_ids())
             store.models.set_steps(steps)
 

@@ -162,6 +162,16 @@ class Database:
 
         return self.write(work)
 
+    def give_back(self) -> None:
+        """Give the room of deleted rows back to the disk. PostgreSQL does so by itself
+        (autovacuum), as far as it does."""
+        if self.is_sqlite:
+            with _translated(self.where), self._turn, self.engine.connect() as connection:
+                found = connection.connection.driver_connection
+                assert isinstance(found, sqlite3.Connection)
+                # Unlike `execute`, it goes on until nothing is left to do.
+                found.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
+
     def _make_engine(self) -> Engine:
         options: dict[str, Any] = {}
         if self.is_sqlite:
@@ -249,6 +259,8 @@ def _use_wal(engine: Engine, where: str) -> None:
             connection = engine.raw_connection()
             try:
                 cursor = connection.cursor()
+                # Holds for a database that is made now; in an older one, room is used again.
+                cursor.execute("PRAGMA auto_vacuum = INCREMENTAL")
                 for statement in ("PRAGMA journal_mode", "PRAGMA journal_mode = WAL"):
                     if cursor.execute(statement).fetchone() == ("wal",):
                         return

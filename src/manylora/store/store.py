@@ -13,6 +13,7 @@ from manylora.store.checkpoints import Checkpoints
 from manylora.store.database import DATABASE, Database
 from manylora.store.models import Models, Samplers
 from manylora.store.runs import Runs
+from manylora.store.tidying import Tidying
 from manylora.types import StoreError
 
 
@@ -30,6 +31,7 @@ class Store:
         self.samplers = Samplers(self._database)
         self.checkpoints = Checkpoints(self._database, clock)
         self.runs = Runs(self._database, clock)
+        self.tidying = Tidying(self._database, clock)
 
     @classmethod
     def in_folder(

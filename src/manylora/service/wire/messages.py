@@ -9,6 +9,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -48,7 +49,22 @@ def _texts(value: object) -> object:
     }
 
 
-Metadata = Annotated[dict[Word, Text], BeforeValidator(_texts), Field(max_length=128)]
+def _not_too_much(value: dict[str, str]) -> dict[str, str]:
+    size = sum(len(key.encode("utf-8", "surrogatepass")) for key in value)
+    size += sum(len(text.encode("utf-8", "surrogatepass")) for text in value.values())
+    if size > METADATA_BYTES:
+        raise ValueError(f"metadata of {size:,} bytes; at most {METADATA_BYTES:,}")
+    return value
+
+
+# It is kept in memory, in the journal and in the database, with everything that has some.
+METADATA_BYTES = 16_384
+Metadata = Annotated[
+    dict[Word, Text],
+    BeforeValidator(_texts),
+    AfterValidator(_not_too_much),
+    Field(max_length=128),
+]
 
 
 class Request(BaseModel):
