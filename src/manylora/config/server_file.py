@@ -76,6 +76,26 @@ class RequestLimits(Settings):
     """Likeliest tokens to report for each place."""
 
 
+class Connections(Settings):
+    """What clients may hold of the server's end of the network."""
+
+    most: Count = 4096
+    """Connections at once; fewer where the system allows fewer open files. Beyond it, those that
+    have waited longest without a request are closed for newcomers."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Part of `most` and of `arriving_bytes` that one address may have, and one tenant."""
+    head_seconds: Seconds = 20.0
+    """How long the head of a request may take."""
+    body_seconds: Seconds = 30.0
+    """How long a body may take; a longer one must go on bringing 16 KiB a second. A client that
+    reads nothing of its answer for so long is gone."""
+    idle_seconds: Seconds = 75.0
+    """How long a connection is kept open for another request."""
+    arriving_bytes: Bytes = 1 << 30
+    """Bytes of all bodies that are on their way or being read; beyond it, clients are asked to try
+    again."""
+
+
 class Saving(Settings):
     """When training states are written in the background."""
 
@@ -107,6 +127,13 @@ class ServerFile(Settings):
     """Address to listen on; any other than this machine's own needs API keys."""
     port: Port = 8000
     """0 = any free one."""
+    allowed_hosts: list[Text] | None = None
+    """Names, without ports, that clients may call this server by (the Host of a request):
+    `*.example.org` is every name below, `*` any. By default any if there are API keys, and only
+    this machine's names for itself if there are none."""
+    public_url: Text | None = None
+    """How clients reach this server, such as https://lora.example.org, if a proxy stands before it:
+    begins the download addresses that it gives them."""
     database: Text | None = None
     """SQLAlchemy URL; by default SQLite in the data folder."""
     token_budget: Tokens = 4096
@@ -149,5 +176,7 @@ class ServerFile(Settings):
     """What all tenants together may hold of the server's memory."""
     limits: RequestLimits = RequestLimits()
     """What one request may hold."""
+    connections: Connections = Connections()
+    """What clients may hold of the server's end of the network."""
     saving: Saving = Saving()
     """When training states are written in the background."""

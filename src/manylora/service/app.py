@@ -1,7 +1,8 @@
 """The HTTP application: middleware, routes, and what an error looks like.
 
-From the outside in: AccessLog (request id, one log line, no error without an answer),
-Authentication (key → tenant), BodyLimit (whole bodies of bounded size), then the routes.
+From the outside in: AccessLog (request id, one log line, no error without an answer), Leaving (a
+refusal can be read), Outside (the host, the framing), Authentication (key → tenant), Admission (so
+many requests of a tenant at once), BodyLimit (whole bodies of bounded size), then the routes.
 """
 
 import secrets
@@ -26,12 +27,17 @@ from manylora.service import (
     routes_training,
 )
 from manylora.service.access import AccessLog
+from manylora.service.admission import Admission
 from manylora.service.auth import Authentication, Authenticator
+from manylora.service.connections import Connections
 from manylora.service.contract import Hub
 from manylora.service.door import Door, DoorSettings, body_schemas, straight
 from manylora.service.errors import Answer, Malformed, TooLarge
+from manylora.service.leaving import Leaving
 from manylora.service.limits import BodyLimit
+from manylora.service.outside import Names, Outside
 from manylora.service.responses import answer_response, error_response
+from manylora.service.room import Room
 from manylora.service.signing import Signer
 from manylora.service.wire.messages import OptimStepRequest, RetrieveFutureRequest
 from manylora.service.wire.reading import complaints, peek_json_ids
@@ -78,6 +84,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         400: "Refused; the message says why.",
         401: "No key, or an unknown one.",
         404: "No such thing of this tenant.",
+        408: "The body did not come in time; send it again.",
         410: "The session is over, or the result is gone.",
         413: "The body, or something in it, is too large.",
         415: "Another content type or encoding is needed.",
@@ -117,6 +124,8 @@ def build_app(
     settings: DoorSettings | None = None,
     signing_secret: bytes | None = None,
     metrics: Callable[[], str] | None = None,
+    names: Names | None = None,
+    connections: Connections | None = None,
     lifespan: Lifespan[FastAPI] | None = None,
 ) -> FastAPI:
     """The application around a hub.
@@ -125,6 +134,8 @@ def build_app(
         local_only: answer only clients on this machine (with `DevAuthenticator`).
         signing_secret: of download addresses; None = a new one, so that old addresses end.
         metrics: the text of /metrics; called in a thread. None = no such route.
+        names: hosts that are answered for; None = any.
+        connections: told which of them are at work.
     """
     settings = DoorSettings() if settings is None else settings
     app = _Application(
@@ -141,6 +152,7 @@ def build_app(
         settings,
         Signer(secrets.token_bytes(32) if signing_secret is None else signing_secret),
         CapacityLimiter(settings.readers),
+        Room(settings.downloads, settings.downloads, "downloads in hand"),
     )
     app.router.routes += _STRAIGHT
     for router in _ROUTERS:
@@ -151,8 +163,12 @@ def build_app(
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, limits=settings.bodies, on_refused=_number_used_up(app))
+    bodies = settings.bodies
+    app.add_middleware(BodyLimit, limits=bodies, on_refused=_number_used_up(app))
+    app.add_middleware(Admission, most_each=settings.requests_each, connections=connections)
     app.add_middleware(Authentication, authenticator=authenticator, local_only=local_only)
+    app.add_middleware(Outside, names=Names() if names is None else names)
+    app.add_middleware(Leaving, most_bytes=bodies.drained, seconds=bodies.seconds)
     app.add_middleware(AccessLog)
     return app
 

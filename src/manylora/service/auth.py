@@ -19,6 +19,11 @@ KEY_PREFIX = "tml-"
 DEV_TENANT = "dev"
 MAX_KEY, MAX_REMEMBERED = 512, 10_000
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+# What a proxy says of the client that it speaks for.
+_FORWARDED = frozenset({
+    b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip",
+    b"via",
+})  # fmt: skip
 
 
 class Authenticator(Protocol):
@@ -43,17 +48,18 @@ class OpenPaths:
     Attributes:
         exact: whole paths.
         prefixes: beginnings of paths; what lies below carries its own proof.
-        local: whole paths that need no key from this machine: figures name tenants.
+        local: whole paths that need no key from this machine itself: figures name tenants.
     """
 
     exact: frozenset[str] = frozenset({"/healthz", "/readyz", "/openapi.json", "/api/v1/healthz"})
     prefixes: tuple[str, ...] = ("/api/v1/external_weights/", "/api/v1/archives/")
     local: frozenset[str] = frozenset({"/metrics"})
 
-    def lets_in(self, path: str, client: str | None) -> bool:
-        """Whether this client needs no key for this path."""
+    def lets_in(self, scope: Scope) -> bool:
+        """Whether this request needs no key."""
+        path = scope["path"]
         if path in self.local:
-            return client in LOOPBACK
+            return is_near(scope)
         return path in self.exact or path.startswith(self.prefixes)
 
 
@@ -84,8 +90,7 @@ class Authentication:
         self._known: dict[bytes, tuple[str | None, float]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client = (scope.get("client") or (None,))[0]
-        if scope["type"] != "http" or self.open_paths.lets_in(scope["path"], client):
+        if scope["type"] != "http" or self.open_paths.lets_in(scope):
             await self.app(scope, receive, send)
             return
         try:
@@ -96,8 +101,7 @@ class Authentication:
         await self.app(scope, receive, send)
 
     async def _tenant(self, scope: Scope) -> str:
-        client = scope.get("client")
-        if self.local_only and client is not None and client[0] not in LOOPBACK:
+        if self.local_only and not is_near(scope):
             raise Unauthenticated(
                 "this server has no keys yet and serves its own machine only; "
                 "create one with `manylora keys create`"
@@ -124,6 +128,14 @@ class Authentication:
         seconds = self.forget_seconds if tenant is None else self.remember_seconds
         self._known[digest] = (tenant, now + seconds)
         return tenant
+
+
+def is_near(scope: Scope) -> bool:
+    """Whether the client is on this machine, and no proxy that speaks for another."""
+    client = scope.get("client")
+    if client is not None and client[0] not in LOOPBACK:
+        return False
+    return not any(name in _FORWARDED for name, _ in scope["headers"])
 
 
 def header_values(headers: Collection[tuple[bytes, bytes]], name: bytes) -> list[bytes]:

@@ -19,6 +19,7 @@ from manylora.service.contract import Hub
 from manylora.service.errors import WrongEncoding
 from manylora.service.limits import BodyLimits
 from manylora.service.responses import JSON_TYPE, json_response
+from manylora.service.room import Room
 from manylora.service.signing import Signer
 from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.messages import LoadWeightsRequest, Numbered
@@ -43,6 +44,8 @@ class DoorSettings:
         whole_result: a larger result is announced first, if the client allows.
         url_seconds: how long a download address lives.
         readers: bodies that are read at the same time in threads.
+        requests_each: requests of one tenant that are served at the same time.
+        downloads: files that are sent at the same time; each is an open file.
     """
 
     bodies: BodyLimits = field(default_factory=BodyLimits)
@@ -52,6 +55,8 @@ class DoorSettings:
     whole_result: int = 4 * 1024**2
     url_seconds: int = 3600
     readers: int = 4
+    requests_each: int = 2048
+    downloads: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,7 @@ class Door:
     settings: DoorSettings
     signer: Signer
     readers: CapacityLimiter
+    downloads: Room
 
     async def read(self, reader: Callable[[bytes], T], body: bytes) -> T:
         """Read a body: at once if it is small, else in a thread."""

@@ -22,6 +22,7 @@ from manylora.types import (
     SaveFailed,
     StoreError,
 )
+from manylora.types.files import no_descriptor_left
 
 Category = Literal["user", "server"]
 
@@ -50,6 +51,14 @@ class WrongEncoding(ManyloraError):
 
 class TooLarge(ManyloraError):
     """A body, or something in it, is beyond a limit; the message says which."""
+
+
+class TooSlow(ManyloraError):
+    """A body that does not come on; the same request may be sent again."""
+
+
+class WrongHost(ManyloraError):
+    """A request that was meant for another host than this server."""
 
 
 class QuotaExceeded(ManyloraError):
@@ -93,6 +102,7 @@ _STATUS: tuple[tuple[type[ManyloraError], int, Category], ...] = (
     (NotFound, 404, "user"),
     (AdapterNotFound, 404, "user"),
     (Gone, 410, "user"),
+    (TooSlow, 408, "user"),
     (TooLarge, 413, "user"),
     (WrongEncoding, 415, "user"),
     (Malformed, 422, "user"),
@@ -118,6 +128,10 @@ def answer_to(error: BaseException, request_id: str) -> Answer:
     An error raised on purpose keeps its message. Any other is logged here, whole, and the client
     learns only where to look.
     """
+    if no_descriptor_left(error):
+        logger.warning("request %s found no file descriptor left: %s", request_id, error)
+        words = "the server has as many files open as it may; try again soon"
+        return Answer(503, words, "server")
     for kind, status, category in _STATUS:
         if isinstance(error, kind):
             return Answer(status, str(error), category)

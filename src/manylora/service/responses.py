@@ -19,7 +19,7 @@ def answer_response(answer: Answer, request_id: str) -> Response:
     """A refusal as it goes out."""
     body = ErrorReply(error=answer.message, category=answer.category, request_id=request_id)
     response = json_response(body, answer.status)
-    if answer.status == 429:
+    if answer.status in (429, 503):
         response.headers["Retry-After"] = RETRY_SECONDS
     return response
 

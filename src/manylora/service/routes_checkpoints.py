@@ -6,6 +6,7 @@ A checkpoint's id holds a slash (`weights/step-1`), so its two halves are two pa
 import time
 from datetime import UTC, datetime
 from email.utils import formatdate
+from pathlib import Path as FilePath
 from typing import Annotated
 
 from anyio import to_thread
@@ -16,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from manylora.service.contract import Archive
 from manylora.service.door import Routes, TheCaller, TheDoor, json_body, takes
 from manylora.service.errors import missing
+from manylora.service.room import Room
 from manylora.service.signing import Grant
 from manylora.service.wire.messages import CopyWeightsRequest, TTLRequest, WeightsInfoRequest
 from manylora.service.wire.paths import TinkerPath, is_identifier
@@ -156,7 +158,7 @@ async def archive(caller: TheCaller, path: Path, request: Request) -> RedirectRe
     await caller.hub.weights_info(caller.tenant, path)  # it is there, and the caller may read it
     expires = int(time.time()) + caller.door.settings.url_seconds
     token = caller.door.signer.token(Grant(caller.tenant, path, ARCHIVE, expires))
-    address = f"{str(request.base_url).rstrip('/')}{router.prefix}/archives/{token}"
+    address = f"{request.state.base_url}{router.prefix}/archives/{token}"
     return RedirectResponse(address, 302, {"Expires": formatdate(expires, usegmt=True)})
 
 
@@ -165,11 +167,12 @@ async def archive(caller: TheCaller, path: Path, request: Request) -> RedirectRe
     response_class=Response,
     responses={200: {"content": {"application/x-tar": {}}}},
 )
-async def fetch_archive(door: TheDoor, token: str) -> Response:
+async def fetch_archive(door: TheDoor, token: str, request: Request) -> Response:
     """A checkpoint's adapter as one tar of PEFT's files, by its signed address."""
     grant = door.signer.grant(token)
     if grant.file != ARCHIVE:
         raise missing("file")
+    request.state.stays()
     archive = await door.hub.archive(grant.tenant, grant.path)
     return ArchiveResponse(archive, f"{grant.path.name}.tar")
 
@@ -183,7 +186,7 @@ async def external_weights_urls(
         raise missing("checkpoint")
     files = await caller.hub.external_files(caller.tenant, path)
     expires = int(time.time()) + caller.door.settings.url_seconds
-    base = f"{str(request.base_url).rstrip('/')}{router.prefix}/external_weights"
+    base = f"{request.state.base_url}{router.prefix}/external_weights"
     urls = {
         name: f"{base}/{caller.door.signer.token(Grant(caller.tenant, path, name, expires))}"
         for name in files
@@ -196,11 +199,25 @@ async def external_weights_urls(
     response_class=Response,
     responses={200: {"content": {"application/octet-stream": {}}}},
 )
-async def download(door: TheDoor, token: str) -> FileResponse:
+async def download(door: TheDoor, token: str, request: Request) -> FileResponse:
     """A file by its signed address."""
     grant = door.signer.grant(token)
+    request.state.stays()
     files = await door.hub.external_files(grant.tenant, grant.path)
     file = files.get(grant.file)
     if file is None or not await to_thread.run_sync(file.is_file):
         raise missing("file")
-    return FileResponse(file, media_type="application/octet-stream")
+    return _Download(door.downloads, file)
+
+
+class _Download(FileResponse):
+    """A file on its way, which is open until its last byte is sent."""
+
+    def __init__(self, room: Room, file: FilePath):
+        super().__init__(file, media_type="application/octet-stream")
+        self._room = room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._room.holding() as held:
+            held.grow(1)
+            await super().__call__(scope, receive, send)

@@ -1,15 +1,12 @@
 """`manylora serve` as a process: a socket, uvicorn, the service behind it, signals."""
 
 import asyncio
-import ipaddress
-import json
 import logging
 import socket
-import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from urllib.parse import urlsplit
 
 import uvicorn
 
@@ -17,12 +14,16 @@ from manylora.config import ServerFile
 from manylora.processes import EngineGroup, start_group
 from manylora.service.app import build_app
 from manylora.service.auth import DEV_TENANT, KEY_PREFIX
+from manylora.service.connections import Connections, room_for
 from manylora.service.door import DoorSettings
 from manylora.service.ending import CONNECTION_SECONDS, Ending
 from manylora.service.engines import keep_up, opening_of
 from manylora.service.late import LateHub
 from manylora.service.limits import BodyLimits
+from manylora.service.listening import BACKLOG, Listener, Protocol, listen_at
+from manylora.service.logs import log_to_stderr
 from manylora.service.metrics import Metrics
+from manylora.service.outside import ANY, Names, host_of, is_loopback
 from manylora.service.private import keep_private, signing_secret
 from manylora.service.server import Service
 from manylora.service.wire.limits import WireLimits
@@ -30,10 +31,10 @@ from manylora.store import Store
 from manylora.store.access import Keys
 from manylora.types import ConfigError
 from manylora.types.machine import M_ARENA_MAX, set_malloc
+from manylora.types.mesh import MeshShape
 
 log = logging.getLogger("manylora.service")
 
-BACKLOG = 2048
 # What the engine's processes may take to end by themselves.
 ENGINE_SECONDS = 2.0
 
@@ -97,19 +98,19 @@ def run_server(settings: ServerFile) -> int:
         ConfigError: the address cannot be used, or it is public and there is no API key.
         BaseModelError, StoreError: what it needs cannot be opened.
     """
-    _log_to_stderr()
+    log_to_stderr()
     # A dozen threads come and go here; with an arena each, memory would grow for hours.
     set_malloc({M_ARENA_MAX: 1})
     keep_private(Path(settings.data_dir))
     store = Store.in_folder(settings.data_dir, settings.database)
     try:
         keyed = store.keys.any_keys()
-        if not keyed and not _is_this_machine(settings.host):
+        if not keyed and not is_loopback(settings.host):
             raise ConfigError(
                 f"host is {settings.host!r}, which others can reach, and there is no API key; make "
                 f"one with: manylora keys create TENANT --data-dir {settings.data_dir}"
             )
-        listener = _listen(settings.host, settings.port)
+        listener = listen_at(settings.host, settings.port, _connections(settings))
         # First of all, because its processes take seconds to import what they need.
         group = start_group(
             opening_of(settings), step_seconds=settings.step_seconds, ray=settings.ray,
@@ -132,7 +133,7 @@ async def _serve(
     settings: ServerFile,
     store: Store,
     group: EngineGroup,
-    listener: socket.socket,
+    listener: Listener,
     ending: Ending,
     *,
     keyed: bool,
@@ -141,16 +142,16 @@ async def _serve(
     metrics = Metrics()
     hub = LateHub()
     service = Service(settings, store, limits, metrics.observe)
-    local = _is_this_machine(settings.host)
+    local, connections = is_loopback(settings.host), listener.connections
     app = build_app(
         hub,  # pyrefly: ignore[bad-argument-type]
         authenticator=StoreAuthenticator(store.keys, local=local),
         local_only=not keyed,
-        settings=DoorSettings(
-            bodies=_body_limits(settings), wire=limits, poll_seconds=settings.long_poll_seconds
-        ),
+        settings=_door_settings(settings, limits, connections),
         signing_secret=signing_secret(Path(settings.data_dir)),
         metrics=lambda: metrics.text(service.hub),
+        names=_names(settings, keyed=keyed),
+        connections=connections,
     )
     server = _Uvicorn(
         uvicorn.Config(
@@ -158,8 +159,17 @@ async def _serve(
             log_config=None,
             access_log=False,
             lifespan="off",
+            # uvicorn takes any callable that makes its protocols.
+            http=partial(  # pyrefly: ignore[bad-argument-type]
+                Protocol,
+                connections=connections,
+                head_seconds=settings.connections.head_seconds,
+                write_seconds=settings.connections.body_seconds,
+            ),
+            ws="none",
             backlog=BACKLOG,
-            timeout_keep_alive=75,
+            # Seconds of the loop's clock, whole or not.
+            timeout_keep_alive=settings.connections.idle_seconds,  # pyrefly: ignore[bad-argument-type]
             server_header=False,
             proxy_headers=False,
         ),
@@ -188,61 +198,46 @@ def _announce(settings: ServerFile, listener: socket.socket, *, keyed: bool) -> 
     print(f"manylora serves {settings.base} at {url}{keys}", flush=True)
 
 
+def _connections(settings: ServerFile) -> Connections:
+    wanted = settings.connections.most
+    most = room_for(wanted, MeshShape.parse(settings.mesh).size)
+    if most < wanted:
+        log.warning(
+            "the system lets this process have so few files open that it takes %d connections at "
+            "once instead of %d (connections.most); raise the limit with ulimit -n",
+            most, wanted,
+        )  # fmt: skip
+    return Connections(most, max(1, int(most * settings.connections.share)))
+
+
+def _names(settings: ServerFile, *, keyed: bool) -> Names:
+    allowed = settings.allowed_hosts
+    if allowed is None:
+        allowed = [ANY] if keyed else []
+    url = settings.public_url
+    own = [settings.host] if url is None else [settings.host, urlsplit(url).hostname or ""]
+    return Names(allowed=frozenset(host_of(name) for name in [*allowed, *own]), public_url=url)
+
+
+def _door_settings(
+    settings: ServerFile, limits: WireLimits, connections: Connections
+) -> DoorSettings:
+    return DoorSettings(
+        bodies=_body_limits(settings), wire=limits, poll_seconds=settings.long_poll_seconds,
+        requests_each=connections.most_each, downloads=max(2, connections.most // 16),
+    )  # fmt: skip
+
+
 def _body_limits(settings: ServerFile) -> BodyLimits:
     ordinary = BodyLimits()
-    largest = settings.limits.body_bytes
+    largest, held = settings.limits.body_bytes, settings.connections
     return BodyLimits(
+        seconds=held.body_seconds,
+        arriving=held.arriving_bytes,
+        arriving_each=max(1, int(held.arriving_bytes * held.share)),
         ordinary=min(ordinary.ordinary, largest),
         by_path={
             path: largest if path.endswith(("forward_backward", "/runs")) else min(limit, largest)
             for path, limit in ordinary.by_path.items()
         },
     )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends at once (TCP_NODELAY) only where it sees that it is TCP; otherwise every answer,
-    # which is a head and a body, waits 40 ms for the client's word in between.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"{host}:{port} cannot be listened on: {error.strerror}; give another --port, or 0 for "
-            "any free one"
-        ) from error
-    return listener
-
-
-def _is_this_machine(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-class _Lines(logging.Formatter):
-    """One JSON object a line. What our own loggers write as JSON is not quoted again."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        event = text if record.name == "manylora.access" else json.dumps(text)
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-        line = f'"time": "{when}", "level": "{record.levelname}", "logger": "{record.name}"'
-        if record.exc_info:
-            line += f', "traceback": {json.dumps(self.formatException(record.exc_info))}'
-        return f'{{{line}, "event": {event}}}'
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Lines())
-    logger = logging.getLogger("manylora")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
