@@ -24,6 +24,7 @@ from manylora.types import (
     Scoring,
     StepRefused,
     TargetError,
+    TextFormat,
 )
 from tests.laws.tenants import must, random_data
 from tests.threads import SESSION, under
@@ -241,3 +242,20 @@ def test_several_answers_scores_and_giving_up(trainer):
     assert endless.cancel()
     assert step.result(20).step == 1  # the lane goes on at once
     assert trainer._engine.decoding == 0
+
+
+def test_an_adapter_s_answers_end_where_its_files_say(trainer, tmp_path: Path):
+    one = trainer.create("a", rank=4)
+    free = SamplingParams(max_tokens=5, stop=())
+    answer = one.sample([[1, 2, 3]], free).result().sequences[0].tokens
+    assert len(answer) == 5
+    one.text_format = TextFormat((answer[1],), "{{ messages }}")
+    state, folder = tmp_path / "step-1", tmp_path / "peft"
+    one.save(state).result(), one.export(folder).result()
+    restored, _ = trainer.restore("b", state)
+    for handle in (one, restored, trainer.create("c", init_from=folder), restored.snapshot()):
+        assert handle.text_format == one.text_format
+        ended = handle.sample([[1, 2, 3]], SamplingParams(max_tokens=5)).result().sequences[0]
+        assert ended.tokens == answer[: answer.index(answer[1]) + 1]
+        assert ended.stop_reason == "stop"
+        assert handle.sample([[1, 2, 3]], free).result().sequences[0].tokens == answer

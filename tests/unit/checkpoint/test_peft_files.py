@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from manylora.checkpoint import export_peft, import_peft
-from manylora.types import CheckpointDamaged, CheckpointMismatch, NotFinite, SaveFailed, Unsupported
+from manylora.types import (
+    CheckpointDamaged,
+    CheckpointMismatch,
+    NotFinite,
+    SaveFailed,
+    TextFormat,
+    Unsupported,
+)
 from tests.unit.checkpoint.states import SITES, spec_of, state_of
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -342,3 +349,19 @@ def test_a_pipe_is_not_waited_for(folder: Path):
         os.mkfifo(folder / name)
         with pytest.raises(CheckpointDamaged, match=name):
             import_peft(folder, SITES)
+
+
+def test_how_its_texts_became_tokens_comes_back(tmp_path: Path):
+    state = state_of(spec_of())
+    wanted = TextFormat((2, 7), "{{ messages }}\n")
+    export_peft(
+        tmp_path / "a", state.spec, state.layout, state.weights, base_name="tiny", sites=SITES,
+        text_format=wanted,
+    )  # fmt: skip
+    assert (tmp_path / "a" / "chat_template.jinja").read_text() == "{{ messages }}\n"
+    assert import_peft(tmp_path / "a", SITES).text_format == wanted
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ other }}")
+    with pytest.raises(CheckpointDamaged, match=r"chat_template\.jinja"):
+        import_peft(tmp_path / "a", SITES)
+    export(tmp_path / "b")
+    assert import_peft(tmp_path / "b", SITES).text_format == TextFormat()

@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from manylora.runs.encode import Encoder, encode_prompt, encode_source
 from manylora.runs.sources import read_source
 from manylora.types import DataError
+from tests.unit.runs.small_tokenizer import make_tokenizer
 
 
 @pytest.fixture
@@ -55,6 +57,25 @@ def test_a_bos_stands_in_front_where_the_tokenizer_adds_one(source, tokenizer, b
     (with_bos,) = encode_source(rows, bos_tokenizer)
     assert sequence(with_bos) == [bos_tokenizer.bos_token_id, *sequence(without)]
     assert learned(with_bos, bos_tokenizer) == "b<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("single", "front"),
+    [("<|im_start|> <|begin|> $A", [2, 1]), ("$A <|end|>", []), ("<|begin|> $A <|end|>", [1])],
+)
+def test_what_a_tokenizer_puts_around_a_text(source, single, front):
+    tokenizer = make_tokenizer()
+    names = ("<|end|>", "<|begin|>", "<|im_start|>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single,
+        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in names],
+    )
+    ids = tokenizer("one", add_special_tokens=False)["input_ids"]
+    assert encode_prompt(tokenizer, "one") == [*front, *ids]
+    (pair,) = encode_source(source({"prompt": "one", "completion": "one"}), tokenizer)
+    assert sequence(pair) == [*front, *ids, *ids, tokenizer.eos_token_id]
+    (text,) = encode_source(source({"text": "one"}), tokenizer)
+    assert sequence(text) == [*front, *ids, tokenizer.eos_token_id]
 
 
 def test_an_empty_prompt(source, tokenizer, bos_tokenizer):

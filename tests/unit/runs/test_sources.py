@@ -1,5 +1,6 @@
 """Reading examples: the three kinds, the three places, and what is said of bad rows."""
 
+import gzip
 import json
 import os
 
@@ -201,3 +202,113 @@ def test_without_the_hub_the_error_says_what_to_do(monkeypatch):
     text = refusal("org/name")
     assert text.startswith("org/name: cannot load this dataset from the hub: Couldn't reach")
     assert "long story" not in text and ".csv.gz or .parquet, or begin with ./" in text
+
+
+# --- files of other kinds ---------------------------------------------------------------------
+
+
+def test_csv(here):
+    content = 'prompt,completion,note\r\na,"b\nc",\r\n\r\n"d ""e""",f,x\r\n'
+    source = read_source(write(here, b"\xef\xbb\xbf" + content.encode(), "d.csv"))
+    assert texts(source) == [("a", "b\nc"), ('d "e"', "f")]
+    assert [example.line for example in source.examples] == [2, 5]
+    assert source.ignored == ("note",)
+    long = "x" * 300_000  # longer than the module's own limit
+    assert texts(read_source(write(here, f"text\n{long}\n", "d.csv"))) == [(long,)]
+
+
+def test_csv_messages_are_json(here):
+    cell = json.dumps(CHAT).replace('"', '""')
+    source = read_source(write(here, f'messages\n"{cell}"\n', "d.csv"))
+    assert source.examples[0].messages == (Message("user", "q"), Message("assistant", "a"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("prompt,completion\na,b\nc\n", "d.csv:3: has 1 cells; the titles"),
+        ("prompt,prompt\na,b\n", "d.csv:1: has two columns 'prompt'"),
+        ('prompt,completion\na,"b\nc\n', "d.csv:2: is not CSV"),
+        (b"text\n\xff\n", "d.csv:2: is not UTF-8 text"),
+        ("question\na\n", "d.csv:2: has only 'question'"),
+        ("prompt,completion\na,\n", "d.csv:2: 'completion' is empty"),
+        ("prompt,completion\n", "d.csv: has no rows"),
+    ],
+)
+def test_bad_csv_is_named(here, content, said):
+    assert refusal(write(here, content, "d.csv")).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("d.jsonl.gz", PAIR), ("d.csv.gz", "prompt,completion\na,b\n")]
+)
+def test_gzip(here, name, content):
+    packed = gzip.compress(content.encode())
+    assert texts(read_source(write(here, packed, name))) == [("a", "b")]
+    assert refusal(write(here, packed[:-9], name)).startswith(f"{name}: is not a whole gzip file")
+    assert refusal(write(here, content, name)).startswith(f"{name}: is not a whole gzip file")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["./d.json", "../x/d.txt", "/d.tsv", "~/d", "d.json", "a/b/c", "org/d.zip", "d.jsonl.zst"],
+)
+def test_other_local_files_are_refused_by_name_and_never_asked_of_a_hub(monkeypatch, name):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    assert refusal(name).startswith(f"{name}: of local files .jsonl, .jsonl.gz, .csv,")
+
+
+def test_binary_columns_and_strange_values_are_called_what_they_are(here):
+    pq.write_table(pa.table({"prompt": ["a"], "completion": [b"xyz"]}), "d.parquet")
+    assert "row 1: 'completion' is binary data (3 bytes); it must be a string" in refusal(
+        "d.parquet"
+    )
+    pq.write_table(pa.table({"text": pa.array([0], pa.timestamp("s"))}), "d.parquet")
+    assert "row 1: 'text' is a datetime" in refusal("d.parquet")
+
+
+def test_whatever_a_library_raises_is_the_source_s_fault(here, monkeypatch):
+    def rows():
+        yield {"text": "a"}
+        raise RuntimeError("codec went away\nlong story")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    write(here, "", "d.parquet")
+    assert refusal("d.parquet") == "d.parquet: cannot be read as Parquet: codec went away"
+    digits = '{"text": ' + "9" * 5000 + "}"
+    assert refusal(write(here, digits)).startswith("d.jsonl:1: cannot be read: ")
+
+
+def test_nulls_of_a_table_are_no_values(here):
+    tool = {"type": "function", "function": {"name": "look", "strict": None}}
+    calls = [
+        {"role": "user", "content": "q", "tool_calls": None},
+        {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]},
+    ]
+    pq.write_table(pa.table({"messages": [calls], "tools": [[tool]]}), "d.parquet")
+    (example,) = read_source("d.parquet").examples
+    assert example.messages[0] == Message("user", "q")
+    assert example.options == {"tools": [{"type": "function", "function": {"name": "look"}}]}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"system": "be"}, "has 'system', which would be left out; put it into messages"),
+        ({"images": ["x"]}, "has 'images'"),
+        ({"tools": "["}, "'tools' is text that is not JSON"),
+        ({"tools": {"a": 1}}, "'tools' is an object; it must be a list of objects"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "may not set 'chat_template'"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "may not set 'tokenize'"),
+        ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' is a list; it must be an object"),
+    ],
+)
+def test_columns_beside_messages_are_checked(here, more, said):
+    assert said in refusal(write(here, json.dumps({"messages": CHAT, **more})))
+
+
+def test_tools_need_messages(here):
+    row = {"prompt": "a", "completion": "b", "tools": [{"a": 1}]}
+    assert "has 'tools', which only a chat template can use" in refusal(
+        write(here, json.dumps(row))
+    )

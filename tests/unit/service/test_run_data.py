@@ -107,3 +107,10 @@ def test_what_a_shared_server_does_not_take(lora: dict[str, Any], error: type[Ex
     with pytest.raises(error):
         check_size(entry(**lora), 16)
     check_size(entry(rank=16, targets=["q_proj", "mlp.up_proj"], rank_pattern={"q_proj": 2}), 16)
+
+
+@pytest.mark.parametrize("template", ["/etc/passwd", "{% for i in range(9) %}x{% endfor %}"])
+def test_a_chat_template_is_neither_read_nor_run(template: str) -> None:
+    settings = {"name": "a", "sft": {"train": "x.jsonl"}, "chat_template": template}
+    with pytest.raises(Unsupported, match="a template is a program"):
+        check_size(AdapterEntry.model_validate(settings), 16)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from manylora.config import AdapterEntry
+from manylora.models.vocabulary import Vocabulary
 from manylora.runs.job import Prepared, mean_weights
 from manylora.runs.prepare import MAX_SAMPLES, prepare_sft
 from manylora.types import DataError, DatumTooLong, causal_datum
@@ -104,3 +105,27 @@ def test_a_conversation_is_asked_for_its_last_answer(tmp_path: Path):
     assert bytes(prompt.tokens).decode() == asked
     assert prompt.text == "user: one?\nassistant: 1\nuser: two?"
     assert prompt.expected == "hm.22|"
+
+
+def test_what_ends_an_answer_is_recorded_and_disagreement_told(tmp_path: Path):
+    door = FakeDoor()
+    door.vocabulary = Vocabulary(128, (7, 9), "generation_config.json")
+    run = prepared(tmp_path, ROWS, door)
+    assert run.text_format.stop == run.evals.stop == (0, 7, 9)
+    (note,) = run.notes
+    assert "tokenizer_config.json" in note and "generation_config.json" in note
+    assert "sft.eos" in note
+    chosen = prepared(tmp_path, ROWS, door, eos="~")
+    assert chosen.text_format.stop == (0, 7, 9, ord("~")) and chosen.notes == []
+    assert chosen.batch(1)[0].loss_inputs["target_tokens"][-1] == ord("~")
+
+
+def test_a_base_s_own_end_serves_a_tokenizer_without_one(tmp_path: Path):
+    door = FakeDoor()
+    door.tokenizer.eos_token_id = None
+    door.vocabulary = Vocabulary(128, (9,), "config.json")
+    run = prepared(tmp_path, ROWS, door)
+    assert run.text_format.stop == (9,) and run.notes == []
+    door.vocabulary = Vocabulary(128, (), "")
+    with pytest.raises(DataError, match=r"no end-of-sequence token.*name one with sft\.eos"):
+        prepared(tmp_path, ROWS, door)
