@@ -36,7 +36,7 @@ SIZE = 8
 class FakeTokenizer:
     """One token per character, and 0 for the end."""
 
-    eos_token_id = 0
+    eos_token_id: int | None = 0
     bos_token_id: int | None = None
     chat_template: str | None = None
 
