@@ -151,7 +151,7 @@ def main() -> None:
         print(f"{name:12} {statistics.median(found):7.1f} ({min(found):.1f} to {max(found):.1f})")
     if "1 streams" in answers:
         same = answers["1 streams"] == answers["generate"]
-        print("the same tokens" if same else f"OTHER TOKENS: {answers['1 streams']}, {answers['generate']}")
+        print("generate chose the same tokens" if same else f"other tokens: {answers}")
     if options.out:
         report = {"machine": about, "tokens": tokens, "rates": rates}
         options.out.write_text(json.dumps(report, indent=1) + "\n")

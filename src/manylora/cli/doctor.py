@@ -129,6 +129,7 @@ def _torch() -> Iterator[Finding]:
     else:
         yield Finding("ok", "threads", str(threads))
     yield from _products()
+    yield from _decoding()
     if not torch.cuda.is_available():
         yield Finding("ok", "cuda", "no device; runs use the CPU")
     for index in range(torch.cuda.device_count()):
@@ -155,6 +156,24 @@ def _products() -> Iterator[Finding]:
         yield Finding("warn", "products", f"{text} ({PRODUCTS_ADVICE})")
     else:
         yield Finding("ok", "products", text)
+
+
+def _decoding() -> Iterator[Finding]:
+    """How many rows a step of decoding needs at least, for products of a usual size."""
+    import torch
+
+    from manylora.kernels import ladder, safe_packed, safe_plain
+
+    counts, threads = ladder(16), torch.get_num_threads()
+    found: list[str] = []
+    for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
+        packed = safe_packed(576, 1536, False, dtype, threads, counts)
+        plain = safe_plain(576, 1536, dtype, threads, counts, 16)
+        if len(packed) == len(counts):
+            found.append(f"{name} from 1 row on, with weights kept twice")
+        else:
+            found.append(f"{name} from {min(plain, default=16)} rows on")
+    yield Finding("ok", "decoding", f"steps in {'; '.join(found)}")
 
 
 def _seedling() -> Iterator[Finding]:

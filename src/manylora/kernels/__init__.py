@@ -1,7 +1,8 @@
 """Arithmetic on plain tensors: many adapters' low-rank terms, and the base's products beside them.
 
-Owns: `shrink_expand` and its backward, on row ranges; products with frozen weights, whose rows have
-the same bits whatever the number of rows; what the CPU's vendor library needs for that.
+Owns: `shrink_expand` and its backward, on row ranges; the same for single rows; products with
+frozen weights, whose rows have the same bits whatever the number of rows; finding out which numbers
+of rows those are; what the CPU's vendor library needs for that.
 Does not own: which token belongs to which adapter (lora), autograd.
 Talks to: nobody; `lora` and `engine` call it.
 """
@@ -10,6 +11,7 @@ from manylora.kernels.frozen import (
     PRODUCTS_ADVICE,
     add_product,
     product,
+    safe_plain,
     whole_products,
     write_product,
 )
@@ -21,6 +23,9 @@ from manylora.kernels.lowrank import (
     shrink_expand,
     shrink_expand_backward,
 )
+from manylora.kernels.prepacked import PackedWeight, safe_packed
+from manylora.kernels.rows import RowCounts, ladder, safe_for_functions
+from manylora.kernels.rowwise import RowBatch, add_by_row, row_batches
 from manylora.kernels.vendor import settle_functions
 
 __all__ = [
@@ -28,9 +33,18 @@ __all__ = [
     "Block",
     "Columns",
     "Member",
+    "PackedWeight",
+    "RowBatch",
+    "RowCounts",
     "SegmentWork",
+    "add_by_row",
     "add_product",
+    "ladder",
     "product",
+    "row_batches",
+    "safe_for_functions",
+    "safe_packed",
+    "safe_plain",
     "settle_functions",
     "shrink_expand",
     "shrink_expand_backward",

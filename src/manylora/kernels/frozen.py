@@ -16,6 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from manylora.kernels.rows import alike, some_rows
+
 log = logging.getLogger("manylora.kernels")
 
 PRODUCTS_ADVICE = "import manylora before anything is computed, or set MKL_CBWR=AUTO,STRICT"
@@ -30,6 +32,9 @@ FEWEST_ROWS = 16
 # did, and among products of up to the first number of rows already.
 TRIED_SIZES = ((512, 1024), (1024, 1024), (256, 128))
 TRIED_ROWS = (256, 1024)
+
+# Numbers of rows of a base's own products are tried as far as that takes so many multiplications.
+TRIED_WORK = 4_000_000_000
 
 
 def product(a_TK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -56,6 +61,37 @@ def whole_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether rows keep their bits when products are made as they come, in this process."""
     # On other devices nobody is promised bits.
     return device.type != "cpu" or _safe_rows(dtype, torch.get_num_threads()) == FEWEST_ROWS
+
+
+@cache
+def safe_plain(
+    terms: int,
+    columns: int,
+    dtype: torch.dtype,
+    threads: int,
+    counts: tuple[int, ...],
+    multiple: int,
+) -> frozenset[int]:
+    """Of `counts`, those of which rows of a product of these sizes are known to keep their bits.
+
+    Args:
+        threads: torch's number of them, which the answer depends on.
+        multiple: rows in multiples of it keep their bits.
+    """
+    if _safe_rows(dtype, threads) != FEWEST_ROWS:
+        return frozenset()  # products of few rows are filled up to some number anyway
+    tried: list[int] = []
+    rows = 2 * multiple
+    for count in counts:
+        rows += count
+        if rows * terms * columns > TRIED_WORK:
+            break
+        tried.append(count)
+    if not tried:
+        return frozenset()
+    weight_KN = some_rows(columns, terms, dtype).t()
+    most = -(-tried[-1] // multiple) * multiple
+    return alike(lambda x_TK: product(x_TK, weight_KN), some_rows(most, terms, dtype), tried)
 
 
 def _run(multiply: Callable[[Tensor, Tensor], object], a_TK: Tensor, out_TN: Tensor) -> None:

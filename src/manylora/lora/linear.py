@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from manylora.kernels import (
     Columns,
+    PackedWeight,
+    add_by_row,
     add_product,
     product,
+    row_batches,
     shrink_expand,
     shrink_expand_backward,
     write_product,
@@ -48,6 +51,8 @@ class InputGroup:
         self.split: Split = "whole"
         self.axis: Axis | None = None
         self.columns: Columns | None = None
+        # The layers' weights once more, for products of few rows.
+        self.packed: list[PackedWeight] = []
         if isinstance(layers[0], SplitLinear):
             self._split_over(layers[0])
 
@@ -74,25 +79,33 @@ class InputGroup:
                 self.axis.sum_(y.detach())
         return list(ys)
 
+    def pack(self) -> None:
+        """Keep the layers' weights a second time, for products of few rows."""
+        if not self.packed:
+            self.packed = [PackedWeight(layer.weight, layer.bias) for layer in self.layers]
+
     def _products(self, x: Tensor, table: RoutingTable) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         work = table.work(self.number)
         x_TK = x.reshape(-1, x.shape[-1])
-        # Not views, which autograd would not let anybody add to in their place.
-        outputs = tuple(x.new_empty(*x.shape[:-1], one.out_features) for one in self.layers)
-        ys = [output.view(-1, output.shape[-1]) for output in outputs]
-        for y_TN, layer in zip(ys, self.layers, strict=True):
-            write_product(y_TN, x_TK, layer.weight.t(), layer.bias)
+        if table.packed:
+            ys = [weight.product(x_TK) for weight in self.packed]
+            outputs = tuple(y_TN.view(*x.shape[:-1], y_TN.shape[1]) for y_TN in ys)
+        else:
+            # Not views, which autograd would not let anybody add to in their place.
+            outputs = tuple(x.new_empty(*x.shape[:-1], one.out_features) for one in self.layers)
+            ys = [output.view(-1, output.shape[-1]) for output in outputs]
+            for y_TN, layer in zip(ys, self.layers, strict=True):
+                write_product(y_TN, x_TK, layer.weight.t(), layer.bias)
         if not work:
             return outputs, []
-        places = table.spread
-        if places is None:
-            return outputs, shrink_expand(x_TK, ys, table.sizes, work, self.columns)
-        rows_TK, *terms = (rows.index_select(0, places.rows) for rows in (x_TK, *ys))
-        pieces = table.spread_work(self.number)
-        shrunk = shrink_expand(rows_TK, terms, places.sizes, pieces, self.columns)
-        for y_TN, term in zip(ys, terms, strict=True):
-            y_TN.index_copy_(0, places.own, term.index_select(0, places.back))
-        return outputs, shrunk
+        if table.by_row:
+            batches = table.row_batches.get(self.number)
+            if batches is None:
+                batches = row_batches(x_TK, ys, table.sizes, work)
+                table.row_batches[self.number] = batches
+            add_by_row(x_TK, ys, batches)
+            return outputs, []
+        return outputs, shrink_expand(x_TK, ys, table.sizes, work, self.columns)
 
     def _input_gradient(self, flat: Sequence[Tensor | None]) -> Tensor | None:
         """The base's part of it: the members' products, always in the same order."""

@@ -243,8 +243,10 @@ def decode_attention(
         out_SHGD = _decode_gathered(q_SHGD, step, layers, scale, sight)
     out_SHD = out_SHGD.flatten(1, 2)
     out_SHD = out_SHD if rows.sorted else out_SHD[rows.back]
-    padding = out_SHD.new_zeros(query.shape[2] - count, *out_SHD.shape[1:])
-    return torch.cat([out_SHD, padding]).unsqueeze(0)
+    if query.shape[2] > count:
+        padding = out_SHD.new_zeros(query.shape[2] - count, *out_SHD.shape[1:])
+        out_SHD = torch.cat([out_SHD, padding])
+    return out_SHD.unsqueeze(0)
 
 
 def _decode_runs(
@@ -268,12 +270,34 @@ def _decode_runs(
             if softcap is not None:
                 outputs.append(_softcapped(q, k, v, own_mask == 0.0, scale, softcap))
             else:
-                outputs.append(
-                    functional.scaled_dot_product_attention(
-                        q, k, v, attn_mask=own_mask, scale=scale
-                    )
-                )
-    return torch.cat(outputs)
+                outputs.append(_attend_apart(q, k, v, own_mask, scale))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+# So many queries have scores, sums and outputs of whole cache lines together.
+WHOLE_LINES = 8
+
+
+def _attend_apart(
+    q_nHGD: Tensor, k_nHLD: Tensor, v_nHLD: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """Attention of few queries, of which a sequence's bits are its own with several threads, too.
+
+    Each thread has a piece of one buffer, as long as its queries need, and the vendor's products
+    may round otherwise where an operand does not begin on a cache line; so the queries are filled
+    up to a number with which every piece does. A single problem would be taken by all threads.
+    """
+    count, heads, queries, _ = q_nHGD.shape
+    if torch.get_num_threads() > 1:
+        q_nHGD = functional.pad(q_nHGD, (0, 0, 0, -queries % WHOLE_LINES))
+        if count * heads == 1:
+            q_nHGD, k_nHLD, v_nHLD, mask = (
+                t.expand(2, -1, -1, -1) for t in (q_nHGD, k_nHLD, v_nHLD, mask)
+            )
+    out_nHGD = functional.scaled_dot_product_attention(
+        q_nHGD, k_nHLD, v_nHLD, attn_mask=mask, scale=scale
+    )
+    return out_nHGD[:count, :, :queries]
 
 
 def _decode_gathered(

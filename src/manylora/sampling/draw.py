@@ -1,7 +1,7 @@
 """Choosing the next token of every row: greedy, or drawn with the row's own random numbers.
 
 T rows with padding, S rows, V vocabulary. Every row's numbers depend on that row alone: all that
-is computed over elements is computed for the padded rows (see `models.stream.ROW_MULTIPLE`).
+is computed over elements is computed for so many rows as keep their bits (see `sampling.rows`).
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from manylora.kernels import RowCounts
 from manylora.models.stream import padded_rows
 from manylora.types.data import Array
 
 GOLDEN = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
+
+# Numbers whose logarithms are taken together are a multiple of this.
+LOG_ROWS = 64
 
 
 def stream_key(*numbers: int) -> int:
@@ -46,7 +51,7 @@ def _mixed(state: int) -> int:
 class RowSettings:
     """The sampling parameters of S rows as tensors; they last as long as the rows stay.
 
-    `total` is T, the number of rows with padding.
+    `rows` says what T is, and how many rows are drawn at a time.
     """
 
     def __init__(
@@ -54,25 +59,25 @@ class RowSettings:
         temperature_S: Array,
         top_k_S: Array,
         top_p_S: Array,
-        total: int,
+        rows: RowCounts,
         vocab: int,
         device: torch.device,
     ):
         count = len(temperature_S)
         drawn_S = temperature_S > 0.0
         cut_S = drawn_S & ((top_k_S > 0) | (top_p_S < 1.0))
-        scale_T = np.ones(total, np.float32)
+        scale_T = np.ones(rows.holding(count), np.float32)
         scale_T[:count][drawn_S] = temperature_S[drawn_S]
         # Dividing by one changes nothing.
         divide = bool((scale_T != 1.0).any())
         self.scale_T1 = torch.from_numpy(scale_T[:, None]).to(device) if divide else None
-        self.plain = _Rows.of(drawn_S & ~cut_S, device)
-        self.cut = _Rows.of(cut_S, device)
+        self.plain = _Rows.of(drawn_S & ~cut_S, rows, device)
+        self.cut = _Rows.of(cut_S, rows, device)
         if self.cut is not None:
-            rows = self.cut.padded
-            k_C1 = np.where(top_k_S > 0, top_k_S, vocab)[rows][:, None]
+            padded = self.cut.padded
+            k_C1 = np.where(top_k_S > 0, top_k_S, vocab)[padded][:, None]
             self.top_k_C1 = torch.from_numpy(k_C1).to(device)
-            self.top_p_C1 = torch.from_numpy(top_p_S[rows][:, None]).to(device)
+            self.top_p_C1 = torch.from_numpy(top_p_S[padded][:, None]).to(device)
 
 
 @dataclass(slots=True)
@@ -84,11 +89,11 @@ class _Rows:
     index: Tensor
 
     @classmethod
-    def of(cls, chosen_S: Array, device: torch.device) -> "_Rows | None":
+    def of(cls, chosen_S: Array, rows: RowCounts, device: torch.device) -> "_Rows | None":
         numbers = np.flatnonzero(chosen_S)
         if not len(numbers):
             return None
-        missing = padded_rows(len(numbers)) - len(numbers)
+        missing = rows.holding(len(numbers)) - len(numbers)
         padded = np.concatenate([numbers, np.repeat(numbers[:1], missing)])
         return cls(numbers, padded, torch.from_numpy(padded).to(device))
 
@@ -119,7 +124,7 @@ def choose(logits_TV: Tensor, settings: RowSettings, draw_S: Array) -> Choice:
     if settings.scale_T1 is not None:
         scaled_TV.div_(settings.scale_T1)
     weight_TV = scaled_TV.exp()
-    norm_T1 = weight_TV.sum(dim=-1, keepdim=True).log_()
+    norm_T1 = _log(weight_TV.sum(dim=-1, keepdim=True))
     for rows, draw in ((settings.plain, _draw), (settings.cut, _draw_cut)):
         if rows is not None:
             draw_C1 = torch.from_numpy(draw_S[rows.padded][:, None]).to(logits_TV.device)
@@ -130,6 +135,12 @@ def choose(logits_TV: Tensor, settings: RowSettings, draw_S: Array) -> Choice:
     # One transfer for both; a token fits a double.
     both = torch.stack([chosen_T.double(), picked_T.double()]).cpu().numpy()[:, : len(draw_S)]
     return Choice(both[0].astype(np.int64), both[1].astype(np.float32), scaled_TV, norm_T1)
+
+
+def _log(sum_T1: Tensor) -> Tensor:
+    """A number for each row is few of them: filled up, so that none is at a ragged end."""
+    missing = padded_rows(len(sum_T1), LOG_ROWS) - len(sum_T1)
+    return functional.pad(sum_T1, (0, 0, 0, missing), value=1.0).log_()[: len(sum_T1)]
 
 
 def _draw(weight_CV: Tensor, draw_C1: Tensor, _: RowSettings) -> Tensor:

@@ -4,8 +4,8 @@ A step reads a bounded number of prompt tokens, then feeds one token of every se
 then chooses the next tokens of those and of the sequences that begin. Newcomers join, and who is
 done leaves, between any two steps. A sequence's bits do not depend on who else is there:
 
-- rows of products are padded to safe numbers (`models.stream.ROW_MULTIPLE`), and segments of
-  low-rank products too (`lora.routing.spread`);
+- rows of products are padded to safe numbers (`sampling.rows`, and for prompts
+  `models.stream.ROW_MULTIPLE`), and each row's low-rank products are its own (`kernels.rowwise`);
 - attention reads as much of a sequence's cache as follows from its own length (`models.cache`);
 - prompts are cut by their own length, and each is a segment of its own;
 - random numbers are counted along each sequence.
@@ -19,13 +19,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from manylora.lora.routing import RoutingTable, Segment, routing, spread
+from manylora.kernels import RowCounts
+from manylora.lora.routing import RoutingTable, Segment, routing
 from manylora.models import BaseModel, KVCache, PackedStream, packed
 from manylora.models.cache import DecodeRows, DecodeStep, Extent, Filling
-from manylora.models.stream import decode_multiple, padded_rows
+from manylora.models.stream import padded_rows
 from manylora.sampling.draw import Choice, RowSettings, choose, stream_key, uniforms
 from manylora.sampling.request import Answer, Kinds, Request
+from manylora.sampling.rows import StepRows
 from manylora.sampling.scoring import PromptScorer, joined, likeliest, logits_rows
 from manylora.sampling.slots import Slots
 from manylora.sampling.stops import StopStrings
@@ -91,7 +94,7 @@ class DecodeLoop:
         self._beginning: list[Sequence] = []  # their prompt is read; the first token comes next
         self._batch: _Batch | None = None
         self._logits_rows = logits_rows(base.vocab_size)
-        self._multiple = decode_multiple(base.dtype, base.vocab_size)
+        self._rows = StepRows(base, max(MAX_SEQUENCES, max_sequences), self._logits_rows)
         self._finished: list[tuple[Request, Answer]] = []
 
     @property
@@ -290,7 +293,7 @@ class DecodeLoop:
         count = len(slots_S)
         place_S = slots.generated[slots_S] - 1
         position_S = slots.prompt[slots_S] + place_S
-        total = self._padded(count)
+        total = self._rows().hidden.holding(count)
         tokens_T, positions_T = np.zeros(total, np.int64), np.zeros(total, np.int64)
         tokens_T[:count] = slots.tokens[slots_S, place_S]
         positions_T[:count] = position_S
@@ -312,10 +315,10 @@ class DecodeLoop:
         rows = DecodeRows(self._cache, [s.extent for s in sequences], self._base.device)
         slots_S = np.array([s.slot for s in sequences])
         parts = self._parts(sequences)
-        table = parts[0].table if len(parts) == 1 else self._table(sequences)
+        table = self._table(sequences, self._rows().hidden)
         return _Batch(sequences, slots_S, table, rows, parts)
 
-    def _table(self, sequences: list[Sequence]) -> RoutingTable:
+    def _table(self, sequences: list[Sequence], rows: RowCounts) -> RoutingTable:
         segments: list[Segment] = []
         for sequence in sequences:
             weights = sequence.prompt.request.weights
@@ -323,12 +326,15 @@ class DecodeLoop:
                 segments[-1].rows += 1
             else:
                 segments.append(Segment(1, weights))
-        segments.append(Segment(self._padded(len(sequences)) - len(sequences), None))
-        places = spread(segments, self._base.device, self._base.dtype)
-        return RoutingTable(segments, training=False, spread=places)
+        segments.append(Segment(rows.holding(len(sequences)) - len(sequences), None))
+        # On other devices nobody is promised bits, and longer products are faster.
+        by_row = self._base.device.type == "cpu"
+        packed = self._rows().packed
+        return RoutingTable(segments, training=False, by_row=by_row, packed=packed)
 
     def _parts(self, sequences: list[Sequence]) -> list[_Part]:
         parts = []
+        rows = self._rows().logits
         for start in range(0, len(sequences), self._logits_rows):
             own = sequences[start : start + self._logits_rows]
             slots_S = np.array([s.slot for s in own])
@@ -336,12 +342,12 @@ class DecodeLoop:
                 self._slots.temperature[slots_S],
                 self._slots.top_k[slots_S],
                 self._slots.top_p[slots_S],
-                self._padded(len(own)),
+                rows,
                 self._base.vocab_size,
                 self._base.device,
             )
             watched = [row for row, s in enumerate(own) if s.stops or s.topk is not None]
-            parts.append(_Part(own, watched, slots_S, self._table(own), settings))
+            parts.append(_Part(own, watched, slots_S, self._table(own, rows), settings))
         return parts
 
     def _take(self, hidden_SH: Tensor, begun: list[Sequence]) -> None:
@@ -362,8 +368,8 @@ class DecodeLoop:
 
     def _take_part(self, part: _Part, hidden_SH: Tensor) -> None:
         slots, slots_S = self._slots, part.slots_S
-        missing = self._padded(len(hidden_SH)) - len(hidden_SH)
-        padded_TH = torch.cat([hidden_SH, hidden_SH.new_zeros(missing, hidden_SH.shape[1])])
+        missing = self._rows().logits.holding(len(hidden_SH)) - len(hidden_SH)
+        padded_TH = functional.pad(hidden_SH, (0, 0, 0, missing)) if missing else hidden_SH
         with routing(part.table):
             logits_TV = self._base.logits(padded_TH)
         draw_S = uniforms(slots.key[slots_S], slots.generated[slots_S])
@@ -388,9 +394,6 @@ class DecodeLoop:
             sequence.topk.append(
                 likeliest(logprobs_1V, sequence.prompt.request.scoring.topk_sampled)
             )
-
-    def _padded(self, rows: int) -> int:
-        return padded_rows(rows, self._multiple)
 
     def _on_device(self, array: Array) -> Tensor:
         return torch.from_numpy(array).to(self._base.device, non_blocking=True)

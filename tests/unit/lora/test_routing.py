@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from manylora.lora import routing as room
 from manylora.lora.adapter import Adapter, SiteIndex
 from manylora.lora.init import fresh_state
 from manylora.lora.layout import plan_layout
-from manylora.lora.routing import RoutingTable, Segment, current_table, routing, spread
+from manylora.lora.routing import RoutingTable, Segment, current_table, routing
 from manylora.lora.sites import Site, resolve_targets
 from manylora.types import AdapterSpec
 
@@ -78,34 +77,3 @@ def test_one_table_at_a_time_and_none_after_an_error():
         raise RuntimeError("inside")
     assert current_table() is None
     assert table.pending == {}
-
-
-@pytest.mark.parametrize(("whole", "sizes", "pieces"), [
-    (True, [16, 32], [0, 2]),
-    (False, [16, 16, 16], [0, 2, 2]),
-])  # fmt: skip
-def test_rows_are_spread_to_safe_numbers(whole: bool, sizes, pieces, monkeypatch):
-    monkeypatch.setattr(room, "whole_products", lambda device, dtype: whole)
-    one, two = adapter(), adapter(targets=("o_proj",))
-    segments = [Segment(3, one), Segment(2, None), Segment(20, two), Segment(0, one)]
-    places = spread(segments, torch.device("cpu"), torch.float32)
-    assert places is not None
-    assert (places.sizes, places.pieces) == (sizes, pieces)
-    # Every row of an adapter is found again where `back` says, and the rest is its segment's own.
-    assert places.own.tolist() == [0, 1, 2, *range(5, 25)]
-    assert torch.equal(places.rows[places.back], places.own)
-    assert set(places.rows.tolist()[:16]) == {0, 1, 2}
-    assert set(places.rows.tolist()[16:]) == set(range(5, 25))
-    table = RoutingTable(segments, training=False, spread=places)
-    assert [item.segment for item in table.spread_work(0)] == [0]
-    assert [item.segment for item in table.spread_work(1)] == list(range(len(pieces)))
-    assert table.spread_work(1)[-1].block is two.blocks[1]
-
-
-@pytest.mark.parametrize(("whole", "rows", "safe"), [
-    (True, (32, 16), True), (False, (16, 16), True), (False, (32, 16), False),
-])  # fmt: skip
-def test_safe_rows_stay_where_they_are(whole: bool, rows, safe: bool, monkeypatch):
-    monkeypatch.setattr(room, "whole_products", lambda device, dtype: whole)
-    segments = [Segment(count, adapter(seed=count)) for count in rows]
-    assert (spread(segments, torch.device("cpu"), torch.float32) is None) == safe

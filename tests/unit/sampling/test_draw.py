@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from manylora.models.stream import padded_rows
+from manylora.kernels import RowCounts
 from manylora.sampling.draw import RowSettings, choose, stream_key, uniforms
 from manylora.types.data import Array
 
@@ -17,11 +17,11 @@ VOCAB = 50
 
 def run(logits_SV: Array, temperature: Array, top_k: Array, top_p: Array, draws: Array):
     count, vocab = logits_SV.shape
-    total = padded_rows(count, 16)
-    logits_TV = torch.zeros(total, vocab)
+    rows = RowCounts((), 16)
+    logits_TV = torch.zeros(rows.holding(count), vocab)
     logits_TV[:count] = torch.from_numpy(logits_SV)
     settings = RowSettings(
-        temperature.astype(np.float32), top_k, top_p, total, vocab, torch.device("cpu")
+        temperature.astype(np.float32), top_k, top_p, rows, vocab, torch.device("cpu")
     )
     return choose(logits_TV, settings, draws)
 
