@@ -29,7 +29,7 @@ _KNOWN = {
     *("exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern"),
     *("layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type"),
     *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config"),
-    *("target_modules", "task_type", "use_rslora"),
+    *("target_modules", "target_parameters", "task_type", "use_rslora"),
 }
 
 # Why a field that is set is refused. One that is not listed here is refused too.
@@ -37,7 +37,6 @@ _REFUSED = {
     "use_dora": "DoRA rescales the base's weights",
     "modules_to_save": "it holds whole modules, not low-rank factors",
     "trainable_token_indices": "it holds rows of the embedding",
-    "target_parameters": "it adapts bare parameters, not linear layers",
     "lora_bias": "B has a bias",
     "fan_in_fan_out": "the base's weights are stored transposed",
     "layer_replication": "it repeats layers of the base",
@@ -80,18 +79,26 @@ class PeftConfig:
     excluded: str | frozenset[str]
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
+    parameters: frozenset[str] = frozenset()
     _matching: Matching = field(default_factory=Matching, compare=False, repr=False)
 
     def rank_of(self, name: str) -> int:
         """The rank of the module of that path."""
-        return self._pattern_value("rank_pattern", self.rank_pattern, name, self.rank)
+        return self._pattern_value("rank_pattern", self.rank_pattern, self._key(name), self.rank)
 
     def alpha_of(self, name: str) -> float:
         """The alpha of the module of that path."""
-        return self._pattern_value("alpha_pattern", self.alpha_pattern, name, self.alpha)
+        return self._pattern_value("alpha_pattern", self.alpha_pattern, self._key(name), self.alpha)
+
+    def _key(self, name: str) -> str:
+        """What patterns are held against: a module's path, or that of its weight."""
+        weight = f"{name}.weight"
+        return weight if _is_named(self.parameters, weight) else name
 
     def adapts(self, site: Site) -> bool:
         """Whether PEFT would put factors on `site`."""
+        if self._key(site.name) != site.name:
+            return True
         if self._matches("exclude_modules", self.excluded, site.name):
             return False
         if isinstance(self.targets, str):
@@ -169,6 +176,7 @@ def parse_config(fields: Mapping[str, JSON], where: str) -> PeftConfig:
         targets=frozenset(targets) if isinstance(targets, tuple) else targets,
         excluded=frozenset(excluded) if isinstance(excluded, tuple) else excluded,
         layers=taker.indices("layers_to_transform"),
+        parameters=taker.parameters(),
         layers_pattern=layers_pattern,
     )
 
@@ -180,10 +188,13 @@ def exact_targets(chosen: set[str], sites: Sequence[Site]) -> str | tuple[str, .
     a chosen site is the ending of another one, no list can tell them apart: a regular expression.
     """
     names: set[str] = set()
+    shared = {site.leaf for site in sites if site.naming != "leaf"}
     for leaf in {site.leaf for site in sites if site.name in chosen}:
         alike = [site.name for site in sites if site.leaf == leaf]
         names.update(
-            [leaf] if all(name in chosen for name in alike) else chosen.intersection(alike)
+            [leaf]
+            if all(name in chosen for name in alike) and leaf not in shared
+            else chosen.intersection(alike)
         )
     if all((site.name in chosen) == _is_named(names, site.name) for site in sites):
         return tuple(sorted(names))
@@ -207,6 +218,12 @@ def exact_pattern(values: Mapping[str, Number]) -> tuple[Number, dict[str, Numbe
     return default, pattern
 
 
+def _bare_parameters(named: JSON) -> bool:
+    """Whether there are others among them than weights, which may be linear layers'."""
+    listed = named if isinstance(named, list) else [named] if named else []
+    return any(not str(name).endswith(".weight") for name in listed)
+
+
 def _refusals(fields: Mapping[str, JSON]) -> list[str]:
     found = []
     if fields.get("peft_type") != "LORA":
@@ -218,6 +235,8 @@ def _refusals(fields: Mapping[str, JSON]) -> list[str]:
             f"init_lora_weights {fields['init_lora_weights']!r} (the base's weights were changed; "
             "convert the adapter to plain LoRA when saving it)"
         )
+    if _bare_parameters(fields.get("target_parameters")):
+        found.append("target_parameters (it adapts bare parameters, not linear layers)")
     found += [
         f"{name} ({_REFUSED.get(name, 'a field that this version does not know')})"
         for name, value in fields.items()
@@ -265,6 +284,11 @@ class _Taker:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self._wrong(name, value, "a string or a list of strings")
         return tuple(str(item) for item in value)
+
+    def parameters(self) -> frozenset[str]:
+        """Weights of linear layers that are adapted as parameters, which is the same."""
+        named = self.names("target_parameters") or ()
+        return frozenset((named,) if isinstance(named, str) else named)
 
     def indices(self, name: str) -> tuple[int, ...] | None:
         value = self._fields.get(name)

@@ -203,9 +203,16 @@ def _text_format(folder: Path) -> TextFormat:
 def _config_json(
     spec: AdapterSpec, layout: Layout, base_name: str, sites: Sequence[Site]
 ) -> dict[str, JSON]:
-    rank, rank_pattern = exact_pattern({f.site: f.rank for f in layout.factors})
-    alpha, alpha_pattern = exact_pattern({f.site: _plain_alpha(spec, f) for f in layout.factors})
-    targets = exact_targets({factor.site for factor in layout.factors}, sites)
+    weights = {site.name: f"{site.name}.weight" for site in sites if site.naming == "parameter"}
+    keys = {f.site: weights.get(f.site, f.site) for f in layout.factors}
+    rank, rank_pattern = exact_pattern({keys[f.site]: f.rank for f in layout.factors})
+    alpha, alpha_pattern = exact_pattern(
+        {keys[f.site]: _plain_alpha(spec, f) for f in layout.factors}
+    )
+    parameters = sorted(weights[f.site] for f in layout.factors if f.site in weights)
+    modules = {f.site for f in layout.factors} - set(weights)
+    # An empty list would be taken for the family's usual modules.
+    targets = exact_targets(modules, sites) if modules or not parameters else ()
     return {
         "alpha_pattern": dict(alpha_pattern),
         "auto_mapping": None,
@@ -217,13 +224,15 @@ def _config_json(
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": alpha,
-        "lora_dropout": spec.dropout,
+        # PEFT has no dropout on parameters; a file says nothing of training.
+        "lora_dropout": 0.0 if parameters else spec.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": dict(rank_pattern),
         "revision": None,
         "target_modules": targets if isinstance(targets, str) else list(targets),
+        **({"target_parameters": list[JSON](parameters)} if parameters else {}),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,

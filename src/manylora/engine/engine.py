@@ -33,14 +33,14 @@ from manylora.lora.adapter import (
 from manylora.lora.gathering import gathered_state, gathered_weights
 from manylora.lora.init import fresh_state, named_seed
 from manylora.lora.layout import Layout, plan_layout
-from manylora.lora.linear import wrap_linears
+from manylora.lora.linear import site_of, wrap_linears
 from manylora.lora.sharding import part_of, place_on
-from manylora.lora.sites import Site, resolve_targets
+from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState, Floats
 from manylora.losses import Loss, Settings
 from manylora.models import BaseModel, open_base
 from manylora.models.base import checkpoint_activations
-from manylora.models.linears import FoundLinear, find_linears
+from manylora.models.linears import find_linears
 from manylora.models.whole import whole_weight
 from manylora.parallel import Mesh
 from manylora.sampling import DecodeLoop
@@ -111,7 +111,7 @@ class Engine:
             keep_freed_memory()
         whole_products(self.base.device, self.base.dtype)  # found out now, not in the first step
         self.token_budget = token_budget
-        self.sites = tuple(_site(found) for found in find_linears(self.base))
+        self.sites = tuple(site_of(found) for found in find_linears(self.base))
         self.index = SiteIndex(self.sites, place_on(self.mesh))
         wrap_linears(self.base.model, self.index)
         if activation_checkpointing:
@@ -392,9 +392,3 @@ class Engine:
                 raise AdapterNotFound(f"no snapshot named {request.snapshot!r}")
             return self.snapshots[request.snapshot]
         return None if request.adapter is None else self._adapter(request.adapter).weights
-
-
-def _site(found: FoundLinear) -> Site:
-    return Site(
-        found.name, found.in_features, found.out_features, found.group, found.is_head, found.split
-    )

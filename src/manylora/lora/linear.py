@@ -32,6 +32,8 @@ from manylora.kernels import (
 )
 from manylora.lora.adapter import SiteIndex
 from manylora.lora.routing import RoutingTable, current_table
+from manylora.lora.sites import Site
+from manylora.models.linears import FoundLinear
 from manylora.models.quantized import plain_type
 from manylora.models.splitting import SplitLinear
 from manylora.parallel import Axis
@@ -212,3 +214,16 @@ def wrap_linears(model: nn.Module, sites: SiteIndex) -> None:
         for position, (site, layer) in enumerate(zip(members, layers, strict=True)):
             parent, _, leaf = site.name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, LoRALinear(layer, group, position))
+
+
+def site_of(found: FoundLinear) -> Site:
+    """What adapters need to know of a linear layer of the base."""
+    return Site(
+        found.name,
+        found.in_features,
+        found.out_features,
+        found.group,
+        found.is_head,
+        found.split,
+        found.naming,
+    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from manylora.types import ALL_LINEAR, AdapterSpec, TargetError
+from manylora.types.base import Naming
 from manylora.types.mesh import Split
 from manylora.types.patterns import BadPattern, Matching, shown
 
@@ -26,6 +27,7 @@ class Site:
         group: number of its input group: the sites that read the very same tensor (q, k and v of
             a layer, say), which share one pass over it.
         is_head: whether it is the output head.
+        naming: how PEFT can be told of it (see `types.base.Naming`).
         split: over tensor-parallel ranks: `column` splits N, `row` splits K, `whole` neither. K and
             N are those of the whole layer.
     """
@@ -36,6 +38,7 @@ class Site:
     group: int
     is_head: bool = False
     split: Split = "whole"
+    naming: Naming = "leaf"
 
     @property
     def leaf(self) -> str:

@@ -4,15 +4,17 @@ The architecture is not looked up in a table: a short stream runs once, and the 
 given the very same tensor form an input group.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from manylora.models.base import BaseModel
+from manylora.models.naming import namings
 from manylora.models.splitting import SplitLinear
 from manylora.models.stream import PackedStream, packed, padded_rows
+from manylora.types.base import Naming
 from manylora.types.mesh import Split
 
 
@@ -24,6 +26,7 @@ class FoundLinear:
     layer: nn.Linear
     group: int
     is_head: bool
+    naming: Naming = "leaf"
 
     @property
     def in_features(self) -> int:
@@ -72,8 +75,10 @@ def find_linears(base: BaseModel) -> list[FoundLinear]:
         group = groups.setdefault(id(x), len(groups))
         found.setdefault(names[layer], FoundLinear(names[layer], layer, group, False))
     head = base.model.get_output_embeddings()
+    naming = namings(base.model, [head, *(linear.layer for linear in found.values())])
+    found = {name: replace(linear, naming=naming[name]) for name, linear in found.items()}
     ordered = sorted(found.values(), key=lambda linear: linear.group)
-    return [*ordered, FoundLinear(base.head.name, head, len(groups), True)]
+    return [*ordered, FoundLinear(base.head.name, head, len(groups), True, naming[base.head.name])]
 
 
 def _prefix(base: BaseModel) -> str:

@@ -5,3 +5,8 @@ from typing import Literal, get_args
 # Weights of linear layers as 4-bit NormalFloat or 8-bit integer codes, in blocks with a scale each.
 Quantization = Literal["nf4", "int8"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+
+# How PEFT can be told of a linear layer: by its leaf name with all layers of that ending, by its
+# full name alone (other modules end so too), or by its weight as a parameter (PEFT rewrites targets
+# of that name).
+Naming = Literal["leaf", "full", "parameter"]
