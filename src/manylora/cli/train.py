@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from manylora.runs.footprint import MemoryPlan
     from manylora.runs.plan import RunPlan
 
 
@@ -51,6 +52,9 @@ def train(
         click.echo(json.dumps(plan.to_json(), indent=2) if as_json else plan_text(plan))
         for warning in plan.warnings():
             click.echo(f"warning: {warning}", err=True)
+        refusal = plan.memory.refusal()
+        if refusal is not None:
+            raise refusal
         return 0
     from manylora.processes.started import started_by_others
 
@@ -99,4 +103,28 @@ def plan_text(plan: "RunPlan") -> str:
         )
         for row in (titles, *rows)
     ]
-    return "\n".join([head, "", *lines, "", f"out: {plan.out}"])
+    return "\n".join([head, "", *lines, "", *memory_lines(plan.memory), f"out: {plan.out}"])
+
+
+def memory_lines(memory: "MemoryPlan") -> list[str]:
+    """The memory of a process, part by part."""
+    from manylora.types.memory import bytes_text
+
+    other = memory.recomputed if memory.activations == memory.plain else memory.plain
+    way = "with" if memory.activations == memory.plain else "without"
+    rows = [
+        ("interpreter, libraries, data", bytes_text(memory.process)),
+        ("base", bytes_text(memory.base)),
+        ("adapters with optimizer", bytes_text(memory.adapters)),
+        (
+            "activations",
+            bytes_text(memory.activations)
+            + (f" ({bytes_text(other)} {way} activation_checkpointing)" if other else ""),
+        ),
+    ]
+    if memory.decode_cache:
+        rows.append(("or decode cache of evaluation", bytes_text(memory.decode_cache)))
+    each = f" in each of {memory.ranks} processes" if memory.ranks > 1 else ""
+    rows.append((f"at the peak{each}", f"about {bytes_text(memory.total)}"))
+    width = max(len(title) for title, _ in rows)
+    return ["memory", *(f"  {title.ljust(width)}  {text}" for title, text in rows), ""]

@@ -14,17 +14,27 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from manylora.config import AdapterEntry, RunFile
+from manylora.engine.admission import kv_bytes
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
-from manylora.models import resolve_base
+from manylora.models import attention, resolve_base
+from manylora.models.base import DTYPES
+from manylora.models.cache import FIRST_TOKENS, blocks
 from manylora.models.vocabulary import Vocabulary, read_vocabulary
 from manylora.processes.starting import check_split
+from manylora.runs.evaluate import SAMPLE_CHUNK
+from manylora.runs.footprint import MemoryPlan, activation_bytes, process_bytes
 from manylora.runs.order import DataOrder, total_steps
-from manylora.runs.prepare import ends_notes, entry_encoder
+from manylora.runs.prepare import EXTRA_TOKENS, ends_notes, entry_encoder
 from manylora.runs.sources import read_source
+from manylora.sampling.loop import MAX_CACHED_TOKENS
 from manylora.types import BaseModelError, ConfigError, Datum, ManyloraError
+from manylora.types.machine import free_host_bytes
 from manylora.types.memory import adapter_bytes
 from manylora.types.mesh import MeshShape
+
+# Of a weight that is kept quantised, its scales included.
+STORED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0 + 4 / 4096}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +74,7 @@ class RunPlan:
     context_length: int | None
     out: str
     adapters: tuple[AdapterPlan, ...]
+    memory: MemoryPlan
 
     def warnings(self) -> list[str]:
         """What would go wrong later."""
@@ -79,7 +90,8 @@ class RunPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "warnings": self.warnings()}
+        memory = {**asdict(self.memory), "total": self.memory.total}
+        return {**asdict(self), "memory": memory, "warnings": self.warnings()}
 
 
 def plan_run(run: RunFile) -> RunPlan:
@@ -98,16 +110,77 @@ def plan_run(run: RunFile) -> RunPlan:
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"cannot open base {run.base!r}: {error}") from error
     sites, vocabulary = list_sites(model), read_vocabulary(folder)
+    planned = [_plan_adapter(entry, sites, tokenizer, vocabulary) for entry in run.adapters]
     return RunPlan(
         base=run.base,
         architecture=type(model).__name__,
         base_params=sum(parameter.numel() for parameter in model.parameters()),
         context_length=getattr(config.get_text_config(), "max_position_embeddings", None),
         out=str(run.out),
-        adapters=tuple(
-            _plan_adapter(entry, sites, tokenizer, vocabulary) for entry in run.adapters
-        ),
+        adapters=tuple(plan for plan, _ in planned),
+        memory=_memory(run, config, model, planned),
     )
+
+
+def _memory(
+    run: RunFile, config: Any, model: Any, planned: Sequence[tuple[AdapterPlan, list[Datum]]]
+) -> MemoryPlan:
+    text, mesh = config.get_text_config(), MeshShape.parse(run.mesh)
+    named = DTYPES.get(run.dtype) or getattr(config, "dtype", None) or text.dtype or torch.float32
+    # What a run without a quantization is made of; of one with, its linear layers but the head.
+    linears = sum(module.weight.numel() for module in _quantized_linears(model))
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    base = whole * named.itemsize
+    if run.quantization is not None:
+        base -= int(linears * (named.itemsize - STORED_BYTES[run.quantization]))
+    adapters = sum(
+        adapter_bytes(plan.num_params, entry.lora.dtype, mesh.dp) // mesh.tp
+        for entry, (plan, _) in zip(run.adapters, planned, strict=True)
+    )
+    free = free_host_bytes()
+    plain, recomputed = 0, None
+    if base // mesh.one.size + adapters < free:  # otherwise nothing else matters
+        heaviest = {
+            entry.name: (entry.spec(), data)
+            for entry, (_, data) in zip(run.adapters, planned, strict=True)
+        }
+
+        def make_model() -> Any:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(
+                    config, dtype=named, attn_implementation=attention.NAME
+                )
+
+        plain, recomputed = (
+            activation_bytes(make_model, heaviest, run.token_budget, recomputed=way)
+            for way in (False, True)
+        )
+    plain = plain or 0
+    asking = [plan for plan, _ in planned if plan.num_eval_examples]
+    tokens = sum(
+        blocks(plan.longest + EXTRA_TOKENS) * min(plan.num_eval_examples, 2 * SAMPLE_CHUNK)
+        for plan in asking
+    )
+    cached = max(FIRST_TOKENS, 1 << (tokens - 1).bit_length()) if tokens else 0
+    cache = min(cached, MAX_CACHED_TOKENS) * kv_bytes(text, named.itemsize, mesh.tp)
+    used = recomputed if run.activation_checkpointing and recomputed is not None else plain
+    return MemoryPlan(
+        process=process_bytes(),
+        base=base // mesh.one.size,
+        adapters=adapters,
+        plain=plain // mesh.tp,
+        recomputed=None if recomputed is None else recomputed // mesh.tp,
+        activations=used // mesh.tp,
+        decode_cache=cache,
+        ranks=mesh.size,
+        free=free // mesh.size,
+    )
+
+
+def _quantized_linears(model: Any) -> list[nn.Linear]:
+    head = model.get_output_embeddings()
+    found = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return [module for module in found if module is not head]
 
 
 def list_sites(model: Any) -> list[Site]:
@@ -123,7 +196,8 @@ def list_sites(model: Any) -> list[Site]:
 
 def _plan_adapter(
     entry: AdapterEntry, sites: Sequence[Site], tokenizer: Any, vocabulary: Vocabulary
-) -> AdapterPlan:
+) -> tuple[AdapterPlan, list[Datum]]:
+    """What its run would be, and the data of its heaviest step."""
     spec = entry.spec()
     try:
         layout = plan_layout(spec, resolve_targets(spec, sites))
@@ -141,7 +215,7 @@ def _plan_adapter(
         max_steps=entry.sft.max_steps,
     )
     ranks = [factor.rank for factor in layout.factors]
-    return AdapterPlan(
+    plan = AdapterPlan(
         name=entry.name,
         rank=(min(ranks), max(ranks)),
         num_targets=len(layout.factors),
@@ -154,6 +228,23 @@ def _plan_adapter(
         num_tokens=_count_tokens(entry, train, steps),
         longest=max(map(len, [*train, *held_out])),
         notes=tuple(dict.fromkeys(notes)),
+    )
+    return plan, _heaviest(entry, train, steps)
+
+
+def _heaviest(entry: AdapterEntry, train: Sequence[Datum], steps: int) -> list[Datum]:
+    order = _order(entry, train)
+    batches = (order.batch_indices(step) for step in range(min(steps, order.steps_per_epoch)))
+    chosen = max(batches, key=lambda indices: sum(len(train[i]) for i in indices))
+    return [train[i] for i in chosen]
+
+
+def _order(entry: AdapterEntry, train: Sequence[Datum]) -> DataOrder:
+    return DataOrder(
+        size=len(train),
+        batch_size=entry.sft.batch_size,
+        seed=entry.seed,
+        shuffle=entry.sft.shuffle,
     )
 
 
@@ -170,12 +261,7 @@ def _encoded(
 
 def _count_tokens(entry: AdapterEntry, train: Sequence[Datum], steps: int) -> int:
     lengths = np.array([len(datum) for datum in train])
-    order = DataOrder(
-        size=len(train),
-        batch_size=entry.sft.batch_size,
-        seed=entry.seed,
-        shuffle=entry.sft.shuffle,
-    )
+    order = _order(entry, train)
     whole_epochs = steps // order.steps_per_epoch
     begun = range(whole_epochs * order.steps_per_epoch, steps)
     tokens = whole_epochs * lengths.sum() + sum(

@@ -12,6 +12,7 @@ import pytest
 from manylora.cli import main as cli
 from manylora.cli.adapters import common_base, find_adapter
 from manylora.cli.sample import distinct, printable
+from manylora.runs.footprint import MemoryPlan
 from manylora.runs.plan import AdapterPlan, RunPlan
 from manylora.types import CheckpointDamaged, CheckpointError, ConfigError, SamplingParams
 from manylora.types.memory import bytes_text
@@ -77,9 +78,13 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(manylora, trained, monkeyp
         name="a", rank=(2, 4), num_targets=3, num_params=1000, num_bytes=16000, num_examples=5,
         num_eval_examples=0, batch_size=2, steps=3, num_tokens=70, longest=99,
     )  # fmt: skip
+    memory = MemoryPlan(
+        process=5 << 20, base=3 << 20, adapters=1 << 20, plain=2 << 20, recomputed=1 << 20,
+        activations=2 << 20, decode_cache=1 << 20, ranks=2, free=1 << 30,
+    )  # fmt: skip
     plan = RunPlan(
         base="b", architecture="Llama", base_params=5000, context_length=64, out="o",
-        adapters=(adapter,),
+        adapters=(adapter,), memory=memory,
     )  # fmt: skip
     monkeypatch.setattr("manylora.runs.plan.plan_run", lambda run: plan)
     Path("run.yaml").write_text(RUN)
@@ -88,6 +93,8 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(manylora, trained, monkeyp
     assert "base b: Llama, 5,000 parameters, context 64" in out
     row = next(line.split() for line in out.splitlines() if line.startswith("a "))
     assert " ".join(row) == "a 2–4 3 1,000 15.6 KiB 5 0 2 3 70 99"
+    assert "2.0 MiB (1.0 MiB with activation_checkpointing)" in out
+    assert "at the peak in each of 2 processes  about 11.0 MiB" in out
     assert err.startswith("warning: adapter a: its longest example has 99 tokens")
     code, out, _ = manylora("train", "run.yaml", "--dry-run", "--json")
     assert json.loads(out)["adapters"][0]["steps"] == 3

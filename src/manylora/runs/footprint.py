@@ -1,0 +1,216 @@
+"""What a run's process takes of memory, found without a weight.
+
+The heaviest micro-batch is run forwards and backwards on torch's meta device, whose tensors have
+sizes and no contents, and the bytes that are alive are counted: the same code as in the run, so
+that what it keeps for the backward is what the run keeps.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
+
+from manylora.engine.head_loss import HeadLoss
+from manylora.engine.microbatch import build
+from manylora.engine.plan import make_plan
+from manylora.engine.running import run
+from manylora.lora.adapter import Adapter, SiteIndex
+from manylora.lora.layout import plan_layout
+from manylora.lora.linear import wrap_linears
+from manylora.lora.sites import Site, resolve_targets
+from manylora.lora.state import AdapterState
+from manylora.losses import get_loss
+from manylora.models.base import BaseModel, Head, checkpoint_activations
+from manylora.models.linears import find_linears
+from manylora.parallel import Mesh
+from manylora.types import AdapterSpec, Datum, DoesNotFit, ForwardBackward, Unsupported
+from manylora.types.memory import bytes_text
+from manylora.types.mesh import MeshShape
+
+# An allocator holds more than what is alive: pieces between, and what libraries pack for products.
+HELD_FOR_ALIVE = 1.15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes of one process of the run at its peak.
+
+    Attributes:
+        process: the interpreter, its libraries and the data.
+        base: its weights. adapters: with gradients and optimizer.
+        activations: of the largest micro-batch, the loss's chunk included, as the run is set;
+            `plain` and `recomputed` are those without and with activation checkpointing (None
+            where the base has none).
+        decode_cache: keys and values while an evaluation samples; not at the same time.
+        ranks: processes, each of which takes that much.
+        free: of this machine, what a process could take now.
+    """
+
+    process: int
+    base: int
+    adapters: int
+    plain: int
+    recomputed: int | None
+    activations: int
+    decode_cache: int
+    ranks: int
+    free: int
+
+    @property
+    def total(self) -> int:
+        """At the peak, of one process."""
+        return self.process + self.needed
+
+    @property
+    def needed(self) -> int:
+        """On top of what the process takes already."""
+        return self.base + self.adapters + max(self.activations, self.decode_cache)
+
+    def refusal(self) -> DoesNotFit | None:
+        """Why this machine's memory cannot hold it."""
+        if self.needed <= self.free:
+            return None
+        lighter = self.base + (self.recomputed or self.activations)
+        left = max(0, self.free - lighter)
+        return DoesNotFit(
+            f"the run needs {bytes_text(self.needed)} more memory in each process, and "
+            f"{bytes_text(self.free)} is free; {bytes_text(left)} would fit for all adapters "
+            f"together, which need {bytes_text(self.adapters)}, beside the base and one "
+            "micro-batch (a smaller token_budget, or activation_checkpointing, makes that lighter)"
+        )
+
+
+def process_bytes() -> int:
+    """What this process takes now."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmRSS:")), 0)
+
+
+def activation_bytes(
+    make_model: Callable[[], Any],
+    adapters: Mapping[str, tuple[AdapterSpec, Sequence[Datum]]],
+    token_budget: int,
+    *,
+    recomputed: bool,
+) -> int | None:
+    """Peak bytes of the heaviest micro-batch.
+
+    Args:
+        make_model: a new model on the meta device.
+        adapters: name → settings and the data of its heaviest step.
+        recomputed: with activation checkpointing; None if the base has none.
+    """
+    with _without_contents():
+        return _activation_bytes(make_model, adapters, token_budget, recomputed=recomputed)
+
+
+@contextmanager
+def _without_contents() -> Iterator[None]:
+    """transformers looks into positions for the ends of sequences, unless it is being traced; on
+    the meta device there is nothing to look into, and the stream knows its sequences itself."""
+    asked = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: True
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = asked
+
+
+def _activation_bytes(
+    make_model: Callable[[], Any],
+    adapters: Mapping[str, tuple[AdapterSpec, Sequence[Datum]]],
+    token_budget: int,
+    *,
+    recomputed: bool,
+) -> int | None:
+    meta = torch.device("meta")
+    base = _base(make_model(), meta)
+    sites = tuple(
+        Site(f.name, f.in_features, f.out_features, f.group, f.is_head) for f in find_linears(base)
+    )
+    index = SiteIndex(sites)
+    wrap_linears(base.model, index)
+    if recomputed:
+        try:
+            checkpoint_activations(base)
+        except Unsupported:
+            return None
+    made = {name: _adapter(spec, sites, index) for name, (spec, _) in adapters.items()}
+    works = [
+        (number, ForwardBackward(adapter=name, data=data))
+        for number, (name, (_, data)) in enumerate(adapters.items())
+    ]
+    plan = make_plan(works, token_budget, draws=dict.fromkeys(made, 0))
+    heaviest = max(plan.batches[0], key=lambda pieces: sum(piece.rows for piece in pieces))
+    loss = get_loss("cross_entropy")
+    losses = [(loss, loss.settings(None))] * len(works)
+    batch = build(heaviest, made, losses, backward=True, device=meta)
+    known = [*base.model.parameters(), *base.model.buffers()]
+    known += [vector for one in made.values() for vector in (one.master_P, one.grad_P)]
+    with _Alive([tensor for tensor in known if tensor is not None]) as alive:
+        run(base, HeadLoss(base.head, sites[-1].group), batch, backward=True)
+    return int(alive.most * HELD_FOR_ALIVE)
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that are made and not gone."""
+
+    def __init__(self, known: Sequence[Tensor]):
+        super().__init__()
+        self.now = self.most = 0
+        self._sizes: dict[int, int] = {}
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes or key in self._known:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+
+def _base(model: Any, meta: torch.device) -> BaseModel:
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = buffer.to(meta)
+    layer = model.get_output_embeddings()
+    name = next(n for n, module in model.named_modules() if module is layer)
+    return BaseModel(
+        name="", folder="", model=model, backbone=model.base_model, head=Head(layer, None, name),
+        tokenizer=None, context_length=1 << 30, eos_token_ids=(), vocab_size=layer.out_features,
+        device=meta, dtype=layer.weight.dtype, fingerprint="", mesh=Mesh.join(MeshShape(), meta),
+    )  # fmt: skip
+
+
+def _adapter(spec: AdapterSpec, sites: tuple[Site, ...], index: SiteIndex) -> Adapter:
+    layout = plan_layout(spec, resolve_targets(spec, sites))
+    nothing = np.zeros(layout.num_params, np.float32)  # never written, so never there
+    return Adapter(AdapterState(spec, layout, nothing), index, torch.device("meta"))
