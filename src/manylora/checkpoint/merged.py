@@ -59,7 +59,9 @@ def export_merged(
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype="auto", local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise BaseModelError(f"base model {base} cannot be opened: {error}") from error
     _untie_head(model, layout)
     for factor in layout.factors:
@@ -69,8 +71,28 @@ def export_merged(
         model.generation_config.eos_token_id = list(text_format.stop)
     about: dict[str, JSON] = {"base_name": str(base), "base_fingerprint": base_fingerprint}
     with write_folder(folder, kind=MERGED, about=about, manifest_name=SIDECAR) as partial:
-        model.save_pretrained(partial)
+        _save_model(model, partial, str(base))
         _save_tokenizer(source, partial, text_format.chat_template)
+
+
+def _save_model(model: "PreTrainedModel", partial: Path, base: str) -> None:
+    from transformers import GenerationConfig
+
+    # Many bases name a temperature without `do_sample`, which transformers reads and will not
+    # write; it goes along as it is.
+    generation = model.generation_config
+    if generation is not None:
+        model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(partial)
+        if generation is not None:
+            generation.to_json_file(partial / "generation_config.json")
+    except OSError:
+        raise  # of the disk, which `write_folder` names
+    except Exception as error:
+        raise Unsupported(
+            f"base model {base} cannot be saved by transformers ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _untie_head(model: "PreTrainedModel", layout: Layout) -> None:

@@ -1,5 +1,6 @@
 """Merging: what goes along, and what is refused. (Law 6 has the numbers.)"""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from manylora.checkpoint import verify
 from manylora.checkpoint.merged import export_merged
@@ -57,6 +64,17 @@ def test_a_base_without_a_tokenizer_is_merged_with_a_warning(tmp_path: Path, bas
         merge(tmp_path, base, layout_of())
     assert "no tokenizer" in caplog.text
     verify(tmp_path / "out", "manylora.json")
+
+
+def test_a_temperature_without_do_sample_goes_along(tmp_path: Path, base: Path):
+    """transformers reads such a file and refuses to write it."""
+    fields = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [3, 4]}
+    (base / "generation_config.json").write_text(json.dumps(fields))
+    merge(tmp_path, base, layout_of())
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: written[name] for name in fields} == fields
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.generation_config.eos_token_id == [3, 4]
 
 
 @pytest.mark.parametrize(
