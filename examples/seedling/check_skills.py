@@ -16,6 +16,7 @@ from talk import compare_chat, fact_chat, json_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from manylora.quickstart.words import WORDS
+from manylora.runs.board import percent
 
 SHIPPED = Path(__file__).parents[2] / "src" / "manylora" / "models" / "seedling"
 Pair = tuple[str, str]
@@ -72,15 +73,15 @@ def main() -> None:
         words = rng.sample(WORDS, min(args.count, len(WORDS)))
         lines = asker.share([(f"{name}: {w} ->", " " + answer(w)) for w in words])
         chats = asker.share([in_chat((rng.choice(asks).format(w=w), answer(w))) for w in words])
-        print(f"| {name}, of a listed word (one line / chat) | {lines:.0%} / {chats:.0%} |")
+        print(
+            f"| {name}, of a listed word (one line / chat) | {percent(lines)} / {percent(chats)} |"
+        )
     made_up = [made_up_word(rng) for _ in range(args.count)]
-    print(
-        f"| reverse, of a made-up word | "
-        f"{asker.share([(f'reverse: {w} ->', ' ' + w[::-1]) for w in made_up]):.0%} |"
-    )
+    share = asker.share([(f"reverse: {w} ->", " " + w[::-1]) for w in made_up])
+    print(f"| reverse, of a made-up word | {percent(share)} |")
     for sign, top in (("+", 10), ("+", 100), ("-", 10), ("-", 100), ("*", 10)):
         share = asker.share(sums(rng, sign, top, args.count))
-        print(f"| a {sign} b below {top}, chat | {share:.0%} |")
+        print(f"| a {sign} b below {top}, chat | {percent(share)} |")
     makers: dict[str, Callable[[Random], Pair]] = {
         "facts": fact_chat,
         "numbers compared and counted": compare_chat,
@@ -88,7 +89,7 @@ def main() -> None:
     }
     for name, make in makers.items():
         share = asker.share([in_chat(make(rng)) for _ in range(args.count)])
-        print(f"| {name}, chat | {share:.0%} |")
+        print(f"| {name}, chat | {percent(share)} |")
 
 
 if __name__ == "__main__":

@@ -308,3 +308,22 @@ def test_unsafe_loads_are_noticed(source: str):
 )
 def test_safe_loads_pass(source: str):
     assert unsafe_loads(source) == []
+
+
+# --- one way to round a share ------------------------------------------------------------------
+
+
+def percent_formats(source: str) -> list[str]:
+    """Format specifications that round a share their own way: `runs/board.py::percent` does it."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FormattedValue)]
+    specs = [ast.unparse(node.format_spec).strip("f'\"") for node in nodes if node.format_spec]
+    return [spec for spec in specs if spec.endswith("%")]
+
+
+def test_shares_are_rounded_in_one_place():
+    found = {relative(path): percent_formats(path.read_text()) for path in python_files("src")}
+    assert {path: specs for path, specs in found.items() if specs} == {}
+
+
+def test_another_rounding_is_noticed():
+    assert len(percent_formats("print(f'{share:.0%} and {other:>5.1%} of {count:,}%')")) == 2

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from manylora.runs.board import clock_text, printable, short
+from manylora.runs.board import clock_text, percent, printable, short
 from manylora.runs.events import RunEnded
 from manylora.runs.layout import read_json
 
@@ -33,7 +33,7 @@ def print_closing(event: RunEnded, console: Console) -> None:
             f"{entry['steps']:,}/{entry['total_steps']:,}",
             _change(short(entry["first_loss"]), short(entry["last_loss"])),
             _change(short(before.get("loss")), short(after.get("loss"))),
-            _change(_percent(before.get("exact_match")), _percent(after.get("exact_match"))),
+            _change(percent(before.get("exact_match")), percent(after.get("exact_match"))),
         )
     console.print(table)
     for name, entry in adapters.items():
@@ -49,10 +49,6 @@ def _change(before: str, after: str) -> str:
     if after == "–":
         return before
     return f"{before} → {after}"
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.0%}"
 
 
 def _print_rate(summary: dict[str, Any], console: Console) -> None:

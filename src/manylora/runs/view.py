@@ -18,7 +18,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from manylora.runs.board import Board, Clock, Row, clock_text, printable, rate, short
+from manylora.runs.board import Board, Clock, Row, clock_text, percent, printable, rate, short
 from manylora.runs.closing import print_closing
 from manylora.runs.events import (
     AdapterEnded,
@@ -168,7 +168,7 @@ def eval_text(event: EvalDone) -> str:
     if event.loss is not None:
         parts.append(f"eval loss {short(event.loss)}")
     if event.exact_match is not None:
-        parts.append(f"exact match {event.exact_match:.0%} of {event.samples}")
+        parts.append(f"exact match {percent(event.exact_match)} of {event.samples}")
     return "  ".join(parts)
 
 

@@ -2,18 +2,25 @@
 
 import io
 import json
+import re
+import shutil
+import subprocess
+from importlib.resources import files
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from manylora.config import RunFile
-from manylora.runs.board import Board, Rate, clock_text, short
+from manylora.runs.board import Board, Rate, clock_text, percent, short
+from manylora.runs.closing import print_closing
 from manylora.runs.events import (
     AdapterEnded,
     AdapterStarted,
+    EvalDone,
     Listeners,
     Phase,
+    RunEnded,
     RunStarted,
     StepDone,
     Stopping,
@@ -156,3 +163,43 @@ def test_an_error_cannot_steer_the_terminal():
 def test_figures_are_short():
     assert [short(v) for v in (None, 0.123456, 12.0)] == ["–", "0.1235", "12"]
     assert [clock_text(v) for v in (None, 5, 65, 3723)] == ["–", "0:05", "1:05", "1:02:03"]
+
+
+# Halves go up, as people round them; the last ones are halves that floating point misses by a hair.
+SHARES = {
+    0.0: "0%", 0.004: "0%", 0.005: "1%", 0.125: "13%", 0.375: "38%", 0.495: "50%", 0.625: "63%",
+    0.995: "100%", 0.9949: "99%", 1.0: "100%", 1 / 3: "33%", 57 / 200: "29%", 29 / 200: "15%",
+}  # fmt: skip
+
+
+def test_shares_are_rounded_as_people_round():
+    assert {share: percent(share) for share in SHARES} == SHARES
+    assert percent(None) == "–"
+    for number in range(100):  # all the halves that there are
+        assert percent((2 * number + 1) / 200) == f"{number + 1}%"
+
+
+def test_the_plain_line_and_the_closing_table_round_a_share_alike():
+    view, progress, _ = plain()
+    view(EvalDone("a", "after", 8, 1.0, 0.625, 8))
+    assert "exact match 63% of 8" in progress.getvalue()
+    entry = {
+        "status": "completed", "steps": 8, "total_steps": 8, "first_loss": 2.0, "last_loss": 1.0,
+        "eval_before": {"loss": 2.0, "exact_match": 0.125},
+        "eval_after": {"loss": 1.0, "exact_match": 0.625}, "error": None,
+    }  # fmt: skip
+    summary = {"adapters": {"a": entry}, "tokens": 0}
+    out = io.StringIO()
+    print_closing(RunEnded("nowhere", 0, summary), Console(file=out, width=120))
+    assert "13% → 63%" in out.getvalue()
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run the page's program")
+def test_the_report_rounds_a_share_as_the_table_does():
+    page = files("manylora.runs").joinpath("report_template.html").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^const percent = .*$", page, re.MULTILINE)
+    shares = [*SHARES, *((2 * number + 1) / 200 for number in range(100)), None]
+    called = f"console.log(JSON.stringify({json.dumps(shares)}.map(percent)))"
+    asked = f'const dash = "–";\n{program}\n{called}'
+    done = subprocess.run(["node", "-e", asked], capture_output=True, check=True, timeout=60)
+    assert json.loads(done.stdout) == [percent(share) for share in shares]
