@@ -209,7 +209,8 @@ def answers(
     stacks: dict[int, str] = {}
     loss: Exception | None = None
     enough = False
-    with selectors.DefaultSelector() as waiting:
+    # It needs no descriptor of its own: where none is left, no engine is lost for that.
+    with selectors.PollSelector() as waiting:
         for number, connection in enumerate(connections):
             waiting.register(connection, selectors.EVENT_READ, number)
         end = time.monotonic() + seconds

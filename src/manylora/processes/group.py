@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ from manylora.processes.connection import SECRET_BYTES, Connection, answers
 from manylora.processes.remote import RemoteEngine
 from manylora.processes.routes import listening_at
 from manylora.types import BaseModelError, ConfigError, EngineLost, ManyloraError
+from manylora.types.files import no_descriptor_left
 
 log = logging.getLogger("manylora.processes")
 
@@ -214,8 +216,11 @@ class EngineGroup:
         while True:
             try:
                 sock, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if not no_descriptor_left(error):
+                    return
+                time.sleep(LOOK_SECONDS)
+                continue
             self._strangers.acquire()  # one that says nothing must not keep the others out
             threading.Thread(target=self._meet, args=(sock, secret), daemon=True).start()
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from manylora.types.files import no_descriptor_left
+
 # The first byte cannot begin a character of the header (ASCII) and does not come twice.
 _MARK = b"\xf7mlJrec"
 MAGIC = _MARK + b"\x01"
@@ -85,7 +87,8 @@ def encode(record: Record) -> bytes:
 
 
 def read_segment(path: Path, bodies: bool = True) -> Iterator[Found]:
-    """Everything in a file, in order. Whatever the file contains, this does not raise.
+    """Everything in a file, in order. Whatever the file contains, this does not raise; only where
+    no descriptor is left to open it, OSError.
 
     Reads one record at a time. A file that ends inside a record gives a last place with the reason
     `TORN`; so does one that ends in nothing but zeros (it had grown, and the power failed).
@@ -96,6 +99,8 @@ def read_segment(path: Path, bodies: bool = True) -> Iterator[Found]:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
+        if no_descriptor_left(error):  # there is nothing wrong with it
+            raise
         yield Found(0, 0, None, f"cannot be opened: {error.strerror}")
         return
     try:

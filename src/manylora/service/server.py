@@ -21,6 +21,8 @@ from manylora.service.results import Results
 from manylora.service.upkeep import SECONDS_OF_AN_HOUR, Upkeep
 from manylora.service.wire.limits import WireLimits
 from manylora.store import Store
+from manylora.types import SaveFailed
+from manylora.types.files import no_descriptor_left
 
 log = logging.getLogger("manylora.service")
 
@@ -160,10 +162,14 @@ class Service:
         return any(model.running for model in self.hub.models) or self.hub.samplers.num_running > 0
 
     def _close_journal(self, parts: Parts) -> None:
-        parts.promises.results.flush()
-        while parts.covered:
-            parts.journal.covered(*parts.covered.popleft())
-        parts.journal.close()
+        try:
+            parts.promises.results.flush()
+            while parts.covered:
+                parts.journal.covered(*parts.covered.popleft())
+        except SaveFailed as error:
+            log.error("the journal keeps what it could let go: %s", error)
+        finally:
+            parts.journal.close()
 
 
 def _until(moment: float) -> float:
@@ -172,5 +178,12 @@ def _until(moment: float) -> float:
 
 
 def _open_journal(folder: Path) -> tuple[Journal, Any]:
-    recovery = Journal.recover(folder)
-    return Journal(folder), recovery
+    while True:
+        try:
+            recovery = Journal.recover(folder)
+            return Journal(folder), recovery
+        except OSError as error:
+            if not no_descriptor_left(error):
+                raise
+            log.error("the journal is opened when there is a file descriptor for it: %s", error)
+            time.sleep(1.0)

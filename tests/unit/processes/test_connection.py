@@ -1,5 +1,7 @@
 """Only who knows the secret is heard."""
 
+import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -169,3 +171,22 @@ def test_one_that_goes_ends_the_waiting_for_the_others(listener) -> None:
     members[0].send(1)
     with pytest.raises(TimeoutError):
         answers(control, never, 0.1)
+
+
+def test_answers_come_where_no_descriptor_is_left(listener) -> None:
+    """An engine is not lost because this process has all the files open that it may."""
+    control, member = meet(listener, SECRET)
+    assert isinstance(control, Connection) and isinstance(member, Connection)
+    member.send({"value": 1})
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = os.open(os.devnull, os.O_RDONLY)
+    os.close(spare)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, before[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            os.open(os.devnull, os.O_RDONLY)
+        assert answers([control], lambda reply: False, 30.0) == {0: {"value": 1}}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    control.close()
+    member.close()
