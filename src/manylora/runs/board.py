@@ -49,11 +49,32 @@ class Rate:
 
 
 @dataclass(slots=True)
+class Pace:
+    """Amount per second of work over a sliding window; time in which others work counts for
+    nothing."""
+
+    clock: Clock
+    marks: deque[tuple[float, int, float]] = field(default_factory=deque)
+
+    def add(self, amount: int, seconds: float) -> None:
+        """So much was done, in so many seconds of work, until now."""
+        now = self.clock()
+        self.marks.append((now, amount, seconds))
+        while len(self.marks) > 1 and self.marks[0][0] < now - WINDOW_SECONDS:
+            self.marks.popleft()
+
+    def per_second(self) -> float | None:
+        """None until something was done that took time."""
+        seconds = sum(spent for _, _, spent in self.marks)
+        return sum(amount for _, amount, _ in self.marks) / seconds if seconds else None
+
+
+@dataclass(slots=True)
 class Row:
     """One adapter as it stands."""
 
     name: str
-    tokens: Rate
+    tokens: Pace
     steps_done: Rate
     step: int = 0
     steps: int = 0
@@ -82,7 +103,7 @@ class Board:
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
         self.rows: dict[str, Row] = {}
-        self.tokens = Rate(clock)
+        self.tokens = Pace(clock)
         self.base = self.out = self.phase = ""
         self.stopping = ""
 
@@ -115,7 +136,7 @@ class Board:
     def row(self, name: str) -> Row:
         """The row of an adapter, made on first use."""
         if name not in self.rows:
-            self.rows[name] = Row(name, Rate(self._clock), Rate(self._clock))
+            self.rows[name] = Row(name, Pace(self._clock), Rate(self._clock))
         return self.rows[name]
 
     def _step(self, event: StepDone) -> None:
@@ -125,7 +146,7 @@ class Board:
         row.status, row.phase = "training", ""
         row.tokens.add(event.tokens, event.seconds)
         row.steps_done.add(1, event.seconds)
-        self.tokens.add(event.tokens, event.seconds)
+        self.tokens.add(event.tokens, event.share_seconds)
 
 
 def short(value: float | None) -> str:

@@ -14,6 +14,7 @@ from manylora.runs.events import RunEnded
 from manylora.runs.layout import read_json
 
 MAX_PROMPT = 80
+MOST_SHOWN = 8
 _STYLES = {"completed": "green", "failed": "bold red", "cancelled": "yellow"}
 
 
@@ -53,21 +54,26 @@ def _change(before: str, after: str) -> str:
 
 def _print_rate(summary: dict[str, Any], console: Console) -> None:
     if summary["tokens"]:
-        spent = clock_text(summary["seconds"])
+        spent, evaluation = (
+            clock_text(summary[name]) for name in ("training_seconds", "evaluation_seconds")
+        )
         speed = summary["tokens_per_second"] or 0
-        console.print(f"{summary['tokens']:,} tokens in {spent}, {speed:,.0f} tokens/s")
+        console.print(
+            f"{summary['tokens']:,} tokens trained in {spent}, {speed:,.0f} tokens/s; "
+            f"evaluation {evaluation}; {clock_text(summary['seconds'])} in all"
+        )
 
 
 def _print_paths(event: RunEnded, console: Console) -> None:
     out = Path(event.out)
     completed = [n for n, e in event.summary["adapters"].items() if e["status"] == "completed"]
     lines = [("report", out / "report.html"), ("summary", out / "summary.json")]
-    lines += [("adapter", out / name / "final") for name in completed[:3]]
+    lines += [("adapter", out / name / "final") for name in completed[:MOST_SHOWN]]
     for label, path in lines:
         if path.exists():
             console.print(Text(f"  {label:<8} {path}"), soft_wrap=True)
-    if len(completed) > 3:
-        console.print(Text(f"           and {len(completed) - 3} more"))
+    if len(completed) > MOST_SHOWN:
+        console.print(Text(f"           and {len(completed) - MOST_SHOWN} more"))
     if len(completed) < len(event.summary["adapters"]):
         console.print("Start the same command again: completed adapters stay as they are, the")
         console.print("others go on from their newest checkpoint.")

@@ -17,6 +17,7 @@ FORWARD_CHUNK = 16
 SAMPLE_CHUNK = 16
 
 Tick = Callable[[str, int, int], None]
+Spend = Callable[[float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +50,22 @@ class EvalResult:
 
 
 async def evaluate(
-    adapter: Any, tokenizer: Any, evals: EvalSet, tick: Tick
+    adapter: Any, tokenizer: Any, evals: EvalSet, tick: Tick, spend: Spend
 ) -> tuple[EvalResult, list[Answer]]:
     """Measure `adapter` as it is now.
 
     Args:
         tick: told what is being done and how far it is; it may raise to end the evaluation.
+        spend: told what each part cost, in seconds of the device.
     """
-    loss = await mean_loss(adapter, evals.data, tick) if evals.data else None
-    answers = await greedy_answers(adapter, tokenizer, evals, tick) if evals.prompts else []
+    loss = await mean_loss(adapter, evals.data, tick, spend) if evals.data else None
+    answers = await greedy_answers(adapter, tokenizer, evals, tick, spend) if evals.prompts else []
     judged = [answer.exact for answer in answers if answer.exact is not None]
     match = sum(judged) / len(judged) if judged else None
     return EvalResult(loss, match, len(judged)), answers
 
 
-async def mean_loss(adapter: Any, data: Sequence[Datum], tick: Tick) -> float | None:
+async def mean_loss(adapter: Any, data: Sequence[Datum], tick: Tick, spend: Spend) -> float | None:
     """Mean loss per trained token; None when nothing is trained."""
     chunks = [data[i : i + FORWARD_CHUNK] for i in range(0, len(data), FORWARD_CHUNK)]
     weight = sum(float(np.sum(datum.loss_inputs["weights"])) for datum in data)
@@ -72,6 +74,7 @@ async def mean_loss(adapter: Any, data: Sequence[Datum], tick: Tick) -> float | 
     def add(result: Any) -> None:
         nonlocal total, done
         total += result.loss
+        spend(result.device.share)
         done += FORWARD_CHUNK
         tick("evaluating", min(done, len(data)), len(data))
 
@@ -80,7 +83,9 @@ async def mean_loss(adapter: Any, data: Sequence[Datum], tick: Tick) -> float | 
     return total / weight if weight else None
 
 
-async def greedy_answers(adapter: Any, tokenizer: Any, evals: EvalSet, tick: Tick) -> list[Answer]:
+async def greedy_answers(
+    adapter: Any, tokenizer: Any, evals: EvalSet, tick: Tick, spend: Spend
+) -> list[Answer]:
     """Continue every prompt greedily."""
     prompts = evals.prompts
     params = SamplingParams(max_tokens=evals.max_tokens, temperature=0.0, stop=evals.stop)
@@ -89,6 +94,7 @@ async def greedy_answers(adapter: Any, tokenizer: Any, evals: EvalSet, tick: Tic
 
     def add(result: Any) -> None:
         sequences.extend(result.sequences)
+        spend(result.device.share)
         tick("sampling", len(sequences), len(prompts))
 
     tick("sampling", 0, len(prompts))

@@ -59,7 +59,8 @@ class StepDone:
         loss: mean over the trained tokens of the batch.
         grad_norm: L2 norm before clipping.
         tokens: positions that the model read; trained_tokens: those with a weight.
-        seconds: since the step before (of this adapter) was done.
+        seconds: of the device, in the batches that the step was part of.
+        share_seconds: the step's own share of those, by tokens.
     """
 
     adapter: str
@@ -71,6 +72,7 @@ class StepDone:
     tokens: int
     trained_tokens: int
     seconds: float
+    share_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,9 @@ from typing import Any, Self
 from manylora.runs.events import StepDone, finite
 from manylora.runs.layout import write_text
 
+# Known from where the file lies, or of no use to whoever reads one adapter's file.
+NOT_KEPT = frozenset({"adapter", "steps", "share_seconds"})
+
 
 class MetricsFile:
     """Appends one JSON line a step; each is handed to the system at once."""
@@ -20,7 +23,7 @@ class MetricsFile:
 
     def append(self, step: StepDone) -> None:
         """Write one line."""
-        row = {k: v for k, v in asdict(step).items() if k not in ("adapter", "steps")}
+        row = {k: v for k, v in asdict(step).items() if k not in NOT_KEPT}
         self._file.write(json.dumps(finite(row)) + "\n")
         self._file.flush()
 

@@ -8,6 +8,9 @@ from manylora.runs.events import Status, finite
 from manylora.runs.layout import AdapterPaths, is_completed, read_json
 from manylora.runs.metrics import read_metrics
 
+# What is only of use to the process that is at work.
+_HERE = frozenset({"trained_here", "training_seconds", "evaluation_seconds", "skipped"})
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -17,8 +20,10 @@ class Outcome:
         steps: optimizer steps that are behind the adapter; total_steps: that were planned.
         tokens, trained_tokens: of all steps, those before a resume included.
         warnings: what its owner should know.
+        seconds: of the device, in batches with steps of this adapter; those before a resume
+            included.
         trained_here: tokens that this process trained (for the rate of the whole run).
-        seconds: spent in steps, those before a resume included.
+        training_seconds, evaluation_seconds: this adapter's share of the device's time here.
     """
 
     status: Status | None = None
@@ -36,13 +41,19 @@ class Outcome:
     error: dict[str, str] | None = None
     warnings: list[str] = field(default_factory=list)
     trained_here: int = 0
+    training_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
     skipped: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As summary.json holds it."""
-        entry = asdict(self)
-        del entry["trained_here"], entry["skipped"]
+        entry = {key: value for key, value in asdict(self).items() if key not in _HERE}
+        entry["tokens_per_second"] = round(self.tokens / self.seconds, 1) if self.seconds else None
         return dict(finite(entry))
+
+    def spend(self, seconds: float) -> None:
+        """Count a part of an evaluation."""
+        self.evaluation_seconds += seconds
 
     @classmethod
     def earlier(cls, paths: AdapterPaths) -> "Outcome":

@@ -12,10 +12,9 @@ The order of what is written is what makes resuming exact:
 import asyncio
 import logging
 import math
-import time
 from asyncio import wrap_future
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +39,7 @@ from manylora.runs.outcome import Outcome
 from manylora.types import (
     ConfigError,
     DataError,
+    DeviceTime,
     EngineLost,
     ManyloraError,
     NotFinite,
@@ -102,7 +102,6 @@ class AdapterRun:
         self._metrics: MetricsFile | None = None
         self._saved_step = 0
         self._saving: _Saving | None = None
-        self._step_ended = 0.0
         self.outcome = Outcome(total_steps=job.steps)
 
     async def run(self) -> Outcome:
@@ -195,7 +194,6 @@ class AdapterRun:
     async def _steps(self, prepared: Prepared) -> None:
         """Keep two steps with the worker, so that it always has work of this adapter to merge."""
         pending: deque[_InFlight] = deque()
-        self._step_ended = time.perf_counter()
         try:
             for step in range(self.outcome.steps + 1, prepared.steps + 1):
                 if self._stop.is_set():
@@ -248,11 +246,12 @@ class AdapterRun:
                 f"step {flight.step}: loss {result.loss}, gradient norm {update.grad_norm}; "
                 "a smaller lr or a clip_norm may help"
             )
-        now = time.perf_counter()
-        seconds, self._step_ended = now - self._step_ended, now
-        self._record(flight, result.loss, update.grad_norm, seconds)
+        cost = (result.device, update.device)
+        self._record(flight, result.loss, update.grad_norm, cost)
 
-    def _record(self, flight: _InFlight, loss: float, grad_norm: float, seconds: float) -> None:
+    def _record(
+        self, flight: _InFlight, loss: float, grad_norm: float, cost: Sequence[DeviceTime]
+    ) -> None:
         done = StepDone(
             adapter=self._job.name,
             step=flight.step,
@@ -262,13 +261,15 @@ class AdapterRun:
             grad_norm=float(grad_norm),
             tokens=flight.tokens,
             trained_tokens=flight.trained_tokens,
-            seconds=round(seconds, 4),
+            seconds=round(sum(part.batches for part in cost), 4),
+            share_seconds=sum(part.share for part in cost),
         )
         assert self._metrics is not None
         self._metrics.append(done)
         self.outcome.count(done.tokens, done.trained_tokens, done.seconds, done.loss)
         self.outcome.steps = flight.step
         self.outcome.trained_here += done.tokens
+        self.outcome.training_seconds += done.share_seconds
         self._emit(done)
 
     async def _finish(self, prepared: Prepared) -> None:
@@ -315,7 +316,7 @@ class AdapterRun:
     async def _evaluate(self, when: str, prepared: Prepared) -> dict[str, Any]:
         step = self.outcome.steps
         result, answers = await evaluate(
-            self._adapter, self._door.tokenizer, prepared.evals, self._tick
+            self._adapter, self._door.tokenizer, prepared.evals, self._tick, self.outcome.spend
         )
         self._write_samples(when, answers)
         self._emit(

@@ -24,6 +24,7 @@ from manylora.runs.stopping import EXIT_INTERRUPTED, Stopper
 from manylora.runs.trackers import open_trackers
 from manylora.runs.view import open_view
 from manylora.types import ConfigError, SaveFailed
+from manylora.types.mesh import MeshShape
 
 ViewKind = Literal["auto", "plain", "json"]
 OpenDoor = Callable[[RunFile], AbstractContextManager[Any]]
@@ -247,7 +248,17 @@ class _Run:
         return summary
 
     def _summary(self) -> dict[str, Any]:
-        tokens = sum(outcome.trained_here for outcome in self.outcomes.values())
+        outcomes = self.outcomes.values()
+        tokens = sum(outcome.trained_here for outcome in outcomes)
+        # Replicas work at the same time.
+        side_by_side = MeshShape.parse(self.run.mesh).replicas
+        training, evaluation = (
+            sum(seconds) / side_by_side
+            for seconds in (
+                [outcome.training_seconds for outcome in outcomes],
+                [outcome.evaluation_seconds for outcome in outcomes],
+            )
+        )
         statuses = [outcome.status for outcome in self.outcomes.values()]
         return {
             "status": _overall(statuses),
@@ -255,8 +266,10 @@ class _Run:
             "started": self.started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(self.seconds, 3),
+            "training_seconds": round(training, 3),
+            "evaluation_seconds": round(evaluation, 3),
             "tokens": tokens,
-            "tokens_per_second": round(tokens / self.seconds, 1) if self.seconds else None,
+            "tokens_per_second": round(tokens / training, 1) if training else None,
             "versions": versions(),
             "hardware": hardware(),
             "adapters": {

@@ -47,13 +47,20 @@ TRAINING = (Call, OptimStep, ForwardBackward)
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A queued operation and the future that waits for it; `submitted` is the queue's clock."""
+    """A queued operation and the future that waits for it.
+
+    Attributes:
+        submitted: by the queue's clock.
+        decoded: seconds of the decode loop since it joined; decoded_alone: its share of them.
+    """
 
     operation: Operation
     future: Future[Any]
     tokens: int
     submitted: float
     lane: "Lane"
+    decoded: float = 0.0
+    decoded_alone: float = 0.0
 
     @property
     def places(self) -> int:

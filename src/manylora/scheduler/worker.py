@@ -4,13 +4,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from manylora.scheduler.queue import Call, Operation, OperationQueue, Pending
 from manylora.scheduler.share import DeviceShare
 from manylora.types import (
     Cancelled,
+    DeviceTime,
     EngineLost,
     ForwardBackward,
     ForwardBackwardResult,
@@ -154,11 +155,14 @@ class Worker:
             self._note_loss(outcome, operations)
         seconds = self._clock() - began
         self._share.charge(training=True, seconds=seconds)
+        whole = sum(pending.tokens for pending in batch)
         for pending, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 pending.future.set_exception(outcome)
             else:
-                pending.future.set_result(outcome)
+                share = pending.tokens / whole if whole else 1 / len(batch)
+                device = DeviceTime(seconds, seconds * share)
+                pending.future.set_result(_costing(outcome, device))
         tokens = [(pending.operation.tenant, pending.tokens) for pending in batch]
         fill = sum(count for _, count in tokens) / self.queue.token_budget
         kind = _KINDS[type(operations[0])]
@@ -201,6 +205,7 @@ class Worker:
                 self._finish(pending, error)
 
     def _decode(self) -> None:
+        together = [pending for entries in self._decoding.values() for pending in entries]
         began = self._clock()
         try:
             found: list[tuple[Sample, Any]] = list(self.runner.decode(self._slice_seconds))
@@ -215,11 +220,15 @@ class Worker:
             self._cancel_all([pending.operation for pending in waiting])
         seconds = self._clock() - began
         self._share.charge(training=False, seconds=seconds)
+        for pending in together:
+            pending.decoded += seconds
+            pending.decoded_alone += seconds / len(together)
         fill = self.queue.places_held / self.queue.places
         for operation, outcome in found:
             pending = self._decoding[id(operation)][0]
             self._forget(pending)
-            self._finish(pending, outcome)
+            device = DeviceTime(pending.decoded, pending.decoded_alone)
+            self._finish(pending, _costing(outcome, device))
         tokens = [(sample.tenant, _sampled_tokens(sample, outcome)) for sample, outcome in found]
         started = self._began
         self._began = []
@@ -279,6 +288,13 @@ class Worker:
             self._observe(BatchReport(kind, seconds, sums, waited, fill))
         except Exception:
             log.exception("the observer of batches failed")
+
+
+def _costing(outcome: Any, device: DeviceTime) -> Any:
+    """The outcome, with what it cost if it is one that tells."""
+    if isinstance(outcome, ForwardBackwardResult | OptimStepResult | SampleResult):
+        return replace(outcome, device=device)
+    return outcome
 
 
 def _sampled_tokens(sample: Sample, outcome: Any) -> int:

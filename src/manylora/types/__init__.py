@@ -8,6 +8,7 @@ Talks to: nobody; every room may import it. No torch.
 from manylora.types.adapter import ALL_LINEAR, AdamParams, AdapterSpec
 from manylora.types.data import (
     Datum,
+    DeviceTime,
     ForwardBackwardResult,
     OptimStepResult,
     causal_datum,
@@ -65,6 +66,7 @@ __all__ = [
     "DataError",
     "Datum",
     "DatumTooLong",
+    "DeviceTime",
     "DoesNotFit",
     "EngineLost",
     "ForwardBackward",

@@ -106,6 +106,20 @@ def causal_datum(tokens: Sequence[int] | Array, weights: Sequence[float] | Array
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceTime:
+    """What an operation cost, in seconds of the device.
+
+    Attributes:
+        batches: of the batches (or slices of the decode loop) that it was part of.
+        share: its own share of those: by tokens, or by requests where they decode together. Added
+            up over all operations, that is how long the device worked.
+    """
+
+    batches: float = 0.0
+    share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBackwardResult:
     """What `forward_backward` and `forward` give back for one operation.
 
@@ -117,12 +131,14 @@ class ForwardBackwardResult:
         metrics: further figures, named `name:reduction`; `loss:sum` is always there.
         positions: per datum int64 [n], the positions whose log-probabilities these are; None if
             they are all positions'.
+        device: what it cost; no part of what two results are compared by.
     """
 
     logprobs: tuple[Array, ...]
     loss: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     positions: tuple[Array, ...] | None = None
+    device: DeviceTime = field(default=DeviceTime(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +148,9 @@ class OptimStepResult:
     Attributes:
         step: number of optimizer steps that this adapter has made, this one included.
         grad_norm: L2 norm of the gradient before clipping.
+        device: what it cost; no part of what two results are compared by.
     """
 
     step: int
     grad_norm: float
+    device: DeviceTime = field(default=DeviceTime(), compare=False)

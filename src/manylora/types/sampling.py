@@ -3,9 +3,9 @@
 Shapes: M tokens of a prompt, n new tokens, k likeliest tokens of a place, C candidates of a place.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from manylora.types.data import Array
+from manylora.types.data import Array, DeviceTime
 from manylora.types.errors import DataError
 
 
@@ -124,7 +124,9 @@ class SampleResult:
     Attributes:
         sequences: `num_samples` continuations of the first prompt, then of the second, …
         prompts: one for each prompt if anything about it was asked, else empty.
+        device: what it cost; no part of what two results are compared by.
     """
 
     sequences: tuple[SampledSequence, ...]
     prompts: tuple[PromptScores, ...] = ()
+    device: DeviceTime = field(default=DeviceTime(), compare=False)

@@ -13,12 +13,15 @@ from manylora.types import (
     AdamParams,
     Cancelled,
     DataError,
+    DeviceTime,
     EngineLost,
     ForwardBackward,
+    ForwardBackwardResult,
     OptimStep,
     Sample,
     SampleResult,
     SamplingParams,
+    causal_datum,
 )
 
 WAIT = 20  # seconds that a healthy thread never needs
@@ -122,6 +125,42 @@ def test_every_kind_goes_to_its_verb_on_one_thread(rig):
     assert [future.result(WAIT) for future in futures] == operations
     assert sampled.result(WAIT) == SampleResult(())
     assert recorder.threads == {called.result(WAIT)} == {"manylora-engine"}
+
+
+class Counting:
+    """A clock that tells a second more each time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def test_a_result_tells_what_it_cost():
+    class Timed(Recorder):
+        def forward_backward(self, works: Sequence[ForwardBackward]) -> list[Any]:
+            self._run(works)
+            return [ForwardBackwardResult((), 0.0) for _ in works]
+
+    queue, recorder = OperationQueue(1000), Timed()
+    worker = Worker(queue, recorder, clock=Counting())
+    recorder.hold(queue)
+    datum = causal_datum([1, 2, 3, 4, 5], [1.0] * 5)
+    works = [
+        ForwardBackward(adapter=name, data=[datum] * count) for name, count in (("a", 1), ("b", 3))
+    ]
+    futures = [queue.submit(work) for work in works]
+    # Two slices of the decode loop together, and one more for the second.
+    futures += [queue.submit(sample(None, turns)) for turns in (2, 3)]
+    recorder.gate.set()
+    costs = [future.result(WAIT).device for future in futures]
+    queue.close()
+    worker.join()
+    assert costs == [
+        DeviceTime(1.0, 0.25), DeviceTime(1.0, 0.75), DeviceTime(2.0, 1.0), DeviceTime(3.0, 2.0)
+    ]  # fmt: skip
 
 
 def test_an_error_as_a_value_is_its_own_futures(rig):

@@ -20,6 +20,7 @@ from manylora.types import (
     AdapterSpec,
     CheckpointMismatch,
     Datum,
+    DeviceTime,
     ForwardBackwardResult,
     NotFinite,
     OptimStepResult,
@@ -109,7 +110,7 @@ class FakeAdapter:
             part = weights @ feature
             total += float(part @ self.weights) ** 2 + float(weights.sum())
             grad += part * 0.1 + self.weights * 0.01
-        return ForwardBackwardResult((), total), grad
+        return ForwardBackwardResult((), total, device=DeviceTime(0.2, 0.1)), grad
 
     def optim_step(self, params: AdamParams):
         def work() -> OptimStepResult:
@@ -122,7 +123,7 @@ class FakeAdapter:
             if params.lr > 1e3:
                 self.weights = self.weights * np.nan
             self.grad, self.step = None, self.step + 1
-            return OptimStepResult(self.step, norm)
+            return OptimStepResult(self.step, norm, device=DeviceTime(0.02, 0.01))
 
         return self._submit("optim_step", work)
 
@@ -130,7 +131,7 @@ class FakeAdapter:
         def work() -> SampleResult:
             letters = tuple(65 + (self.step + i) % 26 for i in range(3))
             sequence = SampledSequence(letters, (0.0,) * 3, "length")
-            return SampleResult((sequence,) * len(prompts))
+            return SampleResult((sequence,) * len(prompts), device=DeviceTime(0.9, 0.3))
 
         return self._submit("sample", work)
 

@@ -39,6 +39,23 @@ def test_a_run_leaves_all_its_files(run_file: RunFile):
     assert not paths.lock.exists()
 
 
+def test_rates_are_over_the_time_of_the_device_and_evaluation_is_apart(run_file: RunFile):
+    assert train(run_file) == 0
+    told, steps = summary(run_file), 0
+    for entry in run_file.adapters:
+        one, rows = told["adapters"][entry.name], metrics(run_file, entry.name)
+        assert {row["seconds"] for row in rows} == {0.22}  # whatever it waited between them
+        assert one["seconds"] == pytest.approx(0.22 * len(rows))
+        assert one["tokens_per_second"] == pytest.approx(one["tokens"] / one["seconds"], abs=0.1)
+        steps += len(rows)
+    assert told["training_seconds"] == pytest.approx(0.11 * steps)
+    rate = told["tokens"] / told["training_seconds"]
+    assert told["tokens_per_second"] == pytest.approx(rate, abs=0.1)
+    # Each evaluation is a forward pass over one chunk and one of answers, before and after.
+    evaluated = sum(entry.sft.eval is not None for entry in run_file.adapters)
+    assert told["evaluation_seconds"] == pytest.approx(2 * (0.1 + 0.3) * evaluated)
+
+
 def test_losses_are_means_over_trained_tokens(run_file: RunFile, door: FakeDoor):
     """Repeating a batch's examples does not change its mean, so the fake's part of it stays 1."""
     assert train(run_file, door) == 0

@@ -1,5 +1,6 @@
 """What a person, a log file and a machine get to see."""
 
+import dataclasses
 import io
 import json
 import re
@@ -56,7 +57,7 @@ def test_plain_lines_are_few_however_many_steps_there_are():
     lines = [line for line in progress.getvalue().splitlines() if "loss" in line]
     assert 15 <= len(lines) <= 25
     assert "step    1/1000" in lines[0] and "step 1000/1000" in lines[-1]
-    assert "1,000 tokens/s" in lines[5]
+    assert "200 tokens/s" in lines[5]
 
 
 def test_work_without_an_end_in_sight_is_announced_and_short_work_is_not():
@@ -149,9 +150,21 @@ def test_rates_and_remaining_time_follow_the_last_seconds():
         clock.now += 1.0 if number <= 50 else 0.1
         board(step(number, steps=300))
     row = board.row("a")
-    assert row.tokens.per_second() == pytest.approx(1000, rel=0.02)
+    # 100 tokens in half a second of work, however long the others kept it waiting.
+    assert row.tokens.per_second() == pytest.approx(200)
     assert row.eta() == pytest.approx(10, rel=0.02)
     assert Rate(clock).per_second() is None
+
+
+def test_the_rate_of_all_is_over_the_time_in_which_the_device_worked():
+    clock = Clock()
+    board = Board(clock)
+    assert board.tokens.per_second() is None
+    for number in range(1, 9):
+        clock.now += 3.0  # evaluation and waiting between the steps
+        for adapter, share in (("a", 0.1), ("b", 0.3)):
+            board(dataclasses.replace(step(number), adapter=adapter, share_seconds=share))
+    assert board.tokens.per_second() == pytest.approx(200 / 0.4)
 
 
 def test_an_error_cannot_steer_the_terminal():
