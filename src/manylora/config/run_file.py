@@ -216,6 +216,8 @@ class SftSettings(Settings):
     """Passes over the data; 1 when max_steps is not given either."""
     max_steps: Steps | None = None
     """Optimizer steps, in place of epochs."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations while it trains; 0 = only before and after."""
     shuffle: Flag = True
     """A new order for each epoch, fixed by the adapter's seed."""
     eos: Text | None = None
@@ -248,6 +250,14 @@ class SftSettings(Settings):
         )
 
 
+class CheckpointSettings(Settings):
+    """Which training states stay on the disk."""
+
+    keep: Count | None = None
+    """So many of the newest; older ones are deleted once a newer one is whole. The last one, and of
+    those that were evaluated (`sft.eval_every`) the best one, always stay. null = all."""
+
+
 class AdapterEntry(Settings):
     """One adapter and how it is trained."""
 
@@ -261,6 +271,8 @@ class AdapterEntry(Settings):
     """Supervised fine-tuning: which data, how often."""
     save_every: Annotated[int, Field(ge=0, le=MOST_STEPS)] = 100
     """Steps between saved training states; 0 = only at the end."""
+    checkpoints: CheckpointSettings | None = None
+    """Which training states stay on the disk. null = as the run says."""
     chat_template: Text | None = None
     """A Jinja template in place of the tokenizer's own: itself, or the path of a file with it
     (relative to the run file's folder). null = the run's."""
@@ -327,6 +339,8 @@ class RunFile(Settings):
     file with it (relative to the run file's folder)."""
     activation_checkpointing: Flag = False
     """Compute activations twice to hold fewer of them in memory."""
+    checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    """Which training states stay on the disk, of every adapter that does not say otherwise."""
     dtype: Literal["fp32", "bf16", "auto"] = "auto"
     """Of the base; auto = as its files say."""
     quantization: Quantization | None = None

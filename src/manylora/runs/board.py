@@ -146,7 +146,8 @@ class Board:
         row.status, row.phase = "training", ""
         row.tokens.add(event.tokens, event.seconds)
         row.steps_done.add(1, event.seconds)
-        self.tokens.add(event.tokens, event.share_seconds)
+        # Of a run on a server only the first is told.
+        self.tokens.add(event.tokens, event.share_seconds or event.seconds)
 
 
 def short(value: float | None) -> str:

@@ -85,7 +85,7 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class EvalDone:
-    """Figures on the evaluation set, `when` = before or after training."""
+    """Figures on the evaluation set, `when` = before, during or after training."""
 
     adapter: str
     when: str

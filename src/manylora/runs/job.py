@@ -76,6 +76,8 @@ class Job:
         prepare: reads and tokenises the data; may take long, reports progress, may raise.
         loss, loss_config: as `forward_backward` takes them.
         save_every: steps between training states; 0 = only at the end.
+        eval_every: steps between evaluations; 0 = only before and after.
+        keep: how many of the newest training states stay; None = all.
         init_from: a PEFT folder to start from.
     """
 
@@ -86,6 +88,8 @@ class Job:
     loss: str = "cross_entropy"
     loss_config: Mapping[str, Any] | None = None
     save_every: int = 0
+    eval_every: int = 0
+    keep: int | None = None
     init_from: Path | None = None
 
 

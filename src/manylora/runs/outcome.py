@@ -19,6 +19,7 @@ class Outcome:
     Attributes:
         steps: optimizer steps that are behind the adapter; total_steps: that were planned.
         tokens, trained_tokens: of all steps, those before a resume included.
+        evaluations: while it trained, each with its step.
         warnings: what its owner should know.
         seconds: of the device, in batches with steps of this adapter; those before a resume
             included.
@@ -34,6 +35,7 @@ class Outcome:
     last_loss: float | None = None
     eval_before: dict[str, Any] | None = None
     eval_after: dict[str, Any] | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0

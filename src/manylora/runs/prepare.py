@@ -34,6 +34,7 @@ def plan_job(
     name: str | None = None,
     read: Read | None = None,
     between: Between = nothing,
+    keep: int | None = None,
 ) -> Job:
     """The job of one adapter; its data are read later, by `prepare`.
 
@@ -41,6 +42,7 @@ def plan_job(
         name: of the adapter at the door; by default the entry's.
         read: where its data come from, if not from what the entry names.
         between: called every few examples while they are tokenised.
+        keep: how many of the newest training states stay, if the entry does not say; None = all.
     """
 
     def prepare(door: Any, progress: Progress) -> Prepared:
@@ -52,6 +54,8 @@ def plan_job(
         prepare=prepare,
         steps=entry.sft.max_steps or 0,
         save_every=entry.save_every,
+        eval_every=entry.sft.eval_every,
+        keep=keep if entry.checkpoints is None else entry.checkpoints.keep,
         init_from=entry.lora.init_from,
     )
 

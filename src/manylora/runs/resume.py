@@ -14,7 +14,7 @@ from manylora.types import ConfigError
 # Settings that change what is shown, or where files lie, but no weight.
 _FREE = {
     "out", "mesh", "ray", "engine_address", "step_seconds",
-    "report", "tensorboard", "wandb", "trackio",
+    "checkpoints", "report", "tensorboard", "wandb", "trackio",
 }  # fmt: skip
 # How long a run is; one that is finished may be made longer.
 _LENGTHS = ("epochs", "max_steps")
@@ -155,6 +155,7 @@ def _comparable(run: RunFile) -> dict[str, Any]:
     for entry in adapters.values():
         for length in _LENGTHS:
             del entry["sft"][length]
+        del entry["checkpoints"]
     return {"adapters": adapters, **{k: v for k, v in data.items() if k not in _FREE}}
 
 

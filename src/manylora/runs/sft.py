@@ -24,7 +24,6 @@ from manylora.runs.evaluate import Answer, evaluate, settle
 from manylora.runs.events import (
     AdapterEnded,
     AdapterStarted,
-    CheckpointSaved,
     EvalDone,
     Listener,
     Phase,
@@ -36,6 +35,7 @@ from manylora.runs.job import Job, Prepared, mean_weights
 from manylora.runs.layout import AdapterPaths, is_completed, read_json, write_json
 from manylora.runs.metrics import MetricsFile, cut_back, read_metrics
 from manylora.runs.outcome import Outcome
+from manylora.runs.states import States
 from manylora.types import (
     ConfigError,
     DataError,
@@ -68,15 +68,6 @@ class _InFlight:
     update: Awaitable[Any]
 
 
-@dataclass(slots=True)
-class _Saving:
-    """A training state that has been asked for."""
-
-    step: int
-    path: Path
-    future: asyncio.Future[Path]
-
-
 class AdapterRun:
     """One adapter from its first step (or its newest checkpoint) to its end."""
 
@@ -100,8 +91,7 @@ class AdapterRun:
         self._preparing = preparing
         self._adapter: Any = None
         self._metrics: MetricsFile | None = None
-        self._saved_step = 0
-        self._saving: _Saving | None = None
+        self._states = States(job.name, paths, job.keep, emit)
         self.outcome = Outcome(total_steps=job.steps)
 
     async def run(self) -> Outcome:
@@ -183,8 +173,9 @@ class AdapterRun:
                 self._door.restore, job.name, state, spec=job.spec
             )
         outcome.num_params = self._adapter.num_params
-        outcome.resumed_from = self._saved_step = int(client.get("step", 0))
+        outcome.resumed_from = self._states.saved_step = int(client.get("step", 0))
         outcome.eval_before = client.get("eval_before")
+        outcome.evaluations = list(client.get("evaluations", ()))
         outcome.count_rows(cut_back(self._paths.metrics, outcome.resumed_from))
         outcome.steps = outcome.resumed_from
         # A lost metrics file costs the curve, not these two.
@@ -201,15 +192,22 @@ class AdapterRun:
                 pending.append(self._submit(step, prepared))
                 if len(pending) > 1:
                     await self._read(pending)
-                if self._saving and self._saving.future.done():
-                    await self._saved()
-                if self._job.save_every and step % self._job.save_every == 0:
+                if self._states.is_written:
+                    await self._states.written()
+                if self._is_due(step, self._job.eval_every) and step < prepared.steps:
+                    await self._drain(pending)
+                    await self._look(prepared)
+                if self._is_due(step, self._job.save_every):
                     await self._drain(pending)
                     await self._save()
             await self._drain(pending)
             self._check_stop()
         finally:
             await settle(deque(f for p in pending for f in (p.loss, p.update)))
+
+    @staticmethod
+    def _is_due(step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
 
     def _submit(self, step: int, prepared: Prepared) -> _InFlight:
         """Submit both operations of a step before either is awaited."""
@@ -275,43 +273,41 @@ class AdapterRun:
     async def _finish(self, prepared: Prepared) -> None:
         """The last state, the PEFT folder, the last evaluation, the word `completed`."""
         await self._save()
-        await self._saved()
+        await self._states.written()
         self._tick("exporting", 0, 1)
         await wrap_future(self._adapter.export(self._paths.final))
         self._check_stop()
         if prepared.evals:
             self.outcome.eval_after = await self._evaluate("after", prepared)
+            self._note(self.outcome.eval_after)
+            await self._states.drop_old(self.outcome.evaluations)
         write_json(self._paths.result, {**self.outcome.to_dict(), "status": "completed"})
 
     # ------------------------------------------------------------------ training states
 
     async def _save(self) -> None:
         """Ask for a training state of the step that was read last; the next steps go on."""
-        await self._saved()
-        step = self.outcome.steps
-        if step == self._saved_step:
-            return
         assert self._metrics is not None
-        self._metrics.sync()
+        told = self.outcome
         client = {
-            "step": step,
-            "first_loss": self.outcome.first_loss,
-            "last_loss": self.outcome.last_loss,
-            "eval_before": self.outcome.eval_before,
+            "step": told.steps,
+            "first_loss": told.first_loss,
+            "last_loss": told.last_loss,
+            "eval_before": told.eval_before,
+            "evaluations": told.evaluations,
         }
-        path = self._paths.state(step)
-        self._saving = _Saving(step, path, wrap_future(self._adapter.save(path, client)))
-
-    async def _saved(self) -> None:
-        """Wait for the training state that was asked for last."""
-        saving, self._saving = self._saving, None
-        if saving is None:
-            return
-        await saving.future
-        self._saved_step = saving.step
-        self._emit(CheckpointSaved(self._job.name, saving.step, str(saving.path)))
+        await self._states.save(self._adapter, told.steps, client, first=self._metrics.sync)
 
     # ------------------------------------------------------------------ evaluation
+
+    async def _look(self, prepared: Prepared) -> None:
+        """Evaluate between two steps; a state that is saved of this step knows of it."""
+        if prepared.evals:
+            self._note(await self._evaluate("during", prepared))
+
+    def _note(self, evaluation: dict[str, Any]) -> None:
+        entry = {"step": self.outcome.steps, **evaluation}
+        self.outcome.evaluations = [*self.outcome.evaluations, entry]
 
     async def _evaluate(self, when: str, prepared: Prepared) -> dict[str, Any]:
         step = self.outcome.steps
@@ -325,7 +321,7 @@ class AdapterRun:
         return result.to_dict()
 
     def _write_samples(self, when: str, answers: list[Answer]) -> None:
-        if not answers:
+        if not answers or when == "during":
             return
         samples = read_json(self._paths.samples) if when == "after" else None
         samples = samples if isinstance(samples, dict) else {}
@@ -338,7 +334,7 @@ class AdapterRun:
         try:
             if self._adapter is not None:
                 await self._save()
-                await self._saved()
+                await self._states.written()
         except Exception as error:
             self._fail(error)
             return
@@ -367,7 +363,7 @@ class AdapterRun:
     async def _release(self) -> None:
         """Give the adapter's memory back; a state still being written is waited for."""
         try:
-            await self._saved()
+            await self._states.written()
         except Exception as error:
             log.debug("adapter %s: %s", self._job.name, error)
         if self._adapter is not None:

@@ -121,7 +121,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.paths = RunPaths(self.run.out)
-        self.jobs = [plan_job(entry) for entry in self.run.adapters]
+        self.jobs = [plan_job(entry, keep=self.run.checkpoints.keep) for entry in self.run.adapters]
         self.outcomes = {job.name: Outcome(total_steps=job.steps) for job in self.jobs}
 
     def go(self) -> int:

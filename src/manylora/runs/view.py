@@ -164,7 +164,7 @@ def step_text(row: Row) -> str:
 
 def eval_text(event: EvalDone) -> str:
     """An evaluation as one plain line."""
-    parts = [f"{event.when} training"]
+    parts = [f"step {event.step:,}" if event.when == "during" else f"{event.when} training"]
     if event.loss is not None:
         parts.append(f"eval loss {short(event.loss)}")
     if event.exact_match is not None:

@@ -14,7 +14,7 @@ from manylora.api import AdapterDoor, AnyHost
 from manylora.checkpoint import newest_state
 from manylora.runs.events import AdapterStarted, CheckpointSaved, EvalDone, Event, StepDone, finite
 from manylora.runs.layout import AdapterPaths
-from manylora.runs.metrics import read_metrics
+from manylora.runs.metrics import NOT_KEPT, read_metrics
 from manylora.runs.outcome import Outcome
 from manylora.runs.prepare import plan_job
 from manylora.runs.sft import AdapterRun, StopAsked
@@ -132,4 +132,4 @@ def metrics_after(paths: AdapterPaths, step: int) -> list[dict[str, Any]]:
 
 
 def _row(figures: dict[str, Any]) -> dict[str, Any]:
-    return {k: finite(v) for k, v in figures.items() if k not in ("adapter", "steps")}
+    return {k: finite(v) for k, v in figures.items() if k not in NOT_KEPT}

@@ -134,6 +134,8 @@ def check_size(entry: AdapterEntry, max_rank: int) -> None:
             "chat_template: a template is a program, and a server runs none but its base's; render "
             "the conversations yourself and send prompt/completion rows"
         )
+    if entry.checkpoints is not None:
+        raise Unsupported("checkpoints: a server keeps the newest state of a run; leave it out")
     names = [lora.targets] if isinstance(lora.targets, str) else lora.targets
     for name in (*names, *lora.rank_pattern, *lora.alpha_pattern):
         if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():

@@ -382,6 +382,6 @@ def test_every_setting_is_described_in_the_schema():
         if not setting.get("description") and "$ref" not in setting
     ]
     assert bare == []
-    assert len(models) == 7
+    assert len(models) == 8
     assert all(model["additionalProperties"] is False for model in models)
     assert schema["required"] == ["base", "out", "adapters"]
