@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,26 @@ import click
 
 if TYPE_CHECKING:
     from manylora.cli.adapters import AdapterFolder
-    from manylora.types import SamplingParams
+    from manylora.types import SampledSequence, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer, as `--json` prints it.
+
+    Attributes:
+        answer: its text, without special tokens.
+        stop_reason: `stop` (a token that ends an answer) or `length`.
+        prompt_tokens, tokens: how many there were, of the prompt and of the answer.
+        token_ids: the answer's, the one that ended it included. logprobs: of each of them.
+    """
+
+    answer: str
+    stop_reason: str
+    prompt_tokens: int
+    tokens: int
+    token_ids: list[int]
+    logprobs: list[float]
 
 
 @click.command(
@@ -47,7 +67,12 @@ if TYPE_CHECKING:
     help="0 = always the likeliest token.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object per answer: text, ids, why it stopped, counts, log-probabilities.",
+)
 def sample(
     base: str | None,
     folders: tuple[Path, ...],
@@ -79,7 +104,7 @@ def _answers(
     *,
     quantization: str | None,
     chat: bool,
-) -> dict[str, str]:
+) -> dict[str, Answer]:
     """Each adapter's answer by its label; without adapters, the base's by its name."""
     from manylora.api import Trainer
     from manylora.cli.adapters import open_adapter
@@ -91,16 +116,28 @@ def _answers(
             label: open_adapter(trainer, f"a{number}", adapter)
             for number, (label, adapter) in enumerate(zip(labels, adapters, strict=True))
         }
-        # All are asked before any is waited for, so that they share one decode loop.
-        futures = {
-            label: door.sample([as_trained(tokenizer, prompt, door, chat=chat)], params)
+        asked = {
+            label: (door, as_trained(tokenizer, prompt, door, chat=chat))
             for label, door in (doors or {base: trainer}).items()
         }
-        answers = {label: future.result().sequences[0] for label, future in futures.items()}
+        # All are asked before any is waited for, so that they share one decode loop.
+        futures = {label: door.sample([tokens], params) for label, (door, tokens) in asked.items()}
         return {
-            label: tokenizer.decode(list(answer.tokens), skip_special_tokens=True)
-            for label, answer in answers.items()
+            label: answer_of(tokenizer, asked[label][1], future.result().sequences[0])
+            for label, future in futures.items()
         }
+
+
+def answer_of(tokenizer: Any, prompt: Sequence[int], sequence: "SampledSequence") -> Answer:
+    """A sampled sequence as a person and a machine read it."""
+    return Answer(
+        answer=tokenizer.decode(list(sequence.tokens), skip_special_tokens=True),
+        stop_reason=sequence.stop_reason,
+        prompt_tokens=len(prompt),
+        tokens=len(sequence.tokens),
+        token_ids=list(sequence.tokens),
+        logprobs=list(sequence.logprobs),
+    )
 
 
 def as_trained(tokenizer: Any, prompt: str, door: Any, *, chat: bool) -> list[int]:
@@ -154,18 +191,17 @@ def _prompt(given: str | None) -> str:
     return sys.stdin.read().removesuffix("\n")
 
 
-def _shown(answers: Mapping[str, str], *, as_json: bool) -> str:
+def _shown(answers: Mapping[str, Answer], *, as_json: bool) -> str:
     if as_json:
         return "\n".join(
-            json.dumps({"adapter": label, "answer": answer}, ensure_ascii=False)
+            json.dumps({"adapter": label, **asdict(answer)}, ensure_ascii=False)
             for label, answer in answers.items()
         )
-    answers = {label: printable(answer) for label, answer in answers.items()}
-    if len(answers) == 1:
-        return next(iter(answers.values()))
-    width = max(map(len, answers))
+    texts = {label: printable(answer.answer) for label, answer in answers.items()}
+    if len(texts) == 1:
+        return next(iter(texts.values()))
+    width = max(map(len, texts))
     indent = "\n" + " " * (width + 2)
     return "\n".join(
-        f"{label.ljust(width)}  {answer.replace(chr(10), indent)}"
-        for label, answer in answers.items()
+        f"{label.ljust(width)}  {text.replace(chr(10), indent)}" for label, text in texts.items()
     )

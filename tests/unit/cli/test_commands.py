@@ -14,8 +14,13 @@ from manylora.cli.adapters import common_base, find_adapter
 from manylora.cli.sample import distinct, printable
 from manylora.runs.footprint import MemoryPlan
 from manylora.runs.plan import AdapterPlan, RunPlan
-from manylora.types import CheckpointDamaged, CheckpointError, ConfigError, SamplingParams
-from manylora.types.memory import bytes_text
+from manylora.types import (
+    CheckpointDamaged,
+    CheckpointError,
+    ConfigError,
+    SampledSequence,
+    SamplingParams,
+)
 
 RUN = "base: seedling\nout: o\nadapters:\n  - {name: a, sft: {train: d.jsonl}}\n"
 
@@ -182,6 +187,7 @@ class Letters:
     """A tokenizer whose tokens are code points."""
 
     bos_token_id: int | None = None
+    eos_token_id: int | None = None
     chat_template: str | None = None
 
     def __call__(self, text, **_):
@@ -207,7 +213,8 @@ class Door:
 
     def sample(self, prompts, params):
         self.log.append(("sample", self.answer, prompts, params))
-        answer = SimpleNamespace(tokens=[ord(letter) for letter in self.answer])
+        letters = tuple(ord(letter) for letter in self.answer)
+        answer = SampledSequence(letters, (-0.5,) * len(letters), "length")
         return done(SimpleNamespace(sequences=[answer]))
 
     def export(self, folder, *, merged=False):
@@ -271,8 +278,16 @@ def test_adapters_answer_side_by_side(manylora, door):
     assert [entry[3] for entry in door if entry[0] == "sample"] == [expected, expected]
     code, out, _ = manylora("sample", *adapters, *options, "--json")
     assert [json.loads(line) for line in out.splitlines()] == [
-        {"adapter": "one", "answer": "peft final"},
-        {"adapter": "second", "answer": "state step-3"},
+        {
+            "adapter": label,
+            "answer": answer,
+            "stop_reason": "length",
+            "prompt_tokens": 2,
+            "tokens": len(answer),
+            "token_ids": [ord(letter) for letter in answer],
+            "logprobs": [-0.5] * len(answer),
+        }
+        for label, answer in (("one", "peft final"), ("second", "state step-3"))
     ]
 
 
