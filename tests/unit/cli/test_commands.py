@@ -21,6 +21,7 @@ from manylora.types import (
     SampledSequence,
     SamplingParams,
 )
+from manylora.types.memory import bytes_text
 
 RUN = "base: seedling\nout: o\nadapters:\n  - {name: a, sft: {train: d.jsonl}}\n"
 
