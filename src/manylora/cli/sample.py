@@ -53,11 +53,7 @@ class Answer:
     metavar="KIND",
     help="nf4 or int8: keep the base's weights in 4 or 8 bits, as in the run that trained on it.",
 )
-@click.option(
-    "--chat",
-    is_flag=True,
-    help="Put the prompt into the chat template: the adapter's own, or else the tokenizer's.",
-)
+@click.option("--chat", is_flag=True, help="Put the prompt into the chat template.")
 @click.option("--max-tokens", type=click.IntRange(1, 2**31 - 1), default=64, show_default=True)
 @click.option(
     "--temperature",

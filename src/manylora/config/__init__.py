@@ -10,7 +10,6 @@ from manylora.config.load import load_run_file, load_server_file
 from manylora.config.render import resolved_yaml, run_json_schema
 from manylora.config.run_file import (
     DATA_SUFFIXES,
-    MOST_STEPS,
     AdapterEntry,
     LoraSettings,
     OptimizerSettings,
@@ -24,6 +23,7 @@ from manylora.config.run_file import (
     is_template,
 )
 from manylora.config.server_file import Memory, Quotas, RequestLimits, Saving, ServerFile
+from manylora.config.settings import MOST_STEPS
 
 __all__ = [
     "DATA_SUFFIXES",

@@ -7,20 +7,26 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_validator, model_validator
 
+from manylora.config.settings import (
+    MOST_STEPS,
+    Beta,
+    Count,
+    Flag,
+    MeshText,
+    NotNegative,
+    Positive,
+    Rank,
+    Seconds,
+    Settings,
+    Steps,
+    Text,
+    Tokens,
+    problem,
+)
 from manylora.types import ALL_LINEAR, AdamParams, AdapterSpec
 from manylora.types.base import Quantization
-from manylora.types.mesh import MeshShape
 from manylora.types.patterns import BadPattern, compiled, shown
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -34,7 +40,6 @@ _OTHER_SUFFIXES = frozenset((
 ))  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-_YAML_11_WORDS = {"yes": True, "on": True, "no": False, "off": False}
 
 
 def data_suffix(source: str) -> str:
@@ -59,11 +64,6 @@ def is_template(text: str) -> bool:
     return "{{" in text or "{%" in text
 
 
-def _yaml_11_word(value: object) -> object:
-    """`shuffle: no` says false to most people, though YAML 1.2 reads a string."""
-    return _YAML_11_WORDS.get(value.lower(), value) if isinstance(value, str) else value
-
-
 def is_name(value: object) -> TypeGuard[str]:
     """Whether `value` may name an adapter, and so a folder."""
     return (
@@ -74,51 +74,13 @@ def is_name(value: object) -> TypeGuard[str]:
     )
 
 
-def _problem(message: str, *within: str | int) -> PydanticCustomError:
-    """An error with our own words, at the key `within` the value that is being checked."""
-    # A message of its own would have its braces read as places for the context.
-    return PydanticCustomError("setting", "{message}", {"message": message, "within": within})
-
-
 def _check_regex(pattern: str) -> None:
     try:
         compiled(pattern)
     except BadPattern as error:
-        raise _problem(
+        raise problem(
             f"{shown(pattern)} is not a regular expression that can be used: {error}"
         ) from error
-
-
-Flag = Annotated[bool, BeforeValidator(_yaml_11_word)]
-# Whatever is counted has a largest sensible value: beyond it a number is a slip, or an attack.
-MOST_STEPS = 100_000_000
-MOST_SECONDS = 315_360_000  # ten years
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
-Rank = Annotated[int, Field(ge=1, le=65_536)]
-Tokens = Annotated[int, Field(ge=1, le=1 << 30)]
-Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Text = Annotated[str, Field(min_length=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _mesh(text: str) -> str:
-    return str(MeshShape.parse(text))
-
-
-MeshText = Annotated[str, AfterValidator(_mesh)]
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
 
 
 class LoraSettings(Settings):
@@ -151,7 +113,7 @@ class LoraSettings(Settings):
     def _check_targets(cls, value: object) -> object:
         names = value if isinstance(value, list) else [value]
         if not names or not all(isinstance(name, str) and name for name in names):
-            raise _problem(
+            raise problem(
                 f"is {value!r}; write all-linear, a list of leaf names such as [q_proj, v_proj], "
                 "or a regular expression"
             )
@@ -216,7 +178,7 @@ class SftSettings(Settings):
     """Passes over the data; 1 when max_steps is not given either."""
     max_steps: Steps | None = None
     """Optimizer steps, in place of epochs."""
-    eval_every: Annotated[int, Field(ge=0)] = 0
+    eval_every: Annotated[int, Field(ge=0, le=MOST_STEPS)] = 0
     """Steps between evaluations while it trains; 0 = only before and after."""
     shuffle: Flag = True
     """A new order for each epoch, fixed by the adapter's seed."""
@@ -230,7 +192,7 @@ class SftSettings(Settings):
         if not isinstance(data, dict):
             return data
         if data.get("epochs") is not None and data.get("max_steps") is not None:
-            raise _problem("epochs is given too; keep one of them", "max_steps")
+            raise problem("epochs is given too; keep one of them", "max_steps")
         if data.get("epochs") is None and data.get("max_steps") is None:
             return {**data, "epochs": 1}
         return data
@@ -241,11 +203,11 @@ class SftSettings(Settings):
         files = f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]}"
         if value is not None and is_data_file(value):
             if data_suffix(value) not in DATA_SUFFIXES:
-                raise _problem(f"is {value!r}; of local files {files} are read")
+                raise problem(f"is {value!r}; of local files {files} are read")
             return value
         if value is None or _HUB_ID.fullmatch(value):
             return value
-        raise _problem(
+        raise problem(
             f"is {value!r}; name a {files} file, or a hub id such as org/name or org/name:split"
         )
 
@@ -283,7 +245,7 @@ class AdapterEntry(Settings):
     @classmethod
     def _check_name(cls, value: str) -> str:
         if not is_name(value):
-            raise _problem(
+            raise problem(
                 f"is {value!r}; use up to 100 letters, digits and . _ - , beginning with neither "
                 ". nor -"
             )
@@ -381,7 +343,7 @@ class RunFile(Settings):
     def _check_device(cls, value: str) -> str:
         if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
             return value
-        raise _problem(f"is {value!r}; write auto, cpu, cuda or cuda:N")
+        raise problem(f"is {value!r}; write auto, cpu, cuda or cuda:N")
 
     @model_validator(mode="after")
     def _names_differ(self) -> "RunFile":
@@ -390,7 +352,7 @@ class RunFile(Settings):
             # Without regard to case, because some file systems have none.
             twin = seen.get(entry.name.lower())
             if twin is not None:
-                raise _problem(
+                raise problem(
                     f"{entry.name!r} is taken by an earlier adapter, {twin!r} (upper and lower "
                     "case count as the same); names must differ",
                     *("adapters", number, "name"),
@@ -402,4 +364,4 @@ class RunFile(Settings):
 def _path(value: object, expected: str) -> object:
     if value is None or isinstance(value, Path) or (isinstance(value, str) and value):
         return value
-    raise _problem(f"is {value!r}; write {expected}")
+    raise problem(f"is {value!r}; write {expected}")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from manylora.config.run_file import (
+from manylora.config.settings import (
     MOST_SECONDS,
     Count,
     Flag,
