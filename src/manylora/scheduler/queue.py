@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from manylora.scheduler.turns import Turns
-from manylora.types import Cancelled, ForwardBackward, OptimStep, Sample
+from manylora.types import Cancelled, DeviceTime, ForwardBackward, OptimStep, Sample
 
 # A tenant may hold this many times the places that would still be free: alone, 7/8 of all.
 ALPHA = 7
@@ -47,20 +47,14 @@ TRAINING = (Call, OptimStep, ForwardBackward)
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A queued operation and the future that waits for it.
-
-    Attributes:
-        submitted: by the queue's clock.
-        decoded: seconds of the decode loop since it joined; decoded_alone: its share of them.
-    """
+    """A queued operation and the future that waits for it; `submitted` is the queue's clock."""
 
     operation: Operation
     future: Future[Any]
     tokens: int
     submitted: float
     lane: "Lane"
-    decoded: float = 0.0
-    decoded_alone: float = 0.0
+    decoding: DeviceTime = field(default_factory=DeviceTime)
 
     @property
     def places(self) -> int:

@@ -221,14 +221,15 @@ class Worker:
         seconds = self._clock() - began
         self._share.charge(training=False, seconds=seconds)
         for pending in together:
-            pending.decoded += seconds
-            pending.decoded_alone += seconds / len(together)
+            spent = pending.decoding
+            pending.decoding = DeviceTime(
+                spent.batches + seconds, spent.share + seconds / len(together)
+            )
         fill = self.queue.places_held / self.queue.places
         for operation, outcome in found:
             pending = self._decoding[id(operation)][0]
             self._forget(pending)
-            device = DeviceTime(pending.decoded, pending.decoded_alone)
-            self._finish(pending, _costing(outcome, device))
+            self._finish(pending, _costing(outcome, pending.decoding))
         tokens = [(sample.tenant, _sampled_tokens(sample, outcome)) for sample, outcome in found]
         started = self._began
         self._began = []
