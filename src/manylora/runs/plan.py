@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from manylora.config import AdapterEntry, RunFile
 from manylora.engine.admission import kv_bytes
@@ -20,6 +20,7 @@ from manylora.lora.sites import Site, resolve_targets
 from manylora.models import attention, resolve_base
 from manylora.models.base import DTYPES
 from manylora.models.cache import FIRST_TOKENS, blocks
+from manylora.models.tokenizer import open_tokenizer
 from manylora.models.vocabulary import Vocabulary, read_vocabulary
 from manylora.processes.starting import check_split
 from manylora.runs.evaluate import SAMPLE_CHUNK
@@ -28,7 +29,7 @@ from manylora.runs.order import DataOrder, total_steps
 from manylora.runs.prepare import EXTRA_TOKENS, ends_notes, entry_encoder
 from manylora.runs.sources import read_source
 from manylora.sampling.loop import MAX_CACHED_TOKENS
-from manylora.types import BaseModelError, ConfigError, Datum, ManyloraError
+from manylora.types import BaseModelError, ConfigError, DataError, Datum, ManyloraError
 from manylora.types.machine import free_host_bytes
 from manylora.types.memory import adapter_bytes
 from manylora.types.mesh import MeshShape
@@ -106,9 +107,11 @@ def plan_run(run: RunFile) -> RunPlan:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"cannot open base {run.base!r}: {error}") from error
+    tokenizer = open_tokenizer(folder)
+    if tokenizer is None:
+        raise DataError("the base's folder has no tokenizer, so text cannot be read")
     sites, vocabulary = list_sites(model), read_vocabulary(folder)
     planned = [_plan_adapter(entry, sites, tokenizer, vocabulary) for entry in run.adapters]
     return RunPlan(
