@@ -41,8 +41,12 @@ class Preparing:
         if tenant not in self._begun and tenant not in self._next:
             self._next.append(tenant)
         self._go_on()
-        await self._wait(turn)
-        self._begun.add(tenant)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.end(tenant)
+            raise
 
     async def pass_on(self, tenant: str) -> None:
         """Let the others have a turn each, if there are any, and wait for the next one."""
@@ -53,7 +57,7 @@ class Preparing:
         self._next.append(tenant)
         self._busy = False
         self._go_on()
-        await self._wait(turn)
+        await turn
 
     def end(self, tenant: str) -> None:
         """The preparation is over, or has failed."""
@@ -66,15 +70,6 @@ class Preparing:
         self._go_on()
 
     # -- inside ---------------------------------------------------
-
-    async def _wait(self, turn: "asyncio.Future[None]") -> None:
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._busy = False
-                self._go_on()
-            raise
 
     def _go_on(self) -> None:
         while not self._busy and self._next:

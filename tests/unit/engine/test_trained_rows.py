@@ -2,7 +2,8 @@
 
 Faults that were planted and seen to fail here: rows in another order than their targets; further
 targets of the rows that are left out; a gradient scattered to the wrong rows; a ratio over the rows
-that are only read; trained rows and others in one chunk; a position with a second target's weight
+that are only read; trained rows and others in one chunk; rows that are only read without their
+adapter on the head, or with the place of trained ones; a position with a second target's weight
 alone, or with a place in the ratio's mask alone, taken for untrained; zeros for what was not asked.
 
 N tokens of a datum, n of them trained, K targets of each position.
@@ -114,16 +115,18 @@ def test_the_numbers_do_not_depend_on_what_is_read(tiny, loss: str, name: str):
 @pytest.mark.usefixtures("chunks")
 def test_they_are_those_of_the_reference(tiny, loss: str):
     engine = engine_of(tiny("llama"))
-    work = work_for("head", loss, "trained")
-    result, found_P = run(engine, *beside(work))
-    oracle = ReferenceEngine(tiny("llama"), engine.state("head"))
-    expected, total = oracle.forward_backward(work.data, work.loss, work.config, "trained")
-    for found, wanted in zip(result.logprobs, expected, strict=True):
-        assert found.shape == wanted.shape
-        np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=TOLERANCE)
-    assert result.loss == pytest.approx(total, rel=TOLERANCE)
-    expected_P = oracle.gradient()
-    assert (found_P - expected_P).norm() <= TOLERANCE * expected_P.norm()
+    choices: tuple[Wanted, ...] = ("trained", "all")
+    for choice in choices:
+        work = work_for("head", loss, choice)
+        result, found_P = run(engine, *beside(work))
+        oracle = ReferenceEngine(tiny("llama"), engine.state("head"))
+        expected, total = oracle.forward_backward(work.data, work.loss, work.config, choice)
+        for found, wanted in zip(result.logprobs, expected, strict=True):
+            assert found.shape == wanted.shape
+            np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=TOLERANCE)
+        assert result.loss == pytest.approx(total, rel=TOLERANCE)
+        expected_P = oracle.gradient()
+        assert (found_P - expected_P).norm() <= TOLERANCE * expected_P.norm()
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -65,6 +65,24 @@ def test_one_that_fails_or_is_cancelled_holds_nobody_up():
     asyncio.run(whole())
 
 
+def test_one_that_is_cancelled_as_its_turn_comes_gives_it_back():
+    async def whole() -> None:
+        preparing = Preparing()
+        async with preparing.of("first"):  # so that all are in line
+            cancelled = asyncio.create_task(preparing.begin("ann"))
+            others = [asyncio.create_task(preparing.begin(who)) for who in ("bob", "ann")]
+            await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.wait_for(others[0], 10)
+        preparing.end("bob")
+        await asyncio.wait_for(others[1], 10)
+        preparing.end("ann")
+        async with asyncio.timeout(10), preparing.of("ann"):
+            assert cancelled.cancelled()
+
+    asyncio.run(whole())
+
+
 def test_no_more_have_begun_than_there_are_threads_for():
     async def whole() -> None:
         preparing, begun = Preparing(), 0
@@ -129,3 +147,36 @@ def test_one_tenants_data_do_not_keep_anothers_run_waiting(
     asyncio.run(whole())
     assert pieces[:3] == ["ann", "bob", "ann"]
     assert pieces.count("ann") == 5
+
+
+def test_a_run_that_is_cancelled_is_left_in_the_middle_of_tokenising(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked, pieces = threading.Event(), []
+    tokenise = Encoder._tokenise
+
+    def watched(self: Encoder, texts: list[str]) -> Any:
+        pieces.append(texts[0])
+        assert asked.wait(60)
+        return tokenise(self, texts)
+
+    monkeypatch.setattr(Encoder, "_tokenise", watched)
+
+    async def whole() -> None:
+        place = Place(tmp_path / "data")
+        async with place.open():
+            hub = place.hub
+            run = await hub.submit_run("ann", request("ann", 5000))
+            while not pieces:
+                await asyncio.sleep(0.01)
+            live = hub.submitted._live[run.id]
+            await hub.cancel_run("ann", run.id)
+            while not live.stop.is_set():
+                await asyncio.sleep(0.01)
+            asked.set()
+            while (now := await hub.run("ann", run.id, 0)).status == "cancelling":
+                await asyncio.sleep(0.05)
+            assert now.status == "cancelled", now.error
+
+    asyncio.run(whole())
+    assert pieces == ["ann"]

@@ -119,6 +119,8 @@ def test_sampling_sessions_are_counted(run):
 def test_metadata_is_bounded():
     with pytest.raises(ValueError, match=r"metadata of 20,00\d bytes; at most 16,384"):
         m.CreateSessionRequest(user_metadata={str(n): "x" * 4000 for n in range(5)})
+    with pytest.raises(ValueError, match=r"metadata of 20,000 bytes; at most 16,384"):
+        m.CreateSessionRequest(user_metadata={f"{n:0200}": "" for n in range(100)})
     with pytest.raises(ValueError, match="at most 16,384"):
         m.SaveWeightsRequest(
             model_id="a", seq_id=1, user_metadata={str(n): "é" * 3000 for n in "abc"}
@@ -151,6 +153,8 @@ def test_runs_data_are_counted_until_the_run_is_over(run):
 def test_runs_that_are_over_are_forgotten_beyond_some(run):
     async def test(place: Place) -> None:
         hub, runs = place.hub, place.hub.submitted
+        others = await hub.submit_run("bob", submission("r"))
+        await over(place, others.id, "bob")
         ids = []
         for number in range(4):
             ids.append((await hub.submit_run(WHO, submission(f"r{number}"))).id)
@@ -158,6 +162,7 @@ def test_runs_that_are_over_are_forgotten_beyond_some(run):
         await asyncio.to_thread(runs.forget_old)
         left = [row.id for row in (await hub.runs(WHO, 20, 0)).runs]
         assert sorted(left) == sorted(ids[2:])
+        assert [row.id for row in (await hub.runs("bob", 20, 0)).runs] == [others.id]
         assert [runs._paths(id).root.exists() for id in ids] == [False, False, True, True]
         kept = await hub.checkpoints(WHO, 100, 0)
         assert len({one.tinker_path.split("/")[2] for one in kept.checkpoints}) == 4
@@ -165,12 +170,12 @@ def test_runs_that_are_over_are_forgotten_beyond_some(run):
     run(test, quotas={"runs": 2})
 
 
-async def over(place: Place, id: str) -> None:
+async def over(place: Place, id: str, tenant: str = WHO) -> None:
     """Wait for the end of a run."""
-    while (now := await place.hub.run(WHO, id, 0)).status in ("queued", "running"):
+    while (now := await place.hub.run(tenant, id, 0)).status in ("queued", "running"):
         await asyncio.sleep(0.05)
     assert now.status == "completed", now.error
-    while place.hub.submitted.count(WHO):
+    while place.hub.submitted.count(tenant):
         await asyncio.sleep(0.01)
 
 

@@ -17,7 +17,7 @@ from manylora.service.wire import wire_pb2 as pb
 from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.outline import Outline, outline_of
 from manylora.service.wire.sampling import read_sample
-from manylora.types import Cancelled
+from manylora.types import Cancelled, DataError
 from tests.unit.service import bodies
 from tests.unit.service.test_upkeep import WHO, Place
 
@@ -179,14 +179,28 @@ def test_after_a_restart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asyncio.run(whole())
 
 
+def wrong(place: Place, seq: int) -> Outline:
+    """One that cannot be decoded: more targets than tokens."""
+    data = [bodies.datum([bodies.tokens(1, 2)], {"target_tokens": bodies.dense([1, 2, 3])})]
+    message = bodies.request(data, model_id=place.model, seq_id=seq)
+    return outline_of(message.SerializeToString(), LIMITS)
+
+
+def test_what_is_wrong_in_its_turn_is_refused_at_once_and_holds_nothing(tmp_path: Path):
+    async def test(place: Place) -> None:
+        parts = place.hub.parts
+        with pytest.raises(DataError, match=r"data\[0\]"):
+            await send(place, wrong(place, 1))
+        assert isinstance(await place.result(f"{place.model}:1"), Failed)
+        assert parts.decoded.total == parts.waiting.total == 0 and not parts.in_flight
+        assert isinstance(await place.result(await place.data(2)), Ready)
+
+    opened(tmp_path, test)
+
+
 def test_what_is_wrong_behind_a_gap_fails_in_its_turn(tmp_path: Path):
     async def test(place: Place) -> None:
-        message = bodies.request(
-            [bodies.datum([bodies.tokens(1, 2)], {"target_tokens": bodies.dense([1, 2, 3])})],
-            model_id=place.model,
-            seq_id=2,
-        )
-        bad = await send(place, outline_of(message.SerializeToString(), LIMITS))
+        bad = await send(place, wrong(place, 2))
         assert isinstance(await place.hub.outcome(WHO, bad, 0.05), Waiting)
         await send(place, expanding(place, 1))
         outcome = await place.result(bad)
@@ -258,7 +272,7 @@ def test_a_samples_candidates_are_counted_before_they_are_unpacked(tmp_path: Pat
                 await place.hub.sample(WHO, candidates(sampler, 3, 1024))
         for id in ids:
             assert isinstance(await place.result(id), Ready)
-        assert parts.decoded.total == parts.waiting.total == 0
+        assert parts.decoded.total == parts.waiting.total == 0 and not parts.in_flight
 
     opened(tmp_path, test, quotas={"decoded_bytes": 16_100})
 
@@ -285,8 +299,11 @@ def test_a_ledger_lets_everybody_in_in_turn():
 
         tasks = [asyncio.create_task(come(*who)) for who in (("ann", 9), ("cat", 4), ("dan", 3))]
         await asyncio.sleep(0)
-        assert entered == []
-        ledger.leave("bob", 6)
+        assert not ledger.fits("eve", 1)  # there is room for it, but others came first
+        ledger.leave("bob", 2)
+        await asyncio.sleep(0)
+        assert entered == []  # room for dan, who came after cat
+        ledger.leave("bob", 4)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert entered == ["cat4", "dan3"]  # ann waits for what she holds herself
