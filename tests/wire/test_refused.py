@@ -58,3 +58,11 @@ def test_a_refused_optim_step_drops_its_gradient(client: RawClient):
     assert client.post("optim_step", **bad).status_code == 422
     step = client.ok(client.optim_step(model, 3, STEP))
     assert client.result(step["request_id"])["category"] == "user"
+
+
+def test_an_adapter_of_a_million_ranks(client: RawClient):
+    answer = client.create_model(0, rank=1_000_000)
+    assert answer.status_code == 422
+    told = answer.json()
+    assert told["category"] == "user" and "lora_config.rank" in told["error"]
+    assert client.new_model(1)

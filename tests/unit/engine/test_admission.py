@@ -1,8 +1,4 @@
-"""What cannot fit is refused before it is allocated, with needed, free and what would fit.
-
-Faults that were planted and seen to fail here: no look at what residents will take once they have
-stepped, 16 bytes for a parameter in bf16, no look at num_samples.
-"""
+"""What cannot fit is refused before it is allocated, with needed, free and what would fit."""
 
 import numpy as np
 import pytest

@@ -1,8 +1,4 @@
-"""Patterns of other people: what `re` says of them, within bounds.
-
-Faults that were planted and seen to fail here: no look at counted repeats (the compiler unrolls
-them until memory is gone), a match without a timeout, a time that begins anew with every name.
-"""
+"""Patterns of other people: what `re` says of them, within bounds."""
 
 import random
 import re
