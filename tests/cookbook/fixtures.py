@@ -51,6 +51,8 @@ def make_workplace(folder: Path) -> Path:
     _dataset(folder / "zwhe99/DeepMath-103K", train=_questions(7, 64))
     _dataset(folder / "tangqiaoyu/ToolAlpaca", train=_tools(8, 64))
     _write(folder / PROMPT_DATA, _chats(9, 64))
+    _dataset(folder / "allenai/tulu-3-sft-mixture", train=_chats(10, 64))
+    _dataset(folder / "open-thoughts/OpenThoughts3-1.2M", train=_thoughts(11, 64))
     return folder
 
 
@@ -103,6 +105,12 @@ def _questions(seed: int, count: int) -> Iterator[dict[str, str]]:
 def _tools(seed: int, count: int) -> Iterator[dict[str, str]]:
     for question, answer, _ in _exchanges(seed, count):
         yield {"instruction": question, "output": answer}
+
+
+def _thoughts(seed: int, count: int) -> Iterator[dict[str, Any]]:
+    for question, answer, _ in _exchanges(seed, count):
+        told = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        yield {"conversations": told}
 
 
 def _dataset(folder: Path, **splits: Iterable[dict[str, Any]]) -> None:
