@@ -11,6 +11,9 @@ import pytest
 import tinker
 
 from manylora.types import AdamParams
+from tests.route_table import unasked, unknown
+from tests.unit.service.client import application
+from tests.unit.service.fake_hub import FakeHub
 from tests.wire.data import (
     FIRST_PLAIN_TOKEN,
     assert_same_bits,
@@ -19,6 +22,7 @@ from tests.wire.data import (
     sdk_adam,
     to_sdk,
 )
+from tests.wire.plain import Plain, entry, lines
 from tests.wire.raw import RawClient
 from tests.wire.server import BASE_ALIAS, Server, create_key, run_keys
 
@@ -38,6 +42,7 @@ class Things:
     state: str
     weights: str
     external: str
+    run: str
 
 
 MISSING = Things(
@@ -48,6 +53,7 @@ MISSING = Things(
     state="tinker://00000000-0000-0000-0000-000000000000:train:0/weights/x",
     weights="tinker://00000000-0000-0000-0000-000000000000:train:0/sampler_weights/x",
     external="tinker://00000000-0000-0000-0000-000000000000:train:0/external_weights/x",
+    run="00000000-0000-0000-0000-000000000001",
 )
 
 
@@ -81,6 +87,7 @@ def things(keyed: tuple[Server, str, str], connect) -> Things:
         state=client.save_state("x").result().path,
         weights=client.save_weights_for_sampler("x").result().path,
         external=client.save_weights_external("x").result().path,
+        run=Plain(server, ann).submit(entry("hers", steps=2), lines()),
     )
 
 
@@ -100,6 +107,15 @@ ROUTES: dict[str, Request] = {
     "create_sampling_session": lambda c, t: c.post(
         "create_sampling_session", session_id=t.session, sampling_session_seq_id=9,
         base_model=BASE_ALIAS,
+    ),
+    "load_weights": lambda c, t: c.post(
+        "load_weights", session_id=t.session, model_seq_id=7, path=t.state, optimizer=True
+    ),
+    "load_weights into a model": lambda c, t: c.post(
+        "load_weights", model_id=t.model, seq_id=8, path=t.state, optimizer=True
+    ),
+    "load_weights into one's own": lambda c, t: c.post(
+        "load_weights", session_id=c.session_id, model_seq_id=7, path=t.state, optimizer=True
     ),
     "get_info": lambda c, t: c.post("get_info", model_id=t.model, type="get_info"),
     "forward_backward": lambda c, t: c.forward_backward(t.model, 8, PROBE),
@@ -122,13 +138,65 @@ ROUTES: dict[str, Request] = {
     "weights_info": lambda c, t: c.post("weights_info", tinker_path=t.state),
     "ttl": lambda c, t: c.http.put(f"/{checkpoint_path(t.state)}/ttl", json={"ttl_seconds": 3600}),
     "publish": lambda c, t: c.http.post(f"/{checkpoint_path(t.state)}/publish"),
+    "unpublish": lambda c, t: c.http.delete(f"/{checkpoint_path(t.state)}/publish"),
+    "archive": lambda c, t: c.http.get(f"/{checkpoint_path(t.weights)}/archive"),
+    "copy_weights": lambda c, t: c.post(
+        "copy_weights", source_path=t.state, destination_project_id="any"
+    ),
     "external_urls": lambda c, t: c.http.get(
         f"/{checkpoint_path(t.external)}/external_weights_urls"
     ),
     "delete state": lambda c, t: c.http.delete(f"/{checkpoint_path(t.state)}"),
     "delete weights": lambda c, t: c.http.delete(f"/{checkpoint_path(t.weights)}"),
+    "run": lambda c, t: c.http.get(f"/runs/{t.run}"),
+    "cancel run": lambda c, t: c.http.delete(f"/runs/{t.run}"),
+    "adapter": lambda c, t: c.http.get(f"/adapters/{t.model}"),
+    "close adapter": lambda c, t: c.http.delete(f"/adapters/{t.model}"),
     "finish": lambda c, t: c.post(f"sessions/{t.session}/finish", reason={"type": "success"}),
 }  # fmt: skip
+
+# What everybody may ask, and is told of what is their own alone.
+OWN: dict[str, Request] = {
+    "config": lambda c, t: c.post("client/config", sdk_version="0.38.0"),
+    "dynamic_config": lambda c, t: c.post("client/dynamic_config", sdk_version="0.38.0"),
+    "create_session": lambda c, t: c.post(
+        "create_session", tags=[], user_metadata={}, sdk_version="0.38.0"
+    ),
+    "telemetry": lambda c, t: c.post("telemetry", events=[], session_id=t.session),
+    "capabilities": lambda c, t: c.http.get("/get_server_capabilities"),
+    "training_runs": lambda c, t: c.http.get("/training_runs?limit=1000"),
+    "all checkpoints": lambda c, t: c.http.get("/checkpoints?limit=1000"),
+    "submit run": lambda c, t: c.post(
+        "runs", adapter=entry("his", steps=1), data={"train": lines(count=8)}
+    ),
+    "runs": lambda c, t: c.http.get("/runs?limit=1000"),
+    "adapters": lambda c, t: c.http.get("/adapters"),
+}  # fmt: skip
+
+
+class Recorder(RawClient):
+    """Writes down what would be sent."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.session_id = MISSING.session
+        self.http = httpx.Client(
+            base_url="http://door/api/v1", transport=httpx.MockTransport(self._note)
+        )
+
+    def _note(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append((request.method, request.url.path))
+        return httpx.Response(404)
+
+
+def test_no_route_is_left_out_of_the_matrix():
+    """Seen to fail with any one row taken out, and with a new route in the application."""
+    app = application(FakeHub(), metrics=str)
+    recorder = Recorder()
+    for request in (*ROUTES.values(), *OWN.values()):
+        request(recorder, MISSING)
+    assert unasked(app, recorder.asked) == []
+    assert not unknown(app)
 
 
 def said(answer: httpx.Response, things: Things) -> tuple[int, str]:
@@ -152,13 +220,18 @@ def test_every_route_answers_a_stranger_as_if_there_were_nothing(
         assert 400 <= theirs.status_code < 500, f"{name}: {theirs.status_code} {theirs.text}"
         assert theirs.status_code not in (408, 409, 429), name
         assert said(theirs, things) == said(nobodys, MISSING), name
+    for name, request in OWN.items():
+        answer = request(stranger, things)
+        assert answer.status_code == 200, f"{name}: {answer.text}"
+        assert not [one for one in vars(things).values() if one in answer.text], name
     # Nothing happened to what ann has.
     owner = RawClient(server, ann)
-    for name in ("heartbeat", "get_info", "retrieve_future", "samplers", "weights_info"):
+    for name in ("heartbeat", "get_info", "retrieve_future", "samplers", "weights_info", "adapter"):
         assert ROUTES[name](owner, things).status_code == 200, name
     listed = owner.ok(owner.http.get(f"/training_runs/{things.model}/checkpoints"))["checkpoints"]
     assert {one["tinker_path"] for one in listed} == {things.state, things.weights, things.external}
     assert not any(one.get("expires_at") or one["public"] for one in listed)
+    assert Plain(server, ann).until(things.run)["status"] == "completed"
 
 
 def test_a_stranger_can_neither_load_nor_list(
@@ -189,8 +262,11 @@ def test_what_is_published_can_be_loaded_by_others(
     own = connect(server, ann).create_training_client_from_state(things.state).result()
     assert_same_bits(forward(loaded, PROBE), forward(own, PROBE))
     stranger = RawClient(server, bob)
-    for name in ("ttl", "publish", "delete state"):
+    for name in ("ttl", "publish", "unpublish", "delete state"):
         assert 400 <= ROUTES[name](stranger, things).status_code < 500, name
+    assert ROUTES["weights_info"](stranger, things).status_code == 200  # it still is
+    assert ROUTES["unpublish"](RawClient(server, ann), things).status_code == 200
+    assert ROUTES["weights_info"](stranger, things).status_code == 404
 
 
 @pytest.mark.parametrize("key", ["tml-nobody", "", None])

@@ -12,6 +12,7 @@ from manylora.service.routes_refused import REFUSED
 from manylora.service.wire import messages
 from manylora.service.wire.pieces import ForwardBackwardSubmit, SampleSubmit
 from manylora.types import Cancelled, DataError, SaveFailed, StepRefused
+from tests.route_table import unasked
 from tests.unit.service.bodies import plain_datum, request
 from tests.unit.service.client import Client, application
 from tests.unit.service.fake_hub import (
@@ -21,6 +22,7 @@ from tests.unit.service.fake_hub import (
     WEIGHTS,
     FakeHub,
 )
+from tests.unit.service.test_runs_routes import ROUTES as RUN_ROUTES
 
 PATH = f"/api/v1/training_runs/{MODEL}/checkpoints/weights/step-1"
 ADAM = {"learning_rate": 0.1}
@@ -155,6 +157,25 @@ def test_another_tenants_id_and_a_missing_one_are_told_the_same(hub, method, pat
     of_none = alice.call(method, missing_path, **({} if body is None else {"json": missing_body}))
     assert of_bob.status_code == of_none.status_code == 404
     assert of_bob.json()["error"] == of_none.json()["error"]
+
+
+def test_no_route_is_left_out(alice):
+    asked = {(method, path.partition("?")[0]) for method, path, _, _ in (*JSON_ROUTES, *RUN_ROUTES)}
+    # These two answer in another form than the rest, and have tests of their own.
+    bytes_of = [
+        ("GET", "/api/v1/training_runs/{model_id}/checkpoints/{kind}/{name}/archive"),
+        ("POST", "/api/v1/forward_backward"),
+    ]
+    assert unasked(alice.app, asked) == bytes_of
+
+
+def test_another_tenants_forward_backward_is_nobodys(alice, bob):
+    theirs = bob.forward_backward(request(model_id=MODEL, seq_id=3).SerializeToString())
+    nobodys = alice.forward_backward(request(model_id="s1:train:9", seq_id=3).SerializeToString())
+    assert theirs.status_code == nobodys.status_code == 404
+    assert theirs.json()["error"] == nobodys.json()["error"]
+    nobody = Client(alice.app, None)
+    assert nobody.forward_backward(request(model_id=MODEL).SerializeToString()).status_code == 401
 
 
 def test_what_the_hub_gets(hub, alice):
