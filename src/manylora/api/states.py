@@ -8,7 +8,13 @@ from manylora.checkpoint import SavedState, export_peft, load_state, save_state
 from manylora.lora.layout import Factor, plan_layout
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
-from manylora.types import AdapterSpec, CheckpointError, CheckpointMismatch, TextFormat
+from manylora.types import (
+    AdapterSpec,
+    CheckpointError,
+    CheckpointMismatch,
+    TextFormat,
+    TooManyFilesOpen,
+)
 
 
 def read_state(
@@ -21,11 +27,11 @@ def read_state(
         called: what an error calls the folder, where whoever reads it shall not learn its path.
 
     Raises:
-        CheckpointDamaged, CheckpointMismatch
+        CheckpointDamaged, CheckpointMismatch, TooManyFilesOpen
     """
     try:
         return _read(engine, folder, spec)
-    except CheckpointError as error:
+    except (CheckpointError, TooManyFilesOpen) as error:
         if called is None:
             raise
         raise type(error)(str(error).replace(str(folder), called)) from error

@@ -22,7 +22,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from manylora.checkpoint.manifest import JSON, MANIFEST, manifest_text
-from manylora.types import SaveFailed
+from manylora.types import SaveFailed, TooManyFilesOpen
+from manylora.types.files import tell_shortage_apart
 
 logger = logging.getLogger("manylora.checkpoint")
 
@@ -51,7 +52,7 @@ def write_folder(
         partial, lock = _new_partial(target)
     except SaveFailed:
         raise
-    except OSError as error:
+    except (OSError, TooManyFilesOpen) as error:
         raise SaveFailed(f"{folder} could not be saved: {error}") from error
     try:
         yield partial
@@ -77,17 +78,24 @@ def clean_strays(parent: Path, name: str | None = None) -> None:
 
     Args:
         name: look only at the strays of this folder.
+
+    Raises:
+        TooManyFilesOpen: nothing was changed.
     """
     try:
         found = [(path, _STRAY.fullmatch(path.name)) for path in parent.iterdir()]
-    except OSError:
+    except OSError as error:
+        tell_shortage_apart(error, parent)  # a folder that is to be put back would seem lost
         return
     strays = [(path, m["name"], m["kind"]) for path, m in found if m and name in (None, m["name"])]
-    locks = {path: _try_lock(path) for path, _, kind in strays if kind == "partial"}
-    alive = {
-        of for path, of, _ in strays if path in locks and locks[path] is None and path.exists()
-    }
+    locks: dict[Path, int | None] = {}
     try:
+        for path, _, kind in strays:
+            if kind == "partial":
+                locks[path] = _try_lock(path)
+        alive = {
+            of for path, of, _ in strays if path in locks and locks[path] is None and path.exists()
+        }
         for path, of, kind in strays:
             if of in alive:
                 logger.warning("%s is being written; it is left alone", path)
@@ -132,10 +140,12 @@ def _new_partial(target: Path) -> tuple[Path, int]:
 
 
 def _try_lock(partial: Path) -> int | None:
-    """An open, locked descriptor; None if a living process has it or it cannot be told."""
+    """An open, locked descriptor; None if a living process has it or it cannot be told. Raises
+    TooManyFilesOpen."""
     try:
         lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
+    except OSError as error:
+        tell_shortage_apart(error, partial)
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,6 +8,7 @@ from manylora.checkpoint import peft_files, training_state
 from manylora.checkpoint.manifest import JSON, MANIFEST, MERGED, SIDECAR, read_object, verify
 from manylora.checkpoint.tensors import read_tensors
 from manylora.types import CheckpointDamaged, CheckpointError
+from manylora.types.files import tell_shortage_apart
 
 # All are always there; those that do not apply are None.
 _FIELDS = (
@@ -32,6 +33,7 @@ def describe(folder: str | Path) -> dict[str, JSON]:
 
     Raises:
         CheckpointDamaged: the folder holds none of the above.
+        TooManyFilesOpen: nothing can be said of it.
     """
     folder = Path(folder)
     report: dict[str, JSON] = {"kind": None, "folder": str(folder)}
@@ -46,7 +48,7 @@ def describe(folder: str | Path) -> dict[str, JSON]:
         name, fill = SIDECAR, _fill_model
     else:
         raise CheckpointDamaged(f"{folder} holds no adapter, no training state and no model")
-    report["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    report["bytes"] = _bytes_below(folder)
     report["verified"], report["reason"] = _verified(folder, name)
     try:
         fill(folder, report)
@@ -54,6 +56,14 @@ def describe(folder: str | Path) -> dict[str, JSON]:
         report["verified"] = False
         report["reason"] = report["reason"] or f"{type(error).__name__}: {error}"
     return report
+
+
+def _bytes_below(folder: Path) -> int:
+    try:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    except OSError as error:
+        tell_shortage_apart(error, folder)
+        raise
 
 
 def _verified(folder: Path, name: str) -> tuple[bool, str | None]:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
 from manylora.types import CheckpointDamaged, CheckpointMismatch
+from manylora.types.files import tell_shortage_apart
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
@@ -87,6 +88,7 @@ def verify(folder: Path, name: str = MANIFEST, *, kind: str | None = None) -> Ma
     Raises:
         CheckpointDamaged: names every file that is missing, of another size or altered.
         CheckpointMismatch: another format version, or not of `kind`.
+        TooManyFilesOpen: nothing can be said of it.
     """
     manifest = read_manifest(folder, name)
     if kind is not None and manifest.kind != kind:
@@ -106,6 +108,7 @@ def read_object(path: Path, most_bytes: int = MAX_JSON_BYTES) -> dict[str, JSON]
 
     Raises:
         CheckpointDamaged: the file is missing, unreadable, too large, or no JSON object.
+        TooManyFilesOpen: nothing can be said of it.
     """
     try:
         value = json.loads(_text(path, most_bytes))
@@ -113,6 +116,7 @@ def read_object(path: Path, most_bytes: int = MAX_JSON_BYTES) -> dict[str, JSON]
     except FileNotFoundError as error:
         raise CheckpointDamaged(f"{path.parent} is incomplete: {path.name} is missing") from error
     except (OSError, ValueError, RecursionError) as error:
+        tell_shortage_apart(error, path)
         raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointDamaged(f"{path} is not a JSON object")
@@ -177,4 +181,5 @@ def _fault(path: Path, size: int, digest: str) -> str | None:
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
+        tell_shortage_apart(error, path)
         return f"cannot be read ({error})"

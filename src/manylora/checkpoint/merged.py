@@ -13,6 +13,7 @@ from manylora.checkpoint.manifest import JSON, MERGED, SIDECAR
 from manylora.lora.layout import Factor, Layout
 from manylora.lora.state import Floats
 from manylora.types import BaseModelError, CheckpointMismatch, NotFinite, TextFormat, Unsupported
+from manylora.types.files import tell_shortage_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,6 +141,7 @@ def _save_tokenizer(base: str, partial: Path, chat_template: str | None) -> None
             base, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
+        tell_shortage_apart(error, base)
         logger.warning("%s has no tokenizer that can be copied: %s", base, error)
         return
     if tokenizer is not None:

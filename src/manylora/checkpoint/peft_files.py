@@ -49,6 +49,7 @@ from manylora.types import (
     Unsupported,
 )
 from manylora.types.adapter import DType
+from manylora.types.files import tell_shortage_apart
 
 KIND = "peft-adapter"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -196,6 +197,7 @@ def _text_format(folder: Path) -> TextFormat:
         try:
             template = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
+            tell_shortage_apart(error, path)
             raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
     return TextFormat.of_json({"stop": stop, "chat_template": template})
 

@@ -3,8 +3,10 @@
 numpy has no bf16. Its numbers are the upper halves of fp32 numbers, and are kept as uint16.
 """
 
+import errno
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from manylora.lora.state import Floats
 from manylora.types import CheckpointDamaged, CheckpointMismatch
 from manylora.types.adapter import DType
+from manylora.types.files import tell_shortage_apart
 from manylora.types.machine import free_host_bytes, freed_heap_bytes
 from manylora.types.memory import admit, bytes_text
 
@@ -61,6 +64,7 @@ class FileTensor:
 
         Raises:
             CheckpointDamaged: the file was cut in the meantime.
+            TooManyFilesOpen
         """
         dtype = self.known
         assert dtype is not None
@@ -73,6 +77,7 @@ class FileTensor:
                 )
             return decoded(numbers, dtype).reshape(self.shape)
         except (OSError, ValueError) as error:
+            tell_shortage_apart(error, self.path)
             raise CheckpointDamaged(f"{self.path} cannot be read: {error}") from error
 
 
@@ -155,6 +160,18 @@ def admit_tensors(path: Path, tensors: Iterable[FileTensor]) -> None:
     admit(f"what {path} holds", needed, free, f"as much as {bytes_text(free)} would fit")
 
 
+def _check_header(path: Path) -> None:
+    """Have the library look at it, which knows what a right header is."""
+    try:
+        with safe_open(path, framework="np"):
+            return
+    except FileNotFoundError as error:
+        # It says so of any file that it could not open. This one was opened a moment ago.
+        if path.exists():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path)) from error
+        raise
+
+
 def read_tensors(path: Path) -> dict[str, FileTensor]:
     """What tensors a file has, by name and in the order of names; their numbers are not read.
 
@@ -162,6 +179,7 @@ def read_tensors(path: Path) -> dict[str, FileTensor]:
 
     Raises:
         CheckpointDamaged: it is missing, or no safetensors file.
+        TooManyFilesOpen: nothing can be said of it.
     """
     try:
         with path.open("rb") as file:
@@ -170,9 +188,10 @@ def read_tensors(path: Path) -> dict[str, FileTensor]:
                 raise ValueError(
                     f"its header claims {size:,} bytes, more than {MAX_HEADER_BYTES:,}"
                 )
-            with safe_open(path, framework="np"):  # knows what a right header is
-                header = json.loads(file.read(size))
+            _check_header(path)
+            header = json.loads(file.read(size))
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        tell_shortage_apart(error, path)
         raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
     found = {}
     for key, entry in sorted(header.items()):

@@ -114,6 +114,7 @@ def load_state(
 
     Raises:
         CheckpointDamaged: torn, truncated or altered; the message names the files.
+        TooManyFilesOpen: nothing can be said of it.
         CheckpointMismatch: of another rank, alpha, dtype, layout or base; the message gives both.
     """
     folder = Path(folder)
@@ -165,6 +166,7 @@ def newest_state(parent: str | Path) -> Path | None:
     Raises:
         CheckpointMismatch: a newer state is there, but of a format that this version cannot read.
             Going on from an older one would silently lose work.
+        TooManyFilesOpen: nothing can be said of the newest one; the same.
     """
     parent = Path(parent)
     if not parent.is_dir():

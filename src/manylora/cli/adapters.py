@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from manylora.types import CheckpointDamaged, CheckpointError, ConfigError
+from manylora.types.files import tell_shortage_apart
 
 PEFT_CONFIG, STATE_MANIFEST = "adapter_config.json", "manifest.json"
 
@@ -138,6 +139,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        tell_shortage_apart(error, path)
         raise CheckpointDamaged(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointDamaged(f"{path}: does not hold a JSON object")

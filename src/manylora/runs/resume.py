@@ -10,6 +10,7 @@ import yaml
 from manylora.config import AdapterEntry, RunFile, is_data_file, load_run_file, resolved_yaml
 from manylora.runs.layout import AdapterPaths, RunPaths, read_json, write_json, write_text
 from manylora.types import ConfigError
+from manylora.types.files import tell_shortage_apart
 
 # Settings that change what is shown, or where files lie, but no weight.
 _FREE = {
@@ -94,7 +95,8 @@ def _sha256(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except OSError as error:
+        tell_shortage_apart(error, path)
         return None  # the adapter that needs it will say so
 
 
@@ -102,7 +104,8 @@ def _names_in(run_yaml: Path) -> list[str]:
     try:
         data = yaml.safe_load(run_yaml.read_text(encoding="utf-8"))
         names = [entry["name"] for entry in data["adapters"]]
-    except (OSError, yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError):
+    except (OSError, yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
+        tell_shortage_apart(error, run_yaml)
         return []
     # A name is used as a path here, and the file may have been edited.
     return [name for name in names if isinstance(name, str) and Path(name).name == name]

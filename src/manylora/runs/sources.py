@@ -27,6 +27,7 @@ from manylora.runs.rows import (
     without_nulls,
 )
 from manylora.types import DataError
+from manylora.types.files import tell_shortage_apart
 
 READ_HERE = f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]}"
 # A cell of a CSV file may hold a long text; the module's own limit is 128 KiB.
@@ -138,6 +139,7 @@ def _of_file(path: Path, name: str, read: Callable[[BinaryIO, str], Rows]) -> Ro
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{name}: is not a whole gzip file: {_first_line(error)}") from error
     except OSError as error:
+        tell_shortage_apart(error, name)
         raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
 
 

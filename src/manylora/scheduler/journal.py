@@ -28,7 +28,7 @@ from manylora.scheduler.journal_files import (
 from manylora.scheduler.journal_format import TORN, Found, Record, encode, read_segment
 from manylora.scheduler.journal_needs import Needs
 from manylora.scheduler.journal_recovery import recover, segments
-from manylora.types import DataError, SaveFailed
+from manylora.types import DataError, SaveFailed, TooManyFilesOpen
 
 log = logging.getLogger("manylora.scheduler")
 
@@ -84,10 +84,10 @@ class Journal:
             self._lock = lock_folder(self.folder)
             try:
                 self._take_up()
-            except OSError:
+            except (OSError, TooManyFilesOpen):
                 os.close(self._lock)
                 raise
-        except OSError as error:
+        except (OSError, TooManyFilesOpen) as error:
             raise SaveFailed(f"the journal {self.folder} cannot be written: {error}") from error
         self._last = max(self._sizes, default=0)
         self._thread = threading.Thread(target=self._loop, name="manylora-journal", daemon=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from manylora.scheduler.journal_format import TORN, Record, read_segment
+from manylora.types.files import tell_shortage_apart
 
 _SEGMENT = re.compile(r"(\d{8})\.log")
 
@@ -60,9 +61,10 @@ def recover(folder: str | Path) -> Recovery:
 
 
 def segments(folder: Path) -> dict[int, Path]:
-    """Number and file of each segment, the oldest first."""
+    """Number and file of each segment, the oldest first. Raises TooManyFilesOpen."""
     try:
         found = [(_SEGMENT.fullmatch(path.name), path) for path in folder.iterdir()]
-    except OSError:
+    except OSError as error:
+        tell_shortage_apart(error, folder)
         return {}
     return dict(sorted((int(match[1]), path) for match, path in found if match))

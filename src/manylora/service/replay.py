@@ -31,6 +31,7 @@ from manylora.service.wire.replies import CreateModelReply, LoadWeightsReply
 from manylora.service.wire.sampling import read_sample
 from manylora.store import ModelRow
 from manylora.types import DataError, ManyloraError
+from manylora.types.files import tell_shortage_apart
 
 log = logging.getLogger("manylora.service")
 
@@ -233,11 +234,12 @@ def _created(row: ModelRow) -> bytes:
 
 def saved_position(folder: Path) -> tuple[int | None, str | None]:
     """The number of the last operation in a state on disk (None without one), and what is wrong
-    with it."""
+    with it. Raises TooManyFilesOpen."""
     if not folder.exists():
         return None, None
     try:
         settings = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return int(settings["client"]["seq"]), None
     except (OSError, ValueError, KeyError, TypeError) as error:
+        tell_shortage_apart(error, folder)
         return None, f"its state on disk cannot be read ({error})"

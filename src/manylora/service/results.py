@@ -22,6 +22,7 @@ from itertools import count
 from pathlib import Path
 
 from manylora.types import SaveFailed
+from manylora.types.files import tell_shortage_apart
 
 log = logging.getLogger("manylora.service")
 
@@ -103,7 +104,7 @@ class Results:
         self._write(result)
 
     def get(self, request_id: str) -> Result | None:
-        """As often as one likes, until its time is over."""
+        """As often as one likes, until its time is over. Raises TooManyFilesOpen."""
         found = self.recent(request_id)
         if found is None:
             found = _read(self._path(request_id))
@@ -288,7 +289,11 @@ def _encoded(result: Result) -> bytes:
 
 
 def _read(path: Path, body: bool = True) -> Result | None:
-    """None if there is none, or it is damaged. Without the body nothing is checked."""
+    """None if there is none, or it is damaged. Without the body nothing is checked.
+
+    Raises:
+        TooManyFilesOpen: it may well be there.
+    """
     try:
         with path.open("rb") as file:
             magic, length, checksum = _HEAD.unpack(file.read(_HEAD.size))
@@ -303,6 +308,7 @@ def _read(path: Path, body: bool = True) -> Result | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, struct.error) as error:
+        tell_shortage_apart(error, path.name)
         log.warning("%s: a result that cannot be read: %s", path, error)
         return None
 

@@ -35,6 +35,7 @@ from manylora.types.errors import (
     StoreError,
     StoreTooNew,
     TargetError,
+    TooManyFilesOpen,
     Unsupported,
 )
 from manylora.types.operations import WANTED, ForwardBackward, OptimStep, Sample, Wanted
@@ -87,6 +88,7 @@ __all__ = [
     "StoreTooNew",
     "TargetError",
     "TextFormat",
+    "TooManyFilesOpen",
     "TopK",
     "Unsupported",
     "Wanted",

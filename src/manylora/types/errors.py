@@ -14,6 +14,7 @@
     ├── StepRefused                       an optimizer step whose gradients were dropped
     ├── Cancelled                         an operation that was dropped before it ran
     ├── EngineLost                        the processes of an engine are gone, and what they held
+    ├── TooManyFilesOpen                  no descriptor left; nothing is damaged, try again
     ├── StoreError                        the database, or a folder that only one process may write
     │   ├── Conflict (ValueError)         an id that is taken by another request
     │   ├── CheckpointExists (ValueError) the name is taken, and replacing it was not asked for
@@ -95,6 +96,11 @@ class EngineLost(ManyloraError):
     def __init__(self, message: str, *, silent: bool = False):
         super().__init__(message)
         self.silent = silent
+
+
+class TooManyFilesOpen(ManyloraError):
+    """A file could not be opened because as many are open as may be. Nothing is wrong with it, and
+    it is over when one is closed: never a reason to take a file for damaged, lost or missing."""
 
 
 class StoreError(ManyloraError):

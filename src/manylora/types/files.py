@@ -6,6 +6,8 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
+from manylora.types.errors import TooManyFilesOpen
+
 _NONE_LEFT = (errno.EMFILE, errno.ENFILE)
 
 
@@ -35,11 +37,29 @@ def no_descriptor_left(error: BaseException | None) -> bool:
     files open as it may: nothing is broken, and it is over when one is closed."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
+        if isinstance(error, TooManyFilesOpen):
+            return True
         if isinstance(error, OSError) and error.errno in _NONE_LEFT:
             return True
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
+
+
+def tell_shortage_apart(error: BaseException, what: object) -> None:
+    """Say that descriptors have run out, if an error comes of that; called before the error is
+    taken for a sign of damage, or of nothing being there.
+
+    Args:
+        what: could not be read.
+
+    Raises:
+        TooManyFilesOpen
+    """
+    if no_descriptor_left(error):
+        raise TooManyFilesOpen(
+            f"{what} cannot be read now: as many files are open as may be; try again soon"
+        ) from error
 
 
 def _flush_names(folder: Path) -> None:

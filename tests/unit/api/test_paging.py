@@ -21,8 +21,10 @@ from manylora.types import (
     ManyloraError,
     OptimStep,
     StepRefused,
+    TooManyFilesOpen,
     causal_datum,
 )
+from tests.descriptors import descriptors_left
 from tests.models import TinyBases
 
 NUM = 6
@@ -160,6 +162,31 @@ def test_a_state_that_is_gone_harms_its_adapter_alone(make: Make) -> None:
     assert not isinstance(outcomes[1], ManyloraError)
     with pytest.raises(AdapterNotFound):
         pager.save("nobody")
+
+
+def test_a_shortage_of_descriptors_harms_nobody_for_long(make: Make) -> None:
+    """Seen to fail with the shortage taken for damage: the state is there, and goes on from where
+    it was, as one that never left."""
+    pager, straight = make("tight", max_count=1, host_bytes=1), make("straight")
+    for one in (pager, straight):
+        for number in range(3):
+            one.create(f"a{number}", spec(number))
+        train(one, [0, 1, 2], range(1, 2), 1)
+    pager.save_all()
+    assert "a0" not in pager.engine.adapters
+    pager.admit([])
+    for left in range(2):
+        with descriptors_left(left):
+            (outcome,) = pager.forward_backward([work(0, 2)])
+        assert isinstance(outcome, TooManyFilesOpen), outcome
+        assert "the state of 'a0'" in str(outcome) and str(pager.state_folder("a0")) not in str(
+            outcome
+        )
+    for one in (pager, straight):
+        train(one, [0, 1, 2], range(2, 3), 1)
+    for number in range(3):
+        for mine, theirs in zip(vectors(pager, number), vectors(straight, number), strict=True):
+            assert np.array_equal(mine, theirs)
 
 
 def test_a_retired_name_starts_clean(make: Make) -> None:
