@@ -251,6 +251,9 @@ def test_a_broken_reference_is_noticed():
 # --- nothing that is loaded may run code -------------------------------------------------------
 
 
+_AUTO = re.compile(r"(.+\.)?Auto\w+\.from_pretrained")
+
+
 def unsafe_loads(source: str) -> list[str]:
     """Uses of pickle in any guise, and of code that arrives with a model."""
     nodes = list(ast.walk(ast.parse(source)))
@@ -273,6 +276,10 @@ def unsafe_loads(source: str) -> list[str]:
         elif isinstance(node, ast.keyword) and node.arg in {"trust_remote_code", "allow_pickle"}:
             off = isinstance(node.value, ast.Constant) and node.value.value is False
             found += [] if off else [node.arg]
+        elif isinstance(node, ast.Call) and _AUTO.fullmatch(ast.unparse(node.func)):
+            # Left out, it asks on the terminal.
+            said = any(keyword.arg == "trust_remote_code" for keyword in node.keywords)
+            found += [] if said else [ast.unparse(node.func)]
     return found
 
 
@@ -294,6 +301,8 @@ def test_nothing_that_is_loaded_may_run_code():
         "import torch as t\nload = t.load",
         "import torch\ntorch.serialization.load('x')",
         "f(trust_remote_code=True)",
+        "AutoConfig.from_pretrained(folder)",
+        "transformers.AutoTokenizer.from_pretrained(folder, use_fast=True)",
         "f(trust_remote_code=flag)",
         "import numpy as np\nnp.load('x', allow_pickle=True)",
     ],

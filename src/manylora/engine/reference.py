@@ -39,7 +39,10 @@ class ReferenceEngine:
 
     def __init__(self, base: str | Path, state: AdapterState, dtype: str = "fp32"):
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            resolve_base(base), dtype=DTYPES[dtype], attn_implementation="eager"
+            resolve_base(base),
+            dtype=DTYPES[dtype],
+            attn_implementation="eager",
+            trust_remote_code=False,
         )
         self.model.eval().requires_grad_(False)
         self.state = state

@@ -31,7 +31,7 @@ def read_vocabulary(folder: str) -> Vocabulary:
         BaseModelError: there is no readable config.json.
     """
     try:
-        config: Any = AutoConfig.from_pretrained(folder)
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"cannot read config.json of {folder!r}: {error}") from error
     try:
