@@ -6,7 +6,7 @@ by `re.fullmatch`, and a pattern of `rank_pattern` / `alpha_pattern` by `(.*\\.)
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -181,11 +181,32 @@ def parse_config(fields: Mapping[str, JSON], where: str) -> PeftConfig:
     )
 
 
+def refuse_lost(names: Iterable[str], sites: Sequence[Site], what: str) -> None:
+    """Refuse an adapter on layers that PEFT would not find again.
+
+    Args:
+        names: of the layers it acts on. what: it is; the beginning of a sentence.
+
+    Raises:
+        Unsupported: names the layers and the way out.
+    """
+    names = set(names)
+    lost = [site.name for site in sites if site.naming == "lost" and site.name in names]
+    if lost:
+        raise Unsupported(
+            f"{what} cannot be written as PEFT's files: with this base PEFT would look for the "
+            f"factors of {', '.join(lost[:8])}{' …' * (len(lost) > 8)} under other names; leave "
+            "these layers out of its targets, or export it merged into its base (--merged; in "
+            "Python merged=True)"
+        )
+
+
 def exact_targets(chosen: set[str], sites: Sequence[Site]) -> str | tuple[str, ...]:
     """The shortest sorted list of names that matches `chosen` and no other of `sites`.
 
     A leaf name where every site of that ending is chosen, else full names. Where the full name of
-    a chosen site is the ending of another one, no list can tell them apart: a regular expression.
+    a chosen site is the ending of another module's, no list can tell them apart: a regular
+    expression.
     """
     names: set[str] = set()
     shared = {site.leaf for site in sites if site.naming != "leaf"}
@@ -196,7 +217,8 @@ def exact_targets(chosen: set[str], sites: Sequence[Site]) -> str | tuple[str, .
             if all(name in chosen for name in alike) and leaf not in shared
             else chosen.intersection(alike)
         )
-    if all((site.name in chosen) == _is_named(names, site.name) for site in sites):
+    apart = not any(site.naming == "pattern" and site.name in chosen for site in sites)
+    if apart and all((site.name in chosen) == _is_named(names, site.name) for site in sites):
         return tuple(sorted(names))
     return "|".join(re.escape(name) for name in sorted(chosen))
 

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from manylora.checkpoint.peft_config import (
     exact_pattern,
     exact_targets,
     parse_config,
+    refuse_lost,
 )
 from manylora.checkpoint.tensors import (
     DTYPES,
@@ -107,6 +108,7 @@ def export_peft(
     Raises:
         CheckpointMismatch: `weights_P` or `sites` do not belong to `layout`.
         NotFinite: a weight is NaN or Inf, or becomes so in the adapter's dtype.
+        Unsupported: PEFT would look for some of its factors under other names.
         SaveFailed: it could not be written.
     """
     if weights_P.shape != (layout.num_params,):
@@ -116,6 +118,7 @@ def export_peft(
     unknown = {factor.site for factor in layout.factors} - {site.name for site in sites}
     if unknown:
         raise CheckpointMismatch(f"the base has no linear layers {sorted(unknown)}")
+    refuse_lost((factor.site for factor in layout.factors), sites, str(folder))
     # Also a private copy: training may go on while the file is written.
     numbers_P = encoded(weights_P, spec.dtype)
     if not np.isfinite(decoded(numbers_P, spec.dtype)).all():
@@ -132,14 +135,25 @@ def export_peft(
         "use_rslora": spec.use_rslora,
     }
     text_format = text_format or TextFormat()
-    if text_format.stop:
-        about["stop"] = list(text_format.stop)
+    about |= _not_in_config(spec, config, text_format)
     with write_folder(folder, kind=KIND, about=about, manifest_name=SIDECAR) as partial:
         if text_format.chat_template is not None:
             (partial / TEMPLATE).write_text(text_format.chat_template, encoding="utf-8")
         write_tensors(partial / WEIGHTS, tensors, spec.dtype, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _not_in_config(
+    spec: AdapterSpec, config: Mapping[str, JSON], text_format: TextFormat
+) -> dict[str, JSON]:
+    """What PEFT's own file has no place for."""
+    about: dict[str, JSON] = {}
+    if config["lora_dropout"] != spec.dropout:
+        about["dropout"] = spec.dropout
+    if text_format.stop:
+        about["stop"] = list(text_format.stop)
+    return about
 
 
 def import_peft(
@@ -175,6 +189,9 @@ def import_peft(
     for site, key in copies.items():
         _check_base_copy(folder, site, tensors[key], base_weight)
     dtype = dtype or _file_dtype(tensors[key] for key in factors.values())
+    dropout = _recorded(folder).get("dropout")
+    if isinstance(dropout, int | float) and not isinstance(dropout, bool):
+        config = replace(config, dropout=dropout)
     spec = _spec_of(folder, config, {site for site, _ in factors}, sites, seed, dtype)
     layout = plan_layout(spec, resolve_targets(spec, sites))
     # One factor is in memory beside the vector.
@@ -188,9 +205,14 @@ def import_peft(
     return ImportedAdapter(spec, layout, weights_P, config.base_name, _text_format(folder))
 
 
-def _text_format(folder: Path) -> TextFormat:
+def _recorded(folder: Path) -> dict[str, JSON]:
+    """What our own file says about the adapter; {} where there is none."""
     about = read_object(folder / SIDECAR).get("about") if (folder / SIDECAR).is_file() else None
-    stop = about.get("stop") if isinstance(about, dict) else None
+    return about if isinstance(about, dict) else {}
+
+
+def _text_format(folder: Path) -> TextFormat:
+    stop = _recorded(folder).get("stop")
     template: str | None = None
     path = folder / TEMPLATE
     if path.is_file() and path.stat().st_size <= _LONGEST_TEMPLATE:
@@ -226,7 +248,7 @@ def _config_json(
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": alpha,
-        # PEFT has no dropout on parameters; a file says nothing of training.
+        # PEFT has no dropout on parameters; our own file says what it was.
         "lora_dropout": 0.0 if parameters else spec.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",

@@ -1,6 +1,7 @@
 """Whether a base can be run as we run it: many sequences in a stream, and on from what is kept.
 
-It is tried on the base's twin, with sequences that are longer than its windows.
+It is tried on the base's twin, with sequences that are longer than its windows, and in fp64: there
+rounding is far smaller than anything that is wrong.
 
 V vocabulary.
 """
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from manylora.models.agreement import logit_factor, relative_error, stock_logits, streamed_logits
 from manylora.models.base import BaseModel, find_backbone, find_head
@@ -27,12 +29,27 @@ from manylora.types.mesh import MeshShape
 LENGTHS = (BLOCK + 6, WINDOW + 5, WINDOW)
 # How they are fed to be continued: so many tokens of each at a time. Ones are decoded.
 ROUNDS = ((40, 5, 0), (22, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 2), *((1, 1, 1),) * 6)
-# In fp32, relative to the largest logit. Rounding makes 1e-6, up to 2e-3 in families that blow it
-# up with every layer; a window that is off makes 1e-1.
-TOLERANCE = 1e-2
+# Relative to the largest logit.
+TOLERANCE = 1e-6
 
 # What was found of a config on a device; a process may open a base many times.
 _found: dict[tuple[str, int, str], str | None] = {}
+
+
+class Precise(TorchFunctionMode):
+    """What asks for fp32 gets fp64: models go there for norms, rotations and probabilities."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args = tuple(_precise(value) for value in args)
+        return func(*args, **{name: _precise(value) for name, value in (kwargs or {}).items()})
+
+
+def _precise(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 def try_twin(name: str, config: Any, context_length: int, device: torch.device) -> None:
@@ -45,7 +62,8 @@ def try_twin(name: str, config: Any, context_length: int, device: torch.device) 
     text = json.dumps(config.to_dict(), default=str, sort_keys=True)
     key = (text, context_length, str(device))
     if key not in _found:
-        _found[key] = _fault(config, context_length, device)
+        with Precise():
+            _found[key] = _fault(config, context_length, device)
     fault = _found[key]
     if fault is not None:
         raise Unsupported(f"base {name!r} ({config.model_type}) is not supported: {fault}")
@@ -97,7 +115,7 @@ def _as_base(model: Any, context_length: int, device: torch.device) -> BaseModel
         eos_token_ids=(),
         vocab_size=head.vocab,
         device=device,
-        dtype=torch.float32,
+        dtype=torch.float64,
         fingerprint="",
         mesh=Mesh(MeshShape(), 0, None),
     )

@@ -47,7 +47,7 @@ TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id")
 
 
 def make_twin(config: Any, device: torch.device) -> Any:
-    """A model of this config's class in fp32, whose attention is ours.
+    """A model of this config's class in fp64, whose attention is ours.
 
     Args:
         config: of the base; it stays as it is.
@@ -143,9 +143,9 @@ def _parameters(config: Any) -> int:
 
 
 def _made(config: Any) -> Any:
-    return AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), dtype=torch.float32, attn_implementation=NAME
-    )
+    config = copy.deepcopy(config)
+    config._experts_implementation = "eager"  # the others have no fp64
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=NAME)
 
 
 @torch.no_grad()

@@ -20,13 +20,14 @@ from manylora.lora.sites import Site, resolve_targets
 from manylora.models import attention, resolve_base
 from manylora.models.base import DTYPES
 from manylora.models.cache import FIRST_TOKENS, blocks
+from manylora.models.naming import namings
 from manylora.models.tokenizer import open_tokenizer
 from manylora.models.vocabulary import Vocabulary, read_vocabulary
 from manylora.processes.starting import check_split
 from manylora.runs.evaluate import SAMPLE_CHUNK
 from manylora.runs.footprint import MemoryPlan, activation_bytes, process_bytes
 from manylora.runs.order import DataOrder, total_steps
-from manylora.runs.prepare import EXTRA_TOKENS, ends_notes, entry_encoder
+from manylora.runs.prepare import EXTRA_TOKENS, ends_notes, entry_encoder, refuse_unwritable
 from manylora.runs.sources import read_source
 from manylora.sampling.loop import MAX_CACHED_TOKENS
 from manylora.types import BaseModelError, ConfigError, DataError, Datum, ManyloraError
@@ -190,11 +191,15 @@ def list_sites(model: Any) -> list[Site]:
     """The linear layers of a model. Their input groups cannot be told without running it, so each
     is a group of its own; sizes do not depend on that."""
     head = model.get_output_embeddings()
+    linears = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+    naming = namings(model, linears.values())
     return [
-        Site(name, module.in_features, module.out_features, number, is_head=module is head)
-        for number, (name, module) in enumerate(model.named_modules())
-        if isinstance(module, nn.Linear)
-    ]
+        Site(
+            name, module.in_features, module.out_features, number,
+            is_head=module is head, naming=naming[name],
+        )
+        for number, (name, module) in enumerate(linears.items())
+    ]  # fmt: skip
 
 
 def _plan_adapter(
@@ -206,6 +211,7 @@ def _plan_adapter(
         layout = plan_layout(spec, resolve_targets(spec, sites))
     except ConfigError as error:
         raise type(error)(f"adapter {entry.name}: {error}") from error
+    refuse_unwritable(entry, sites)
     notes = ends_notes(entry, tokenizer, vocabulary)
     train = _encoded(entry, entry.sft.train, tokenizer, vocabulary, notes)
     held_out: list[Datum] = []

@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from manylora.checkpoint.peft_config import refuse_lost
 from manylora.config import MOST_STEPS, AdapterEntry
+from manylora.lora.sites import Site, resolve_targets
 from manylora.models.vocabulary import Vocabulary
 from manylora.runs.encode import Between, Encoded, Encoder, nothing
 from manylora.runs.job import EvalPrompt, EvalSet, Job, Prepared, Progress
@@ -75,6 +77,7 @@ def prepare_sft(
 
     Raises:
         DataError: a line that is wrong, named with its file; DatumTooLong: or is too long.
+        Unsupported: its layers cannot be written as PEFT's files.
     """
     sft = entry.sft
 
@@ -86,6 +89,7 @@ def prepare_sft(
     read = read or read_named
     if door.tokenizer is None:
         raise DataError("the base's folder has no tokenizer, so text cannot be read")
+    refuse_unwritable(entry, door.sites)
     encoder = entry_encoder(entry, door.tokenizer, door.vocabulary, between)
     trained = _encoded(encoder, read("train"), door, progress, "training data")
     data = trained.data
@@ -114,6 +118,13 @@ def prepare_sft(
         notes += [note for note in held_out.notes if note not in notes]
         evals = eval_set(source, held_out, door.tokenizer, text_format.stop)
     return Prepared(steps, batch, adam, evals, text_format, notes)
+
+
+def refuse_unwritable(entry: AdapterEntry, sites: Sequence[Site]) -> None:
+    """Refuse at the start what could not be written at the end. Raises Unsupported."""
+    if any(site.naming == "lost" for site in sites):
+        names = [target.site.name for target in resolve_targets(entry.spec(), sites)]
+        refuse_lost(names, sites, f"adapter {entry.name!r}")
 
 
 def entry_encoder(

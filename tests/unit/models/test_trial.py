@@ -1,9 +1,10 @@
 """What is tried on a base's twin when it is opened: faults at the ends of windows are found.
 
-Faults that were planted and seen to fail here: windows that attention does not keep, keys that are
-kept by layer instead of by call, a twin of fewer layers, of wide windows, or without the config's.
+Most tests plant the fault themselves: windows that attention does not keep, or keeps one token too
+long, keys that are kept by layer instead of by call. Seen to fail as well: a twin of true windows.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from manylora.models import open_base, trial
+from manylora.models import attention, open_base, trial
 from manylora.models.cache import DecodeStep
 from manylora.models.sight import Sight
 from manylora.models.stream import PackedStream
@@ -43,6 +44,35 @@ def test_a_window_that_attention_does_not_keep_is_found(family: str, monkeypatch
     with pytest.raises(Unsupported, match=r"'mine'.*in a packed stream"):
         # Far longer than anybody would run.
         attempt(tiny_config(family, sliding_window=4096, attention_chunk_size=4096))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama4_text"])
+def test_a_window_of_one_token_more_is_found(family: str, monkeypatch):
+    seen = Sight.seen
+    # Nothing right is kept from before, nothing wrong for later.
+    monkeypatch.setattr(attention, "_causal_mask", attention._causal_mask.__wrapped__)
+    monkeypatch.setattr(
+        Sight,
+        "seen",
+        lambda self, query, key: seen(
+            replace(
+                self,
+                window=self.window and self.window + 1,
+                chunk=self.chunk and self.chunk + 1,
+            ),
+            query,
+            key,
+        ),
+    )
+    with pytest.raises(Unsupported, match=r"'mine'.*in a packed stream"):
+        attempt(tiny_config(family))
+
+
+@pytest.mark.parametrize("family", ["granite", "phi3"])
+def test_what_is_not_a_fault_is_rounding(family: str, monkeypatch):
+    """At a family's own sizes, 32 or 40 layers: far below the tolerance."""
+    monkeypatch.setattr(trial, "TOLERANCE", 1e-10)
+    attempt(AutoConfig.for_model(family))
 
 
 def test_a_window_that_only_decoding_forgets_is_found(monkeypatch):

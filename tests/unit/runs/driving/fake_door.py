@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from manylora.lora.sites import Site
 from manylora.models.vocabulary import Vocabulary
 from manylora.types import (
     AdamParams,
@@ -174,6 +175,7 @@ class FakeDoor:
         self.tokenizer = FakeTokenizer()
         self.vocabulary = Vocabulary(None, (0,), "config.json")
         self.base_name, self.fingerprint = "fake", "0"
+        self.sites: tuple[Site, ...] = ()
         self.context_length = context_length
         self.step_seconds = step_seconds
         self.full_disk: set[str] = set()

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from manylora.config import AdapterEntry
+from manylora.lora.sites import Site
 from manylora.models.vocabulary import Vocabulary
 from manylora.runs.job import Prepared, mean_weights
-from manylora.runs.prepare import MAX_SAMPLES, prepare_sft
-from manylora.types import DataError, DatumTooLong, causal_datum
+from manylora.runs.prepare import MAX_SAMPLES, prepare_sft, refuse_unwritable
+from manylora.types import DataError, DatumTooLong, Unsupported, causal_datum
 from tests.unit.runs.driving.conftest import write_lines
 from tests.unit.runs.driving.fake_door import FakeDoor, FakeTokenizer
 
@@ -129,3 +130,12 @@ def test_a_base_s_own_end_serves_a_tokenizer_without_one(tmp_path: Path):
     door.vocabulary = Vocabulary(128, (), "")
     with pytest.raises(DataError, match=r"no end-of-sequence token.*name one with sft\.eos"):
         prepared(tmp_path, ROWS, door)
+
+
+def test_layers_that_could_not_be_written_at_the_end_are_refused_at_the_start(tmp_path: Path):
+    door = FakeDoor()
+    door.sites = (Site("layers.0.up", 4, 4, 0, naming="lost"), Site("layers.0.down", 4, 4, 1))
+    with pytest.raises(Unsupported, match=r"adapter 'a'.*layers\.0\.up under.*leave these"):
+        prepared(tmp_path, [{"text": "abc"}], door)
+    entry = {"name": "a", "lora": {"targets": ["down"]}, "sft": {"train": "rows.jsonl"}}
+    refuse_unwritable(AdapterEntry.model_validate(entry), door.sites)
