@@ -1,13 +1,16 @@
 """`manylora train`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
+    from manylora.config import RunFile
     from manylora.runs.footprint import MemoryPlan
+    from manylora.runs.measure import Measured
     from manylora.runs.plan import RunPlan
 
 
@@ -28,6 +31,11 @@ if TYPE_CHECKING:
 @click.option("--ray", metavar="ADDRESS", help="Use a Ray cluster's devices: auto or HOST:PORT.")
 @click.option("--overwrite", is_flag=True, help="Delete what an earlier run left in `out`.")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, and stop.")
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="With --dry-run: make a few steps, keep nothing, and tell memory and time.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print events (or the plan) as JSON.")
 def train(
     run_file: Path,
@@ -36,9 +44,12 @@ def train(
     ray: str | None,
     overwrite: bool,
     dry_run: bool,
+    measure: bool,
     as_json: bool,
 ) -> int:
     """Train all adapters of a run file; goes on where it was stopped."""
+    if measure and not dry_run:
+        raise click.UsageError("--measure goes with --dry-run: it trains nothing that is kept")
     from manylora.config import load_run_file
     from manylora.types.mesh import MeshShape
 
@@ -46,16 +57,7 @@ def train(
     options = [f"{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
     run = load_run_file(run_file, (*overrides, *options))
     if dry_run:
-        from manylora.runs.plan import plan_run
-
-        plan = plan_run(run)
-        click.echo(json.dumps(plan.to_json(), indent=2) if as_json else plan_text(plan))
-        for warning in plan.warnings():
-            click.echo(f"warning: {warning}", err=True)
-        refusal = plan.memory.refusal()
-        if refusal is not None:
-            raise refusal
-        return 0
+        return dry_run_of(run, measure=measure, as_json=as_json)
     from manylora.processes.started import started_by_others
 
     started = started_by_others()
@@ -69,8 +71,55 @@ def train(
     return int(train_run_file(run, overwrite=overwrite, view="json" if as_json else "auto"))
 
 
-def plan_text(plan: "RunPlan") -> str:
-    """The plan as a table for people."""
+def dry_run_of(run: "RunFile", *, measure: bool, as_json: bool) -> int:
+    """Print what would be trained, and what was measured of it. Returns the exit code."""
+    from manylora.runs.plan import plan_run
+
+    plan, measured = planned_and_measured(run) if measure else (plan_run(run), None)
+    if as_json:
+        told = {"measured": measured.to_json()} if measured is not None else {}
+        click.echo(json.dumps({**plan.to_json(), **told}, indent=2))
+    else:
+        click.echo(plan_text(plan, measured))
+    for warning in plan.warnings():
+        click.echo(f"warning: {warning}", err=True)
+    refusal = plan.memory.refusal()
+    if refusal is not None:
+        raise refusal
+    errors = {name: str(error) for name, error in plan.faults.items()}
+    for name, times in measured.adapters.items() if measured is not None else ():
+        if times.error is not None:
+            errors[name] = f"adapter {name}: {times.error['message']}"
+    for error in errors.values():
+        click.echo(f"error: {error}", err=True)
+    return 1 if errors else 0
+
+
+def planned_and_measured(run: "RunFile") -> tuple["RunPlan", "Measured | None"]:
+    """The plan and, unless it cannot fit, what was measured of it. Progress goes to stderr."""
+    from manylora.processes.started import started_by_others
+    from manylora.runs.events import Listeners, Phase
+    from manylora.runs.measure import measure_run
+    from manylora.runs.plan import plan_run
+    from manylora.runs.view import open_view
+    from manylora.types import ConfigError
+
+    if started_by_others() is not None:
+        raise ConfigError("--measure starts the mesh itself; run it once, without torchrun or srun")
+    with open_view("auto") as view:
+        emit = Listeners([view])
+        emit(Phase("", "planning"))
+        plan = plan_run(run, apart=True)
+        emit(Phase("", ""))
+        if plan.memory.refusal() is not None:
+            return plan, None
+        tokens = {adapter.name: adapter.num_tokens for adapter in plan.adapters}
+        whole = [entry for entry in run.adapters if entry.name in tokens]
+        return plan, measure_run(run.model_copy(update={"adapters": whole}), tokens, emit=emit)
+
+
+def plan_text(plan: "RunPlan", measured: "Measured | None" = None) -> str:
+    """The plan, and what was measured of it, as tables for people."""
     from manylora.types.memory import bytes_text
 
     context = f", context {plan.context_length}" if plan.context_length else ""
@@ -95,15 +144,52 @@ def plan_text(plan: "RunPlan") -> str:
         )
         for adapter in plan.adapters
     ]
+    rows += [(name, "cannot be planned", *[""] * (len(titles) - 2)) for name in plan.faults]
+    told = [] if measured is None else measured_lines(measured)
+    return "\n".join(
+        [head, "", *table(titles, rows), "", *memory_lines(plan.memory), *told, f"out: {plan.out}"]
+    )
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first column is text."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    lines = [
+    return [
         "  ".join(
             cell.ljust(width) if number == 0 else cell.rjust(width)
             for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        ).rstrip()
         for row in (titles, *rows)
     ]
-    return "\n".join([head, "", *lines, "", *memory_lines(plan.memory), f"out: {plan.out}"])
+
+
+def measured_lines(measured: "Measured") -> list[str]:
+    """Memory and time as they were measured."""
+    from manylora.runs.board import clock_text
+    from manylora.types.memory import bytes_text
+
+    titles = ("measured", "seconds a step", "its share", "training", "evaluations")
+    rows = [
+        (
+            name,
+            f"{times.step_seconds:.3g}",
+            f"{times.share_seconds:.3g}",
+            clock_text(times.training_seconds),
+            clock_text(times.evaluation_seconds),
+        )
+        if times.error is None
+        else (name, times.error["type"], "", "", "")
+        for name, times in measured.adapters.items()
+    ]
+    whole = (
+        "all", "", f"{measured.step_seconds:.3g}", clock_text(measured.training_seconds),
+        clock_text(measured.evaluation_seconds),
+    )  # fmt: skip
+    others = measured.others_peak
+    peak = f"measured peak of memory: {bytes_text(measured.peak)}" + (
+        f"; of the other processes at most {bytes_text(others)}" if others else ""
+    )
+    return [*table(titles, [*rows, whole]), "", peak, ""]
 
 
 def memory_lines(memory: "MemoryPlan") -> list[str]:

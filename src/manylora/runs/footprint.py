@@ -5,6 +5,7 @@ sizes and no contents, and the bytes that are alive are counted: the same code a
 that what it keeps for the backward is what the run keeps.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,11 @@ from manylora.parallel import Mesh
 from manylora.types import AdapterSpec, Datum, DoesNotFit, ForwardBackward, Unsupported
 from manylora.types.memory import bytes_text
 from manylora.types.mesh import MeshShape
+
+try:
+    import resource
+except ImportError:  # not a POSIX system
+    resource = None  # type: ignore[assignment]
 
 # An allocator holds more than what is alive: pieces between, and what libraries pack for products.
 HELD_FOR_ALIVE = 1.15
@@ -91,11 +97,36 @@ class MemoryPlan:
 
 def process_bytes() -> int:
     """What this process takes now."""
+    return _status_bytes("self", "VmRSS")
+
+
+def peak_bytes() -> int:
+    """The most that this process has taken."""
+    told = _status_bytes("self", "VmHWM")
+    if told or resource is None:
+        return told
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def children_peak_bytes() -> int:
+    """The most that one of the processes that this one has started and that still run has taken;
+    0 = there are none, or they cannot be seen."""
+    found: list[str] = []
+    for file in Path("/proc/self/task").glob("*/children"):
+        try:
+            found += file.read_text(encoding="utf-8").split()
+        except OSError:  # the thread has just ended
+            continue
+    return max((_status_bytes(pid, "VmHWM") for pid in found), default=0)
+
+
+def _status_bytes(pid: str, field: str) -> int:
     try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmRSS:")), 0)
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{field}:")), 0)
 
 
 def activation_bytes(

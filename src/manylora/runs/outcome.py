@@ -12,6 +12,11 @@ from manylora.runs.metrics import read_metrics
 _HERE = frozenset({"trained_here", "training_seconds", "evaluation_seconds", "skipped"})
 
 
+def error_dict(error: Exception) -> dict[str, str]:
+    """An error as files and JSON hold it."""
+    return {"type": type(error).__name__, "message": str(error)}
+
+
 @dataclass(slots=True)
 class Outcome:
     """How an adapter ended; its part of summary.json.

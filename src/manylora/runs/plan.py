@@ -5,7 +5,7 @@ tokenised, because only that tells the number of tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from manylora.processes.starting import check_split
 from manylora.runs.evaluate import SAMPLE_CHUNK
 from manylora.runs.footprint import MemoryPlan, activation_bytes, process_bytes
 from manylora.runs.order import DataOrder, total_steps
+from manylora.runs.outcome import error_dict
 from manylora.runs.prepare import EXTRA_TOKENS, ends_notes, entry_encoder, refuse_unwritable
 from manylora.runs.sources import read_source
 from manylora.sampling.loop import MAX_CACHED_TOKENS
@@ -68,7 +69,11 @@ class AdapterPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """What a whole run would be."""
+    """What a whole run would be.
+
+    Attributes:
+        faults: of adapters that cannot be planned: name → the error; they are not in `adapters`.
+    """
 
     base: str
     architecture: str
@@ -77,6 +82,7 @@ class RunPlan:
     out: str
     adapters: tuple[AdapterPlan, ...]
     memory: MemoryPlan
+    faults: dict[str, ManyloraError] = field(default_factory=dict)
 
     def warnings(self) -> list[str]:
         """What would go wrong later."""
@@ -93,11 +99,16 @@ class RunPlan:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         memory = {**asdict(self.memory), "total": self.memory.total}
-        return {**asdict(self), "memory": memory, "warnings": self.warnings()}
+        faults = {name: error_dict(error) for name, error in self.faults.items()}
+        plain = asdict(replace(self, faults={}))
+        return {**plain, "memory": memory, "warnings": self.warnings(), "faults": faults}
 
 
-def plan_run(run: RunFile) -> RunPlan:
+def plan_run(run: RunFile, *, apart: bool = False) -> RunPlan:
     """Plan every adapter of a run.
+
+    Args:
+        apart: plan the others where one cannot be planned; if none can, the first error is raised.
 
     Raises:
         BaseModelError, Unsupported, ConfigError, DataError: what would stop the run at its start.
@@ -114,7 +125,19 @@ def plan_run(run: RunFile) -> RunPlan:
     if tokenizer is None:
         raise DataError("the base's folder has no tokenizer, so text cannot be read")
     sites, vocabulary = list_sites(model), read_vocabulary(folder)
-    planned = [_plan_adapter(entry, sites, tokenizer, vocabulary) for entry in run.adapters]
+    planned: list[tuple[AdapterPlan, list[Datum]]] = []
+    faults: dict[str, ManyloraError] = {}
+    for entry in run.adapters:
+        try:
+            planned.append(_plan_adapter(entry, sites, tokenizer, vocabulary))
+        except ManyloraError as error:
+            if not apart:
+                raise
+            faults[entry.name] = error
+    if not planned:
+        raise next(iter(faults.values()))
+    whole = [entry for entry in run.adapters if entry.name not in faults]
+    run = run.model_copy(update={"adapters": whole})
     return RunPlan(
         base=run.base,
         architecture=type(model).__name__,
@@ -123,6 +146,7 @@ def plan_run(run: RunFile) -> RunPlan:
         out=str(run.out),
         adapters=tuple(plan for plan, _ in planned),
         memory=_memory(run, config, model, planned),
+        faults=faults,
     )
 
 

@@ -34,7 +34,7 @@ from manylora.runs.events import (
 from manylora.runs.job import Job, Prepared, mean_weights
 from manylora.runs.layout import AdapterPaths, is_completed, read_json, write_json
 from manylora.runs.metrics import MetricsFile, cut_back, read_metrics
-from manylora.runs.outcome import Outcome
+from manylora.runs.outcome import Outcome, error_dict
 from manylora.runs.states import States
 from manylora.types import (
     ConfigError,
@@ -57,7 +57,7 @@ class StopAsked(Exception):
 
 
 @dataclass(slots=True)
-class _InFlight:
+class InFlight:
     """A step whose futures have been submitted and not been read."""
 
     step: int
@@ -66,6 +66,18 @@ class _InFlight:
     trained_tokens: int
     loss: Awaitable[Any]
     update: Awaitable[Any]
+
+
+def submit_step(adapter: Any, job: Job, prepared: Prepared, step: int) -> InFlight:
+    """Submit both operations of a step before either is awaited."""
+    batch, trained = mean_weights(prepared.batch(step))
+    adam = prepared.adam(step)
+    config = dict(job.loss_config) if job.loss_config else None
+    # Of an answer to a long prompt little is trained, and nobody looks at the rest.
+    loss = adapter.forward_backward(batch, loss=job.loss, config=config, logprobs="trained")
+    update = adapter.optim_step(adam)
+    tokens = sum(len(datum) for datum in batch)
+    return InFlight(step, adam.lr, tokens, trained, wrap_future(loss), wrap_future(update))
 
 
 class AdapterRun:
@@ -184,12 +196,12 @@ class AdapterRun:
 
     async def _steps(self, prepared: Prepared) -> None:
         """Keep two steps with the worker, so that it always has work of this adapter to merge."""
-        pending: deque[_InFlight] = deque()
+        pending: deque[InFlight] = deque()
         try:
             for step in range(self.outcome.steps + 1, prepared.steps + 1):
                 if self._stop.is_set():
                     break
-                pending.append(self._submit(step, prepared))
+                pending.append(submit_step(self._adapter, self._job, prepared, step))
                 if len(pending) > 1:
                     await self._read(pending)
                 if self._states.is_written:
@@ -209,25 +221,11 @@ class AdapterRun:
     def _is_due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
 
-    def _submit(self, step: int, prepared: Prepared) -> _InFlight:
-        """Submit both operations of a step before either is awaited."""
-        batch, trained = mean_weights(prepared.batch(step))
-        adam = prepared.adam(step)
-        job = self._job
-        config = dict(job.loss_config) if job.loss_config else None
-        # Of an answer to a long prompt little is trained, and nobody looks at the rest.
-        loss = self._adapter.forward_backward(
-            batch, loss=job.loss, config=config, logprobs="trained"
-        )
-        update = self._adapter.optim_step(adam)
-        tokens = sum(len(datum) for datum in batch)
-        return _InFlight(step, adam.lr, tokens, trained, wrap_future(loss), wrap_future(update))
-
-    async def _drain(self, pending: deque[_InFlight]) -> None:
+    async def _drain(self, pending: deque[InFlight]) -> None:
         while pending:
             await self._read(pending)
 
-    async def _read(self, pending: deque[_InFlight]) -> None:
+    async def _read(self, pending: deque[InFlight]) -> None:
         """Read the oldest step; it stays in `pending` until both of its futures are read."""
         flight = pending[0]
         try:
@@ -248,7 +246,7 @@ class AdapterRun:
         self._record(flight, result.loss, update.grad_norm, cost)
 
     def _record(
-        self, flight: _InFlight, loss: float, grad_norm: float, cost: Sequence[DeviceTime]
+        self, flight: InFlight, loss: float, grad_norm: float, cost: Sequence[DeviceTime]
     ) -> None:
         done = StepDone(
             adapter=self._job.name,
@@ -346,7 +344,7 @@ class AdapterRun:
             error = SaveFailed(f"{error.strerror or error}{where}")
         elif not isinstance(error, ManyloraError):
             log.error("adapter %s: unexpected error", self._job.name, exc_info=error)
-        self.outcome.error = {"type": type(error).__name__, "message": str(error)}
+        self.outcome.error = error_dict(error)
         self._end("failed")
 
     def _end(self, status: Status) -> None:

@@ -162,7 +162,7 @@ class _Run:
             asyncio.run(self._all(None, stopper))  # each says that it is; no base is needed
             return
         self.emit(Phase("", f"opening {self.run.base}"))
-        with _quiet_loading(), self.outside.open_door(self.run) as door:
+        with quiet_loading(), self.outside.open_door(self.run) as door:
             self.emit(Phase("", ""))
             begun = time.perf_counter()
             try:
@@ -294,7 +294,7 @@ def _exit_code(outcomes: Iterable[Outcome]) -> int:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """No progress bars of other libraries in the middle of ours."""
     from transformers.utils import logging as hub_logging
 
