@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import tinker
 from safetensors.numpy import load
+from transformers import AutoTokenizer
 
+from manylora.models.base import resolve_base
 from manylora.runs.train import train_run_file
 from tests.threads import SESSION, under
 from tests.wire.data import forward, random_data, sdk_adam, to_sdk
@@ -114,6 +116,32 @@ def test_what_a_run_made_is_a_model_like_any_other(server: Server, connect) -> N
     }  # fmt: skip
     info = rest.get_weights_info_by_tinker_path(run["path"]).result()
     assert (info.lora_rank, info.base_model) == (5, "seedling")
+
+
+def test_an_answer_ends_where_its_run_was_trained_to_end(serve, connect) -> None:
+    """At the tokens that the run's files record; a request that names
+    tokens has its own. Seen to fail with the base's ends for everybody."""
+    server: Server = serve()
+    plain, service = Plain(server), connect(server)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base("seedling"))
+    prompt = tinker.ModelInput.from_ints(tokenizer.encode("3+1="))
+
+    def sampled(sampler: tinker.SamplingClient, **given: Any) -> Any:
+        params = tinker.SamplingParams(max_tokens=4, temperature=0.0, **given)
+        return sampler.sample(prompt, 1, params).result().sequences[0]
+
+    base = service.create_sampling_client(base_model=BASE_ALIAS).result()
+    first = sampled(base, stop=[]).tokens[0]
+    trained = entry("ended", steps=1, optimizer={"lr": 1e-9})
+    trained["sft"]["eos"] = tokenizer.convert_ids_to_tokens(first)
+    run = plain.until(plain.submit(trained, lines(start=40, count=8)))
+    assert run["status"] == "completed", run
+    path = run["path"].replace("/weights/", "/sampler_weights/")
+    sampler = service.create_sampling_client(model_path=path).result()
+    answer = sampled(sampler)
+    assert (answer.tokens, answer.stop_reason) == ([first], "stop")
+    assert len(sampled(sampler, stop=[]).tokens) == 4
+    assert sampled(sampler, stop=["no such text"]).tokens == [first]
 
 
 def test_a_cancelled_run_keeps_what_it_has_learned(server: Server) -> None:

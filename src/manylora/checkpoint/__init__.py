@@ -12,7 +12,13 @@ from manylora.checkpoint.atomic import clean_strays, write_folder
 from manylora.checkpoint.describe import describe
 from manylora.checkpoint.manifest import JSON, Manifest, read_manifest, verify
 from manylora.checkpoint.peft_files import ImportedAdapter, export_peft, import_peft
-from manylora.checkpoint.training_state import SavedState, load_state, newest_state, save_state
+from manylora.checkpoint.training_state import (
+    SavedState,
+    load_state,
+    newest_state,
+    recorded_format,
+    save_state,
+)
 
 __all__ = [
     "JSON",
@@ -26,6 +32,7 @@ __all__ = [
     "load_state",
     "newest_state",
     "read_manifest",
+    "recorded_format",
     "save_state",
     "verify",
     "write_folder",

@@ -158,6 +158,15 @@ def load_state(
     return SavedState(state, client, base_name, fingerprint, text_format)
 
 
+def recorded_format(folder: Path) -> TextFormat:
+    """How an adapter's texts became tokens, by its training state; older ones say nothing.
+
+    Raises:
+        CheckpointDamaged, TooManyFilesOpen
+    """
+    return TextFormat.of_json(read_object(folder / SETTINGS).get("text_format"))
+
+
 def newest_state(parent: str | Path) -> Path | None:
     """The folder `step-N` with the highest N that is whole; None if there is none.
 

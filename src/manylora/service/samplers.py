@@ -12,6 +12,7 @@ from pathlib import Path
 
 from manylora.scheduler import Record
 from manylora.service.contract import PROTOBUF_TYPE
+from manylora.service.ends import Ends
 from manylora.service.errors import Lost, QuotaExceeded, missing
 from manylora.service.keeping import Keeping
 from manylora.service.operations import sampler_id
@@ -39,6 +40,7 @@ class Samplers:
         self._parts = parts
         self._keeping = keeping
         self._wall = parts.wall
+        self._ends = Ends(lambda snapshot: parts.host.snapshot_folder(snapshot))
         self._rows: OrderedDict[str, SamplerRow] = OrderedDict()
         # Model → snapshot that its `inflight` samplers use.
         self._published: dict[str, str] = {}
@@ -132,6 +134,7 @@ class Samplers:
             request_id=request_id,
             sample_sequence_ids=[f"{request_id}:{n}" for n in range(submit.num_samples)],
         )
+        submit = await self._ends.given(row, submit)
         operation = self._operation(row, request_id, submit, await self._snapshot(row))
         if self._parts.promises.repeated(request_id, submit.digest) is None:
             # Outcomes are looked up only where they cost nothing: a retry follows within minutes.
@@ -162,6 +165,7 @@ class Samplers:
         """
         row = await self.require(tenant, submit.sampling_session_id)
         request_id = f"{row.id}:{submit.seq_id}"
+        submit = await self._ends.given(row, submit)
         operation = self._operation(row, request_id, submit, snapshot)
         self._parts.enter(tenant, operation.num_tokens)
         held = _held_by(operation, submit)
