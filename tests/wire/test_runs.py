@@ -120,7 +120,7 @@ def test_what_a_run_made_is_a_model_like_any_other(server: Server, connect) -> N
 
 def test_an_answer_ends_where_its_run_was_trained_to_end(serve, connect) -> None:
     """At the tokens that the run's files record; a request that names
-    tokens has its own. Seen to fail with the base's ends for everybody."""
+    tokens has its own."""
     server: Server = serve()
     plain, service = Plain(server), connect(server)
     tokenizer = AutoTokenizer.from_pretrained(resolve_base("seedling"))

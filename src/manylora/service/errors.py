@@ -22,7 +22,6 @@ from manylora.types import (
     ManyloraError,
     SaveFailed,
     StoreError,
-    TooManyFilesOpen,
 )
 from manylora.types.files import no_descriptor_left
 
@@ -120,7 +119,6 @@ _STATUS: tuple[tuple[type[ManyloraError], int, Category], ...] = (
     (StoreError, 503, "server"),
     (BaseModelError, 503, "server"),
     (Cancelled, 503, "server"),
-    (TooManyFilesOpen, 503, "server"),
     (CheckpointError, 400, "user"),
     (ManyloraError, 400, "user"),
 )
