@@ -119,11 +119,11 @@ def test_what_a_run_made_is_a_model_like_any_other(server: Server, connect) -> N
 
 
 def test_an_answer_ends_where_its_run_was_trained_to_end(serve, connect) -> None:
-    """At the tokens that the run's files record; a request that names
-    tokens has its own."""
+    """At the tokens that the run's files record; a request that names tokens has its own."""
     server: Server = serve()
     plain, service = Plain(server), connect(server)
-    tokenizer = AutoTokenizer.from_pretrained(resolve_base("seedling"))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base("seedling"), trust_remote_code=False)
+    assert tokenizer is not None
     prompt = tinker.ModelInput.from_ints(tokenizer.encode("3+1="))
 
     def sampled(sampler: tinker.SamplingClient, **given: Any) -> Any:
