@@ -208,6 +208,8 @@ def memory_lines(memory: "MemoryPlan") -> list[str]:
             + (f" ({bytes_text(other)} {way} activation_checkpointing)" if other else ""),
         ),
     ]
+    if memory.decode_weights:
+        rows.append(("base once more, to sample", bytes_text(memory.decode_weights)))
     if memory.decode_cache:
         rows.append(("or decode cache of evaluation", bytes_text(memory.decode_cache)))
     each = f" in each of {memory.ranks} processes" if memory.ranks > 1 else ""

@@ -38,11 +38,14 @@ def cached_tokens(base: BaseModel, free: int) -> int:
     return max(BLOCK, min(MAX_CACHED_TOKENS, int(free * CACHE_SHARE) // each))
 
 
-def admit_sample(sample: Sample, base: BaseModel, most_tokens: int) -> None:
+def admit_sample(sample: Sample, base: BaseModel, most_tokens: int, promised: int) -> None:
     """Whether one continuation fits the cache, and all answers the host's memory.
 
     Args:
         most_tokens: of a sequence in the decode loop.
+        promised: bytes of weights that will be kept twice from now on. Where they do not fit
+            nothing is sampled: the weights as they are may give other bits, and which ones are read
+            must not hang on what is free.
 
     Raises:
         DoesNotFit
@@ -62,6 +65,11 @@ def admit_sample(sample: Sample, base: BaseModel, most_tokens: int) -> None:
         return
     each = ANSWER_TOKEN_BYTES + TOPK_BYTES * max(0, sample.scoring.topk_sampled)
     free = free_host_bytes() + freed_heap_bytes()
+    admit(
+        "sampling, which on CPU keeps the base's weights twice,", promised, free,
+        f"a base whose linear layers take at most {bytes_text(free)} would fit",
+    )  # fmt: skip
+    free -= promised
     admit(
         f"num_samples={sample.num_samples:,} answers of up to {max(limits):,} tokens to "
         f"{len(lengths):,} prompts", each * sum(limits) * sample.num_samples, free,

@@ -61,6 +61,11 @@ class Decoder:
         """Requests that are not finished."""
         return len(self._whole) + len(self._ready)
 
+    @property
+    def promised_bytes(self) -> int:
+        """Bytes that the first sampling will take beside the cache and the answers."""
+        return self.loop.step_rows.promised_bytes
+
     def admit(self, samples: Sequence[Sample]) -> list[ManyloraError | None]:
         """Let requests join the loop.
 
@@ -114,7 +119,7 @@ class Decoder:
         try:
             weights = self._weights_of(sample)
             self._check(sample)
-            admit_sample(sample, self.base, self.loop.longest)
+            admit_sample(sample, self.base, self.loop.longest, self.promised_bytes)
             requests = [
                 Request(
                     self._prompt(prompt), weights, sample.params, sample.num_samples,

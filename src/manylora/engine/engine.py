@@ -44,6 +44,7 @@ from manylora.models.linears import find_linears
 from manylora.models.whole import whole_weight
 from manylora.parallel import Mesh
 from manylora.sampling import DecodeLoop
+from manylora.sampling.rows import kept_twice_bytes
 from manylora.types import (
     AdapterExists,
     AdapterNotFound,
@@ -121,7 +122,7 @@ class Engine:
         self.head_loss = HeadLoss(self.base.head, self.sites[-1].group)
         self.adapters: dict[str, Adapter] = {}
         self.snapshots: dict[str, AdapterWeights] = {}
-        most = cached_tokens(self.base, self.free_bytes)
+        most = cached_tokens(self.base, self.free_bytes - kept_twice_bytes(self.base))
         loop = DecodeLoop(self.base, token_budget=token_budget, max_cached_tokens=most)
         self.decoder = Decoder(self.base, loop, self._sampled_weights)
 
@@ -138,7 +139,8 @@ class Engine:
     @property
     def room_bytes(self) -> int:
         """Bytes that more adapters could take: what is free and not promised to those here."""
-        return self.free_bytes - sum(a.promised_bytes() for a in self.adapters.values())
+        promised = sum(a.promised_bytes() for a in self.adapters.values())
+        return self.free_bytes - promised - self.decoder.promised_bytes
 
     # -- adapters -------------------------------------------------------------------------------
 

@@ -56,6 +56,7 @@ class MemoryPlan:
         activations: of the largest micro-batch, the loss's chunk included, as the run is set;
             `plain` and `recomputed` are those without and with activation checkpointing (None
             where the base has none).
+        decode_weights: of the base once more, from the first evaluation that samples on.
         decode_cache: keys and values while an evaluation samples; not at the same time.
         ranks: processes, each of which takes that much.
         free: of this machine, what a process could take now.
@@ -67,6 +68,7 @@ class MemoryPlan:
     plain: int
     recomputed: int | None
     activations: int
+    decode_weights: int = 0
     decode_cache: int
     ranks: int
     free: int
@@ -79,13 +81,14 @@ class MemoryPlan:
     @property
     def needed(self) -> int:
         """On top of what the process takes already."""
-        return self.base + self.adapters + max(self.activations, self.decode_cache)
+        lasting = self.base + self.decode_weights + self.adapters
+        return lasting + max(self.activations, self.decode_cache)
 
     def refusal(self) -> DoesNotFit | None:
         """Why this machine's memory cannot hold it."""
         if self.needed <= self.free:
             return None
-        lighter = self.base + (self.recomputed or self.activations)
+        lighter = self.base + self.decode_weights + (self.recomputed or self.activations)
         left = max(0, self.free - lighter)
         return DoesNotFit(
             f"the run needs {bytes_text(self.needed)} more memory in each process, and "

@@ -31,6 +31,7 @@ from manylora.runs.outcome import error_dict
 from manylora.runs.prepare import EXTRA_TOKENS, ends_notes, entry_encoder, refuse_unwritable
 from manylora.runs.sources import read_source
 from manylora.sampling.loop import MAX_CACHED_TOKENS
+from manylora.sampling.rows import twice_bytes
 from manylora.types import BaseModelError, ConfigError, DataError, Datum, ManyloraError
 from manylora.types.machine import free_host_bytes
 from manylora.types.memory import adapter_bytes
@@ -116,7 +117,7 @@ def plan_run(run: RunFile, *, apart: bool = False) -> RunPlan:
     folder = resolve_base(run.base)
     check_split(run.base, MeshShape.parse(run.mesh))
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
@@ -191,6 +192,9 @@ def _memory(
     )
     cached = max(FIRST_TOKENS, 1 << (tokens - 1).bit_length()) if tokens else 0
     cache = min(cached, MAX_CACHED_TOKENS) * kv_bytes(text, named.itemsize, mesh.tp)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    alone = mesh.size == 1 and run.quantization is None and _on_cpu(run.device)
+    twice = twice_bytes(model, layers, named.itemsize) if tokens and alone else 0
     used = recomputed if run.activation_checkpointing and recomputed is not None else plain
     return MemoryPlan(
         process=process_bytes(),
@@ -199,10 +203,15 @@ def _memory(
         plain=plain // mesh.tp,
         recomputed=None if recomputed is None else recomputed // mesh.tp,
         activations=used // mesh.tp,
+        decode_weights=twice,
         decode_cache=cache,
         ranks=mesh.size,
         free=free // mesh.size,
     )
+
+
+def _on_cpu(device: str) -> bool:
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
 def _quantized_linears(model: Any) -> list[nn.Linear]:

@@ -94,7 +94,7 @@ class DecodeLoop:
         self._beginning: list[Sequence] = []  # their prompt is read; the first token comes next
         self._batch: _Batch | None = None
         self._logits_rows = logits_rows(base.vocab_size)
-        self._rows = StepRows(base, max(MAX_SEQUENCES, max_sequences), self._logits_rows)
+        self.step_rows = StepRows(base, max(MAX_SEQUENCES, max_sequences), self._logits_rows)
         self._finished: list[tuple[Request, Answer]] = []
 
     @property
@@ -293,7 +293,7 @@ class DecodeLoop:
         count = len(slots_S)
         place_S = slots.generated[slots_S] - 1
         position_S = slots.prompt[slots_S] + place_S
-        total = self._rows().hidden.holding(count)
+        total = self.step_rows().hidden.holding(count)
         tokens_T, positions_T = np.zeros(total, np.int64), np.zeros(total, np.int64)
         tokens_T[:count] = slots.tokens[slots_S, place_S]
         positions_T[:count] = position_S
@@ -315,7 +315,7 @@ class DecodeLoop:
         rows = DecodeRows(self._cache, [s.extent for s in sequences], self._base.device)
         slots_S = np.array([s.slot for s in sequences])
         parts = self._parts(sequences)
-        table = self._table(sequences, self._rows().hidden)
+        table = self._table(sequences, self.step_rows().hidden)
         return _Batch(sequences, slots_S, table, rows, parts)
 
     def _table(self, sequences: list[Sequence], rows: RowCounts) -> RoutingTable:
@@ -329,12 +329,12 @@ class DecodeLoop:
         segments.append(Segment(rows.holding(len(sequences)) - len(sequences), None))
         # On other devices nobody is promised bits, and longer products are faster.
         by_row = self._base.device.type == "cpu"
-        packed = self._rows().packed
+        packed = self.step_rows().packed
         return RoutingTable(segments, training=False, by_row=by_row, packed=packed)
 
     def _parts(self, sequences: list[Sequence]) -> list[_Part]:
         parts = []
-        rows = self._rows().logits
+        rows = self.step_rows().logits
         for start in range(0, len(sequences), self._logits_rows):
             own = sequences[start : start + self._logits_rows]
             slots_S = np.array([s.slot for s in own])
@@ -368,7 +368,7 @@ class DecodeLoop:
 
     def _take_part(self, part: _Part, hidden_SH: Tensor) -> None:
         slots, slots_S = self._slots, part.slots_S
-        missing = self._rows().logits.holding(len(hidden_SH)) - len(hidden_SH)
+        missing = self.step_rows().logits.holding(len(hidden_SH)) - len(hidden_SH)
         padded_TH = functional.pad(hidden_SH, (0, 0, 0, missing)) if missing else hidden_SH
         with routing(part.table):
             logits_TV = self._base.logits(padded_TH)

@@ -11,7 +11,7 @@ K terms of each sum, N columns.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,13 +69,19 @@ class StepRows:
             self._found[threads] = self._settle(threads)
         return self._found[threads]
 
+    @property
+    def promised_bytes(self) -> int:
+        """Bytes that weights which are kept twice will take, and do not take yet."""
+        settled = torch.get_num_threads() in self._found
+        if settled or any(found.packed for found in self._found.values()):
+            return 0
+        return kept_twice_bytes(self._base)
+
     def _settle(self, threads: int) -> Found:
         base = self._base
         multiple = decode_multiple(base.dtype, base.vocab_size)
         groups = _groups(base.model)
-        # The ranks of a mesh need not have found the same.
-        one = base.device.type == "cpu" and base.mesh.shape.size == 1
-        if not one or not groups or not _only_known(base.model):
+        if not _alone(base) or not groups or not _only_known(base.model, _layers(groups)):
             return Found(RowCounts((), multiple), RowCounts((), multiple), packed=False)
         head = groups[base.model.get_output_embeddings().group.number]
         blocks = [group for group in groups.values() if group is not head]
@@ -83,9 +89,7 @@ class StepRows:
             _Trial(base, [head], ladder(self._limits[1]), threads, multiple),
             _Trial(base, blocks, ladder(self._limits[0]), threads, multiple),
         ]
-        packed = _packed_bytes(groups.values()) <= MOST_PACKED_BYTES and all(
-            trial.packs() for trial in tried
-        )
+        packed = kept_twice_bytes(base) > 0 and all(trial.packs() for trial in tried)
         if packed:
             for group in groups.values():
                 group.pack()
@@ -149,24 +153,40 @@ def _groups(model: nn.Module) -> dict[int, InputGroup]:
     return {layer.group.number: layer.group for layer in layers}
 
 
-def _only_known(model: nn.Module) -> bool:
-    """Whether all of a base's matrices are read by its embedding and the groups' linear layers."""
-    known: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            known.update(id(parameter) for parameter in module.parameters())
-        elif isinstance(module, nn.Embedding):
-            known.add(id(module.weight))
+def _layers(groups: Mapping[int, InputGroup]) -> list[nn.Linear]:
+    return [layer for group in groups.values() for layer in group.layers]
+
+
+def _alone(base: BaseModel) -> bool:
+    # The ranks of a mesh need not have found the same.
+    return base.device.type == "cpu" and base.mesh.shape.size == 1
+
+
+def _only_known(model: nn.Module, layers: Iterable[nn.Module]) -> bool:
+    """Whether all of a base's matrices are read by its embedding and these linear layers."""
+    known = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    known.update(id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding))
     return all(id(p) in known or p.dim() < 2 for p in model.parameters())
 
 
-def _packed_bytes(groups: Iterable[InputGroup]) -> int:
-    return sum(
-        layer.in_features * layer.out_features * layer.weight.element_size()
-        for group in groups
-        for layer in group.layers
-        if type(layer) is nn.Linear
-    )
+def kept_twice_bytes(base: BaseModel) -> int:
+    """Bytes that a base's weights will take once more from the first sampling on, at most."""
+    return twice_bytes(base.model, _layers(_groups(base.model))) if _alone(base) else 0
+
+
+def twice_bytes(model: nn.Module, layers: Sequence[nn.Module], itemsize: int | None = None) -> int:
+    """Bytes of a model's linear layers that decoding on a CPU keeps twice; 0 if it does not.
+
+    By the model alone, whatever memory is free: the two ways need not have the same bits.
+
+    Args:
+        layers: that tokens pass. itemsize: of their numbers; None = as they are.
+    """
+    if not all(type(layer) is nn.Linear for layer in layers) or not _only_known(model, layers):
+        return 0
+    weights = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+    total = sum(weight.numel() * (itemsize or weight.element_size()) for weight in weights)
+    return total if total <= MOST_PACKED_BYTES else 0
 
 
 def _head_dim(base: BaseModel) -> int:

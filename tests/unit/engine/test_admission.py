@@ -1,5 +1,7 @@
 """What cannot fit is refused before it is allocated, with needed, free and what would fit."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from manylora.engine import Engine, admission, host_memory
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import resolve_targets
+from manylora.sampling import rows
 from manylora.types import (
     AdamParams,
     AdapterSpec,
@@ -70,9 +73,10 @@ def test_adapters_that_fit_alone_and_not_together(tiny: TinyBases, free):
     needed = adapter_bytes(
         plan_layout(spec, resolve_targets(spec, engine.sites)).num_params, "fp32"
     )
-    free(2 * needed - 1)  # with what the first does not hold yet, one byte too few
+    twice = engine.decoder.promised_bytes
+    free(twice + 2 * needed - 1)  # with what the first does not hold yet, one byte too few
     engine.create("first", spec)
-    free(2 * needed - 1 - engine.adapters["first"].num_bytes())
+    free(twice + 2 * needed - 1 - engine.adapters["first"].num_bytes())
     with pytest.raises(DoesNotFit, match="rank of at most 3 would fit"):
         engine.create("second", spec)
     engine.create("small", AdapterSpec(rank=2))
@@ -116,8 +120,13 @@ def test_more_answers_than_there_is_memory_for(tiny: TinyBases):
 
 def test_a_cache_that_does_not_fit(tiny: TinyBases, free):
     folder = tiny("llama", max_position_embeddings=4096)
-    config = Engine(folder).base.model.config
-    free(int(128 * admission.kv_bytes(config, 4) / admission.CACHE_SHARE) + 1)
+    roomy = Engine(folder)
+    config = roomy.base.model.config
+    free(
+        roomy.decoder.promised_bytes
+        + int(128 * admission.kv_bytes(config, 4) / admission.CACHE_SHARE)
+        + 1
+    )
     engine = Engine(folder)
     assert engine.decoder.loop.longest == 128
     free(1 << 30)
@@ -136,3 +145,28 @@ def test_bytes_of_a_token_are_those_of_the_cache(tiny: TinyBases):
         held = sum(layer.flat.nbytes for layer in cache._every_layer())
         text = engine.base.model.config.get_text_config()
         assert held == cache._capacity * admission.kv_bytes(text, 4), family
+
+
+def test_weights_that_decoding_keeps_twice_are_counted_before_they_are(tiny: TinyBases, free):
+    engine = Engine(tiny("llama"), threads=1)
+    layers = [m for m in engine.base.model.modules() if type(m) is torch.nn.Linear]
+    twice = sum(layer.weight.nbytes for layer in layers)
+    assert engine.decoder.promised_bytes == twice > 0
+    free(twice + (1 << 20))
+    assert engine.room_bytes == 1 << 20
+    asked = Sample(adapter=None, prompts=[np.array([3])], params=SamplingParams(max_tokens=2))
+    free(twice - 1)
+    (refused,) = engine.sample([asked])
+    assert isinstance(refused, DoesNotFit)
+    assert re.search(r"keeps the base's weights twice, " + WORDS, str(refused))
+    assert engine.decoder.promised_bytes == twice
+    free(twice + (1 << 20))
+    (answer,) = engine.sample([asked])
+    assert isinstance(answer, SampleResult)
+    assert engine.decoder.promised_bytes == 0 and engine.room_bytes == twice + (1 << 20)
+
+
+def test_weights_that_decoding_reads_as_they_are_are_not_counted(tiny: TinyBases, monkeypatch):
+    monkeypatch.setattr(rows, "MOST_PACKED_BYTES", 1)
+    assert Engine(tiny("llama")).decoder.promised_bytes == 0
+    assert Engine(tiny("qwen2_moe")).decoder.promised_bytes == 0

