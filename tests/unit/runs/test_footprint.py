@@ -66,8 +66,8 @@ def test_the_peak_of_a_run_is_near_the_plans(folder: Path):
     found = re.search(r"PEAK 0 (\d+)", command("train", "run.yaml", "--json"))
     assert found is not None
     peak = int(found[1]) * 1024
-    # What is alive is counted to the byte; the holes that lasting blocks leave in the heap depend on
-    # which batches met, and make the peaks of equal runs differ by a third.
+    # What is alive is counted to the byte; the holes that lasting blocks leave in the heap depend
+    # on which batches met, and make the peaks of equal runs differ by a third.
     assert 0.6 * peak < planned < 1.4 * peak, (planned, peak)
 
 
