@@ -117,7 +117,7 @@ def plan_run(run: RunFile, *, apart: bool = False) -> RunPlan:
     folder = resolve_base(run.base)
     check_split(run.base, MeshShape.parse(run.mesh))
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
