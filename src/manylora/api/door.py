@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manylora.api.futures import flattened
 from manylora.api.handle import JSON, AdapterHandle, SnapshotHandle
@@ -22,7 +22,6 @@ from manylora.checkpoint.tensors import rounded
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.lora.state import AdapterState
-from manylora.models.vocabulary import Vocabulary, read_vocabulary
 from manylora.scheduler import Operation
 from manylora.types import (
     AdapterSpec,
@@ -36,6 +35,9 @@ from manylora.types import (
 )
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+if TYPE_CHECKING:
+    from manylora.models.vocabulary import Vocabulary
 
 
 class AdapterDoor:
@@ -65,6 +67,9 @@ class AdapterDoor:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """What the base's files say of its tokens."""
+        # Where an engine is in processes of its own, this one does without torch until a run asks.
+        from manylora.models.vocabulary import read_vocabulary
+
         return read_vocabulary(self._engine.base.folder)
 
     @property

@@ -69,7 +69,7 @@ def check_config(name: str, config: Any) -> None:
         method = getattr(method, "value", method)
         raise Unsupported(
             f"the files of base {name!r} are quantised already ({method}); a base is "
-            "read from fp32, bf16 or fp16 files"
+            "read from fp32, bf16 or fp16 files: open the original with a `quantization`"
         )
 
 

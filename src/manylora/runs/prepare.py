@@ -1,14 +1,13 @@
 """From a run file's entry to what the loop of an adapter needs."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from manylora.checkpoint.peft_config import refuse_lost
 from manylora.config import MOST_STEPS, AdapterEntry
 from manylora.lora.sites import Site, resolve_targets
-from manylora.models.vocabulary import Vocabulary
 from manylora.runs.encode import Between, Encoded, Encoder, nothing
 from manylora.runs.job import EvalPrompt, EvalSet, Job, Prepared, Progress
 from manylora.runs.order import DataOrder, total_steps
@@ -16,6 +15,9 @@ from manylora.runs.rows import Example
 from manylora.runs.schedule import scheduled_lr
 from manylora.runs.sources import Source, read_source
 from manylora.types import AdamParams, DataError, Datum, DatumTooLong, TextFormat
+
+if TYPE_CHECKING:
+    from manylora.models.vocabulary import Vocabulary
 
 # Answers that are generated before and after training, at most: enough to see and to count.
 MAX_SAMPLES = 64
@@ -128,7 +130,7 @@ def refuse_unwritable(entry: AdapterEntry, sites: Sequence[Site]) -> None:
 
 
 def entry_encoder(
-    entry: AdapterEntry, tokenizer: Any, vocabulary: Vocabulary, between: Between = nothing
+    entry: AdapterEntry, tokenizer: Any, vocabulary: "Vocabulary", between: Between = nothing
 ) -> Encoder:
     """How an entry's texts become tokens on a base. Raises ConfigError."""
     return Encoder(
@@ -141,7 +143,7 @@ def entry_encoder(
     )
 
 
-def ends_notes(entry: AdapterEntry, tokenizer: Any, vocabulary: Vocabulary) -> list[str]:
+def ends_notes(entry: AdapterEntry, tokenizer: Any, vocabulary: "Vocabulary") -> list[str]:
     """What to say where a base's files disagree about the token that ends an answer."""
     own = tokenizer.eos_token_id
     if entry.sft.eos is not None or own is None or not vocabulary.ends or own in vocabulary.ends:
