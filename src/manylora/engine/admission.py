@@ -30,19 +30,22 @@ def kv_bytes(config: Any, itemsize: int, tp: int = 1) -> int:
     return 2 * config.num_hidden_layers * max(1, heads // tp) * size * itemsize
 
 
-def cached_tokens(base: BaseModel, free: int) -> int:
-    """Tokens that the decode cache may hold on this machine."""
+def cached_tokens(base: BaseModel, free: int) -> int | None:
+    """Tokens that the decode cache has memory for on this machine; None = for all that it may
+    hold."""
     if base.mesh.shape.size > 1:
-        return MAX_CACHED_TOKENS
+        return None
     each = kv_bytes(base.model.config.get_text_config(), base.dtype.itemsize)
-    return max(BLOCK, min(MAX_CACHED_TOKENS, int(free * CACHE_SHARE) // each))
+    found = max(BLOCK, int(free * CACHE_SHARE) // each)
+    return found if found < MAX_CACHED_TOKENS else None
 
 
-def admit_sample(sample: Sample, base: BaseModel, most_tokens: int, promised: int) -> None:
+def admit_sample(sample: Sample, base: BaseModel, most_tokens: int | None, promised: int) -> None:
     """Whether one continuation fits the cache, and all answers the host's memory.
 
     Args:
-        most_tokens: of a sequence in the decode loop.
+        most_tokens: of a sequence, that there is memory for; None = it is not memory that bounds
+            the decode loop, and an answer is cut there, as it is at the context's end.
         promised: bytes of weights that will be kept twice from now on. Where they do not fit
             nothing is sampled: the weights as they are may give other bits, and which ones are read
             must not hang on what is free.
@@ -53,8 +56,7 @@ def admit_sample(sample: Sample, base: BaseModel, most_tokens: int, promised: in
     lengths = [len(list(prompt)) for prompt in sample.prompts]
     limits = [min(sample.params.max_tokens, max(0, base.context_length - n)) for n in lengths]
     longest = max((n + limit for n, limit in zip(lengths, limits, strict=True)), default=0)
-    # Beyond the fixed bound an answer is cut, as it is at the context's end.
-    if most_tokens < MAX_CACHED_TOKENS and longest > most_tokens:
+    if most_tokens is not None and longest > most_tokens:
         each = kv_bytes(base.model.config.get_text_config(), base.dtype.itemsize)
         raise DoesNotFit(
             f"a prompt and its max_tokens, {longest:,} tokens together, need "

@@ -43,8 +43,14 @@ class Decoder:
         base: BaseModel,
         loop: DecodeLoop,
         weights_of: Callable[[Sample], AdapterWeights | None],
+        most_tokens: int | None = None,
     ):
-        """`weights_of` tells what a request is to be answered with, or raises AdapterNotFound."""
+        """Stand before a loop.
+
+        Args:
+            weights_of: tells what a request is to be answered with, or raises AdapterNotFound.
+            most_tokens: of a sequence, where memory bounds it; see `admit_sample`.
+        """
         self.base = base
         self.loop = loop
         self._together: LoopsTogether | None = None
@@ -52,6 +58,7 @@ class Decoder:
         if base.mesh.shape.size > 1:
             self._queue = self._together = LoopsTogether(loop, base.mesh, base.device)
         self._weights_of = weights_of
+        self._most_tokens = most_tokens
         self._open: dict[Request, _Open] = {}
         self._whole: list[_Open] = []
         self._ready: list[tuple[Sample, SampleResult | ManyloraError]] = []
@@ -119,7 +126,7 @@ class Decoder:
         try:
             weights = self._weights_of(sample)
             self._check(sample)
-            admit_sample(sample, self.base, self.loop.longest, self.promised_bytes)
+            admit_sample(sample, self.base, self._most_tokens, self.promised_bytes)
             requests = [
                 Request(
                     self._prompt(prompt), weights, sample.params, sample.num_samples,

@@ -44,6 +44,7 @@ from manylora.models.linears import find_linears
 from manylora.models.whole import whole_weight
 from manylora.parallel import Mesh
 from manylora.sampling import DecodeLoop
+from manylora.sampling.loop import MAX_CACHED_TOKENS
 from manylora.sampling.rows import kept_twice_bytes
 from manylora.types import (
     AdapterExists,
@@ -123,8 +124,10 @@ class Engine:
         self.adapters: dict[str, Adapter] = {}
         self.snapshots: dict[str, AdapterWeights] = {}
         most = cached_tokens(self.base, self.free_bytes - kept_twice_bytes(self.base))
-        loop = DecodeLoop(self.base, token_budget=token_budget, max_cached_tokens=most)
-        self.decoder = Decoder(self.base, loop, self._sampled_weights)
+        loop = DecodeLoop(
+            self.base, token_budget=token_budget, max_cached_tokens=most or MAX_CACHED_TOKENS
+        )
+        self.decoder = Decoder(self.base, loop, self._sampled_weights, most)
 
     @property
     def tokenizer(self) -> Any:

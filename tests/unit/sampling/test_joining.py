@@ -15,7 +15,7 @@ from manylora.sampling import DecodeLoop
 from manylora.types import (
     AdapterSpec,
     DataError,
-    DoesNotFit,
+    DatumTooLong,
     ManyloraError,
     NotFinite,
     Sample,
@@ -256,11 +256,10 @@ def test_nan_stays_with_its_own(engine: Engine):
         engine.unload("lost")
 
 
-def test_what_is_too_long_for_the_cache_is_refused(engine: Engine):
+def test_what_is_too_long_for_the_cache_is_refused_or_cut(engine: Engine):
     verbs = decoder(engine, max_cached_tokens=128)
-    assert isinstance(verbs.admit([request(None, 128, 1)])[0], DoesNotFit)
-    assert isinstance(verbs.admit([request(None, 120, 50)])[0], DoesNotFit)
-    (result,) = verbs.sample([request(None, 120, 8)])
+    assert isinstance(verbs.admit([request(None, 128, 1)])[0], DatumTooLong)
+    (result,) = verbs.sample([request(None, 120, 50)])
     assert isinstance(result, SampleResult)
     (sequence,) = result.sequences
     assert (len(sequence.tokens), sequence.stop_reason) == (8, "length")
