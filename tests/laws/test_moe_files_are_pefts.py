@@ -49,12 +49,13 @@ SPECS = {
 
 # PEFT holds patterns against modules only before it says this, and against parameters all the same.
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    # Qwen2-MoE has no dense layer.
+    [(f, n) for f in BASES for n in SPECS if (f, n) != ("qwen2_moe", "dense")],
+)
 def test_stock_peft_loads_the_adapter(tiny, tmp_path: Path, family: str, name: str):
     base, spec = tiny(family, **BASES[family]), SPECS[name]
-    if family == "qwen2_moe" and name == "dense":
-        pytest.skip("it has no dense layer")
     check_export(base, spec, tmp_path)
 
 

@@ -1,6 +1,5 @@
 """A server, as the commands speak to it: JSON over HTTP with an API key."""
 
-import ipaddress
 import json
 import os
 import urllib.error
@@ -12,6 +11,7 @@ from urllib.parse import urlsplit
 
 from manylora.cli.options import KEY_VARIABLE
 from manylora.types import ConfigError, ManyloraError
+from manylora.types.hosts import is_loopback
 
 JSON_TYPE = "application/json"
 SECONDS = 120.0
@@ -51,7 +51,7 @@ class Client:
         self.url = url.rstrip("/").removesuffix("/api/v1")
         self._key = _read_key(key_file)
         handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
-        if _is_this_machine(parts.hostname):
+        if is_loopback(parts.hostname):
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
 
@@ -107,12 +107,3 @@ def _words(body: bytes) -> str:
         return str(json.loads(body)["error"])
     except (ValueError, KeyError, TypeError):
         return "the server has refused the request"
-
-
-def _is_this_machine(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

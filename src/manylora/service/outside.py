@@ -4,7 +4,6 @@ end can be read in two ways. And under which address this server is known.
 A browser that a hostile page has led here (DNS rebinding) sends that page's name as Host.
 """
 
-import ipaddress
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from manylora.service.auth import header_values
 from manylora.service.errors import WrongHost
 from manylora.service.responses import error_response
 from manylora.types import DataError, ManyloraError
+from manylora.types.hosts import is_loopback
 
 ANY = "*"
 
@@ -101,13 +101,3 @@ def host_of(given: str) -> str:
     if host.count(":") == 1:
         host = host.partition(":")[0]
     return host.rstrip(".")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether it is a name of this machine for itself."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -23,13 +23,14 @@ from manylora.service.limits import BodyLimits
 from manylora.service.listening import BACKLOG, Listener, Protocol, listen_at
 from manylora.service.logs import log_to_stderr
 from manylora.service.metrics import Metrics
-from manylora.service.outside import ANY, Names, host_of, is_loopback
+from manylora.service.outside import ANY, Names, host_of
 from manylora.service.private import keep_private, signing_secret
 from manylora.service.server import Service
 from manylora.service.wire.limits import WireLimits
 from manylora.store import Store
 from manylora.store.access import Keys
 from manylora.types import ConfigError
+from manylora.types.hosts import is_loopback
 from manylora.types.machine import M_ARENA_MAX, set_malloc
 from manylora.types.mesh import MeshShape
 
