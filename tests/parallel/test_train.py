@@ -58,7 +58,8 @@ def finished(
 
 
 @pytest.mark.parametrize(
-    "mesh", ["dp=2", pytest.param("tp=2", marks=pytest.mark.slow), "replicas=2"]
+    "mesh",
+    ["dp=2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("tp=2", "replicas=2"))],
 )
 def test_a_run_on_a_mesh_is_the_run_and_survives_its_processes(
     base: Path, mesh: str, tmp_path: Path

@@ -81,7 +81,7 @@ def test_killed_again_and_again(serve, connect, options: tuple[str, ...]):
         assert_same_factors(one, other)
 
 
-@pytest.mark.parametrize("mesh", ["dp=1", "replicas=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("dp=1", marks=pytest.mark.slow), "replicas=2"])
 def test_an_engine_that_is_killed_again_and_again_is_a_pause(serve, connect, mesh: str):
     """The server stays, and says on `/readyz` when it has no engine."""
     quiet: Server = serve(folder="calm")
