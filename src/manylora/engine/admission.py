@@ -6,11 +6,11 @@ ones, and adapters are admitted by the control process.
 
 from typing import Any
 
+from manylora.engine.host_memory import FreeMemory
 from manylora.models import BaseModel
 from manylora.models.cache import BLOCK
 from manylora.sampling.loop import MAX_CACHED_TOKENS
 from manylora.types import DoesNotFit, ForwardBackward, Sample
-from manylora.types.machine import free_host_bytes, freed_heap_bytes
 from manylora.types.memory import ANSWER_TOKEN_BYTES, admit, bytes_text
 
 # Of the memory that is free once the base is open: for keys and values while decoding.
@@ -40,7 +40,9 @@ def cached_tokens(base: BaseModel, free: int) -> int | None:
     return found if found < MAX_CACHED_TOKENS else None
 
 
-def admit_sample(sample: Sample, base: BaseModel, most_tokens: int | None, promised: int) -> None:
+def admit_sample(
+    sample: Sample, base: BaseModel, most_tokens: int | None, promised: int, memory: FreeMemory
+) -> None:
     """Whether one continuation fits the cache, and all answers the host's memory.
 
     Args:
@@ -49,6 +51,7 @@ def admit_sample(sample: Sample, base: BaseModel, most_tokens: int | None, promi
         promised: bytes of weights that will be kept twice from now on. Where they do not fit
             nothing is sampled: the weights as they are may give other bits, and which ones are read
             must not hang on what is free.
+        memory: of the host, where answers are kept.
 
     Raises:
         DoesNotFit
@@ -66,7 +69,8 @@ def admit_sample(sample: Sample, base: BaseModel, most_tokens: int | None, promi
     if not sample.prompts or sample.num_samples < 1:
         return
     each = ANSWER_TOKEN_BYTES + TOPK_BYTES * max(0, sample.scoring.topk_sampled)
-    free = free_host_bytes() + freed_heap_bytes()
+    needed = each * sum(limits) * sample.num_samples
+    free = memory.beside(promised + needed)
     admit(
         "sampling, which on CPU keeps the base's weights twice,", promised, free,
         f"a base whose linear layers take at most {bytes_text(free)} would fit",
@@ -74,14 +78,17 @@ def admit_sample(sample: Sample, base: BaseModel, most_tokens: int | None, promi
     free -= promised
     admit(
         f"num_samples={sample.num_samples:,} answers of up to {max(limits):,} tokens to "
-        f"{len(lengths):,} prompts", each * sum(limits) * sample.num_samples, free,
+        f"{len(lengths):,} prompts", needed, free,
         f"num_samples × max_tokens × prompts of at most {free // each:,} would fit",
     )  # fmt: skip
 
 
-def admit_work(work: ForwardBackward, base: BaseModel, free: int) -> None:
+def admit_work(work: ForwardBackward, base: BaseModel, memory: FreeMemory) -> None:
     """Whether an operation's longest datum can be run at all: what is certainly kept of it for the
     backward has to fit.
+
+    Args:
+        memory: of the base's device.
 
     Raises:
         DoesNotFit
@@ -92,6 +99,7 @@ def admit_work(work: ForwardBackward, base: BaseModel, free: int) -> None:
     blocks = config.num_hidden_layers if work.backward else 1
     each = blocks * config.hidden_size * base.dtype.itemsize
     rows = max(len(datum) for datum in work.data)
+    free = memory.beside(rows * each)
     admit(
         f"adapter {work.adapter!r}: a datum of {rows:,} tokens", rows * each, free,
         f"one of at most {max(0, free) // each:,} tokens would fit",

@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from manylora.engine.admission import admit_sample
+from manylora.engine.host_memory import FreeMemory
 from manylora.lora.adapter import AdapterWeights
 from manylora.models import BaseModel
 from manylora.sampling import Answer, DecodeLoop, LoopsTogether, Request
@@ -59,6 +61,7 @@ class Decoder:
             self._queue = self._together = LoopsTogether(loop, base.mesh, base.device)
         self._weights_of = weights_of
         self._most_tokens = most_tokens
+        self._memory = FreeMemory(torch.device("cpu"))
         self._open: dict[Request, _Open] = {}
         self._whole: list[_Open] = []
         self._ready: list[tuple[Sample, SampleResult | ManyloraError]] = []
@@ -126,7 +129,7 @@ class Decoder:
         try:
             weights = self._weights_of(sample)
             self._check(sample)
-            admit_sample(sample, self.base, self._most_tokens, self.promised_bytes)
+            admit_sample(sample, self.base, self._most_tokens, self.promised_bytes, self._memory)
             requests = [
                 Request(
                     self._prompt(prompt), weights, sample.params, sample.num_samples,

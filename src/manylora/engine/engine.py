@@ -15,7 +15,7 @@ from manylora.engine.admission import admit_work, cached_tokens
 from manylora.engine.checking import check
 from manylora.engine.decoding import Decoder
 from manylora.engine.head_loss import HeadLoss
-from manylora.engine.host_memory import free_bytes, keep_freed_memory
+from manylora.engine.host_memory import FreeMemory, keep_freed_memory
 from manylora.engine.microbatch import MicroBatch, build
 from manylora.engine.plan import Plan, make_plan
 from manylora.engine.results import Losses, Rows, found, gathered, results
@@ -121,6 +121,7 @@ class Engine:
         if self._ranks > 1:
             visit_every_block(self.base)
         self.head_loss = HeadLoss(self.base.head, self.sites[-1].group)
+        self._memory = FreeMemory(self.base.device)
         self.adapters: dict[str, Adapter] = {}
         self.snapshots: dict[str, AdapterWeights] = {}
         most = cached_tokens(self.base, self.free_bytes - kept_twice_bytes(self.base))
@@ -137,7 +138,7 @@ class Engine:
     @property
     def free_bytes(self) -> int:
         """Bytes of the device that could be taken now."""
-        return free_bytes(self.base.device)
+        return self._memory.now()
 
     @property
     def room_bytes(self) -> int:
@@ -238,7 +239,7 @@ class Engine:
             try:
                 self._adapter(work.adapter)
                 loss = check(work, self.base)
-                admit_work(work, self.base, self.free_bytes)
+                admit_work(work, self.base, self._memory)
                 losses[number] = loss
             except ManyloraError as error:
                 outcomes[number] = error

@@ -53,8 +53,7 @@ def free(monkeypatch):
     def set_free(count: int) -> None:
         monkeypatch.setattr(host_memory, "free_host_bytes", lambda: count)
         monkeypatch.setattr(host_memory, "freed_heap_bytes", lambda: 0)
-        monkeypatch.setattr(admission, "free_host_bytes", lambda: count)
-        monkeypatch.setattr(admission, "freed_heap_bytes", lambda: 0)
+        monkeypatch.setattr(host_memory.FreeMemory, "SECONDS", -1.0)  # every reading is too old
 
     return set_free
 
@@ -99,6 +98,24 @@ def test_a_datum_that_cannot_be_run_costs_its_adapter_alone(tiny: TinyBases, fre
     assert isinstance(long, DoesNotFit) and "'a'" in str(long)
     assert "at most 30 tokens would fit" in str(long)
     assert isinstance(short, ForwardBackwardResult) and short.loss > 0
+
+
+def test_what_is_free_is_asked_again_only_where_it_could_matter(tiny: TinyBases, monkeypatch):
+    engine = Engine(tiny("llama"))
+    engine.create("a", AdapterSpec(rank=1))
+    readings: list[int] = []
+    config = engine.base.model.config
+    each = config.num_hidden_layers * config.hidden_size * 4
+    monkeypatch.setattr(host_memory.FreeMemory, "SECONDS", 3600.0)
+    monkeypatch.setattr(
+        host_memory, "free_bytes", lambda device: readings.append(200 * each) or readings[-1]
+    )
+    assert engine.free_bytes == 200 * each
+    engine.forward_backward([work("a")] * 3)
+    engine.forward_backward([work("a")])
+    assert len(readings) == 1
+    engine.forward_backward([work("a", 60)])  # more than a quarter of what there was
+    assert len(readings) == 2
 
 
 def sample(max_tokens: int, num_samples: int = 1) -> Sample:
