@@ -200,6 +200,7 @@ def memory_lines(memory: "MemoryPlan") -> list[str]:
     way = "with" if memory.activations == memory.plain else "without"
     rows = [
         ("interpreter, libraries, data", bytes_text(memory.process)),
+        ("  what these grow by", bytes_text(memory.libraries)),
         ("base", bytes_text(memory.base)),
         ("adapters with optimizer", bytes_text(memory.adapters)),
         (
@@ -211,7 +212,7 @@ def memory_lines(memory: "MemoryPlan") -> list[str]:
     if memory.decode_weights:
         rows.append(("base once more, to sample", bytes_text(memory.decode_weights)))
     if memory.decode_cache:
-        rows.append(("or decode cache of evaluation", bytes_text(memory.decode_cache)))
+        rows.append(("decode cache of evaluation", bytes_text(memory.decode_cache)))
     each = f" in each of {memory.ranks} processes" if memory.ranks > 1 else ""
     rows.append((f"at the peak{each}", f"about {bytes_text(memory.total)}"))
     width = max(len(title) for title, _ in rows)

@@ -10,13 +10,12 @@ import time
 
 import torch
 
+from manylora.models.memory import free_bytes
 from manylora.types.machine import (
     M_ARENA_MAX,
     M_MMAP_THRESHOLD,
     M_TOP_PAD,
     M_TRIM_THRESHOLD,
-    free_host_bytes,
-    freed_heap_bytes,
     set_malloc,
 )
 
@@ -42,15 +41,6 @@ def is_exhaustion(error: BaseException) -> bool:
     # The CPU's allocator has no class of its own.
     words = "DefaultCPUAllocator: can't allocate memory"
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or words in str(error)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that could be taken on this device now."""
-    if device.type == "cuda":
-        # What torch's allocator keeps of freed memory is there for the next allocation.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
-    return free_host_bytes() + freed_heap_bytes()
 
 
 class FreeMemory:

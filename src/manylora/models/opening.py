@@ -19,6 +19,7 @@ from manylora.models.base import (
     resolve_base,
 )
 from manylora.models.gathering import Shared
+from manylora.models.memory import admit_base
 from manylora.models.parts import OpenedPart, open_part
 from manylora.models.quantized import check_quantization
 from manylora.models.stored import check_config, check_folder, library_errors
@@ -55,6 +56,7 @@ def open_base(
     Raises:
         ConfigError: there is no such quantization, or its library is not installed.
         BaseModelError: not found, unreadable, or not a causal LM.
+        DoesNotFit: there is not so much memory.
         Unsupported: a packed stream would change its numbers, or this mesh cannot split it.
     """
     folder, place = resolve_base(name), _device(device)
@@ -67,6 +69,7 @@ def open_base(
         check_config(str(name), config)
         context_length = _context_length(config.get_text_config())
         try_twin(str(name), config, context_length, place)
+        admit_base(str(name), config, dtype, place, quantization=kind, processes=mesh.shape.size)
         if mesh.shape.size > 1 or kind is not None:
             opened = open_part(folder, config, DTYPES.get(dtype), place, mesh, kind)
         else:

@@ -42,8 +42,16 @@ try:
 except ImportError:  # not a POSIX system
     resource = None  # type: ignore[assignment]
 
-# An allocator holds more than what is alive: pieces between, and what libraries pack for products.
-HELD_FOR_ALIVE = 1.15
+# An allocator holds more than what is alive. glibc's aligned blocks leave small pieces between
+# them, small objects take those, and then the next tensor of that size does not fit. In runs of
+# SmolLM2 and of seedling it held 1.31 and 1.32 of what was alive; with recomputation, where tensors
+# come and go by the layer, 2.4 to 4 times as much.
+HELD_FOR_ALIVE = 1.3
+HELD_FOR_RECOMPUTED = 3.0
+# What opening a base leaves besides its weights, and what the products of few rows that sampling
+# tries on a CPU leave in oneDNN: mostly code. 60 to 105 and 78 to 85 MiB were seen.
+OPENING_BYTES = 80 << 20
+TRIAL_BYTES = 80 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,17 +60,20 @@ class MemoryPlan:
 
     Attributes:
         process: the interpreter, its libraries and the data.
+        libraries: what they come to hold once the base is open and sampled from.
         base: its weights. adapters: with gradients and optimizer.
         activations: of the largest micro-batch, the loss's chunk included, as the run is set;
             `plain` and `recomputed` are those without and with activation checkpointing (None
             where the base has none).
         decode_weights: of the base once more, from the first evaluation that samples on.
-        decode_cache: keys and values while an evaluation samples; not at the same time.
+        decode_cache: keys and values while an evaluation samples; `kept_cache` of them while it
+            trains, too.
         ranks: processes, each of which takes that much.
         free: of this machine, what a process could take now.
     """
 
     process: int
+    libraries: int = 0
     base: int
     adapters: int
     plain: int
@@ -70,6 +81,7 @@ class MemoryPlan:
     activations: int
     decode_weights: int = 0
     decode_cache: int
+    kept_cache: int = 0
     ranks: int
     free: int
 
@@ -81,14 +93,21 @@ class MemoryPlan:
     @property
     def needed(self) -> int:
         """On top of what the process takes already."""
-        lasting = self.base + self.decode_weights + self.adapters
-        return lasting + max(self.activations, self.decode_cache)
+        return self._lasting + self.adapters + max(self.activations, self._passing_cache)
+
+    @property
+    def _lasting(self) -> int:
+        return self.libraries + self.base + self.decode_weights + self.kept_cache
+
+    @property
+    def _passing_cache(self) -> int:
+        return self.decode_cache - self.kept_cache
 
     def refusal(self) -> DoesNotFit | None:
         """Why this machine's memory cannot hold it."""
         if self.needed <= self.free:
             return None
-        lighter = self.base + self.decode_weights + (self.recomputed or self.activations)
+        lighter = self._lasting + (self.recomputed or self.activations)
         left = max(0, self.free - lighter)
         return DoesNotFit(
             f"the run needs {bytes_text(self.needed)} more memory in each process, and "
@@ -195,7 +214,7 @@ def _activation_bytes(
     known += [vector for one in made.values() for vector in (one.master_P, one.grad_P)]
     with _Alive([tensor for tensor in known if tensor is not None]) as alive:
         run(base, HeadLoss(base.head, sites[-1].group), batch, backward=True)
-    return int(alive.most * HELD_FOR_ALIVE)
+    return int(alive.most * (HELD_FOR_RECOMPUTED if recomputed else HELD_FOR_ALIVE))
 
 
 class _Alive(TorchDispatchMode):

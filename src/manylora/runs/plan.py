@@ -18,14 +18,20 @@ from manylora.engine.admission import kv_bytes
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.models import attention, resolve_base
-from manylora.models.base import DTYPES
 from manylora.models.cache import FIRST_TOKENS, blocks
+from manylora.models.memory import base_bytes, free_bytes, opened_dtype
 from manylora.models.naming import namings
 from manylora.models.tokenizer import open_tokenizer
 from manylora.models.vocabulary import Vocabulary, read_vocabulary
 from manylora.processes.starting import check_split
 from manylora.runs.evaluate import SAMPLE_CHUNK
-from manylora.runs.footprint import MemoryPlan, activation_bytes, process_bytes
+from manylora.runs.footprint import (
+    OPENING_BYTES,
+    TRIAL_BYTES,
+    MemoryPlan,
+    activation_bytes,
+    process_bytes,
+)
 from manylora.runs.order import DataOrder, total_steps
 from manylora.runs.outcome import error_dict
 from manylora.runs.prepare import EXTRA_TOKENS, ends_notes, entry_encoder, refuse_unwritable
@@ -33,12 +39,8 @@ from manylora.runs.sources import read_source
 from manylora.sampling.loop import MAX_CACHED_TOKENS
 from manylora.sampling.rows import twice_bytes
 from manylora.types import BaseModelError, ConfigError, DataError, Datum, ManyloraError
-from manylora.types.machine import free_host_bytes
 from manylora.types.memory import adapter_bytes
 from manylora.types.mesh import MeshShape
-
-# Of a weight that is kept quantised, its scales included.
-STORED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0 + 4 / 4096}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,19 +156,16 @@ def plan_run(run: RunFile, *, apart: bool = False) -> RunPlan:
 def _memory(
     run: RunFile, config: Any, model: Any, planned: Sequence[tuple[AdapterPlan, list[Datum]]]
 ) -> MemoryPlan:
-    text, mesh = config.get_text_config(), MeshShape.parse(run.mesh)
-    named = DTYPES.get(run.dtype) or getattr(config, "dtype", None) or text.dtype or torch.float32
-    # What a run without a quantization is made of; of one with, its linear layers but the head.
-    linears = sum(module.weight.numel() for module in _quantized_linears(model))
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    base = whole * named.itemsize
-    if run.quantization is not None:
-        base -= int(linears * (named.itemsize - STORED_BYTES[run.quantization]))
+    mesh = MeshShape.parse(run.mesh)
+    named = opened_dtype(config, run.dtype)
+    base = base_bytes(model, named, run.quantization)
     adapters = sum(
         adapter_bytes(plan.num_params, entry.lora.dtype, mesh.dp) // mesh.tp
         for entry, (plan, _) in zip(run.adapters, planned, strict=True)
     )
-    free = free_host_bytes()
+    place = _place(run.device)
+    # The processes of a mesh share a host's memory; each has a device of its own.
+    free = free_bytes(place) // (mesh.size if place.type == "cpu" else 1)
     plain, recomputed = 0, None
     if base // mesh.one.size + adapters < free:  # otherwise nothing else matters
         heaviest = {
@@ -185,16 +184,6 @@ def _memory(
             for way in (False, True)
         )
     plain = plain or 0
-    asking = [plan for plan, _ in planned if plan.num_eval_examples]
-    tokens = sum(
-        blocks(plan.longest + EXTRA_TOKENS) * min(plan.num_eval_examples, 2 * SAMPLE_CHUNK)
-        for plan in asking
-    )
-    cached = max(FIRST_TOKENS, 1 << (tokens - 1).bit_length()) if tokens else 0
-    cache = min(cached, MAX_CACHED_TOKENS) * kv_bytes(text, named.itemsize, mesh.tp)
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    alone = mesh.size == 1 and run.quantization is None and _on_cpu(run.device)
-    twice = twice_bytes(model, layers, named.itemsize) if tokens and alone else 0
     used = recomputed if run.activation_checkpointing and recomputed is not None else plain
     return MemoryPlan(
         process=process_bytes(),
@@ -203,21 +192,41 @@ def _memory(
         plain=plain // mesh.tp,
         recomputed=None if recomputed is None else recomputed // mesh.tp,
         activations=used // mesh.tp,
-        decode_weights=twice,
-        decode_cache=cache,
         ranks=mesh.size,
-        free=free // mesh.size,
+        free=free,
+        **_to_sample(run, mesh, model, named, [plan for plan, _ in planned]),
     )
 
 
-def _on_cpu(device: str) -> bool:
-    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+def _to_sample(
+    run: RunFile, mesh: MeshShape, model: Any, dtype: torch.dtype, planned: Sequence[AdapterPlan]
+) -> dict[str, int]:
+    """What evaluations that sample add to a plan's memory."""
+    tokens = sum(
+        blocks(plan.longest + EXTRA_TOKENS) * min(plan.num_eval_examples, 2 * SAMPLE_CHUNK)
+        for plan in planned
+        if plan.num_eval_examples
+    )
+    if not tokens:
+        return {"libraries": OPENING_BYTES, "decode_cache": 0}
+    each = kv_bytes(model.config.get_text_config(), dtype.itemsize, mesh.tp)
+    cached = max(FIRST_TOKENS, 1 << (tokens - 1).bit_length())
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    alone = mesh.size == 1 and run.quantization is None and _place(run.device).type == "cpu"
+    twice = twice_bytes(model, layers, dtype.itemsize) if alone else 0
+    return {
+        "libraries": OPENING_BYTES + (TRIAL_BYTES if alone else 0),
+        "decode_weights": twice,
+        "decode_cache": min(cached, MAX_CACHED_TOKENS) * each,
+        # A cache that has grown is given up when it is empty.
+        "kept_cache": FIRST_TOKENS * each if cached == FIRST_TOKENS else 0,
+    }
 
 
-def _quantized_linears(model: Any) -> list[nn.Linear]:
-    head = model.get_output_embeddings()
-    found = (module for module in model.modules() if isinstance(module, nn.Linear))
-    return [module for module in found if module is not head]
+def _place(device: str) -> torch.device:
+    """Where the run would be; this machine's CPU where it has no such device."""
+    named = torch.device("cuda" if device == "auto" else device)
+    return named if named.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
 
 
 def list_sites(model: Any) -> list[Site]:

@@ -9,10 +9,12 @@ import torch
 from manylora.engine import Engine, admission, host_memory
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import resolve_targets
+from manylora.models import memory, opening
 from manylora.sampling import rows
 from manylora.types import (
     AdamParams,
     AdapterSpec,
+    BaseModelError,
     DoesNotFit,
     ForwardBackward,
     ForwardBackwardResult,
@@ -51,8 +53,8 @@ def free(monkeypatch):
     """Sets what is free, with what torch's tensors were taken out of it."""
 
     def set_free(count: int) -> None:
-        monkeypatch.setattr(host_memory, "free_host_bytes", lambda: count)
-        monkeypatch.setattr(host_memory, "freed_heap_bytes", lambda: 0)
+        monkeypatch.setattr(memory, "free_host_bytes", lambda: count)
+        monkeypatch.setattr(memory, "freed_heap_bytes", lambda: 0)
         monkeypatch.setattr(host_memory.FreeMemory, "SECONDS", -1.0)  # every reading is too old
 
     return set_free
@@ -116,6 +118,20 @@ def test_what_is_free_is_asked_again_only_where_it_could_matter(tiny: TinyBases,
     assert len(readings) == 1
     engine.forward_backward([work("a", 60)])  # more than a quarter of what there was
     assert len(readings) == 2
+
+
+def test_a_base_is_refused_before_a_weight_is_read(tiny: TinyBases, free, monkeypatch):
+    folder = tiny("llama")
+    count = sum(p.numel() for p in Engine(folder).base.model.parameters())
+    monkeypatch.setattr(opening, "_open_whole", None)  # nothing is read
+    free(count * 4 - 1)
+    with pytest.raises(DoesNotFit, match=rf"base .*\({count:,} parameters in float32\).*{WORDS}"):
+        Engine(folder)
+    with pytest.raises(BaseModelError, match="not callable"):  # in half of the bits it would be
+        Engine(folder, dtype="bf16")
+    free(count * 2 - 1)
+    with pytest.raises(DoesNotFit, match="in bfloat16"):
+        Engine(folder, dtype="bf16")
 
 
 def sample(max_tokens: int, num_samples: int = 1) -> Sample:

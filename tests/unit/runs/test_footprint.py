@@ -22,10 +22,10 @@ report: false
 adapters:
   - name: a
     lora: {rank: 8}
-    sft: {train: d.jsonl, eval: e.jsonl, batch_size: 32, max_steps: 2}
+    sft: {train: d.jsonl, eval: e.jsonl, batch_size: 32, max_steps: 4}
   - name: b
     lora: {rank: 16, dtype: bf16}
-    sft: {train: d.jsonl, batch_size: 32, max_steps: 2}
+    sft: {train: d.jsonl, eval: e.jsonl, batch_size: 32, max_steps: 4}
 """
 
 # As `manylora` runs it, and then the most that the process ever had.
@@ -59,26 +59,26 @@ def command(*arguments: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_peak_of_a_run_is_near_the_plans(folder: Path):
+@pytest.mark.parametrize("way", ["false", "true"])
+def test_the_peak_of_a_run_is_near_the_plans(folder: Path, way: str):
+    Path("run.yaml").write_text(f"activation_checkpointing: {way}\n{RUN}")
     told = command("train", "run.yaml", "--dry-run", "--json").partition("PEAK")[0]
     planned = json.loads(told)["memory"]["total"]
     assert not (folder / "out").exists()
     found = re.search(r"PEAK 0 (\d+)", command("train", "run.yaml", "--json"))
     assert found is not None
     peak = int(found[1]) * 1024
-    # What is alive is counted to the byte; the holes that lasting blocks leave in the heap depend
-    # on which batches met, and make the peaks of equal runs differ by a third.
-    assert 0.6 * peak < planned < 1.4 * peak, (planned, peak)
+    assert 0.8 * peak < planned < 1.2 * peak, (planned, peak)
 
 
 def test_the_parts_follow_the_run_file(folder: Path):
     plain = plan_run(load_run_file("run.yaml")).memory
-    assert plain.recomputed is not None and plain.recomputed < plain.plain / 2
+    assert plain.recomputed is not None and plain.recomputed < plain.plain
     assert plain.activations == plain.plain and plain.decode_cache > 0 and plain.ranks == 1
     assert 0 < plain.decode_weights <= plain.base
     assert plain.needed == (
-        plain.base + plain.decode_weights + plain.adapters
-        + max(plain.activations, plain.decode_cache)
+        plain.libraries + plain.base + plain.decode_weights + plain.adapters + plain.kept_cache
+        + max(plain.activations, plain.decode_cache - plain.kept_cache)
     )  # fmt: skip
     quantized = plan_run(load_run_file("run.yaml", ["quantization=nf4"])).memory
     assert quantized.decode_weights == 0
