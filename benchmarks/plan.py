@@ -92,8 +92,8 @@ def compare(base: str, *, checkpointing: bool, steps: int, tokens: int) -> dict[
         (folder / "run.yaml").write_text(text)
         told, _ = command(folder, "train", "run.yaml", "--dry-run", "--measure", "--json")
         plan = json.loads(told)
-        _, peak = command(folder, "train", "run.yaml", "--json")
-        summary = json.loads((folder / "out" / "run.json").read_text())
+        told, peak = command(folder, "train", "run.yaml", "--json")
+    summary = json.loads(told.splitlines()[-1])["summary"]
     said, measured = plan["memory"]["total"], plan["measured"]
     pairs = {
         "memory": (said, peak),

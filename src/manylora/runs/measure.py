@@ -164,6 +164,7 @@ class _Measuring:
     stop: asyncio.Event = field(init=False)
     # Of each step that was made: its tokens, and what its two operations cost.
     made: list[tuple[int, DeviceTime, DeviceTime]] = field(default_factory=list)
+    first_seconds: float = 0.0
     loss_seconds: float = 0.0
     answer_seconds: float = 0.0
 
@@ -206,11 +207,11 @@ class _Measuring:
         self.adapter.text_format = self.prepared.text_format
 
     async def warm_up(self, door: Any) -> None:
-        """Evaluate very little; not timed."""
+        """Evaluate very little: what only the first evaluation of all takes."""
         evals = self.prepared.evals
         few = min(WARM_UP_TOKENS, evals.max_tokens)
         one = replace(evals, data=evals.data[:1], prompts=evals.prompts[:1], max_tokens=few)
-        await self._evaluate(door, one)
+        self.first_seconds = sum(await self._evaluate(door, one))
 
     async def evaluate(self, door: Any) -> None:
         """The first chunk of each kind of an evaluation."""
@@ -284,7 +285,8 @@ class _Measuring:
             step_seconds=sum(a.batches + b.batches for _, a, b in timed) / count,
             share_seconds=(passes + updates) / count,
             training_seconds=passes * self.tokens / tokens + updates * self.prepared.steps / count,
-            evaluation_seconds=self._evaluations() * self._evaluation_seconds(),
+            evaluation_seconds=self.first_seconds
+            + self._evaluations() * self._evaluation_seconds(),
         )
 
     def _evaluations(self) -> int:
