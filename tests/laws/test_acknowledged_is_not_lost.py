@@ -170,6 +170,28 @@ def test_a_run_that_dies_before_it_says_that_it_is_done_says_so_later(
     assert summary(run["out"]) == told, "what a run has told of itself stays"
 
 
+def constant(run: dict[str, Any]) -> dict[str, Any]:
+    """The run with learning rates that do not depend on its end."""
+    for adapter in run["adapters"]:
+        adapter["optimizer"]["schedule"] = "constant"
+    return run
+
+
+def test_a_finished_run_made_longer_is_the_run_that_was_so_long_from_the_start(
+    base: Path, tmp_path: Path
+):
+    whole = constant(make_run(tmp_path / "whole", base, steps=11))
+    assert train(whole) == 0
+    short = constant(make_run(tmp_path / "short", base, steps=4))
+    assert train(short) == 0
+    first = ending(short)
+    longer = constant(make_run(tmp_path / "short", base, steps=11))
+    assert train(longer) == 0
+    told = ending(longer)
+    assert told == ending(whole)
+    assert all(told[name]["weights"] != first[name]["weights"] for name in NAMES)
+
+
 def test_killed_once_in_the_middle(base: Path, undisturbed: dict[str, Any], tmp_path: Path):
     run = make_run(tmp_path, base, steps=STEPS)
     first = Process(run, tmp_path)
