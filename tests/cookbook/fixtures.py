@@ -11,12 +11,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from datasets import Dataset
+
 from manylora.models.base import resolve_base
 from manylora.quickstart.words import CATEGORY_OF, WORDS
 from tests.wire.server import BASE_ALIAS, CHAT_ALIAS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 PROMPT_DATA = "prompt_distillation.jsonl"
+CONTINUAL_DATA = "continual"
 
 # What preference.dpo holds out, and takes without looking whether there are as many.
 PREFERENCE_TESTS = 1024
@@ -53,6 +56,9 @@ def make_workplace(folder: Path) -> Path:
     _write(folder / PROMPT_DATA, _chats(9, 64))
     _dataset(folder / "allenai/tulu-3-sft-mixture", train=_chats(10, 64))
     _dataset(folder / "open-thoughts/OpenThoughts3-1.2M", train=_thoughts(11, 64))
+    _continual(folder / CONTINUAL_DATA)
+    _dataset(folder / "Salesforce/wikitext", train=_prose(16, 200))
+    _named_config(folder / "Salesforce/wikitext", "wikitext-103-raw-v1", ("train",))
     return folder
 
 
@@ -111,6 +117,39 @@ def _thoughts(seed: int, count: int) -> Iterator[dict[str, Any]]:
     for question, answer, _ in _exchanges(seed, count):
         told = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         yield {"conversations": told}
+
+
+def _prose(seed: int, count: int) -> Iterator[dict[str, str]]:
+    """Lines in which the words that rl_numerics_check counts are rare."""
+    rng = Random(seed)
+    for _ in range(count):
+        yield {"text": " ".join(rng.choice((*WORDS, "after", "until")) for _ in range(20))}
+
+
+def _continual(folder: Path) -> None:
+    """Two tasks, one after the other, in the folders of the paper that sdft belongs to."""
+    told = list(_exchanges(12, 32))
+    _arrow(
+        folder / "tooluse_data",
+        train=[{"prompt": ask, "golden_response": [answer]} for ask, answer, _ in told],
+        tested=[{"prompt": ask, "golden_answer": [{"Action": answer}]} for ask, answer, _ in told],
+    )
+    told = list(_exchanges(13, 32))
+    system = {"role": "system", "content": "Answer."}
+    asked = [(system, {"role": "user", "content": ask}) for ask, _, _ in told]
+    _arrow(
+        folder / "science_data",
+        train=[
+            {"messages": list(messages), "output_text": answer}
+            for messages, (_, answer, _) in zip(asked, told, strict=True)
+        ],
+        tested=[{"prompt": list(messages), "answer": "A"} for messages in asked],
+    )
+
+
+def _arrow(folder: Path, train: list[dict[str, Any]], tested: list[dict[str, Any]]) -> None:
+    for name, rows in (("train_data", train), ("eval_data", tested)):
+        Dataset.from_list(rows).save_to_disk(str(folder / name))
 
 
 def _dataset(folder: Path, **splits: Iterable[dict[str, Any]]) -> None:

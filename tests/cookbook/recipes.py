@@ -1,6 +1,7 @@
 """Starting a published recipe as its user would, and reading what it left behind."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.wire.server import DEVELOPER, Server
+from tests.wire.server import BASE_ALIAS, CHAT_ALIAS, DEVELOPER, Server
 
+BASE = f"model_name={BASE_ALIAS}"
+CHAT = f"model_name={CHAT_ALIAS}"
+FRESH = "behavior_if_log_dir_exists=raise"
 CLOSED_PORT = "http://127.0.0.1:9"
 
 
@@ -51,19 +55,27 @@ class Workplace:
     def run(self, recipe: str, name: str, *options: str, seconds: float = 120.0) -> "Log":
         """Run `python -m tinker_cookbook.recipes.<recipe> <options>` to its end."""
         log = self.log(name)
+        self.run_bare(recipe, name, f"log_path={log.folder}", *options, seconds=seconds)
+        return log
+
+    def run_bare(
+        self, recipe: str, name: str, *options: str, typed: str = "", seconds: float = 120.0
+    ) -> str:
+        """Run a recipe that has no option `log_path`; returns what it and those before printed."""
+        log = self.log(name)
         with log.output.open("a") as out:
             done = subprocess.run(
-                self._command(recipe, log, options),
+                _command(recipe, options),
                 cwd=self.folder,
                 env=self.environment(),
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
+                input=typed.encode(),
                 timeout=seconds,
                 check=False,
             )
         assert done.returncode == 0, log.tail()
-        return log
+        return log.output.read_text(errors="replace")
 
     def run_and_kill(
         self,
@@ -77,7 +89,7 @@ class Workplace:
         log = self.log(name)
         with log.output.open("a") as out:
             process = subprocess.Popen(
-                self._command(recipe, log, options),
+                _command(recipe, (f"log_path={log.folder}", *options)),
                 cwd=self.folder,
                 env=self.environment(),
                 stdout=out,
@@ -96,9 +108,9 @@ class Workplace:
     def log(self, name: str) -> "Log":
         return Log(self.logs / name, self.folder / f"{name}.out")
 
-    def _command(self, recipe: str, log: "Log", options: tuple[str, ...]) -> list[str]:
-        module = f"tinker_cookbook.recipes.{recipe}"
-        return [sys.executable, "-m", module, f"log_path={log.folder}", *options]
+    def stage(self, *folders: str) -> "Log":
+        """What a recipe wrote into a folder of its own choice, below that of all runs."""
+        return Log(self.folder.joinpath("runs", *folders), self.folder / "no-output")
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,27 @@ class Log:
 
     def tail(self, lines: int = 40) -> str:
         return "".join(self.output.read_text(errors="replace").splitlines(keepends=True)[-lines:])
+
+
+def rises(values: list[float], share: int = 3) -> float:
+    """How much the mean of the last third is above that of the first."""
+    count = max(1, len(values) // share)
+    return sum(values[-count:]) / count - sum(values[:count]) / count
+
+
+def finished(log: Log, *kinds: str) -> None:
+    """The last checkpoint is the final one, and all that was measured is a number."""
+    last = log.checkpoints()[-1]
+    assert last["name"] == "final"
+    for kind in kinds or ("state_path", "sampler_path"):
+        assert last[kind].startswith("tinker://"), kind
+    for row in log.metrics():
+        for name, value in row.items():
+            assert not isinstance(value, float) or math.isfinite(value), (name, value)
+
+
+def _command(recipe: str, options: tuple[str, ...]) -> list[str]:
+    return [sys.executable, "-m", f"tinker_cookbook.recipes.{recipe}", *options]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -11,12 +11,9 @@ from dataclasses import dataclass
 import pytest
 
 from tests.cookbook.fixtures import PROMPT_DATA
-from tests.cookbook.recipes import Log, Workplace
+from tests.cookbook.recipes import BASE, CHAT, FRESH, Workplace, finished, rises
 from tests.wire.server import BASE_ALIAS, CHAT_ALIAS
 
-BASE = f"model_name={BASE_ALIAS}"
-CHAT = f"model_name={CHAT_ALIAS}"
-FRESH = "behavior_if_log_dir_exists=raise"
 # With the usual renderer `seedling` adds up well and has nothing to learn. This one puts an empty
 # thought before the answer, which `seedling` has never seen: three answers in four do not end.
 ARITHMETIC = (
@@ -31,23 +28,6 @@ ARITHMETIC = (
     "max_tokens=5",
     "eval_every=0",
 )
-
-
-def rises(values: list[float], share: int = 3) -> float:
-    """How much the mean of the last third is above that of the first."""
-    count = max(1, len(values) // share)
-    return sum(values[-count:]) / count - sum(values[:count]) / count
-
-
-def finished(log: Log, *kinds: str) -> None:
-    """The last checkpoint is the final one, and all that was measured is a number."""
-    last = log.checkpoints()[-1]
-    assert last["name"] == "final"
-    for kind in kinds or ("state_path", "sampler_path"):
-        assert last[kind].startswith("tinker://"), kind
-    for row in log.metrics():
-        for name, value in row.items():
-            assert not isinstance(value, float) or math.isfinite(value), (name, value)
 
 
 # --- with every `make test` ---------------------------------------------------------------------
@@ -318,6 +298,27 @@ RECIPES = {
         ),
         "train_mean_nll",
         steps=4,
+    ),
+    "rl_numerics_check": Recipe(
+        "rl_numerics_check.train",
+        (
+            CHAT,
+            FRESH,
+            "lora_rank=8",
+            "learning_rate=1e-3",
+            "max_steps=2",
+            "renderer_name=qwen3_instruct",
+            "group_size=2",
+            "groups_per_batch=2",
+            "max_tokens=16",
+            "max_trajectory_tokens=1000",
+            "task.num_pages_min=1",
+            "task.num_pages_max=2",
+            "task.page_chars=200",
+            "task.words=after,until",
+        ),
+        "env/all/reward/total",
+        steps=2,
     ),
     "preference shorter": Recipe(
         "preference.shorter.train",
