@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cookbook.fixtures import make_workplace
+from tests.cookbook.fixtures import ANSWERER, make_workplace
 from tests.cookbook.recipes import Workplace
 from tests.wire.server import Server
 
@@ -13,5 +13,5 @@ from tests.wire.server import Server
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     """A server without keys, and the recipes' data."""
     folder = make_workplace(tmp_path_factory.mktemp("cookbook"))
-    with Server(tmp_path_factory.mktemp("served")) as server:
+    with Server(tmp_path_factory.mktemp("served"), "--alias", ANSWERER) as server:
         yield Workplace(folder, server)

@@ -20,6 +20,10 @@ from tests.wire.server import BASE_ALIAS, CHAT_ALIAS
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 PROMPT_DATA = "prompt_distillation.jsonl"
 CONTINUAL_DATA = "continual"
+RUBRIC_DATA = "rubric.jsonl"
+
+# A name that a recipe has in its code.
+ANSWERER = "Qwen/Qwen3.5-9B"
 
 # What preference.dpo holds out, and takes without looking whether there are as many.
 PREFERENCE_TESTS = 1024
@@ -39,7 +43,7 @@ ASKS: tuple[Ask, ...] = (
 def make_workplace(folder: Path) -> Path:
     """Write everything below `folder`."""
     tokenizer = Path(resolve_base("seedling"))
-    for alias in (BASE_ALIAS, CHAT_ALIAS):
+    for alias in (BASE_ALIAS, CHAT_ALIAS, ANSWERER):
         (folder / alias).mkdir(parents=True)
         for name in TOKENIZER_FILES:
             shutil.copy(tokenizer / name, folder / alias / name)
@@ -57,6 +61,7 @@ def make_workplace(folder: Path) -> Path:
     _dataset(folder / "allenai/tulu-3-sft-mixture", train=_chats(10, 64))
     _dataset(folder / "open-thoughts/OpenThoughts3-1.2M", train=_thoughts(11, 64))
     _continual(folder / CONTINUAL_DATA)
+    _write(folder / RUBRIC_DATA, _rubrics(14, 16))
     _dataset(folder / "Salesforce/wikitext", train=_prose(16, 200))
     _named_config(folder / "Salesforce/wikitext", "wikitext-103-raw-v1", ("train",))
     return folder
@@ -124,6 +129,16 @@ def _prose(seed: int, count: int) -> Iterator[dict[str, str]]:
     rng = Random(seed)
     for _ in range(count):
         yield {"text": " ".join(rng.choice((*WORDS, "after", "until")) for _ in range(20))}
+
+
+def _rubrics(seed: int, count: int) -> Iterator[dict[str, Any]]:
+    for question, answer, _ in _exchanges(seed, count):
+        rubric = {
+            "rubric_str": f"Is the answer {answer}?",
+            "extraction_regex": "([01])",
+            "grader_output_format_instruction": "Say 1 or 0.",
+        }
+        yield {"convo": [{"role": "user", "content": question}], "rubric_items": [rubric]}
 
 
 def _continual(folder: Path) -> None:

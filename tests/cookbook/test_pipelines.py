@@ -1,4 +1,4 @@
-"""Published recipes that are several trainings, one after the other, or none.
+"""Published recipes of preferences, and those that are several trainings or none.
 
 Like those of `test_recipes.py` they are unmodified. All of them run with `make cookbook`.
 """
@@ -12,10 +12,10 @@ from tinker_cookbook import renderers
 from tinker_cookbook.recipes.decisions import Decision, DecisionRenderer
 from tinker_cookbook.recipes.decisions.demo import TEAMS
 from tinker_cookbook.recipes.decisions.train import decision_choice_datums
-from transformers import AutoTokenizer
+from tinker_cookbook.tokenizer_utils import get_tokenizer
 
 from tests.cookbook.fixtures import CONTINUAL_DATA
-from tests.cookbook.recipes import BASE, CHAT, Log, Workplace, finished, rises
+from tests.cookbook.recipes import BASE, CHAT, FRESH, Log, Workplace, finished, rises
 from tests.wire.server import BASE_ALIAS, CHAT_ALIAS, DEVELOPER
 
 pytestmark = pytest.mark.cookbook
@@ -43,6 +43,26 @@ def test_rlhf(workplace: Workplace):
     assert rises(judge.series("train_mean_nll")) < -3
     for log in (policy, judge, final):
         finished(log)
+
+
+def test_preference_dpo(workplace: Workplace):
+    log = workplace.run(
+        "preference.dpo.train",
+        "dpo",
+        BASE,
+        FRESH,
+        "batch_size=16",
+        "learning_rate=1e-3",
+        "max_length=128",
+        "max_steps=4",
+        seconds=300,
+    )
+    losses = log.series("dpo_loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the reference is where it starts
+    assert losses[-1] < losses[0]
+    assert log.series("margin")[-1] > 0
+    assert len(log.series("test/nll")) == 2
+    finished(log)
 
 
 def test_continual_learning_goes_on_from_what_the_first_task_left(workplace: Workplace):
@@ -112,7 +132,7 @@ def test_decisions_demo_with_trained_weights(workplace: Workplace):
 
 def _train_decision(workplace: Workplace, question: str, team: str) -> str:
     """The path of weights that answer so."""
-    tokenizer = AutoTokenizer.from_pretrained(workplace.folder / CHAT_ALIAS)
+    tokenizer = get_tokenizer(str(workplace.folder / CHAT_ALIAS))
     renderer = DecisionRenderer(renderers.get_renderer("qwen3_instruct", tokenizer))
     text = (
         f"A user asked the following question about Tinker:\n\n{question}\n\n"
