@@ -25,6 +25,7 @@ from manylora.types import (
     Datum,
     ForwardBackward,
     ManyloraError,
+    Opening,
     OptimStep,
     Wanted,
     causal_datum,
@@ -80,7 +81,7 @@ class Fused:
     """All tenants in one packed batch: the product."""
 
     def __init__(self, load: Load, wanted: Wanted = "all"):
-        self.engine = Engine(load.base, token_budget=load.budget)
+        self.engine = Engine(Opening(str(load.base), token_budget=load.budget))
         self.load = load
         for name, rank in load.ranks.items():
             self.engine.create(name, AdapterSpec(rank=rank, alpha=2 * rank))
@@ -234,7 +235,7 @@ def arithmetic_floor(base: Path | str, ranks: Sequence[int]) -> float:
     Of the base's linear layers a token takes a product forwards and one backwards; an adapter's
     A and B take one forwards and two backwards each.
     """
-    engine = Engine(base)
+    engine = Engine(Opening(str(base)))
     products = sum(site.in_features * site.out_features for site in engine.sites)
     engine.create("one", AdapterSpec(rank=1))
     of_rank_one = engine.adapters["one"].layout.num_params

@@ -27,7 +27,7 @@ from benchmarks.multi_tenant import machine
 from manylora.checkpoint import export_peft
 from manylora.engine import Engine
 from manylora.models import resolve_base
-from manylora.types import AdapterSpec, ManyloraError, Sample, SamplingParams
+from manylora.types import AdapterSpec, ManyloraError, Opening, Sample, SamplingParams
 
 PROMPT = 32
 # Which adapter answers where there is one stream: rank 8.
@@ -51,7 +51,7 @@ class Ours:
     """An engine with eight adapters."""
 
     def __init__(self, base: str, dtype: str):
-        self.engine = Engine(base, dtype=dtype)
+        self.engine = Engine(Opening(str(base), dtype=dtype))
         rng = np.random.default_rng(0)
         for number, rank in enumerate(RANKS):
             adapter = self.engine.create(f"a{number}", AdapterSpec(rank=rank, alpha=2 * rank))

@@ -26,6 +26,7 @@ from manylora.types import (
     AdapterSpec,
     ForwardBackward,
     ManyloraError,
+    Opening,
     OptimStep,
     causal_datum,
 )
@@ -122,12 +123,14 @@ def counted(
 ) -> dict[str, Any]:
     """What this rank holds and sends, by the number of adapters."""
     engine = Engine(
-        folder,
-        token_budget=BUDGET,
-        device="cpu",
-        quantization=quantization,
-        activation_checkpointing=checkpointing,
-        mesh=mesh,
+        Opening(
+            str(folder),
+            token_budget=BUDGET,
+            device="cpu",
+            quantization=quantization,
+            activation_checkpointing=checkpointing,
+        ),
+        mesh,
     )
     engine.head_loss.chunk_rows = CHUNK_ROWS
     base = _bytes(getattr(p, "to_local", lambda p=p: p)() for p in engine.base.model.parameters())
@@ -196,12 +199,14 @@ def _bare(engine: Engine, work: ForwardBackward) -> Callable[[], list[Any]]:
 def activation_peaks(mesh: Mesh, folder: str, dtype: DType, rank: int) -> dict[str, float]:
     """Bytes of each token at the peak of a forward and backward with recomputed blocks."""
     engine = Engine(
-        folder,
-        token_budget=1 << 16,
-        dtype=dtype,
-        device="cpu",
-        activation_checkpointing=True,
-        mesh=mesh,
+        Opening(
+            str(folder),
+            token_budget=1 << 16,
+            dtype=dtype,
+            device="cpu",
+            activation_checkpointing=True,
+        ),
+        mesh,
     )
     engine.create("one", AdapterSpec(rank=rank, init="gaussian", dtype=dtype))
     rng = np.random.default_rng(0)

@@ -15,7 +15,6 @@ from manylora.config import ServerFile
 from manylora.processes import EngineGroup
 from manylora.scheduler import Journal, Record
 from manylora.service.contract import Failed, Ready
-from manylora.service.engines import opening_of
 from manylora.service.hub import TinkerHub
 from manylora.service.server import Service
 from manylora.service.wire import messages as m
@@ -91,7 +90,7 @@ async def journal_cost(
     the journal can add to, without the noise of the numbers.
     """
     settings = ServerFile(base="seedling", aliases=[], data_dir=folder, threads=1)
-    group = EngineGroup(opening_of(settings), step_seconds=600.0)
+    group = EngineGroup(settings.opening(), step_seconds=600.0)
     service = Service(settings, Store.in_folder(folder), WireLimits())
     try:
         hub = await service.start(await asyncio.to_thread(group.open))

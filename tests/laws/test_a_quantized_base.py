@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from manylora.engine import Engine
 from manylora.engine.reference import ReferenceEngine
+from manylora.types import Opening
 from manylora.types.base import QUANTIZATIONS
 from tests.laws.stock_peft import StockPeft
 from tests.laws.tenants import train
@@ -46,7 +47,9 @@ def test_fused_is_solo_in_half_precision(tiny: TinyBases):
 def test_nf4_gives_what_stock_qlora_gives(tiny: TinyBases, family: str):
     base = tiny(family, **SIZES)
     tenants = crowd()
-    traces = train(Engine(base, token_budget=128, quantization="nf4"), tenants, ROUNDS)
+    traces = train(
+        Engine(Opening(str(base), token_budget=128, quantization="nf4")), tenants, ROUNDS
+    )
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
@@ -76,7 +79,7 @@ def rounded(base: Path, engine: Engine) -> Path:
 def test_int8_gives_what_its_weights_give_alone(tiny: TinyBases):
     base = tiny("llama", **SIZES)
     tenants = crowd()
-    engine = Engine(base, token_budget=128, quantization="int8")
+    engine = Engine(Opening(str(base), token_budget=128, quantization="int8"))
     folder = rounded(base, engine)
     traces = train(engine, tenants, ROUNDS)
     for tenant in tenants:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manylora.engine import Engine
 from manylora.engine.head_chunks import row_bytes
-from manylora.types import AdamParams, AdapterSpec, Datum, ForwardBackward, OptimStep
+from manylora.types import AdamParams, AdapterSpec, Datum, ForwardBackward, Opening, OptimStep
 from tests.laws.tenants import must, random_data, work_of
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -76,7 +76,7 @@ def one_step(engine: Engine, names: list[str], data: list[Datum] | None = None) 
 @pytest.mark.parametrize("rank", [1, 33])
 def test_bytes_of_an_adapter(tiny, rank: int):
     """Four fp32 vectors of its true length once it has stepped; two more bytes in bf16."""
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     adapter = engine.create("a", AdapterSpec(rank=rank, rank_pattern={"q_proj": 7}))
     params = sum(f.rank * (f.in_features + f.out_features) for f in adapter.layout.factors)
     assert adapter.num_bytes() == 4 * params  # no gradient, no moments before they are needed
@@ -95,7 +95,7 @@ def operations(engine: Engine, run: Callable[[], None]) -> int:
 
 
 def test_idle_adapters_cost_no_operation(tiny):
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     for name in ("a", "b"):
         engine.create(name, AdapterSpec(rank=4))
     alone = operations(engine, lambda: one_step(engine, ["a", "b"]))
@@ -118,7 +118,7 @@ def flops(run: Callable[[], Any]) -> int:
 
 def test_low_rank_flops_follow_true_ranks(tiny):
     """An adapter adds 2·t·(K+N)·r forward and twice that backward, for its own rank r."""
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     for name, rank in {"one": 1, "three": 3, "large": 33}.items():
         engine.create(name, AdapterSpec(rank=rank, targets=("q_proj", "down_proj")))
     length = 64
@@ -141,7 +141,7 @@ def test_low_rank_flops_follow_true_ranks(tiny):
 
 def test_flops_follow_tokens(tiny):
     """A short neighbour is not padded to a long one."""
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     for name in ("long", "short"):
         engine.create(name, AdapterSpec(rank=8))
     rng = np.random.default_rng(0)
@@ -158,7 +158,7 @@ def test_only_what_a_loss_needs_is_paid_for(tiny, monkeypatch):
     """Several targets take no product more, a sequence's ratio a second forward of the head, and
     that only for the chunks that hold such sequences."""
     monkeypatch.setattr("manylora.engine.head_loss.chunk_rows", lambda *_, **__: 32)
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     for name in ("a", "b"):
         engine.create(name, AdapterSpec(rank=4))
 
@@ -185,7 +185,7 @@ def test_logits_exist_for_one_chunk_at_a_time(
 ):
     vocab, chunk = 331, 64  # a size that no other tensor has
     monkeypatch.setattr("manylora.engine.head_loss.chunk_rows", lambda *_, **__: chunk)
-    engine = Engine(tiny(family, vocab_size=vocab))
+    engine = Engine(Opening(str(tiny(family, vocab_size=vocab))))
     engine.create("a", AdapterSpec(rank=4, targets=targets))
     engine.create("b", AdapterSpec(rank=4))
     data = random_data(np.random.default_rng(0), 20, loss, lengths=(20, 40))
@@ -207,7 +207,7 @@ def test_chunks_change_nothing(tiny, monkeypatch):
     data = random_data(np.random.default_rng(0), 6, lengths=(20, 60))
     for rows in (1024, 32):
         monkeypatch.setattr("manylora.engine.head_loss.chunk_rows", lambda *_, n=rows, **__: n)
-        engine = Engine(tiny("gemma2"))
+        engine = Engine(Opening(str(tiny("gemma2"))))
         engine.create("a", AdapterSpec(rank=4, targets=("q_proj", "lm_head")))
         must(engine.forward_backward([ForwardBackward(adapter="a", data=data)]))
         gradients.append(engine.adapters["a"].require_grad())

@@ -17,7 +17,7 @@ import torch
 
 from manylora.engine import Engine
 from manylora.engine.reference import ReferenceEngine
-from manylora.types import AdamParams, AdapterSpec
+from manylora.types import AdamParams, AdapterSpec, Opening
 from manylora.types.adapter import DType
 from tests.laws.stock_peft import StockPeft
 from tests.laws.tenants import Tenant, Trace, train
@@ -103,7 +103,7 @@ def _forward_backward(oracle: Any, work: Any) -> list[torch.Tensor]:
 def test_together_as_each_in_peft(tiny, family: str):
     base = tiny(family)
     tenants = crowd("qkv_proj" if family == "phi3" else "q_proj")
-    traces = train(Engine(base, token_budget=128), tenants, ROUNDS)
+    traces = train(Engine(Opening(str(base), token_budget=128)), tenants, ROUNDS)
     for tenant in tenants:
         trace = traces[tenant.name]
         assert_agrees(tenant, trace, StockPeft(base, trace.start), ROUNDS)
@@ -113,7 +113,7 @@ def test_together_as_each_in_peft(tiny, family: str):
 def test_together_as_each_in_the_reference_engine(tiny, family: str):
     base = tiny(family)
     tenants = crowd()
-    traces = train(Engine(base, token_budget=128), tenants, ROUNDS)
+    traces = train(Engine(Opening(str(base), token_budget=128)), tenants, ROUNDS)
     for tenant in tenants:
         trace = traces[tenant.name]
         assert_agrees(tenant, trace, ReferenceEngine(base, trace.start), ROUNDS)
@@ -123,7 +123,7 @@ def test_a_tied_head(tiny):
     """An adapter on a tied head changes the logits and leaves the embedding alone."""
     base = tiny("qwen3", tie_word_embeddings=True)
     tenants = [crowd()[2], crowd()[0]]
-    traces = train(Engine(base), tenants, ROUNDS)
+    traces = train(Engine(Opening(str(base))), tenants, ROUNDS)
     trace = traces["head"]
     assert_agrees(tenants[0], trace, StockPeft(base, trace.start), ROUNDS)
 
@@ -132,7 +132,7 @@ def test_a_tied_head(tiny):
 def test_half_precision_factors_follow_their_fp32_master(tiny, dtype: DType):
     """PEFT keeps no master copy, so the oracle is PEFT at the rounded weights, one step."""
     tenant = Tenant(name="half", spec=AdapterSpec(rank=8, dtype=dtype, seed=1))
-    trace = train(Engine(tiny("llama")), [tenant], 1)["half"]
+    trace = train(Engine(Opening(str(tiny("llama")))), [tenant], 1)["half"]
     rounded = torch.bfloat16 if dtype == "bf16" else torch.float16
     state = trace.start
     master_P = torch.from_numpy(state.weights)

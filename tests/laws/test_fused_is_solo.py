@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from manylora.engine import Engine
-from manylora.types import AdamParams, AdapterSpec, Wanted
+from manylora.types import AdamParams, AdapterSpec, Opening, Wanted
 from tests.laws.tenants import LOSSES, Tenant, assert_same_bits, assert_same_training, train
 from tests.models import FAMILIES
 
@@ -88,8 +88,8 @@ def crowd(attention: str = "q_proj") -> list[Tenant]:
 def assert_alone_as_together(
     base: Path, tenants: list[Tenant], rounds: int = ROUNDS, vocab: int = 160, **options: Any
 ) -> None:
-    together = train(Engine(base, **options), tenants, rounds, vocab)
-    engine = Engine(base, **options)
+    together = train(Engine(Opening(str(base), **options)), tenants, rounds, vocab)
+    engine = Engine(Opening(str(base), **options))
     for tenant in tenants:
         alone = train(engine, [tenant], rounds, vocab)
         assert_same_bits(alone[tenant.name], together[tenant.name], tenant.name)
@@ -145,8 +145,8 @@ def test_recomputed_activations(tiny, family: str):
     base = tiny(family)
     tenants = crowd()
     assert_alone_as_together(base, tenants, activation_checkpointing=True)
-    kept = train(Engine(base), tenants, ROUNDS)
-    recomputed = train(Engine(base, activation_checkpointing=True), tenants, ROUNDS)
+    kept = train(Engine(Opening(str(base))), tenants, ROUNDS)
+    recomputed = train(Engine(Opening(str(base), activation_checkpointing=True)), tenants, ROUNDS)
     for tenant in tenants:
         for a, b in zip(
             kept[tenant.name].gradients_P, recomputed[tenant.name].gradients_P, strict=True
@@ -171,7 +171,11 @@ def test_what_is_read_changes_nothing(tiny, monkeypatch: pytest.MonkeyPatch, row
     tenants = [replace(tenant, lengths=(2, 50)) for tenant in crowd()]
     ways: tuple[tuple[Wanted, ...], ...] = (("all",), ("trained",), ())
     everything, trained, mixed = (
-        train(Engine(base), [replace(t, wanted=way or t.wanted) for t in tenants], ROUNDS)
+        train(
+            Engine(Opening(str(base))),
+            [replace(t, wanted=way or t.wanted) for t in tenants],
+            ROUNDS,
+        )
         for way in ways
     )
     for tenant in tenants:
@@ -184,8 +188,8 @@ def test_neighbours_of_its_own_kind(tiny):
     tenants = [
         Tenant(name=f"twin-{i}", spec=AdapterSpec(rank=2, seed=i), num_data=1) for i in range(20)
     ]
-    together = train(Engine(tiny("qwen2")), tenants, 2)
-    engine = Engine(tiny("qwen2"))
+    together = train(Engine(Opening(str(tiny("qwen2")))), tenants, 2)
+    engine = Engine(Opening(str(tiny("qwen2"))))
     for tenant in tenants[::7]:
         alone = train(engine, [tenant], 2)
         assert_same_bits(alone[tenant.name], together[tenant.name], tenant.name)

@@ -25,6 +25,7 @@ from manylora.types import (
     AdapterSpec,
     ForwardBackward,
     ManyloraError,
+    Opening,
     OptimStep,
     Sample,
     SamplingParams,
@@ -96,7 +97,7 @@ def samples(engine: Engine, neighbours: int, dtype: DType) -> list[object]:
 
 
 def assert_neighbours_do_not_matter(folder: str | Path, dtype: DType, threads: int) -> None:
-    engine = Engine(folder, dtype=dtype, threads=threads)
+    engine = Engine(Opening(str(folder), dtype=dtype, threads=threads))
     for own in (20, 200):
         alone = gradient(engine, own, 0, dtype)
         for others in (40, 140, 300):

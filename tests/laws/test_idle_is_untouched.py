@@ -19,6 +19,7 @@ from manylora.types import (
     AdapterNotFound,
     AdapterSpec,
     ForwardBackward,
+    Opening,
     OptimStep,
     Sample,
     SamplingParams,
@@ -57,7 +58,7 @@ def step(engine: Engine, names: Sequence[str]) -> None:
 
 @pytest.fixture
 def engine(tiny) -> Engine:
-    engine = Engine(tiny("llama"), token_budget=128)
+    engine = Engine(Opening(str(tiny("llama")), token_budget=128))
     for name, spec in SPECS.items():
         engine.create(name, spec)
         perturb(engine, name)
@@ -110,8 +111,8 @@ def test_a_retired_name_starts_clean(tiny, same_shape: bool):
     tenant = Tenant(name="again", spec=AdapterSpec(rank=5, dropout=0.1, seed=9))
     shape: dict[str, Any] = {} if same_shape else {"rank": 2, "targets": ("q_proj", "lm_head")}
     other = replace(tenant, spec=replace(tenant.spec, seed=4, **shape))
-    fresh = train(Engine(tiny("llama")), [tenant], 3)["again"]
-    used = Engine(tiny("llama"))
+    fresh = train(Engine(Opening(str(tiny("llama")))), [tenant], 3)["again"]
+    used = Engine(Opening(str(tiny("llama"))))
     train(used, [other], 2)
     used.create("again", other.spec)
     perturb(used, "again")

@@ -16,7 +16,7 @@ from manylora.engine import Engine
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.models import naming
-from manylora.types import AdapterSpec, ForwardBackward, ForwardBackwardResult, Unsupported
+from manylora.types import AdapterSpec, ForwardBackward, ForwardBackwardResult, Opening, Unsupported
 from tests.laws.tenants import perturb
 from tests.models import tiny_config
 
@@ -67,7 +67,7 @@ def test_layers_of_a_list_are_named_apart_from_its_layers(tiny, tmp_path: Path, 
 
 def check_export(base: Path, spec: AdapterSpec, folder: Path) -> None:
     """Stock PEFT loads each factor where it was, and gives the same log-probabilities."""
-    engine = Engine(base)
+    engine = Engine(Opening(str(base)))
     engine.create("a", spec)
     perturb(engine, "a")
     state = engine.state("a")

@@ -29,6 +29,7 @@ from manylora.engine.reference import ReferenceEngine
 from manylora.types import (
     AdamParams,
     AdapterSpec,
+    Opening,
     OptimStep,
     Sample,
     SamplingParams,
@@ -77,8 +78,8 @@ class Schedules(RuleBasedStateMachine):
 
     @initialize(budget=st.sampled_from([16, 64, 4096]))
     def open(self, budget: int) -> None:
-        self.crowd = Engine(self.base, token_budget=budget)
-        self.twin = Engine(self.base, token_budget=budget)
+        self.crowd = Engine(Opening(str(self.base), token_budget=budget))
+        self.twin = Engine(Opening(str(self.base), token_budget=budget))
         self.books: dict[str, Books] = {}
         self.saves = 0
 

@@ -6,13 +6,15 @@ python -m tests.parallel.ray_control ADDRESS BASE
 import sys
 
 from manylora.processes import EngineGroup, OverRay, address_toward
-from manylora.processes.commands import Opening
+from manylora.types import Opening
 from manylora.types.mesh import MeshShape
 
 
 def opening(base: str, dp: int = 2) -> Opening:
     """A tiny base on `dp` processes."""
-    return Opening(base, 64, "fp32", "cpu", 1, mesh=MeshShape(dp=dp))
+    return Opening(
+        base, token_budget=64, dtype="fp32", device="cpu", threads=1, mesh=MeshShape(dp=dp)
+    )
 
 
 def main(address: str, base: str) -> None:

@@ -16,7 +16,7 @@ from manylora.models import PackedStream, packed
 from manylora.models.stream import padded_rows
 from manylora.parallel import Mesh
 from manylora.parallel.traffic import Sent
-from manylora.types import AdapterSpec
+from manylora.types import AdapterSpec, Opening
 from tests.laws.tenants import must, random_data, work_of
 from tests.models import TinyBases
 from tests.parallel.processes import run_ranks
@@ -54,11 +54,8 @@ def engine_with(
 ) -> Engine:
     """An engine with adapters that are not as they began."""
     engine = Engine(
-        folder,
-        token_budget=48,
-        device="cpu",
-        mesh=mesh,
-        activation_checkpointing=checkpointing,
+        Opening(str(folder), token_budget=48, device="cpu", activation_checkpointing=checkpointing),
+        mesh,
     )
     for number, name in enumerate(names):
         engine.create(name, SPECS[name])

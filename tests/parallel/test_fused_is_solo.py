@@ -17,6 +17,7 @@ import pytest
 from manylora.engine import Engine, plan
 from manylora.engine.plan import Piece, choose_homes
 from manylora.parallel import Mesh
+from manylora.types import Opening
 from tests.parallel.processes import run_ranks
 from tests.parallel.training import assert_same_numbers, crowd, train
 
@@ -28,7 +29,7 @@ SLOW = [pytest.param(shape, marks=pytest.mark.slow) for shape in ("tp=2", "tp=4"
 
 def trained(mesh: Mesh, folder: str, names: list[str] | None, seed: int | None) -> Any:
     """What came of it for some tenants, alone or together, with homes drawn at random if asked."""
-    engine = Engine(folder, token_budget=64, device="cpu", mesh=mesh)
+    engine = Engine(Opening(str(folder), token_budget=64, device="cpu"), mesh)
     found = {}
     homes: dict[str, set[int]] = {}
 

@@ -14,7 +14,7 @@ import torch
 from manylora.engine import Engine, stepping
 from manylora.optim import Pending, norms, publish, reduced
 from manylora.parallel import Mesh
-from manylora.types import AdamParams, AdapterSpec, NotFinite, OptimStep, StepRefused
+from manylora.types import AdamParams, AdapterSpec, NotFinite, Opening, OptimStep, StepRefused
 from tests.laws.tenants import must, random_data, work_of
 from tests.parallel.processes import RankFailed, run_ranks
 from tests.parallel.training import assert_replicas
@@ -125,7 +125,7 @@ PARAMS = AdamParams(lr=1e-3, clip_norm=1.0)
 
 def opened(mesh: Mesh, folder: str, count: int) -> Engine:
     """So many adapters, each with a pending gradient."""
-    engine = Engine(folder, token_budget=64, device="cpu", mesh=mesh)
+    engine = Engine(Opening(str(folder), token_budget=64, device="cpu"), mesh)
     rng = np.random.default_rng(0)
     works = []
     for number in range(count):

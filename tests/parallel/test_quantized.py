@@ -20,7 +20,7 @@ from manylora.models.parts import open_part
 from manylora.models.quantized import conversions, kept, quantized_linears
 from manylora.models.splitting import SplitLinear
 from manylora.parallel import Mesh
-from manylora.types import AdapterSpec
+from manylora.types import AdapterSpec, Opening
 from tests.models import TinyBases
 from tests.parallel.processes import RankFailed, run_ranks
 from tests.parallel.test_base import FOUR, peak_of
@@ -36,7 +36,7 @@ BYTES = {None: 4.0, "int8": 1 + 4 / 64, "nf4": 1 / 2 + 4 / 64}
 
 def opened(mesh: Mesh, folder: str, kind: str, dtype: str) -> Any:
     """All weights put together again, what the rank holds of them, and the base's fingerprint."""
-    engine = Engine(folder, device="cpu", dtype=dtype, quantization=kind, mesh=mesh)
+    engine = Engine(Opening(str(folder), device="cpu", dtype=dtype, quantization=kind), mesh)
     model = engine.base.model
     weights = {site.name: engine.base_weight(site.name) for site in engine.sites[:-1]}
     held = numbers = 0
@@ -88,7 +88,7 @@ def digest(engine: Engine) -> list[Any]:
 
 
 def trained(mesh: Mesh, folder: str, kind: str) -> Any:
-    engine = Engine(folder, token_budget=64, device="cpu", quantization=kind, mesh=mesh)
+    engine = Engine(Opening(str(folder), token_budget=64, device="cpu", quantization=kind), mesh)
     modules, values = digest(engine)
     found = train(mesh, engine, crowd(), range(ROUNDS))
     engine.unload("wide")
@@ -126,7 +126,7 @@ def test_a_mesh_trains_on_a_quantised_base_as_one_process(
 
 def gathered(mesh: Mesh, folder: str, kind: str | None) -> Any:
     """Bytes that a rank sends to gather the blocks for one forward."""
-    engine = Engine(folder, token_budget=64, device="cpu", quantization=kind, mesh=mesh)
+    engine = Engine(Opening(str(folder), token_budget=64, device="cpu", quantization=kind), mesh)
     mesh.traffic.clear()
     engine.base.run_nothing()
     return mesh.traffic.sent()["dp.blocks"].bytes
@@ -161,7 +161,7 @@ def test_opening_takes_the_codes_and_a_tensor(tiny: TinyBases, shape: str):
 
 
 def opens(mesh: Mesh, folder: str) -> None:
-    Engine(folder, device="cpu", quantization="nf4", mesh=mesh)
+    Engine(Opening(str(folder), device="cpu", quantization="nf4"), mesh)
 
 
 def test_a_tp_that_cuts_a_block_is_refused_by_name(tiny: TinyBases):

@@ -17,7 +17,7 @@ import pytest
 from manylora.engine import Engine
 from manylora.lora.state import AdapterState
 from manylora.parallel import Mesh
-from manylora.types import OptimStep, StepRefused
+from manylora.types import Opening, OptimStep, StepRefused
 from tests.laws.tenants import must
 from tests.parallel.processes import run_ranks
 from tests.parallel.training import (
@@ -40,7 +40,7 @@ POISONED = "wide"
 
 def one_leg(mesh: Mesh, folder: str, number: int, before: str | None, after: str) -> Any:
     """Go on where the last mesh stopped: a call, a step, and a call whose step is the next's."""
-    engine = Engine(folder, token_budget=64, device="cpu", mesh=mesh)
+    engine = Engine(Opening(str(folder), token_budget=64, device="cpu"), mesh)
     tenants = crowd(exact=True)
     loaded: dict[str, Any] = {}
     if before is None:
@@ -73,7 +73,7 @@ def states_of(engine: Engine) -> dict[str, Any]:
 
 def exported(mesh: Mesh, folder: str, kept: str, to: str) -> None:
     """Write again what `save` wrote."""
-    engine = Engine(folder, token_budget=64, device="cpu", mesh=mesh)
+    engine = Engine(Opening(str(folder), token_budget=64, device="cpu"), mesh)
     load(engine, kept)
     save(mesh, engine, to)
 
@@ -138,7 +138,7 @@ def test_exports_are_those_of_one_process(tiny):
 
 def interrupted(mesh: Mesh, folder: str, stops: bool) -> Any:
     """Two calls and a step; between the calls all adapters may be put away and brought back."""
-    engine = Engine(folder, token_budget=64, device="cpu", mesh=mesh)
+    engine = Engine(Opening(str(folder), token_budget=64, device="cpu"), mesh)
     tenants = crowd(exact=True)
     for tenant in tenants:
         join(engine, tenant)

@@ -19,7 +19,7 @@ import pytest
 
 from manylora.engine import Engine
 from manylora.parallel import Mesh
-from manylora.types import AdamParams, OptimStep
+from manylora.types import AdamParams, Opening, OptimStep
 from tests.laws.tenants import must
 from tests.parallel.processes import run_ranks
 from tests.parallel.training import (
@@ -47,7 +47,7 @@ FOUR = {"num_key_value_heads": 4}
 
 def trained(mesh: Mesh, folder: str, rounds: int, kept: str) -> Any:
     """What came of it; the states are left in `kept`."""
-    engine = Engine(folder, token_budget=64, device="cpu", mesh=mesh)
+    engine = Engine(Opening(str(folder), token_budget=64, device="cpu"), mesh)
     found = train(mesh, engine, crowd(), range(rounds))
     save(mesh, engine, kept)
     # Every rank knows all, which the replicas' test compares; one copy is enough.
@@ -72,7 +72,7 @@ def test_a_mesh_trains_as_one_process(tiny, family: str, shape: str):
 
 def gradients(mesh: Mesh, folder: str, kept: str) -> Any:
     """Of one more round at given weights, and of a step of one adapter."""
-    engine = Engine(folder, token_budget=64, device="cpu", mesh=mesh)
+    engine = Engine(Opening(str(folder), token_budget=64, device="cpu"), mesh)
     load(engine, kept)
     before = {name: engine.state(name) for name in engine.adapters}
     works = works_of(crowd(), 1)

@@ -7,11 +7,12 @@ import pytest
 
 from manylora.engine import Engine
 from manylora.parallel import Mesh
+from manylora.types import Opening
 from tests.parallel.processes import run_ranks
 
 
 def weights(mesh: Mesh, folder: str) -> Any:
-    engine = Engine(folder, device="cpu", mesh=mesh)
+    engine = Engine(Opening(str(folder), device="cpu"), mesh)
     found = {site.name: engine.base_weight(site.name) for site in engine.sites}
     for site in engine.sites:
         assert found[site.name].shape == (site.out_features, site.in_features)

@@ -17,7 +17,7 @@ from manylora.engine.reference import ReferenceEngine, reference_loss
 from manylora.lora.init import fresh_state
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
-from manylora.types import AdamParams, AdapterSpec, Datum
+from manylora.types import AdamParams, AdapterSpec, Datum, Opening
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -29,7 +29,7 @@ Array = np.ndarray[Any, Any]
 
 @cache
 def _sites() -> tuple[Site, ...]:
-    return Engine("seedling", dtype="fp32", device="cpu").sites
+    return Engine(Opening("seedling", dtype="fp32", device="cpu")).sites
 
 
 class Oracle:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from manylora.engine import Engine
 from manylora.models import resolve_base
+from manylora.types import Opening
 from tests.wire.data import assert_close, forward, random_data
 from tests.wire.oracle import Oracle
 from tests.wire.server import Server
@@ -30,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """seedling with the weights that its 4-bit codes stand for."""
-    engine = Engine("seedling", dtype="fp32", device="cpu", quantization="nf4")
+    engine = Engine(Opening("seedling", dtype="fp32", device="cpu", quantization="nf4"))
     model = AutoModelForCausalLM.from_pretrained(resolve_base("seedling"), dtype=torch.float32)
     for site in engine.sites[:-1]:
         weight_NK = model.get_submodule(site.name).weight.detach()

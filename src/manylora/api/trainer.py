@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, Unpack
 
 from manylora.api.door import AdapterDoor
 from manylora.api.hosts import host_of
 from manylora.api.verbs import Verbs
 from manylora.engine import Engine
 from manylora.processes import EngineGroup, start_group
-from manylora.processes.commands import Opening
 from manylora.processes.started import Meeting
-from manylora.types import EngineLost
+from manylora.types import EngineLost, Opening, OpeningOptions
 from manylora.types.mesh import MeshShape
 
 # How often a mesh may be lost while it opens.
@@ -37,30 +36,20 @@ class Trainer(AdapterDoor):
 
     def __init__(
         self,
-        base: str | Path,
+        base: str | Path | Opening,
         *,
-        token_budget: int = 4096,
-        dtype: str = "auto",
-        device: str = "auto",
-        quantization: str | None = None,
-        activation_checkpointing: bool = False,
-        threads: int | None = None,
         mesh: str = "dp=1,tp=1",
         step_seconds: float = 600.0,
         ray: str | None = None,
         engine_address: str | None = None,
         meeting: Meeting | None = None,
+        **options: Unpack[OpeningOptions],
     ):
         """Open a base.
 
         Args:
-            base: `seedling`, a folder, or a hub id of any Hugging Face causal LM.
-            token_budget: tokens of one packed micro-batch; a longer sequence runs alone.
-            dtype: of the base: `auto` (as stored), `fp32`, `bf16`, `fp16`.
-            device: `auto` (CUDA if there is one), `cpu`, `cuda:1`, …
-            quantization: `nf4` or `int8` keeps the base's linear layers so; None = in `dtype`.
-            activation_checkpointing: less memory for a third more time.
-            threads: CPU threads of one operation; None = torch's choice.
+            base: `seedling`, a folder, or a hub id of any Hugging Face causal LM; or an opening,
+                which says mesh and options, too.
             mesh: processes that share the work, such as `dp=2,tp=2` or `replicas=2`; they
                 are started and ended by this one.
             step_seconds: on a mesh, what takes longer is taken for hung.
@@ -69,32 +58,29 @@ class Trainer(AdapterDoor):
             engine_address: with Ray, this machine's address for processes on others; by default
                 the one on the route toward them.
             meeting: where the mesh's processes meet, if they were started already.
+            options: `token_budget`, `dtype`, `device`, `quantization`, `activation_checkpointing`,
+                `threads`: see `manylora.types.Opening`.
 
         Raises:
             ConfigError: a setting is out of range, or there is no such cluster.
             BaseModelError: the base cannot be opened.
             Unsupported: its architecture would not keep its numbers here.
         """
-        shape = MeshShape.parse(mesh)
-        self._token_budget, self._meeting = token_budget, meeting
+        opening = base
+        if not isinstance(opening, Opening):
+            settings: dict[str, Any] = {**options}
+            opening = Opening(str(base), mesh=MeshShape.parse(mesh), **settings)
+        self._token_budget, self._meeting = opening.token_budget, meeting
         self._group: EngineGroup | None = None
-        if shape.size == 1 and ray is None:
-            engine = Engine(
-                base, token_budget=token_budget, dtype=dtype, device=device, threads=threads,
-                quantization=quantization, activation_checkpointing=activation_checkpointing,
-            )  # fmt: skip
-            engines: Sequence[Verbs] = (engine,)
+        if opening.mesh.size == 1 and ray is None:
+            engines: Sequence[Verbs] = (Engine(opening),)
         else:
-            opening = Opening(
-                str(base), token_budget, dtype, device, threads, activation_checkpointing,
-                mesh=shape, quantization=quantization,
-            )  # fmt: skip
             self._group = start_group(
                 opening, step_seconds=step_seconds, ray=ray, engine_address=engine_address,
                 meeting=meeting,
             )  # fmt: skip
             engines = self._opened(self._group)
-        super().__init__(host_of(engines, token_budget=token_budget))
+        super().__init__(host_of(engines, token_budget=opening.token_budget))
 
     def reopen(self) -> None:
         """Open the base anew after the mesh was lost (`EngineLost`), without adapters.

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import Field, field_validator, model_validator
 
+from manylora.config.opening import opening_of
 from manylora.config.settings import (
     MOST_STEPS,
     Beta,
@@ -25,7 +26,7 @@ from manylora.config.settings import (
     Tokens,
     problem,
 )
-from manylora.types import ALL_LINEAR, AdamParams, AdapterSpec
+from manylora.types import ALL_LINEAR, AdamParams, AdapterSpec, Opening
 from manylora.types.base import Quantization
 from manylora.types.patterns import BadPattern, compiled, shown
 
@@ -344,6 +345,10 @@ class RunFile(Settings):
         if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
             return value
         raise problem(f"is {value!r}; write auto, cpu, cuda or cuda:N")
+
+    def opening(self) -> Opening:
+        """How the run's base is opened."""
+        return opening_of(self)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "RunFile":

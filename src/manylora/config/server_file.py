@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from manylora.config.opening import opening_of
 from manylora.config.settings import (
     MOST_SECONDS,
     Count,
@@ -20,6 +21,7 @@ from manylora.config.settings import (
     Text,
     Tokens,
 )
+from manylora.types import Opening
 from manylora.types.base import Quantization
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -180,3 +182,7 @@ class ServerFile(Settings):
     """What clients may hold of the server's end of the network."""
     saving: Saving = Saving()
     """When training states are written in the background."""
+
+    def opening(self) -> Opening:
+        """How the server's base is opened."""
+        return opening_of(self)

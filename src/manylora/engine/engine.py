@@ -4,7 +4,6 @@ P parameters of an adapter.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -50,11 +49,11 @@ from manylora.types import (
     AdapterExists,
     AdapterNotFound,
     AdapterSpec,
-    ConfigError,
     ForwardBackward,
     ForwardBackwardResult,
     ManyloraError,
     NotFinite,
+    Opening,
     OptimStep,
     OptimStepResult,
     Sample,
@@ -73,50 +72,33 @@ class Engine:
     concerns its adapter alone.
     """
 
-    def __init__(
-        self,
-        base: str | Path,
-        *,
-        token_budget: int = 4096,
-        dtype: str = "auto",
-        device: str = "auto",
-        quantization: str | None = None,
-        activation_checkpointing: bool = False,
-        threads: int | None = None,
-        mesh: Mesh | None = None,
-    ):
+    def __init__(self, opening: Opening, mesh: Mesh | None = None):
         """Open the base.
 
         Args:
-            base: `seedling`, a folder, or a hub id.
-            token_budget: tokens of one micro-batch; a longer datum runs alone.
-            dtype, device, quantization: see `manylora.models.open_base`.
-            activation_checkpointing: recompute each block in the backward.
-            threads: CPU threads of one operation, for the whole process; None = torch's choice.
+            opening: which base, and how.
             mesh: this rank's place among several; None = one process.
 
         Raises:
-            ConfigError: a setting is out of range.
-            BaseModelError, Unsupported: see `manylora.models.open_base`.
+            BaseModelError, Unsupported, DoesNotFit: see `manylora.models.open_base`.
         """
-        if token_budget < 1:
-            raise ConfigError(f"token_budget is {token_budget}; it must be ≥ 1")
-        if threads is not None:
-            torch.set_num_threads(threads)
+        if opening.threads is not None:
+            torch.set_num_threads(opening.threads)
         settle_functions()
         # One process is one process, whatever it is called.
         self.mesh = mesh if mesh is not None and mesh.shape.size > 1 else None
         self.base: BaseModel = open_base(
-            base, dtype=dtype, device=device, quantization=quantization, mesh=self.mesh
-        )
+            opening.base, dtype=opening.dtype, device=opening.device,
+            quantization=opening.quantization, mesh=self.mesh,
+        )  # fmt: skip
         if self.base.device.type == "cpu":
             keep_freed_memory()
         whole_products(self.base.device, self.base.dtype)  # found out now, not in the first step
-        self.token_budget = token_budget
+        self.token_budget = opening.token_budget
         self.sites = tuple(site_of(found) for found in find_linears(self.base))
         self.index = SiteIndex(self.sites, place_on(self.mesh))
         wrap_linears(self.base.model, self.index)
-        if activation_checkpointing:
+        if opening.activation_checkpointing:
             checkpoint_activations(self.base)
         if self._ranks > 1:
             visit_every_block(self.base)
@@ -126,7 +108,7 @@ class Engine:
         self.snapshots: dict[str, AdapterWeights] = {}
         most = cached_tokens(self.base, self.free_bytes - kept_twice_bytes(self.base))
         loop = DecodeLoop(
-            self.base, token_budget=token_budget, max_cached_tokens=most or MAX_CACHED_TOKENS
+            self.base, token_budget=self.token_budget, max_cached_tokens=most or MAX_CACHED_TOKENS
         )
         self.decoder = Decoder(self.base, loop, self._sampled_weights, most)
 

@@ -4,14 +4,13 @@ P parameters of an adapter, S shares of a gradient.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from manylora.lora.layout import Layout
 from manylora.lora.sites import Site
 from manylora.lora.state import AdapterState
 from manylora.types import AdapterSpec
 from manylora.types.data import Array
-from manylora.types.mesh import MeshShape
 
 # Verbs of the engine that a control process may call, beside `open` and `stop`.
 VERBS = frozenset(
@@ -43,20 +42,6 @@ class Hello:
     host: str
     pid: int
     code: str
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """The engine that a group is to open; see `Engine`."""
-
-    base: str
-    token_budget: int
-    dtype: str
-    device: str
-    threads: int | None
-    activation_checkpointing: bool = False
-    mesh: MeshShape = field(default_factory=MeshShape)
-    quantization: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

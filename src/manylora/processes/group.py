@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Protocol
 
 from manylora.processes.code import code_digest
-from manylora.processes.commands import About, Assignment, Hello, Opening
+from manylora.processes.commands import About, Assignment, Hello
 from manylora.processes.connection import SECRET_BYTES, Connection, answers
 from manylora.processes.remote import RemoteEngine
 from manylora.processes.routes import listening_at
-from manylora.types import BaseModelError, ConfigError, EngineLost, ManyloraError
+from manylora.types import BaseModelError, ConfigError, EngineLost, ManyloraError, Opening
 from manylora.types.files import no_descriptor_left
 
 log = logging.getLogger("manylora.processes")

@@ -13,6 +13,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -26,9 +27,9 @@ from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
 from manylora.parallel import Mesh
 from manylora.processes.code import code_digest
-from manylora.processes.commands import BY_RAY, VERBS, About, Hello, Opening, Vectors
+from manylora.processes.commands import BY_RAY, VERBS, About, Hello, Vectors
 from manylora.processes.connection import Connection
-from manylora.types import AdapterSpec, ManyloraError, Sample, SampleResult
+from manylora.types import AdapterSpec, ManyloraError, Opening, Sample, SampleResult
 from manylora.types.mesh import MeshShape
 
 # Exit statuses: the control process is gone; a command took too long is faulthandler's own, 1.
@@ -113,16 +114,8 @@ class Member:
     def _open(self, opening: Opening) -> About:
         """Join the other processes, and open this one's part of the base."""
         device = _device(opening.device)
-        self._engine = Engine(
-            opening.base,
-            token_budget=opening.token_budget,
-            dtype=opening.dtype,
-            device=device,
-            quantization=opening.quantization,
-            activation_checkpointing=opening.activation_checkpointing,
-            threads=opening.threads or _own_threads(opening.mesh),
-            mesh=self._joined(opening.mesh.one, device),
-        )
+        own = replace(opening, device=device, threads=opening.threads or _own_threads(opening.mesh))
+        self._engine = Engine(own, self._joined(opening.mesh.one, device))
         base, free = self._engine.base, self._engine.free_bytes
         if base.device.type == "cpu":
             free //= _processes_here(opening.mesh)

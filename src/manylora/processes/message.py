@@ -14,7 +14,7 @@ import numpy as np
 
 from manylora import types
 from manylora.lora.sites import Site
-from manylora.processes.commands import About, Hello, Opening, Vectors
+from manylora.processes.commands import About, Hello, Vectors
 from manylora.types import ManyloraError, errors
 from manylora.types.data import Array
 from manylora.types.mesh import MeshShape
@@ -27,7 +27,7 @@ _CLASSES: dict[str, type] = {
     one.__name__: one
     for one in (
         *(value for value in vars(types).values() if isinstance(value, type)),
-        *(About, Hello, MeshShape, Opening, Site, Vectors),
+        *(About, Hello, MeshShape, Site, Vectors),
     )
     if is_dataclass(one)
 }

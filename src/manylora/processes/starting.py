@@ -4,11 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from manylora.processes.commands import Opening
 from manylora.processes.group import EngineGroup, launch_here
 from manylora.processes.over_ray import OverRay
 from manylora.processes.routes import address_toward
 from manylora.processes.started import Meeting
+from manylora.types import Opening
 from manylora.types.mesh import MeshShape
 
 # The base that comes with the package.

@@ -48,14 +48,7 @@ def open_trainer(run: RunFile) -> AbstractContextManager[Any]:
             "starts its own; run `manylora train` once, or leave `ray` out"
         )
     return Trainer(
-        run.base,
-        token_budget=run.token_budget,
-        dtype=run.dtype,
-        device=run.device,
-        quantization=run.quantization,
-        activation_checkpointing=run.activation_checkpointing,
-        threads=run.threads,
-        mesh=run.mesh,
+        run.opening(),
         step_seconds=run.step_seconds,
         ray=run.ray,
         engine_address=run.engine_address,

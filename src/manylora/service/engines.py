@@ -5,13 +5,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from manylora.config import ServerFile
 from manylora.processes import EngineGroup
-from manylora.processes.commands import Opening
 from manylora.service.late import LateHub
 from manylora.service.server import Service
 from manylora.types import EngineLost
-from manylora.types.mesh import MeshShape
 
 log = logging.getLogger("manylora.service")
 
@@ -81,13 +78,3 @@ class Loss:
     async def wait(self) -> None:
         """Return once it was."""
         await self._noted.wait()
-
-
-def opening_of(settings: ServerFile) -> Opening:
-    """What the processes of the engine have to open."""
-    return Opening(
-        base=settings.base, token_budget=settings.token_budget, dtype=settings.dtype,
-        device=settings.device, threads=settings.threads, mesh=MeshShape.parse(settings.mesh),
-        quantization=settings.quantization,
-        activation_checkpointing=settings.activation_checkpointing,
-    )  # fmt: skip

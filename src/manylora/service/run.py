@@ -17,7 +17,7 @@ from manylora.service.auth import DEV_TENANT, KEY_PREFIX
 from manylora.service.connections import Connections, room_for
 from manylora.service.door import DoorSettings
 from manylora.service.ending import CONNECTION_SECONDS, Ending
-from manylora.service.engines import keep_up, opening_of
+from manylora.service.engines import keep_up
 from manylora.service.late import LateHub
 from manylora.service.limits import BodyLimits
 from manylora.service.listening import BACKLOG, Listener, Protocol, listen_at
@@ -114,7 +114,7 @@ def run_server(settings: ServerFile) -> int:
         listener = listen_at(settings.host, settings.port, _connections(settings))
         # First of all, because its processes take seconds to import what they need.
         group = start_group(
-            opening_of(settings), step_seconds=settings.step_seconds, ray=settings.ray,
+            settings.opening(), step_seconds=settings.step_seconds, ray=settings.ray,
             engine_address=settings.engine_address,
         )  # fmt: skip
     except BaseException:

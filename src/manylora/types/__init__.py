@@ -38,6 +38,7 @@ from manylora.types.errors import (
     TooManyFilesOpen,
     Unsupported,
 )
+from manylora.types.opening import Opening, OpeningOptions
 from manylora.types.operations import WANTED, ForwardBackward, OptimStep, Sample, Wanted
 from manylora.types.sampling import (
     PromptScores,
@@ -74,6 +75,8 @@ __all__ = [
     "ForwardBackwardResult",
     "ManyloraError",
     "NotFinite",
+    "Opening",
+    "OpeningOptions",
     "OptimStep",
     "OptimStepResult",
     "PromptScores",

@@ -11,7 +11,7 @@ import manylora.api.door as door_module
 from manylora.api import AdapterDoor, AdapterHandle, Host, Trainer
 from manylora.checkpoint import load_state, save_state
 from manylora.engine import Engine
-from manylora.types import Datum, SamplingParams, SaveFailed
+from manylora.types import Datum, Opening, SamplingParams, SaveFailed
 from tests.laws.tenants import random_data
 from tests.models import TinyBases
 
@@ -35,7 +35,7 @@ def learn(handles: list[AdapterHandle], rounds: int = 4) -> list[list[float]]:
 
 
 def test_operations_without_numbers_are_paged_like_others(tiny: TinyBases, tmp_path: Path) -> None:
-    engine = Engine(tiny("llama"), token_budget=64)
+    engine = Engine(Opening(str(tiny("llama")), token_budget=64))
     host = Host(engine, tmp_path / "data", token_budget=64, max_resident=1)
     # Held states go to disk at once: whatever comes back has been through a file.
     host.pager.host_bytes = host.pager._held.max_bytes = 1

@@ -12,8 +12,7 @@ import pytest
 from manylora.api import AdapterDoor, AdapterHandle, AnyHost, host_of
 from manylora.api.hosts import Hosts
 from manylora.processes import EngineGroup
-from manylora.processes.commands import Opening
-from manylora.types import AdapterNotFound, AdapterSpec, Datum, Sample, SamplingParams
+from manylora.types import AdapterNotFound, AdapterSpec, Datum, Opening, Sample, SamplingParams
 from manylora.types.mesh import MeshShape
 from tests.laws.tenants import random_data
 from tests.models import TinyBases
@@ -28,7 +27,14 @@ def opened(
     base: Path, mesh: str, folder: Path | None = None, max_resident: int | None = None
 ) -> Iterator[AnyHost]:
     """A mesh's engines in processes of their own, behind one door."""
-    opening = Opening(str(base), 64, "fp32", "cpu", 1, mesh=MeshShape.parse(mesh))
+    opening = Opening(
+        str(base),
+        token_budget=64,
+        dtype="fp32",
+        device="cpu",
+        threads=1,
+        mesh=MeshShape.parse(mesh),
+    )
     group = EngineGroup(opening, step_seconds=60.0)
     try:
         host = host_of(group.open(), folder, token_budget=64, max_resident=max_resident)

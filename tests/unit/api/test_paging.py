@@ -19,6 +19,7 @@ from manylora.types import (
     DataError,
     ForwardBackward,
     ManyloraError,
+    Opening,
     OptimStep,
     StepRefused,
     TooManyFilesOpen,
@@ -44,7 +45,7 @@ def make(base: Path, tmp_path: Path) -> Iterator[Make]:
 
     def build(folder: str = "data", *, host_bytes: int = 1 << 30, **limits: int) -> Pager:
         pager = Pager(
-            Engine(base, token_budget=64),
+            Engine(Opening(str(base), token_budget=64)),
             tmp_path / folder,
             adapters=Residency(**limits),
             snapshots=Residency(max_count=2),

@@ -19,6 +19,7 @@ from manylora.types import (
     Datum,
     DatumTooLong,
     ForwardBackward,
+    Opening,
     OptimStep,
     SamplingParams,
     Scoring,
@@ -54,7 +55,7 @@ def learn(handle, rounds: int = 3) -> list[tuple[float, float]]:
 
 def test_the_door_adds_nothing_of_its_own(trainer, tiny):
     found = learn(trainer.create("a", rank=4, seed=3))
-    engine = Engine(tiny("llama"), token_budget=128)
+    engine = Engine(Opening(str(tiny("llama")), token_budget=128))
     engine.create("a", AdapterSpec(rank=4, seed=3))
     for number, (loss, norm) in enumerate(found):
         (result,) = must(

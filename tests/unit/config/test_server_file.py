@@ -8,7 +8,6 @@ import pytest
 from pydantic import BaseModel
 
 from manylora.config import RunFile, ServerFile, load_server_file
-from manylora.service.engines import opening_of
 from manylora.types import ConfigError
 
 
@@ -44,7 +43,7 @@ def test_what_opens_the_engine_is_told() -> None:
     }  # fmt: skip
     given = [f"{name}={value}" for name, value in settings.items()]
     server = load_server_file(None, ["base=seedling", "data_dir=here", *given])
-    opening = opening_of(server)
+    opening = server.opening()
     for name in settings:
         assert (
             getattr(opening, name)

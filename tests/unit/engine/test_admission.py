@@ -18,6 +18,7 @@ from manylora.types import (
     DoesNotFit,
     ForwardBackward,
     ForwardBackwardResult,
+    Opening,
     OptimStep,
     Sample,
     SampleResult,
@@ -38,7 +39,7 @@ def work(name: str, tokens: int = 20) -> ForwardBackward:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_bytes_of_a_parameter_are_those_of_the_vectors(tiny: TinyBases, dtype):
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     adapter = engine.create("a", AdapterSpec(rank=3, dtype=dtype))
     assert adapter.promised_bytes() > 0
     engine.forward_backward([work("a")])
@@ -61,7 +62,7 @@ def free(monkeypatch):
 
 
 def test_an_adapter_of_a_million_ranks(tiny: TinyBases, monkeypatch):
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     monkeypatch.setattr(torch, "tensor", None)  # nothing is allocated
     with pytest.raises(DoesNotFit, match=rf"adapter 'big' \(rank 1,000,000,000, .*{WORDS}"):
         engine.create("big", AdapterSpec(rank=1_000_000_000))
@@ -69,7 +70,7 @@ def test_an_adapter_of_a_million_ranks(tiny: TinyBases, monkeypatch):
 
 
 def test_adapters_that_fit_alone_and_not_together(tiny: TinyBases, free):
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     spec = AdapterSpec(rank=4)
     needed = adapter_bytes(
         plan_layout(spec, resolve_targets(spec, engine.sites)).num_params, "fp32"
@@ -84,14 +85,14 @@ def test_adapters_that_fit_alone_and_not_together(tiny: TinyBases, free):
 
 
 def test_a_rank_beyond_the_layers_own_is_legal(tiny: TinyBases):
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     engine.create("a", AdapterSpec(rank=200))
     (result,) = engine.forward_backward([work("a")])
     assert isinstance(result, ForwardBackwardResult) and result.loss > 0
 
 
 def test_a_datum_that_cannot_be_run_costs_its_adapter_alone(tiny: TinyBases, free):
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     for name in ("a", "b"):
         engine.create(name, AdapterSpec(rank=1))
     config = engine.base.model.config
@@ -103,7 +104,7 @@ def test_a_datum_that_cannot_be_run_costs_its_adapter_alone(tiny: TinyBases, fre
 
 
 def test_what_is_free_is_asked_again_only_where_it_could_matter(tiny: TinyBases, monkeypatch):
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     engine.create("a", AdapterSpec(rank=1))
     readings: list[int] = []
     config = engine.base.model.config
@@ -122,16 +123,16 @@ def test_what_is_free_is_asked_again_only_where_it_could_matter(tiny: TinyBases,
 
 def test_a_base_is_refused_before_a_weight_is_read(tiny: TinyBases, free, monkeypatch):
     folder = tiny("llama")
-    count = sum(p.numel() for p in Engine(folder).base.model.parameters())
+    count = sum(p.numel() for p in Engine(Opening(str(folder))).base.model.parameters())
     monkeypatch.setattr(opening, "_open_whole", None)  # nothing is read
     free(count * 4 - 1)
     with pytest.raises(DoesNotFit, match=rf"base .*\({count:,} parameters in float32\).*{WORDS}"):
-        Engine(folder)
+        Engine(Opening(str(folder)))
     with pytest.raises(BaseModelError, match="not callable"):  # in half of the bits it would be
-        Engine(folder, dtype="bf16")
+        Engine(Opening(str(folder), dtype="bf16"))
     free(count * 2 - 1)
     with pytest.raises(DoesNotFit, match="in bfloat16"):
-        Engine(folder, dtype="bf16")
+        Engine(Opening(str(folder), dtype="bf16"))
 
 
 def sample(max_tokens: int, num_samples: int = 1) -> Sample:
@@ -144,7 +145,7 @@ def sample(max_tokens: int, num_samples: int = 1) -> Sample:
 
 
 def test_more_answers_than_there_is_memory_for(tiny: TinyBases):
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     (error,) = engine.admit([sample(64, 10**12)])
     assert isinstance(error, DoesNotFit)
     assert "num_samples=1,000,000,000,000" in str(error) and "would fit" in str(error)
@@ -153,14 +154,14 @@ def test_more_answers_than_there_is_memory_for(tiny: TinyBases):
 
 def test_a_cache_that_does_not_fit(tiny: TinyBases, free):
     folder = tiny("llama", max_position_embeddings=4096)
-    roomy = Engine(folder)
+    roomy = Engine(Opening(str(folder)))
     config = roomy.base.model.config
     free(
         roomy.decoder.promised_bytes
         + int(128 * admission.kv_bytes(config, 4) / admission.CACHE_SHARE)
         + 1
     )
-    engine = Engine(folder)
+    engine = Engine(Opening(str(folder)))
     assert engine.decoder.loop.longest == 128
     free(1 << 30)
     (error,) = engine.admit([sample(126)])
@@ -171,7 +172,7 @@ def test_a_cache_that_does_not_fit(tiny: TinyBases, free):
 
 def test_bytes_of_a_token_are_those_of_the_cache(tiny: TinyBases):
     for family in ("llama", "qwen3", "gemma2"):
-        engine = Engine(tiny(family))
+        engine = Engine(Opening(str(tiny(family))))
         engine.admit([sample(4)])
         engine.decode(0.0)
         cache = engine.decoder.loop._cache
@@ -181,7 +182,7 @@ def test_bytes_of_a_token_are_those_of_the_cache(tiny: TinyBases):
 
 
 def test_weights_that_decoding_keeps_twice_are_counted_before_they_are(tiny: TinyBases, free):
-    engine = Engine(tiny("llama"), threads=1)
+    engine = Engine(Opening(str(tiny("llama")), threads=1))
     layers = [m for m in engine.base.model.modules() if type(m) is torch.nn.Linear]
     twice = sum(layer.weight.nbytes for layer in layers)
     assert engine.decoder.promised_bytes == twice > 0
@@ -201,5 +202,5 @@ def test_weights_that_decoding_keeps_twice_are_counted_before_they_are(tiny: Tin
 
 def test_weights_that_decoding_reads_as_they_are_are_not_counted(tiny: TinyBases, monkeypatch):
     monkeypatch.setattr(rows, "MOST_PACKED_BYTES", 1)
-    assert Engine(tiny("llama")).decoder.promised_bytes == 0
-    assert Engine(tiny("qwen2_moe")).decoder.promised_bytes == 0
+    assert Engine(Opening(str(tiny("llama")))).decoder.promised_bytes == 0
+    assert Engine(Opening(str(tiny("qwen2_moe")))).decoder.promised_bytes == 0

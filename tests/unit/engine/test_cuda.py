@@ -13,6 +13,7 @@ from manylora.types import (
     AdapterSpec,
     ForwardBackward,
     ManyloraError,
+    Opening,
     OptimStep,
     Sample,
     SamplingParams,
@@ -36,7 +37,11 @@ def train(
     folder: str, device: str, dtype: str, rounds: int = 5, quantization: str | None = None
 ) -> tuple[Engine, list[float]]:
     """Two adapters, trained together for a few rounds; their losses."""
-    engine = Engine(folder, device=device, dtype=dtype, token_budget=256, quantization=quantization)
+    engine = Engine(
+        Opening(
+            str(folder), device=device, dtype=dtype, token_budget=256, quantization=quantization
+        )
+    )
     for name, spec in SPECS.items():
         engine.create(name, spec)
     rng = np.random.default_rng(0)

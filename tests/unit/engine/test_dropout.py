@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from manylora.engine import Engine
-from manylora.types import AdapterSpec, ForwardBackward
+from manylora.types import AdapterSpec, ForwardBackward, Opening
 from tests.laws.tenants import must, perturb, random_data
 
 pytestmark = pytest.mark.usefixtures("threads")
 
 
 def test_each_call_draws_new_masks_and_forward_draws_none(tiny):
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     engine.create("a", AdapterSpec(rank=4, dropout=0.5))
     perturb(engine, "a")
     work = ForwardBackward(adapter="a", data=random_data(np.random.default_rng(0), 1))

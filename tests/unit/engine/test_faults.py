@@ -21,6 +21,7 @@ from manylora.types import (
     ForwardBackwardResult,
     ManyloraError,
     NotFinite,
+    Opening,
     OptimStep,
     OptimStepResult,
     Sample,
@@ -109,7 +110,7 @@ FAULTS: dict[str, tuple[Callable[[str], ForwardBackward], type[ManyloraError], l
 
 
 def crowd(tiny) -> Engine:
-    engine = Engine(tiny("llama"), token_budget=64)
+    engine = Engine(Opening(str(tiny("llama")), token_budget=64))
     for seed, name in enumerate(("victim", "left", "right")):
         engine.create(name, AdapterSpec(rank=3 + seed, seed=seed))
         perturb(engine, name)
@@ -284,7 +285,7 @@ def test_a_batch_that_raises_half_way_is_never_stepped(tiny, monkeypatch: pytest
 
 def test_weights_that_ran_away_answer_nobody(tiny):
     """The adapter's own request fails; the base and its neighbour answer as before."""
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     for name in ("lost", "sound"):
         engine.create(name, AdapterSpec(rank=2))
         perturb(engine, name)
@@ -301,7 +302,7 @@ def test_weights_that_ran_away_answer_nobody(tiny):
 
 def test_a_saved_state_holds_the_refusal_and_no_refused_gradient(tiny):
     """An adapter that went and came back is refused as if it had stayed: once."""
-    engine, steps = Engine(tiny("llama")), [OptimStep(adapter="a", params=PARAMS)]
+    engine, steps = Engine(Opening(str(tiny("llama")))), [OptimStep(adapter="a", params=PARAMS)]
     engine.create("a", AdapterSpec(rank=2))
     must(engine.forward_backward([good("a")]))
     assert engine.state("a").grad is not None
@@ -320,7 +321,7 @@ def test_a_saved_state_holds_the_refusal_and_no_refused_gradient(tiny):
 
 
 def test_what_is_added_after_the_refusal_was_restored_is_dropped_with_it(tiny):
-    engine, steps = Engine(tiny("llama")), [OptimStep(adapter="a", params=PARAMS)]
+    engine, steps = Engine(Opening(str(tiny("llama")))), [OptimStep(adapter="a", params=PARAMS)]
     engine.create("a", AdapterSpec(rank=2))
     engine.forward_backward([bad(loss="kl")("a")])
     state = engine.state("a")

@@ -19,7 +19,7 @@ import torch
 
 from manylora.engine import Engine
 from manylora.engine.reference import ReferenceEngine
-from manylora.types import AdapterSpec, Datum, ForwardBackward, ForwardBackwardResult
+from manylora.types import AdapterSpec, Datum, ForwardBackward, ForwardBackwardResult, Opening
 from tests.laws.tenants import LOSSES, must, perturb, random_data, work_of
 from tests.models import VOCAB
 
@@ -45,7 +45,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def crowd(base: Path, **options: Any) -> Engine:
-    engine = Engine(base, **options)
+    engine = Engine(Opening(str(base), **options))
     for name, spec in SPECS.items():
         engine.create(name, spec)
         perturb(engine, name)

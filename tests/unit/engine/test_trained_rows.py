@@ -29,6 +29,7 @@ from manylora.types import (
     Datum,
     ForwardBackward,
     ForwardBackwardResult,
+    Opening,
     Wanted,
 )
 from tests.laws.tenants import LOSSES, must, perturb, random_data, thinned, work_of
@@ -53,7 +54,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def engine_of(base: Path) -> Engine:
-    engine = Engine(base, token_budget=512)
+    engine = Engine(Opening(str(base), token_budget=512))
     for name, spec in SPECS.items():
         engine.create(name, spec)
         perturb(engine, name)

@@ -4,7 +4,7 @@ import pytest
 
 from manylora.engine import Engine
 from manylora.lora.sites import Site, resolve_targets
-from manylora.types import AdapterSpec, ConfigError, TargetError
+from manylora.types import AdapterSpec, ConfigError, Opening, TargetError
 from tests.laws.stock_peft import peft_config, wrapped
 from tests.models import tiny_model
 
@@ -31,7 +31,7 @@ SPECS = {
 
 @pytest.fixture(scope="module")
 def sites(tiny) -> tuple[Site, ...]:
-    return Engine(tiny("llama")).sites
+    return Engine(Opening(str(tiny("llama")))).sites
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from manylora.engine import Engine
 from manylora.models import open_base, quantized
 from manylora.models.quantized import BLOCK, WholeWeight, is_quantized, kept
-from manylora.types import ConfigError, Unsupported
+from manylora.types import ConfigError, Opening, Unsupported
 from manylora.types.base import QUANTIZATIONS, Quantization
 from tests.models import TinyBases
 
@@ -125,7 +125,7 @@ def test_another_quantization_is_another_base(tiny: TinyBases):
 
 @KINDS
 def test_the_whole_weight_is_what_products_read(tiny: TinyBases, kind: Quantization):
-    engine = Engine(tiny("llama", **SIZES), device="cpu", quantization=kind)
+    engine = Engine(Opening(str(tiny("llama", **SIZES)), device="cpu", quantization=kind))
     name = engine.sites[3].name
     layer = engine.base.model.get_submodule(name).base
     whole, owner = kept(layer)
@@ -162,7 +162,7 @@ def test_files_that_are_quantised_already_are_refused(tiny: TinyBases, tmp_path:
     with pytest.raises(Unsupported, match="are quantised already"):
         open_base(tmp_path, device="cpu", quantization="nf4")
     with pytest.raises(Unsupported, match=r"bitsandbytes.*open the original with a `quantization`"):
-        Engine(tmp_path, device="cpu")
+        Engine(Opening(str(tmp_path), device="cpu"))
 
 
 LOADS_KERNELS = """

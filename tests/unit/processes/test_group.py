@@ -17,7 +17,6 @@ import pytest
 
 from manylora.engine import Engine
 from manylora.processes import EngineGroup, RemoteEngine, remote, starting
-from manylora.processes.commands import Opening
 from manylora.types import (
     AdamParams,
     AdapterExists,
@@ -27,6 +26,7 @@ from manylora.types import (
     DataError,
     EngineLost,
     ForwardBackward,
+    Opening,
     OptimStep,
     Sample,
     SamplingParams,
@@ -42,7 +42,7 @@ SPEC = AdapterSpec(rank=3, init="gaussian", dropout=0.1, dtype="bf16")
 
 
 def opening(base: Path | str) -> Opening:
-    return Opening(str(base), 128, "auto", "cpu", 1)
+    return Opening(str(base), token_budget=128, device="cpu", threads=1)
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def member(group: EngineGroup) -> int:
 
 def test_the_verbs_give_what_they_give_in_this_process(tiny: TinyBases) -> None:
     base = tiny("qwen3")
-    here = Engine(base, token_budget=128, threads=1)
+    here = Engine(Opening(str(base), token_budget=128, threads=1))
     with group_of(base) as group:
         there = group.open()[0]
         assert there.base.fingerprint == here.base.fingerprint
@@ -278,8 +278,9 @@ def test_a_base_that_cannot_be_opened_is_an_error_of_its_own(tmp_path: Path) -> 
 CONTROL = """
 import os, sys, time
 from manylora.processes import EngineGroup
-from manylora.processes.commands import Opening
-group = EngineGroup(Opening(sys.argv[1], 128, "auto", "cpu", 1), step_seconds=60.0)
+from manylora.types import Opening
+opening = Opening(sys.argv[1], token_budget=128, device="cpu", threads=1)
+group = EngineGroup(opening, step_seconds=60.0)
 group.open()[0]
 print("open", flush=True)
 time.sleep(600)
@@ -312,6 +313,6 @@ def test_a_tp_that_does_not_fit_starts_nothing(tmp_path: Path, monkeypatch, nest
     sizes = {"num_attention_heads": 9, "num_key_value_heads": 3}
     # No weights lie there: they are not looked for.
     (tmp_path / "config.json").write_text(json.dumps({"text_config": sizes} if nested else sizes))
-    opening = Opening(str(tmp_path), 4096, "auto", "cpu", None, mesh=MeshShape(tp=2))
+    opening = Opening(str(tmp_path), device="cpu", mesh=MeshShape(tp=2))
     with pytest.raises(Unsupported, match=r"9 query heads, 3 key-value heads.*one of 1, 3;"):
         starting.start_group(opening, step_seconds=60.0)

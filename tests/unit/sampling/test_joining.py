@@ -18,6 +18,7 @@ from manylora.types import (
     DatumTooLong,
     ManyloraError,
     NotFinite,
+    Opening,
     Sample,
     SampleResult,
     SamplingParams,
@@ -37,7 +38,7 @@ CONTEXT = 2048
 
 
 def engine_of(folder: Any, dtype: str = "fp32") -> Engine:
-    engine = Engine(folder, dtype=dtype)
+    engine = Engine(Opening(str(folder), dtype=dtype))
     for name, spec in SPECS.items():
         engine.create(name, spec)
         perturb(engine, name)

@@ -14,6 +14,7 @@ from manylora.types import (
     AdapterSpec,
     Datum,
     ForwardBackward,
+    Opening,
     Sample,
     SampledSequence,
     SamplingParams,
@@ -33,7 +34,7 @@ SPECS = {
 
 
 def engine_of(tiny, family: str = "llama") -> Engine:
-    engine = Engine(tiny(family))
+    engine = Engine(Opening(str(tiny(family))))
     for name, spec in SPECS.items():
         engine.create(name, spec)
         perturb(engine, name)

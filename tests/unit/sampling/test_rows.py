@@ -8,7 +8,7 @@ import torch
 
 from manylora.engine import Engine
 from manylora.sampling import DecodeLoop, rows
-from manylora.types import AdapterSpec, Sample, SampleResult, SamplingParams
+from manylora.types import AdapterSpec, Opening, Sample, SampleResult, SamplingParams
 from tests.laws.tenants import perturb
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -30,7 +30,7 @@ def folder(tiny) -> Any:
 
 
 def engine_of(folder: Any, dtype: str) -> Engine:
-    engine = Engine(folder, dtype=dtype)
+    engine = Engine(Opening(str(folder), dtype=dtype))
     for name, rank in (("a4", 4), ("a8", 8), ("a32", 32)):
         engine.create(name, AdapterSpec(rank=rank, alpha=2 * rank, seed=rank))
         perturb(engine, name)
@@ -121,7 +121,9 @@ def test_a_function_that_differs_is_filled_up(folder, monkeypatch):
 
 def test_experts_are_not_tried(tiny):
     engine = Engine(
-        tiny("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+        Opening(
+            str(tiny("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32))
+        )
     )
     found = engine.decoder.loop.step_rows()
     assert (found.packed, found.hidden.counts, found.logits.counts) == (False, (), ())

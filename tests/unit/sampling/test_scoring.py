@@ -17,6 +17,7 @@ from manylora.types import (
     AdapterSpec,
     DataError,
     NotFinite,
+    Opening,
     PromptScores,
     Sample,
     SampleResult,
@@ -38,7 +39,9 @@ SPECS = {
 
 @pytest.fixture(scope="module", params=["llama", "gemma2"])
 def engine(request: pytest.FixtureRequest, tiny) -> Engine:
-    engine = Engine(tiny(request.param), token_budget=40)  # the prompt is read in pieces
+    engine = Engine(
+        Opening(str(tiny(request.param)), token_budget=40)
+    )  # the prompt is read in pieces
     for name, spec in SPECS.items():
         engine.create(name, spec)
         perturb(engine, name)

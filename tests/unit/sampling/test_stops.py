@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from manylora.engine import Engine
 from manylora.models import resolve_base
 from manylora.sampling.stops import StopStrings
-from manylora.types import AdapterSpec, Sample, SamplingParams, Unsupported
+from manylora.types import AdapterSpec, Opening, Sample, SamplingParams, Unsupported
 from tests.laws.tenants import must, perturb
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -124,7 +124,7 @@ def test_a_long_answer_decodes_a_few_tokens_at_a_time():
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    engine = Engine("seedling")
+    engine = Engine(Opening("seedling"))
     engine.create("a", AdapterSpec(rank=4))
     perturb(engine, "a")
     return engine
@@ -153,7 +153,7 @@ def test_the_answer_ends_with_the_token_that_completes_it(engine: Engine, adapte
 
 
 def test_a_base_without_tokenizer_cannot_see_strings(tiny):
-    engine = Engine(tiny("llama"))
+    engine = Engine(Opening(str(tiny("llama"))))
     params = SamplingParams(stop_strings=("x",))
     (error,) = engine.sample([Sample(adapter=None, prompts=[[3]], params=params)])
     assert isinstance(error, Unsupported) and "tokenizer" in str(error)

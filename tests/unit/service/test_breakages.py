@@ -22,7 +22,7 @@ from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.outline import outline_of
 from manylora.service.wire.sampling import decode_sample
 from manylora.store import Store
-from manylora.types import EngineLost, OptimStep, Sample, SamplingParams
+from manylora.types import EngineLost, Opening, OptimStep, Sample, SamplingParams
 from tests.wire.data import random_data
 from tests.wire.raw import encode
 
@@ -38,7 +38,7 @@ class Fragile:
     """An engine that is lost when its fate says so of what it is to do."""
 
     def __init__(self, on_lost: Callable[[str], None], fate: Callable[[list[Any]], Any]):
-        self.engine = Engine("seedling", threads=1)
+        self.engine = Engine(Opening("seedling", threads=1))
         self.on_lost = on_lost
         self.fate = fate
         self.lost: EngineLost | None = None

@@ -24,7 +24,7 @@ from manylora.service.wire.outline import outline_of
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.sampling import decode_sample
 from manylora.store import Store
-from manylora.types import SaveFailed
+from manylora.types import Opening, SaveFailed
 from tests.unit.service import bodies
 
 WHO, HOUR, GAP = "ann", 3600.0, 100.0
@@ -58,7 +58,7 @@ class Place:
         service = Service(
             settings, Store.in_folder(self.folder), WireLimits(), clock=self.clock, wall=self.wall
         )
-        self.hub = await service.start([Engine("seedling", threads=1)])
+        self.hub = await service.start([Engine(Opening("seedling", threads=1))])
         assert service._upkeep is not None
         service._upkeep.cancel()
         self.upkeep = Upkeep(self.hub, gap_seconds=GAP)
