@@ -152,6 +152,8 @@ def hear(connection: socket.socket) -> tuple[Any, list[int]]:
 
 
 def _nurse(connection: socket.socket) -> None:
+    import torch
+
     import manylora.service.run  # noqa: F401
     from manylora.cli.main import main
     from manylora.models.opening import open_base
@@ -159,7 +161,12 @@ def _nurse(connection: socket.socket) -> None:
 
     assert callable(starting.launch_here)  # what a server starts its engine's processes with
     starting.launch_here = ForkedLauncher  # type: ignore[assignment]
-    open_base("seedling")  # transformers imports a model's classes when they are first asked for
+    # transformers imports a model's classes when they are first asked for. With one thread: a pool
+    # of more would not be there in a child, which would wait for it for ever.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    open_base("seedling")
+    torch.set_num_threads(threads)
     statuses: dict[int, int] = {}
     while True:
         try:

@@ -84,9 +84,13 @@ def test_killed_again_and_again(serve, connect, options: tuple[str, ...]):
 @pytest.mark.parametrize("mesh", [pytest.param("dp=1", marks=pytest.mark.slow), "replicas=2"])
 def test_an_engine_that_is_killed_again_and_again_is_a_pause(serve, connect, mesh: str):
     """The server stays, and says on `/readyz` when it has no engine."""
-    quiet: Server = serve(folder="calm")
+    # Replicas share a machine's cores, so their own number of threads would be another.
+    one_thread = ("--set", "threads=1")
+    quiet: Server = serve(*one_thread, folder="calm")
     calm = factors(quiet, everybody(quiet, connect))
-    shaken: Server = serve("--mesh", mesh, "--set", "saving.every_steps=7", folder="shaken")
+    shaken: Server = serve(
+        "--mesh", mesh, "--set", "saving.every_steps=7", *one_thread, folder="shaken"
+    )
     done, draw, losses, pauses = threading.Event(), random.Random(1), 0, 0
 
     def shake() -> None:

@@ -17,9 +17,11 @@ from tests.wire.server import Server
 BYTES_PER_REQUEST = 1500
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("loaded")) as server:
+@pytest.fixture
+def loaded(tmp_path: Path) -> Iterator[Server]:
+    """A server of the test's own: polls that another test has left count against their tenant for
+    as long as they are held."""
+    with Server(tmp_path) as server:
         yield server
 
 
