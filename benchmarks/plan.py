@@ -100,7 +100,7 @@ def compare(base: str, *, checkpointing: bool, steps: int, tokens: int) -> dict[
         "training": (measured["training_seconds"], summary["training_seconds"]),
         "evaluation": (measured["evaluation_seconds"], summary["evaluation_seconds"]),
     }
-    return {"base": base, "checkpointing": checkpointing, **pairs}
+    return {"base": Path(base).name, "checkpointing": checkpointing, **pairs}
 
 
 def main() -> None:
@@ -133,7 +133,7 @@ def show(row: dict[str, Any]) -> None:
         for said, taken in (row[what],)
     ]
     way = "checkpointing" if row["checkpointing"] else "plain"
-    print(f"{Path(row['base']).name:32s} {way:14s} {'   '.join(told)}", flush=True)
+    print(f"{row['base']:32s} {way:14s} {'   '.join(told)}", flush=True)
 
 
 if __name__ == "__main__":
