@@ -10,7 +10,7 @@ from manylora.api.verbs import Verbs
 from manylora.engine import Engine
 from manylora.processes import EngineGroup, start_group
 from manylora.processes.started import Meeting
-from manylora.types import EngineLost, Opening, OpeningOptions
+from manylora.types import ConfigError, EngineLost, Opening, OpeningOptions
 from manylora.types.mesh import MeshShape
 
 # How often a mesh may be lost while it opens.
@@ -67,7 +67,10 @@ class Trainer(AdapterDoor):
             Unsupported: its architecture would not keep its numbers here.
         """
         opening = base
-        if not isinstance(opening, Opening):
+        if isinstance(opening, Opening):
+            if options or mesh != "dp=1,tp=1":
+                raise ConfigError("an Opening says mesh and options itself; give them there")
+        else:
             settings: dict[str, Any] = {**options}
             opening = Opening(str(base), mesh=MeshShape.parse(mesh), **settings)
         self._token_budget, self._meeting = opening.token_budget, meeting

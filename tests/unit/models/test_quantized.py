@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from manylora.engine import Engine
 from manylora.models import open_base, quantized
+from manylora.models.memory import base_bytes
 from manylora.models.quantized import BLOCK, WholeWeight, is_quantized, kept
 from manylora.types import ConfigError, Opening, Unsupported
 from manylora.types.base import QUANTIZATIONS, Quantization
@@ -184,3 +185,12 @@ def test_no_machine_code_is_asked_for_at_a_hub():
         [sys.executable, "-c", LOADS_KERNELS], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+def test_the_bytes_of_a_base_are_those_that_it_takes(kind):
+    base = open_base("seedling", dtype="fp32", device="cpu", quantization=kind)
+    held = {t.untyped_storage().data_ptr(): t.nbytes for t in base.model.state_dict().values()}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base.model.config)
+    assert base_bytes(model, torch.float32, kind) == pytest.approx(sum(held.values()), rel=0.01)
