@@ -31,24 +31,47 @@ def test_the_run_file(tmp_path: Path):
     assert [adapter.name for adapter in run.adapters] == ["french", "support-tone"]
 
 
-# A line that the benchmark prints: model, tokens, overhead, speed-up and its two parts.
+# A line that the benchmark prints, where a goal stands only beside a base that has one.
 PRINTED = re.compile(
-    r"(\w+) +(\d+) +([\d.]+) \([^)]*≤ ([\d.]+)\) +[\d.]+ +([\d.]+) \([^)]*≥ ([\d.]+)\) +([\d.]+) +"
-    r"([\d.]+) +fused"
+    r"^(?P<base>\S+) +(?P<tokens>\d+)  "
+    r"overhead (?P<overhead>[\d.]+) \([^,)]*(, goal ≤ (?P<most>[\d.]+))?\), "
+    r"floor (?P<floor>[\d.]+) "
+    r"(.* speed-up (?P<speed>[\d.]+) \([^,)]*(, goal ≥ (?P<least>[\d.]+))?\) = "
+    r"(?P<batching>[\d.]+) × (?P<smaller>[\d.]+))? +(?P<rate>\d+) tokens/s",
+    re.MULTILINE,
 )
 
 
-def test_the_figures_are_those_on_record():
-    """The table of numbers repeats the committed results of the benchmark."""
-    results = README.parent / "benchmarks/results"
-    machines = ("2026-11-20_cpu_2core.txt", "2026-11-21_cpu_2core_xeon.txt")
-    printed = [PRINTED.findall((results / name).read_text(encoding="utf-8")) for name in machines]
-    assert [len(lines) for lines in printed] == [6, 6]
-    text = README.read_text(encoding="utf-8")
-    for lines in zip(*printed, strict=True):
-        model, tokens, _, overhead, _, speedup, *_ = lines[0]
-        shown = f"| {model} | {tokens} | {float(overhead):.2f}, {speedup} |"
-        for line in lines:
-            assert line[:2] == (model, tokens)
-            shown += f" {line[2]} | {line[4]} ({line[6]} × {line[7]}) |"
-        assert shown in text
+def row(line: re.Match[str], base: str, goals: bool) -> str:
+    """What the README's table says of one printed line."""
+    found = line.groupdict()
+    cells = [base, found["tokens"]]
+    if goals:
+        cells.append(", ".join(goal for goal in (found["most"], found["least"]) if goal))
+    cells += [f"{float(found['overhead']):.2f}", found["floor"]]
+    speed = (
+        f"{float(found['speed']):.2f} ({found['batching']} × {found['smaller']})"
+        if found["speed"]
+        else ""
+    )
+    cells += [speed, f"{int(found['rate']):,}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+@pytest.mark.parametrize(
+    ("results", "names", "goals"),
+    [
+        ("2026-11-29_smollm2_cpu_2core.txt", {"smollm2-135m-instruct-fp32": "SmolLM2-135M"}, True),
+        ("2026-11-29_cpu_2core.txt", {"toy": "toy", "seedling": "seedling"}, False),
+    ],
+)
+def test_the_figures_are_those_on_record(results: str, names: dict[str, str], goals: bool):
+    """The tables of numbers repeat the committed results of the benchmark."""
+    printed = (README.parent / "benchmarks/results" / results).read_text(encoding="utf-8")
+    lines = list(PRINTED.finditer(printed))
+    assert [(line["base"], line["tokens"]) for line in lines] == [
+        (name, tokens) for name in names for tokens in ("32", "128", "512")
+    ]
+    shown = README.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        assert row(line, names[line["base"]], goals) in shown

@@ -12,8 +12,8 @@ import numpy as np, torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from manylora.engine import Engine
 from manylora.kernels.vendor import FUNCTIONS
-from manylora.types import AdamParams, AdapterSpec, ForwardBackward, OptimStep, Sample
-from manylora.types import SamplingParams, causal_datum
+from manylora.types import AdamParams, AdapterSpec, ForwardBackward, Opening, OptimStep
+from manylora.types import Sample, SamplingParams, causal_datum
 
 first = {}
 
@@ -25,7 +25,7 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 with Watch():
-    engine = Engine("seedling", threads=2)
+    engine = Engine(Opening("seedling", threads=2))
     engine.create("a", AdapterSpec(rank=8))
     ids = np.random.default_rng(0).integers(8, 2000, size=200)
     data = [causal_datum(ids, np.ones(200))]
