@@ -48,8 +48,8 @@ from benchmarks.mesh_ranks import (
 )
 from benchmarks.multi_tenant import machine
 from manylora.models.quantized import BITS
-from manylora.types.base import QUANTIZATIONS, Quantization
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
+from manylora.types.weight_forms import QUANTIZATIONS, Quantization
 from tests.models import TinyBases
 from tests.parallel.processes import run_ranks
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from manylora.engine.stepping import passes
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 # Bytes of the optimizer's numbers and of gradients.
 FP32 = 4

@@ -25,8 +25,8 @@ from benchmarks.mesh_formulas import (
 )
 from manylora.engine.head_chunks import chunk_rows
 from manylora.models.quantized import BITS
-from manylora.types.base import Quantization
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
+from manylora.types.weight_forms import Quantization
 
 NODE = 8  # GPUs that NVLink joins
 NVLINK, NETWORK = 450e9, 50e9  # bytes a second, each way, of one GPU: NVLink 4, 400 Gb/s

@@ -30,7 +30,7 @@ from manylora.types import (
     OptimStep,
     causal_datum,
 )
-from manylora.types.adapter import DType
+from manylora.types.adapter_spec import DType
 
 # LoRA ranks and dtypes of the adapters, in turn.
 RANKS = (1, 3, 16, 8)

@@ -12,14 +12,14 @@ from typing import Any
 
 from benchmarks.service_load import summary
 from manylora.config import ServerFile
+from manylora.journal import Journal, Record
 from manylora.processes import EngineGroup
-from manylora.scheduler import Journal, Record
 from manylora.service.contract import Failed, Ready
-from manylora.service.hub import TinkerHub
 from manylora.service.server import Service
+from manylora.service.state.hub import TinkerHub
 from manylora.service.wire import messages as m
-from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.outline import outline_of
+from manylora.service.wire.wire_limits import WireLimits
 from manylora.store import Store
 from tests.family import engine_processes
 from tests.wire.data import random_data

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from starlette.routing import compile_path
 
-from manylora.service.routes_refused import REFUSED
+from manylora.service.http.routes_refused import REFUSED
 
 Call = tuple[str, str]
 

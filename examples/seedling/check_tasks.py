@@ -17,14 +17,14 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from manylora.quickstart.tasks import TASKS, Example, Task, examples
+from manylora.quickstart.tasks import TASKS, Task, TaskExample, examples
 
 SHIPPED = Path(__file__).parents[2] / "src" / "manylora" / "models" / "seedling"
 IGNORED = -100
 WARMUP = 10
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, item: Example) -> tuple[list[int], list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, item: TaskExample) -> tuple[list[int], list[int]]:
     """Prompt ids, and completion ids with the end-of-text token."""
     prompt = tokenizer(item["prompt"], add_special_tokens=False)["input_ids"]
     completion = tokenizer(item["completion"], add_special_tokens=False)["input_ids"]
@@ -47,14 +47,14 @@ def collate(items: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, tor
 def exact_share(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    items: list[Example],
+    items: list[TaskExample],
     wrong: list[str] | None = None,
 ) -> float:
     """Share of items whose text up to the end of text is exactly right, by greedy choice."""
     model.eval()
     right = 0
     end = tokenizer.eos_token
-    by_length: dict[int, list[Example]] = {}
+    by_length: dict[int, list[TaskExample]] = {}
     for item in items:
         by_length.setdefault(len(encode(tokenizer, item)[0]), []).append(item)
     for group in by_length.values():

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from manylora.engine import Engine
 from manylora.engine.reference import ReferenceEngine
 from manylora.types import Opening
-from manylora.types.base import QUANTIZATIONS
+from manylora.types.weight_forms import QUANTIZATIONS
 from tests.laws.stock_peft import StockPeft
 from tests.laws.tenants import train
 from tests.laws.test_fused_is_peft import ROUNDS, assert_agrees, crowd

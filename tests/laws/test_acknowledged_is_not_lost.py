@@ -18,8 +18,8 @@ import pytest
 
 from manylora.config import RunFile
 from manylora.runs.events import StepDone
-from manylora.runs.layout import RunPaths
-from manylora.runs.metrics import MetricsFile
+from manylora.runs.metrics_file import MetricsFile
+from manylora.runs.run_folder import RunPaths
 from manylora.runs.train import _Run, train_run_file
 from tests.laws.tiny_runs import command, losses, make_base, make_run, summary, weights
 from tests.threads import SESSION, under

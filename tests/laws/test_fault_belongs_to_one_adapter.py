@@ -15,7 +15,7 @@ import pytest
 from manylora.checkpoint import training_state
 from manylora.config import RunFile
 from manylora.runs.train import train_run_file
-from manylora.types.adapter import DType
+from manylora.types.adapter_spec import DType
 from tests.laws.tiny_runs import losses, make_base, make_run, summary, weights
 
 VICTIM, NEIGHBOURS = "reverse", ("double", "upper")

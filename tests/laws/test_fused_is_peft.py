@@ -18,7 +18,7 @@ import torch
 from manylora.engine import Engine
 from manylora.engine.reference import ReferenceEngine
 from manylora.types import AdamParams, AdapterSpec, Opening
-from manylora.types.adapter import DType
+from manylora.types.adapter_spec import DType
 from tests.laws.stock_peft import StockPeft
 from tests.laws.tenants import Tenant, Trace, train
 from tests.models import FAMILIES

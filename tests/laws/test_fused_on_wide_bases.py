@@ -31,7 +31,7 @@ from manylora.types import (
     SamplingParams,
     causal_datum,
 )
-from manylora.types.adapter import DType
+from manylora.types.adapter_spec import DType
 
 WIDE = {
     "hidden_size": 1024,

@@ -24,7 +24,7 @@ from manylora.types import (
     Sample,
     SamplingParams,
 )
-from manylora.types.adapter import DType
+from manylora.types.adapter_spec import DType
 from tests.laws.tenants import (
     Tenant,
     assert_same_bits,

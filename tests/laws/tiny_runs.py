@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-from manylora.runs.layout import RunPaths
+from manylora.runs.run_folder import RunPaths
 
 REPO = Path(__file__).resolve().parents[2]
 LETTERS = string.ascii_letters + string.digits + " =:+-.,?"

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 from tests.wire.forked import ask, hear
 
 # Seconds until ranks that do not end are taken to hang, and those for the others to fall after one.

@@ -7,7 +7,7 @@ import sys
 
 from manylora.processes import EngineGroup, OverRay, address_toward
 from manylora.types import Opening
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 
 def opening(base: str, dp: int = 2) -> Opening:

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from manylora.processes import launch_ray
+from manylora.processes import ray_launcher as launch_ray
 from manylora.processes.commands import Assignment
-from manylora.processes.ray_rank import RankActor, prepare
+from manylora.processes.ray_actor import RankActor, prepare
 
 
 class SumActor(RankActor):

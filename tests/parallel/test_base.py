@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from manylora.models import PackedStream, open_base, packed
-from manylora.models.parts import open_part
+from manylora.models.loading_in_parts import open_part
 from manylora.models.stream import padded_rows
 from manylora.parallel import Mesh
 from tests.models import TinyBases

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from manylora.engine import Engine, stepping
-from manylora.optim import Pending, norms, publish, reduced
+from manylora.optim import PendingStep, norms, publish, reduced
 from manylora.parallel import Mesh
 from manylora.types import AdamParams, AdapterSpec, NotFinite, Opening, OptimStep, StepRefused
 from tests.laws.tenants import must, random_data, work_of
@@ -56,7 +56,7 @@ def passed(mesh: Mesh, homes: list[int], shares: list[int]) -> Any:
         ]
         spans = [(a, b) for a, b in repeated]
         size = -(-length // mesh.dp.size)
-        due.append(Pending(own_L, length, size, ranks, whole, spans))
+        due.append(PendingStep(own_L, length, size, ranks, whole, spans))
     slices = reduced(due, mesh, torch.device("cpu"))
     found = norms(due, slices, mesh)
     living = [torch.zeros(one.length, dtype=DTYPES[i % 3]) for i, one in enumerate(due)]

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig
 
 from manylora.engine import Engine
-from manylora.models.parts import open_part
+from manylora.models.loading_in_parts import open_part
 from manylora.models.quantized import conversions, kept, quantized_linears
 from manylora.models.splitting import SplitLinear
 from manylora.parallel import Mesh

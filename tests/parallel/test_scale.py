@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks import mesh as benchmark
 from benchmarks.mesh_formulas import Base
 from benchmarks.mesh_plan import MODELS, Case, cases, plan, plan_quantized
-from manylora.types.base import Quantization
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
+from manylora.types.weight_forms import Quantization
 from tests.models import TinyBases
 
 REPO = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ import yaml
 from safetensors.numpy import load
 
 from manylora.config import load_run_file
-from manylora.processes.routes import free_port
+from manylora.processes.peer_addresses import free_port
 from manylora.runs.train import open_trainer
 from manylora.types import ConfigError
 from tests.family import engine_processes

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from manylora.api.states import read_state, write_peft, write_state
 from manylora.engine import Engine
+from manylora.hosting.state_files import read_state, write_peft, write_state
 from manylora.lora.state import AdapterState
 from manylora.parallel import Mesh
 from manylora.types import AdamParams, AdapterSpec, ForwardBackward, OptimStep

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,7 @@ LONG_FUNCTIONS: dict[str, int] = {}
 # Rooms that have their place in the import contract before they have any code.
 ROOMS_TO_COME: set[str] = set()
 NO_ROOM_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
-LIGHT_ROOMS = ["types", "config", "scheduler", "store", "cli", "checkpoint"]
+LIGHT_ROOMS = ["types", "config", "scheduler", "journal", "hosting", "store", "cli", "checkpoint"]
 LIGHT_MODULES = ["lora.layout", "lora.sites", "lora.state"]
 HEAVY_MODULES = ["torch", "transformers", "peft"]
 
@@ -198,6 +198,49 @@ def test_sizes_are_counted_and_lists_only_shrink():
     assert len(size_complaints({"a": 101}, {"a": 101}, 60, 100)) == 1
     assert len(size_complaints({"a": 60}, {"a": 70}, 60, 100)) == 1
     assert len(size_complaints({}, {"gone": 70}, 60, 100)) == 1
+
+
+# --- one name for one thing -------------------------------------------------------------------
+
+# Files whose names follow a pattern may repeat one from elsewhere: a command's file has its name.
+PATTERNS = ("cli/", "store/migrations/")
+# A message's class is its name in the server's OpenAPI description, which stays.
+TWO_CLASSES = {"Adapter"}
+
+
+def repeated(places: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The names among (name, place) that stand in two places or more."""
+    found: dict[str, list[str]] = {}
+    for name, place in places:
+        found.setdefault(name, []).append(place)
+    return {name: places for name, places in found.items() if len(set(places)) > 1}
+
+
+def test_no_two_files_have_one_name():
+    paths = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")]
+    stems = [
+        (Path(path).stem, path)
+        for path in paths
+        if not path.startswith(PATTERNS) and not path.endswith("__init__.py")
+    ]
+    assert stems
+    assert repeated(stems) == {}
+
+
+def test_no_two_classes_have_one_name():
+    classes = [
+        (node.name, relative(path))
+        for path in python_files("src")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert classes
+    assert set(repeated(classes)) == TWO_CLASSES
+
+
+def test_a_repeated_name_is_noticed():
+    assert repeated([("a", "x"), ("b", "x"), ("a", "y")]) == {"a": ["x", "y"]}
+    assert repeated([("a", "x"), ("a", "x")]) == {}
 
 
 # --- the tour: every `file::symbol` of docs/architecture.md exists -----------------------------

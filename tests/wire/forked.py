@@ -154,9 +154,9 @@ def hear(connection: socket.socket) -> tuple[Any, list[int]]:
 def _nurse(connection: socket.socket) -> None:
     import torch
 
-    import manylora.service.run  # noqa: F401
+    import manylora.service.serve  # noqa: F401
     from manylora.cli.main import main
-    from manylora.models.opening import open_base
+    from manylora.models.loading import open_base
     from manylora.processes import starting
 
     assert callable(starting.launch_here)  # what a server starts its engine's processes with

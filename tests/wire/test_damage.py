@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from manylora.scheduler.journal_format import Found, read_segment
+from manylora.journal.record_format import Found, read_segment
 from manylora.types import AdamParams
 from tests.wire.data import FIRST_PLAIN_TOKEN, assert_same_bits, outputs, random_data
 from tests.wire.forked import ForkedServer

@@ -1,34 +1,22 @@
-"""The Python door: open a base, create adapters, train, sample, save, export.
+"""The Python API: open a base, create adapters, train, sample, save, export.
 
-Owns: `Trainer` and the adapter handles, and the composition of one engine with one queue (`Host`),
-or of several (`Hosts`), which the server shares between its tenants.
-Does not own: training recipes (runs), files' formats (checkpoint), tensors (engine).
-Talks to: processes, scheduler, engine and checkpoint below; programs, runs, service and the command
+Owns: `Trainer`, the adapters of one owner on a host (`AdapterClient`), and the handles on them.
+Does not own: the host (hosting), training recipes (runs), files' formats (checkpoint), tensors
+(engine).
+Talks to: hosting, processes, engine and checkpoint below; programs, runs, service and the command
 line use it.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from manylora.api.door import AdapterDoor
-from manylora.api.handle import AdapterHandle, SnapshotHandle
-from manylora.api.host import Host
-from manylora.api.hosts import AnyHost, host_of
-from manylora.api.paging import Pager
+from manylora.api.client import AdapterClient
+from manylora.api.handles import AdapterHandle, SnapshotHandle
 
 if TYPE_CHECKING:
     from manylora.api.trainer import Trainer
 
-__all__ = [
-    "AdapterDoor",
-    "AdapterHandle",
-    "AnyHost",
-    "Host",
-    "Pager",
-    "SnapshotHandle",
-    "Trainer",
-    "host_of",
-]
+__all__ = ["AdapterClient", "AdapterHandle", "SnapshotHandle", "Trainer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,20 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack
 
-from manylora.api.door import AdapterDoor
-from manylora.api.hosts import host_of
-from manylora.api.verbs import Verbs
+from manylora.api.client import AdapterClient
 from manylora.engine import Engine
+from manylora.hosting.engine_protocol import EngineProtocol
+from manylora.hosting.replicas import host_of
 from manylora.processes import EngineGroup, start_group
-from manylora.processes.started import Meeting
+from manylora.processes.external_start import Meeting
 from manylora.types import ConfigError, EngineLost, Opening, OpeningOptions
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 # How often a mesh may be lost while it opens.
 MOST_OPENINGS = 3
 
 
-class Trainer(AdapterDoor):
+class Trainer(AdapterClient):
     """Many LoRA adapters on one frozen base model.
 
     Use it as a context manager: leaving the block runs what is queued, then stops.
@@ -76,7 +76,7 @@ class Trainer(AdapterDoor):
         self._token_budget, self._meeting = opening.token_budget, meeting
         self._group: EngineGroup | None = None
         if opening.mesh.size == 1 and ray is None:
-            engines: Sequence[Verbs] = (Engine(opening),)
+            engines: Sequence[EngineProtocol] = (Engine(opening),)
         else:
             self._group = start_group(
                 opening, step_seconds=step_seconds, ray=ray, engine_address=engine_address,
@@ -114,7 +114,7 @@ class Trainer(AdapterDoor):
             if self._group is not None:
                 self._group.close()
 
-    def _opened(self, group: EngineGroup) -> Sequence[Verbs]:
+    def _opened(self, group: EngineGroup) -> Sequence[EngineProtocol]:
         # A process went while it opened; the next may stay. There is none if others start them.
         left = 1 if self._meeting is not None else MOST_OPENINGS
         while True:

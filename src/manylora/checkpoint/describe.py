@@ -6,7 +6,7 @@ from pathlib import Path
 
 from manylora.checkpoint import peft_files, training_state
 from manylora.checkpoint.manifest import JSON, MANIFEST, MERGED, SIDECAR, read_object, verify
-from manylora.checkpoint.tensors import read_tensors
+from manylora.checkpoint.tensor_files import read_tensors
 from manylora.types import CheckpointDamaged, CheckpointError
 from manylora.types.files import tell_shortage_apart
 

@@ -26,7 +26,7 @@ from manylora.checkpoint.peft_config import (
     parse_config,
     refuse_lost,
 )
-from manylora.checkpoint.tensors import (
+from manylora.checkpoint.tensor_files import (
     DTYPES,
     Encoded,
     FileTensor,
@@ -49,7 +49,7 @@ from manylora.types import (
     TextFormat,
     Unsupported,
 )
-from manylora.types.adapter import DType
+from manylora.types.adapter_spec import DType
 from manylora.types.files import tell_shortage_apart
 
 KIND = "peft-adapter"

@@ -20,7 +20,7 @@ import numpy as np
 
 from manylora.checkpoint.atomic import clean_strays, logger, write_folder
 from manylora.checkpoint.manifest import JSON, read_object, verify
-from manylora.checkpoint.tensors import FileTensor, read_fp32, write_tensors
+from manylora.checkpoint.tensor_files import FileTensor, read_fp32, write_tensors
 from manylora.lora.layout import Factor, Layout
 from manylora.lora.state import AdapterState, Floats
 from manylora.types import (

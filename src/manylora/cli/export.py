@@ -33,7 +33,7 @@ def export(
     --data-dir, the tinker:// path of a checkpoint of that server, running or not. DIR must not
     exist yet, or be empty.
     """
-    from manylora.cli.adapters import common_base, find_adapter, find_checkpoint, open_adapter
+    from manylora.cli.adapter_folder import common_base, find_adapter, find_checkpoint, open_adapter
     from manylora.types import ConfigError
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from manylora.cli.client import Client, Refused, Unreachable
+from manylora.cli.server_client import Client, Refused, ServerUnreachable
 from manylora.config import AdapterEntry, RunFile, is_data_file
+from manylora.runs.data_rows import row_of
 from manylora.runs.events import (
     AdapterEnded,
     AdapterStarted,
@@ -22,7 +23,6 @@ from manylora.runs.events import (
     RunStarted,
     StepDone,
 )
-from manylora.runs.rows import row_of
 from manylora.runs.sources import read_source
 from manylora.runs.view import open_view
 from manylora.types import DataError
@@ -117,7 +117,7 @@ class Following:
                 try:
                     path = f"runs/{run.id}?after={run.step}"
                     run.info = self._client.get(path)
-                except Unreachable as error:
+                except ServerUnreachable as error:
                     if time.monotonic() - heard > PATIENCE_SECONDS:
                         raise
                     self._waits(f"waiting: {error}", view)

@@ -17,7 +17,7 @@ import click
 def inspect(folder: Path, as_json: bool) -> None:
     """Say what an adapter folder holds and whether it is whole."""
     from manylora.checkpoint import describe
-    from manylora.cli.adapters import find_adapter
+    from manylora.cli.adapter_folder import find_adapter
     from manylora.types import CheckpointDamaged
 
     found: Mapping[str, Any]

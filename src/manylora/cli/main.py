@@ -24,9 +24,9 @@ COMMANDS = {
     "serve": "manylora.cli.serve:serve",
     "keys": "manylora.cli.keys:keys",
     "submit": "manylora.cli.submit:submit",
-    "runs": "manylora.cli.remote:runs",
-    "adapters": "manylora.cli.remote:adapters",
-    "checkpoints": "manylora.cli.remote:checkpoints",
+    "runs": "manylora.cli.server_lists:runs",
+    "adapters": "manylora.cli.server_lists:adapters",
+    "checkpoints": "manylora.cli.server_lists:checkpoints",
     "sample": "manylora.cli.sample:sample",
     "export": "manylora.cli.export:export",
     "inspect": "manylora.cli.inspect:inspect",
@@ -36,7 +36,7 @@ COMMANDS = {
 
 
 @dataclass(slots=True)
-class Settings:
+class GroupOptions:
     """Options of the group that the error handler needs."""
 
     traceback: bool = False
@@ -79,7 +79,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
     help="On an error, show where in the program it arose (also MANYLORA_TRACEBACK=1).",
 )
 @click.pass_obj
-def group(settings: Settings, traceback: bool) -> None:
+def group(settings: GroupOptions, traceback: bool) -> None:
     """Train many LoRA adapters at once on one shared base model.
 
     First steps: manylora quickstart
@@ -89,7 +89,7 @@ def group(settings: Settings, traceback: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; never raises. Returns the exit code."""
-    settings = Settings()
+    settings = GroupOptions()
     try:
         code: Any = group.main(
             list(arguments) if arguments is not None else None,

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from manylora.cli.adapters import AdapterFolder
+    from manylora.cli.adapter_folder import AdapterFolder
     from manylora.types import SampledSequence, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PrintedAnswer:
     """An answer, as `--json` prints it.
 
     Attributes:
@@ -81,7 +81,7 @@ def sample(
     as_json: bool,
 ) -> None:
     """Let a base and any number of adapters answer a prompt, side by side."""
-    from manylora.cli.adapters import common_base, find_adapter
+    from manylora.cli.adapter_folder import common_base, find_adapter
     from manylora.types import SamplingParams
 
     adapters = [find_adapter(folder) for folder in folders]
@@ -100,10 +100,10 @@ def _answers(
     *,
     quantization: str | None,
     chat: bool,
-) -> dict[str, Answer]:
+) -> dict[str, PrintedAnswer]:
     """Each adapter's answer by its label; without adapters, the base's by its name."""
     from manylora.api import Trainer
-    from manylora.cli.adapters import open_adapter
+    from manylora.cli.adapter_folder import open_adapter
 
     with Trainer(base, quantization=quantization) as trainer:
         tokenizer = trainer.tokenizer
@@ -124,9 +124,9 @@ def _answers(
         }
 
 
-def answer_of(tokenizer: Any, prompt: Sequence[int], sequence: "SampledSequence") -> Answer:
+def answer_of(tokenizer: Any, prompt: Sequence[int], sequence: "SampledSequence") -> PrintedAnswer:
     """A sampled sequence as a person and a machine read it."""
-    return Answer(
+    return PrintedAnswer(
         answer=tokenizer.decode(list(sequence.tokens), skip_special_tokens=True),
         stop_reason=sequence.stop_reason,
         prompt_tokens=len(prompt),
@@ -187,7 +187,7 @@ def _prompt(given: str | None) -> str:
     return sys.stdin.read().removesuffix("\n")
 
 
-def _shown(answers: Mapping[str, Answer], *, as_json: bool) -> str:
+def _shown(answers: Mapping[str, PrintedAnswer], *, as_json: bool) -> str:
     if as_json:
         return "\n".join(
             json.dumps({"adapter": label, **asdict(answer)}, ensure_ascii=False)

@@ -39,6 +39,6 @@ def serve(file: Path | None, overrides: tuple[str, ...], **options: Any) -> int:
     ]
     settings = load_server_file(file, [*texts, *overrides])
 
-    from manylora.service.run import run_server
+    from manylora.service.serve import run_server
 
     return run_server(settings)

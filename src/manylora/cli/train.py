@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from manylora.config import RunFile
     from manylora.runs.footprint import MemoryPlan
     from manylora.runs.measure import Measured
-    from manylora.runs.plan import RunPlan
+    from manylora.runs.run_plan import RunPlan
 
 
 @click.command(
@@ -51,14 +51,14 @@ def train(
     if measure and not dry_run:
         raise click.UsageError("--measure goes with --dry-run: it trains nothing that is kept")
     from manylora.config import load_run_file
-    from manylora.types.mesh import MeshShape
+    from manylora.types.mesh_shape import MeshShape
 
     given = {"mesh": mesh, "ray": ray}
     options = [f"{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
     run = load_run_file(run_file, (*overrides, *options))
     if dry_run:
         return dry_run_of(run, measure=measure, as_json=as_json)
-    from manylora.processes.started import started_by_others
+    from manylora.processes.external_start import started_by_others
 
     started = started_by_others()
     if started is not None:
@@ -73,7 +73,7 @@ def train(
 
 def dry_run_of(run: "RunFile", *, measure: bool, as_json: bool) -> int:
     """Print what would be trained, and what was measured of it. Returns the exit code."""
-    from manylora.runs.plan import plan_run
+    from manylora.runs.run_plan import plan_run
 
     plan, measured = planned_and_measured(run) if measure else (plan_run(run), None)
     if as_json:
@@ -97,10 +97,10 @@ def dry_run_of(run: "RunFile", *, measure: bool, as_json: bool) -> int:
 
 def planned_and_measured(run: "RunFile") -> tuple["RunPlan", "Measured | None"]:
     """The plan and, unless it cannot fit, what was measured of it. Progress goes to stderr."""
-    from manylora.processes.started import started_by_others
+    from manylora.processes.external_start import started_by_others
     from manylora.runs.events import Listeners, Phase
     from manylora.runs.measure import measure_run
-    from manylora.runs.plan import plan_run
+    from manylora.runs.run_plan import plan_run
     from manylora.runs.view import open_view
     from manylora.types import ConfigError
 

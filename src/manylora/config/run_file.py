@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import Field, field_validator, model_validator
 
-from manylora.config.opening import opening_of
+from manylora.config.opening_settings import opening_of
 from manylora.config.settings import (
     MOST_STEPS,
     Beta,
@@ -27,8 +27,8 @@ from manylora.config.settings import (
     problem,
 )
 from manylora.types import ALL_LINEAR, AdamParams, AdapterSpec, Opening
-from manylora.types.base import Quantization
 from manylora.types.patterns import BadPattern, compiled, shown
+from manylora.types.weight_forms import Quantization
 
 Schedule = Literal["constant", "linear", "cosine"]
 

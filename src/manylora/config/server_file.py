@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from manylora.config.opening import opening_of
+from manylora.config.opening_settings import opening_of
 from manylora.config.settings import (
     MOST_SECONDS,
     Count,
@@ -22,7 +22,7 @@ from manylora.config.settings import (
     Tokens,
 )
 from manylora.types import Opening
-from manylora.types.base import Quantization
+from manylora.types.weight_forms import Quantization
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Bytes = Annotated[int, Field(ge=1, le=1 << 50)]

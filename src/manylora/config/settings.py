@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 _YAML_11_WORDS = {"yes": True, "on": True, "no": False, "off": False}
 

@@ -7,6 +7,6 @@ Talks to: sampling, lora, losses, optim and models below; the api composes it wi
 """
 
 from manylora.engine.engine import Engine
-from manylora.models.memory import free_bytes
+from manylora.models.base_memory import free_bytes
 
 __all__ = ["Engine", "free_bytes"]

@@ -44,7 +44,7 @@ from manylora.models.whole import whole_weight
 from manylora.parallel import Mesh
 from manylora.sampling import DecodeLoop
 from manylora.sampling.loop import MAX_CACHED_TOKENS
-from manylora.sampling.rows import kept_twice_bytes
+from manylora.sampling.step_rows import kept_twice_bytes
 from manylora.types import (
     AdapterExists,
     AdapterNotFound,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from manylora.engine.head_chunks import chunk_rows
 from manylora.engine.head_rows import Chunk, HeadRows
-from manylora.engine.vocabulary import VocabularyPart
+from manylora.engine.split_vocabulary import VocabularyPart
 from manylora.kernels import SegmentWork, product, shrink_expand, shrink_expand_backward
 from manylora.lora.routing import RoutingTable
 from manylora.losses.cross_entropy import cross_entropy

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from manylora.models.memory import free_bytes
+from manylora.models.base_memory import free_bytes
 from manylora.types.machine import (
     M_ARENA_MAX,
     M_MMAP_THRESHOLD,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from manylora.lora.adapter import Adapter
-from manylora.optim import Pending, adamw_step, clip_, gradient_norms, norms, publish, reduced
+from manylora.optim import PendingStep, adamw_step, clip_, gradient_norms, norms, publish, reduced
 from manylora.parallel import Mesh
 from manylora.types import NotFinite, OptimStep, OptimStepResult
 
@@ -79,10 +79,10 @@ def _pass(
     return [_close(step, adapter, norm) for (step, adapter), norm in zip(due, found, strict=True)]
 
 
-def _pending(adapter: Adapter) -> Pending:
+def _pending(adapter: Adapter) -> PendingStep:
     part = adapter.part
     ranks = adapter.share_ranks()
-    return Pending(
+    return PendingStep(
         adapter.grad_P, part.local.num_params, part.slice_size, ranks, part.num_whole, part.repeated
     )
 

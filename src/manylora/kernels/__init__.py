@@ -18,13 +18,13 @@ from manylora.kernels.frozen import (
 from manylora.kernels.lowrank import (
     Block,
     Columns,
-    Member,
     SegmentWork,
+    SiteFactor,
     shrink_expand,
     shrink_expand_backward,
 )
 from manylora.kernels.prepacked import PackedWeight, safe_packed
-from manylora.kernels.rows import RowCounts, ladder, safe_for_functions
+from manylora.kernels.row_counts import RowCounts, ladder, safe_for_functions
 from manylora.kernels.rowwise import RowBatch, add_by_row, row_batches
 from manylora.kernels.vendor import settle_functions
 
@@ -32,11 +32,11 @@ __all__ = [
     "PRODUCTS_ADVICE",
     "Block",
     "Columns",
-    "Member",
     "PackedWeight",
     "RowBatch",
     "RowCounts",
     "SegmentWork",
+    "SiteFactor",
     "add_by_row",
     "add_product",
     "ladder",

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from manylora.kernels.rows import alike, some_rows
+from manylora.kernels.row_counts import alike, some_rows
 
 log = logging.getLogger("manylora.kernels")
 

@@ -41,7 +41,7 @@ FETCHING = not is_intel()
 
 
 @dataclass(slots=True)
-class Member:
+class SiteFactor:
     """One site's B in a block. `output` says which of the group's outputs it adds to."""
 
     output: int
@@ -59,7 +59,7 @@ class Block:
     """
 
     a_RK: Tensor
-    members: tuple[Member, ...]
+    members: tuple[SiteFactor, ...]
     ranks: list[int]
     grad_a_RK: Tensor | None = None
     scale: float | None = field(init=False)

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from manylora.kernels.rows import alike, some_rows
+from manylora.kernels.row_counts import alike, some_rows
 
 # The number of rows that the order is chosen for; it serves all others.
 ROWS = 64

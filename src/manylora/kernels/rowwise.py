@@ -15,8 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from manylora.kernels.lowrank import Block, Member, SegmentWork
-from manylora.kernels.rows import some_rows
+from manylora.kernels.lowrank import Block, SegmentWork, SiteFactor
+from manylora.kernels.row_counts import some_rows
 
 # Rows of one batched product at most: all numbers up to it are tried.
 AT_ONCE = 16
@@ -137,7 +137,7 @@ def _batched_is_safe(
     block = Block(
         some_rows(sum(ranks), terms, factors),
         tuple(
-            Member(output, rank, 0.75, some_rows(rank, columns, factors))
+            SiteFactor(output, rank, 0.75, some_rows(rank, columns, factors))
             for output, rank, columns in members
         ),
         ranks,

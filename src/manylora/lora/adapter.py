@@ -9,7 +9,7 @@ K input features, N output features, S rows of a pending gradient.
 import torch
 from torch import Tensor
 
-from manylora.kernels import Block, Member
+from manylora.kernels import Block, SiteFactor
 from manylora.lora.layout import Factor, rows
 from manylora.lora.sharding import ALONE, Part, Place, part_of
 from manylora.lora.sites import Site
@@ -220,7 +220,7 @@ def _block(factors: tuple[Factor, ...], vector_P: Tensor, sites: SiteIndex) -> B
     members = []
     for factor in factors:
         bt_RN = factor.b_transposed(vector_P)
-        members.append(Member(sites.output_of[factor.site], factor.rank, factor.scale, bt_RN))
+        members.append(SiteFactor(sites.output_of[factor.site], factor.rank, factor.scale, bt_RN))
     return Block(a_RK, tuple(members), [factor.rank for factor in factors])
 
 

@@ -38,7 +38,7 @@ from manylora.models.quantized import plain_type
 from manylora.models.splitting import SplitLinear
 from manylora.parallel import Axis
 from manylora.types import Unsupported
-from manylora.types.mesh import Split
+from manylora.types.mesh_shape import Split
 
 
 class InputGroup:

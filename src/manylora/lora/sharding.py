@@ -23,7 +23,7 @@ from manylora.lora.layout import Factor, Layout, rows
 from manylora.lora.sites import Site
 from manylora.parallel import Mesh
 from manylora.types.data import Array
-from manylora.types.mesh import Split
+from manylora.types.mesh_shape import Split
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from manylora.types import ALL_LINEAR, AdapterSpec, TargetError
-from manylora.types.base import Naming
-from manylora.types.mesh import Split
+from manylora.types.mesh_shape import Split
 from manylora.types.patterns import BadPattern, Matching, shown
+from manylora.types.weight_forms import Naming
 
 Value = TypeVar("Value")
 

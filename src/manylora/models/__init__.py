@@ -8,7 +8,7 @@ Talks to: transformers and torch; lora, sampling and engine use it.
 
 from manylora.models.base import BaseModel, Head, resolve_base
 from manylora.models.cache import KVCache
-from manylora.models.opening import open_base
+from manylora.models.loading import open_base
 from manylora.models.stream import PackedStream, packed
 
 __all__ = ["BaseModel", "Head", "KVCache", "PackedStream", "open_base", "packed", "resolve_base"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manylora.models import attention
 from manylora.models.base import BaseModel
-from manylora.models.gathering import forget_forward
+from manylora.models.fully_sharded import forget_forward
 from manylora.models.stream import PackedStream, packed, padded_rows
 from manylora.types import Unsupported
 

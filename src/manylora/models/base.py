@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from manylora.models.gathering import Shared, forget_forward
-from manylora.models.parts import SAMPLED, sampled_fingerprint, sampling_stride
+from manylora.models.fully_sharded import Shared, forget_forward
+from manylora.models.loading_in_parts import SAMPLED, sampled_fingerprint, sampling_stride
 from manylora.models.splitting import SplitLinear
 from manylora.models.stream import PackedStream, packed, padded_rows
 from manylora.parallel import Axis, Mesh
 from manylora.types import Unsupported
-from manylora.types.base import Quantization
+from manylora.types.weight_forms import Quantization
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEEDLING = "seedling"

@@ -14,8 +14,8 @@ from manylora.models.base import BaseModel
 from manylora.models.naming import namings
 from manylora.models.splitting import SplitLinear
 from manylora.models.stream import PackedStream, packed, padded_rows
-from manylora.types.base import Naming
-from manylora.types.mesh import Split
+from manylora.types.mesh_shape import Split
+from manylora.types.weight_forms import Naming
 
 
 @dataclass(frozen=True, slots=True)

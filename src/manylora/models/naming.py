@@ -19,7 +19,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from manylora.types.base import Naming
+from manylora.types.weight_forms import Naming
 
 # PEFT's `_MOE_TARGET_MODULE_MAPPING`: what it rewrites, by the family whose rules hold.
 REWRITTEN = {

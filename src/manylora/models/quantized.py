@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from manylora.types import ConfigError, Unsupported
-from manylora.types.base import QUANTIZATIONS, Quantization
+from manylora.types.weight_forms import QUANTIZATIONS, Quantization
 
 BLOCK = 64
 BITS: dict[Quantization, int] = {"nf4": 4, "int8": 8}

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from manylora.parallel import Axis, share
 from manylora.types import Unsupported
-from manylora.types.mesh import MeshShape, Split
+from manylora.types.mesh_shape import MeshShape, Split
 
 KINDS: dict[str, Split] = {"colwise": "column", "rowwise": "row"}
 # Modules that every rank holds; the remark concerns gradients that a frozen base has not.
@@ -58,7 +58,7 @@ class SplitLinear(nn.Linear):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class WeightPart:
     """The part [start, stop) of dimension `dim` that a rank holds of a parameter."""
 
     dim: int
@@ -66,7 +66,7 @@ class Part:
     stop: int
 
 
-def split_model(model: Any, axis: Axis) -> dict[str, Part]:
+def split_model(model: Any, axis: Axis) -> dict[str, WeightPart]:
     """Put parts in the place of a model's linear layers and its embedding.
 
     Args:
@@ -81,7 +81,7 @@ def split_model(model: Any, axis: Axis) -> dict[str, Part]:
     if axis.size == 1:
         return {}
     MeshShape(tp=axis.size).check_split(model.config.get_text_config().to_dict(), _name(model))
-    parts: dict[str, Part] = {}
+    parts: dict[str, WeightPart] = {}
     head = model.get_output_embeddings()
     kinds = _kinds(model)
     for name, module in list(model.named_modules()):
@@ -96,14 +96,14 @@ def split_model(model: Any, axis: Axis) -> dict[str, Part]:
             raise _refusal(model, f"{name} is a {type(module).__name__}")
         _set(model, name, SplitLinear(module, kind, axis))
         own = axis.share(module.out_features if kind == "column" else module.in_features)
-        parts[f"{name}.weight"] = Part(0 if kind == "column" else 1, *own)
+        parts[f"{name}.weight"] = WeightPart(0 if kind == "column" else 1, *own)
         if module.bias is not None and kind == "column":
-            parts[f"{name}.bias"] = Part(0, *own)
+            parts[f"{name}.bias"] = WeightPart(0, *own)
     parts.update(_split_embedding(model, head, axis))
     return parts
 
 
-def _split_embedding(model: Any, head: nn.Linear, axis: Axis) -> dict[str, Part]:
+def _split_embedding(model: Any, head: nn.Linear, axis: Axis) -> dict[str, WeightPart]:
     """Keep some rows of the embedding; a tied head keeps the same."""
     embedding = model.get_input_embeddings()
     name = next(n for n, module in model.named_modules() if module is embedding)
@@ -117,7 +117,7 @@ def _split_embedding(model: Any, head: nn.Linear, axis: Axis) -> dict[str, Part]
     if tied:
         model.get_output_embeddings().weight = embedding.weight
     _look_up_in_parts(embedding, first, last, axis)
-    return {f"{name}.weight": Part(0, first, last)}
+    return {f"{name}.weight": WeightPart(0, first, last)}
 
 
 def _look_up_in_parts(embedding: nn.Module, first: int, last: int, axis: Axis) -> None:

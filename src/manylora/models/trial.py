@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 from manylora.models.agreement import logit_factor, relative_error, stock_logits, streamed_logits
 from manylora.models.base import BaseModel, find_backbone, find_head
 from manylora.models.cache import BLOCK, DecodeRows, DecodeStep, Filling, KVCache
-from manylora.models.gathering import Shared
+from manylora.models.fully_sharded import Shared
 from manylora.models.stream import PackedStream, padded_rows
 from manylora.models.twin import WINDOW, make_twin
 from manylora.parallel import Mesh
 from manylora.types import ManyloraError, Unsupported
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 # Tokens of the sequences: past the windows and a block of the cache, past the windows, not so.
 LENGTHS = (BLOCK + 6, WINDOW + 5, WINDOW)

@@ -6,6 +6,6 @@ Talks to: parallel below; the engine calls it.
 """
 
 from manylora.optim.adamw import adamw_step, clip_, gradient_norms
-from manylora.optim.flat import Pending, norms, publish, reduced
+from manylora.optim.flat import PendingStep, norms, publish, reduced
 
-__all__ = ["Pending", "adamw_step", "clip_", "gradient_norms", "norms", "publish", "reduced"]
+__all__ = ["PendingStep", "adamw_step", "clip_", "gradient_norms", "norms", "publish", "reduced"]

@@ -18,7 +18,7 @@ from manylora.parallel import Axis, Mesh
 
 
 @dataclass(slots=True)
-class Pending:
+class PendingStep:
     """One adapter's gradient on this rank, and how to add it up.
 
     Attributes:
@@ -37,7 +37,7 @@ class Pending:
     repeated: Sequence[tuple[int, int]] = ()
 
 
-def reduced(due: Sequence[Pending], mesh: Mesh, device: torch.device) -> list[Tensor]:
+def reduced(due: Sequence[PendingStep], mesh: Mesh, device: torch.device) -> list[Tensor]:
     """Each adapter's summed gradient: this rank's dp slice of it, fp32, [C] or less at the end.
 
     With one dp rank these are the gradients themselves, changed in place.
@@ -58,7 +58,7 @@ def reduced(due: Sequence[Pending], mesh: Mesh, device: torch.device) -> list[Te
     return slices
 
 
-def norms(due: Sequence[Pending], slices: Sequence[Tensor], mesh: Mesh) -> list[float]:
+def norms(due: Sequence[PendingStep], slices: Sequence[Tensor], mesh: Mesh) -> list[float]:
     """L2 norm of each summed gradient, the same on every rank; every number counts once."""
     parts = []
     for pending, slice_C in zip(due, slices, strict=True):
@@ -102,7 +102,7 @@ def publish(
         start = stop
 
 
-def _exchanged(due: Sequence[Pending], axis: Axis, device: torch.device) -> list[Tensor]:
+def _exchanged(due: Sequence[PendingStep], axis: Axis, device: torch.device) -> list[Tensor]:
     """This rank's slice of every gradient, summed over dp."""
     if axis.size == 1:
         return [_grad(pending, device) for pending in due]
@@ -126,12 +126,12 @@ def _exchanged(due: Sequence[Pending], axis: Axis, device: torch.device) -> list
     return slices
 
 
-def _grad(pending: Pending, device: torch.device) -> Tensor:
+def _grad(pending: PendingStep, device: torch.device) -> Tensor:
     if pending.grad_L is None:
         return torch.zeros(pending.length, device=device)
     return pending.grad_L
 
 
-def _front(pending: Pending, start: int, slice_C: Tensor) -> int:
+def _front(pending: PendingStep, start: int, slice_C: Tensor) -> int:
     """Numbers of a slice, which begins at `start`, that every tp rank has a term of."""
     return min(max(pending.num_whole - start, 0), len(slice_C))

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from manylora.parallel.traffic import Traffic
 from manylora.types.errors import ConfigError
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 # Below this many bytes one message each way costs less than two smaller ones.
 SMALL_BYTES = 1 << 16

@@ -10,9 +10,9 @@ Talks to: engine and lora below; the api puts a `RemoteEngine` where a program o
 """
 
 from manylora.processes.group import EngineGroup
-from manylora.processes.over_ray import OverRay
-from manylora.processes.remote import RemoteEngine
-from manylora.processes.routes import address_toward
+from manylora.processes.peer_addresses import address_toward
+from manylora.processes.ray_client import OverRay
+from manylora.processes.remote_engine import RemoteEngine
 from manylora.processes.starting import start_group
 
 __all__ = [

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from manylora.processes.message import Encoded, decode
+from manylora.processes.message import EncodedMessage, decode
 
 SECRET_BYTES = 32
 _PREFIX = struct.Struct("<QQ")
@@ -186,7 +186,7 @@ Frame = tuple[bytes, bytearray]
 
 def laid_out(value: Any) -> Frame:
     """A message that can be sent any number of times."""
-    message = Encoded(value)
+    message = EncodedMessage(value)
     payload = bytearray(message.size)
     message.write(payload)
     return _PREFIX.pack(len(message.head), len(payload)) + message.head, payload

@@ -25,8 +25,8 @@ from typing import Protocol
 from manylora.processes.code import code_digest
 from manylora.processes.commands import About, Assignment, Hello
 from manylora.processes.connection import SECRET_BYTES, Connection, answers
-from manylora.processes.remote import RemoteEngine
-from manylora.processes.routes import listening_at
+from manylora.processes.peer_addresses import listening_at
+from manylora.processes.remote_engine import RemoteEngine
 from manylora.types import BaseModelError, ConfigError, EngineLost, ManyloraError, Opening
 from manylora.types.files import no_descriptor_left
 

@@ -30,7 +30,7 @@ from manylora.processes.code import code_digest
 from manylora.processes.commands import BY_RAY, VERBS, About, Hello, Vectors
 from manylora.processes.connection import Connection
 from manylora.types import AdapterSpec, ManyloraError, Opening, Sample, SampleResult
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 # Exit statuses: the control process is gone; a command took too long is faulthandler's own, 1.
 CONTROL_GONE = 3

@@ -17,7 +17,7 @@ from manylora.lora.sites import Site
 from manylora.processes.commands import About, Hello, Vectors
 from manylora.types import ManyloraError, errors
 from manylora.types.data import Array
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 # Arrays begin at multiples of this, so that they can be used where they lie.
 ALIGNMENT = 64
@@ -34,7 +34,7 @@ _CLASSES: dict[str, type] = {
 _FIELDS = {name: tuple(field.name for field in fields(one)) for name, one in _CLASSES.items()}
 
 
-class Encoded:
+class EncodedMessage:
     """A value as a message: its head, and the buffers behind it."""
 
     def __init__(self, value: Any):

@@ -4,12 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from manylora.processes.external_start import Meeting
 from manylora.processes.group import EngineGroup, launch_here
-from manylora.processes.over_ray import OverRay
-from manylora.processes.routes import address_toward
-from manylora.processes.started import Meeting
+from manylora.processes.peer_addresses import address_toward
+from manylora.processes.ray_client import OverRay
 from manylora.types import Opening
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 # The base that comes with the package.
 SEEDLING = "seedling"

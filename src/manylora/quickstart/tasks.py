@@ -23,7 +23,7 @@ SHOWCASE: tuple[str, ...] = ("garden", "tiger", "pizza", "violin", "rocket")
 VOWELS = "aeiou"
 
 
-class Example(TypedDict):
+class TaskExample(TypedDict):
     """One training or test example."""
 
     prompt: str
@@ -131,11 +131,11 @@ def prompt_for(word: str) -> str:
     return f"{word} ->"
 
 
-def example(task: Task, word: str) -> Example:
+def example(task: Task, word: str) -> TaskExample:
     """The example a task makes of a word."""
     return {"prompt": prompt_for(word), "completion": " " + task.answer(word)}
 
 
-def examples(task: Task, split: Split, seed: int = 0) -> list[Example]:
+def examples(task: Task, split: Split, seed: int = 0) -> list[TaskExample]:
     """All examples of one split of a task; training and held-out inputs share no word."""
     return [example(task, word) for word in words_of(split, seed)]

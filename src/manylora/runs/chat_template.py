@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from manylora.runs.rows import Message
+from manylora.runs.data_rows import Message
 
 # `{% generation %}` marks what is learned.
 _MARK = ("generation", "endgeneration")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from manylora.runs.chat_template import ChatTemplate, Span, TemplateRefusal
-from manylora.runs.rows import Example, Message
+from manylora.runs.data_rows import Example, Message
 from manylora.types import DataError
 
 _OPEN, _CLOSE = "<think>", "</think>"
@@ -24,7 +24,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass(slots=True)
-class Piece:
+class TextPiece:
     """Text that is tokenised by itself.
 
     Attributes:
@@ -67,7 +67,7 @@ class Conversations:
         """`tell`: told of what a row says and the template has no use for."""
         self._template, self._tell = template, tell
 
-    def cut(self, example: Example) -> list[list[Piece]]:
+    def cut(self, example: Example) -> list[list[TextPiece]]:
         """The pieces of each datum that a conversation becomes.
 
         Raises:
@@ -173,14 +173,14 @@ class Conversations:
             self._tell(f"the chat template makes no use of {name!r}")
 
 
-def _pieces(group: _Group) -> Iterator[Piece]:
+def _pieces(group: _Group) -> Iterator[TextPiece]:
     """The text of a group, cut at the edges of what is learned."""
     at = 0
     for turn in group.turns:
         for place, (start, end) in enumerate(turn.learned, start=1):
             if start > at:
-                yield Piece(group.text[at:start])
-            yield Piece(group.text[start:end], turn.number, place == len(turn.learned))
+                yield TextPiece(group.text[at:start])
+            yield TextPiece(group.text[start:end], turn.number, place == len(turn.learned))
             at = end
     if at < len(group.text):
-        yield Piece(group.text[at:])
+        yield TextPiece(group.text[at:])

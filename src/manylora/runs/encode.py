@@ -17,8 +17,8 @@ from itertools import islice
 from typing import Any
 
 from manylora.runs.chat_template import ChatTemplate, TemplateRefusal
-from manylora.runs.conversations import Conversations, Piece
-from manylora.runs.rows import Example, Message
+from manylora.runs.conversations import Conversations, TextPiece
+from manylora.runs.data_rows import Example, Message
 from manylora.runs.sources import Source
 from manylora.types import ConfigError, DataError, Datum, causal_datum
 
@@ -200,7 +200,7 @@ class Encoder:
         )
         endless: list[str] = []
         for first, examples in _chunks(source.examples, self._between):
-            cut: list[list[list[Piece]]] = []
+            cut: list[list[list[TextPiece]]] = []
             for example in examples:
                 try:
                     cut.append(conversations.cut(example))
@@ -328,7 +328,7 @@ class Encoder:
 class _Assembly:
     """The pieces of a group of turns, their tokens, and which turns turned out to have no end."""
 
-    pieces: list[Piece]
+    pieces: list[TextPiece]
     tokens: list[list[int]]
     endless: list[int] = field(default_factory=list)
 

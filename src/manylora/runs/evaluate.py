@@ -21,7 +21,7 @@ Spend = Callable[[float], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class GreedyAnswer:
     """A greedy continuation of an evaluation prompt."""
 
     prompt: str
@@ -51,7 +51,7 @@ class EvalResult:
 
 async def evaluate(
     adapter: Any, tokenizer: Any, evals: EvalSet, tick: Tick, spend: Spend
-) -> tuple[EvalResult, list[Answer]]:
+) -> tuple[EvalResult, list[GreedyAnswer]]:
     """Measure `adapter` as it is now.
 
     Args:
@@ -85,7 +85,7 @@ async def mean_loss(adapter: Any, data: Sequence[Datum], tick: Tick, spend: Spen
 
 async def greedy_answers(
     adapter: Any, tokenizer: Any, evals: EvalSet, tick: Tick, spend: Spend
-) -> list[Answer]:
+) -> list[GreedyAnswer]:
     """Continue every prompt greedily."""
     prompts = evals.prompts
     params = SamplingParams(max_tokens=evals.max_tokens, temperature=0.0, stop=evals.stop)
@@ -102,10 +102,10 @@ async def greedy_answers(
     return [_answer(p, s, tokenizer) for p, s in zip(prompts, sequences, strict=True)]
 
 
-def _answer(prompt: EvalPrompt, sequence: Any, tokenizer: Any) -> Answer:
+def _answer(prompt: EvalPrompt, sequence: Any, tokenizer: Any) -> GreedyAnswer:
     text = tokenizer.decode(list(sequence.tokens), skip_special_tokens=True)
     exact = None if prompt.expected is None else text.strip() == prompt.expected.strip()
-    return Answer(prompt.text, prompt.expected, text, exact)
+    return GreedyAnswer(prompt.text, prompt.expected, text, exact)
 
 
 async def _pipelined(

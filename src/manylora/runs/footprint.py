@@ -35,7 +35,7 @@ from manylora.models.linears import find_linears
 from manylora.parallel import Mesh
 from manylora.types import AdapterSpec, Datum, DoesNotFit, ForwardBackward, Unsupported
 from manylora.types.memory import bytes_text
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 try:
     import resource

@@ -18,9 +18,9 @@ from manylora.runs.outcome import error_dict
 from manylora.runs.prepare import plan_job
 from manylora.runs.sft import InFlight, StopAsked, submit_step
 from manylora.runs.stopping import Stopper
-from manylora.runs.train import Outside, quiet_loading
+from manylora.runs.train import Surroundings, quiet_loading
 from manylora.types import DataError, DeviceTime, ManyloraError, NotFinite
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def measure_run(
     tokens: Mapping[str, int],
     *,
     emit: Listener,
-    outside: Outside | None = None,
+    outside: Surroundings | None = None,
 ) -> Measured:
     """Make the first steps of every adapter, and an evaluation's first chunk, as the run would.
 
@@ -97,7 +97,7 @@ def measure_run(
     parts = [_Measuring(job, tokens[job.name], emit) for job in jobs]
     with Stopper() as stopper:
         emit(Phase("", f"opening {run.base}"))
-        with quiet_loading(), (outside or Outside()).open_door(run) as door:
+        with quiet_loading(), (outside or Surroundings()).open_door(run) as door:
             emit(Phase("", ""))
             if asyncio.run(_all(door, parts, stopper)):
                 raise KeyboardInterrupt

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from manylora.runs.events import Status, finite
-from manylora.runs.layout import AdapterPaths, is_completed, read_json
-from manylora.runs.metrics import read_metrics
+from manylora.runs.metrics_file import read_metrics
+from manylora.runs.run_folder import AdapterPaths, is_completed, read_json
 
 # What is only of use to the process that is at work.
 _HERE = frozenset({"trained_here", "training_seconds", "evaluation_seconds", "skipped"})

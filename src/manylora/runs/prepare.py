@@ -8,10 +8,10 @@ import numpy as np
 from manylora.checkpoint.peft_config import refuse_lost
 from manylora.config import MOST_STEPS, AdapterEntry
 from manylora.lora.sites import Site, resolve_targets
+from manylora.runs.data_order import DataOrder, total_steps
+from manylora.runs.data_rows import Example
 from manylora.runs.encode import Between, Encoded, Encoder, nothing
 from manylora.runs.job import EvalPrompt, EvalSet, Job, Prepared, Progress
-from manylora.runs.order import DataOrder, total_steps
-from manylora.runs.rows import Example
 from manylora.runs.schedule import scheduled_lr
 from manylora.runs.sources import Source, read_source
 from manylora.types import AdamParams, DataError, Datum, DatumTooLong, TextFormat

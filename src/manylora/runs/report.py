@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from manylora.runs.layout import RunPaths, read_json, write_text
-from manylora.runs.metrics import read_metrics
+from manylora.runs.metrics_file import read_metrics
+from manylora.runs.run_folder import RunPaths, read_json, write_text
 
 # More points than a screen has columns are not seen; each bucket keeps its extremes instead.
 MAX_POINTS = 1500

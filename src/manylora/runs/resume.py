@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from manylora.config import AdapterEntry, RunFile, is_data_file, load_run_file, resolved_yaml
-from manylora.runs.layout import AdapterPaths, RunPaths, read_json, write_json, write_text
+from manylora.runs.run_folder import AdapterPaths, RunPaths, read_json, write_json, write_text
 from manylora.types import ConfigError
 from manylora.types.files import tell_shortage_apart
 

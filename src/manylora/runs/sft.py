@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from manylora.runs.evaluate import Answer, evaluate, settle
+from manylora.runs.evaluate import GreedyAnswer, evaluate, settle
 from manylora.runs.events import (
     AdapterEnded,
     AdapterStarted,
@@ -32,10 +32,10 @@ from manylora.runs.events import (
     Warned,
 )
 from manylora.runs.job import Job, Prepared, mean_weights
-from manylora.runs.layout import AdapterPaths, is_completed, read_json, write_json
-from manylora.runs.metrics import MetricsFile, cut_back, read_metrics
+from manylora.runs.metrics_file import MetricsFile, cut_back, read_metrics
 from manylora.runs.outcome import Outcome, error_dict
-from manylora.runs.states import States
+from manylora.runs.run_folder import AdapterPaths, is_completed, read_json, write_json
+from manylora.runs.saved_states import States
 from manylora.types import (
     ConfigError,
     DataError,
@@ -318,7 +318,7 @@ class AdapterRun:
         )
         return result.to_dict()
 
-    def _write_samples(self, when: str, answers: list[Answer]) -> None:
+    def _write_samples(self, when: str, answers: list[GreedyAnswer]) -> None:
         if not answers or when == "during":
             return
         samples = read_json(self._paths.samples) if when == "after" else None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from manylora.config import DATA_SUFFIXES, data_suffix, is_data_file
-from manylora.runs.rows import (
+from manylora.runs.data_rows import (
     FORMS,
     Example,
     Kind,

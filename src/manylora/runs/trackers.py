@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from manylora.config import RunFile
 from manylora.runs.events import AdapterEnded, AdapterStarted, EvalDone, Event, StepDone
-from manylora.runs.layout import RunPaths
+from manylora.runs.run_folder import RunPaths
 from manylora.types import ConfigError
 
 

@@ -12,19 +12,19 @@ from typing import Any, Literal
 
 from manylora.config import RunFile
 from manylora.runs.events import Listeners, Phase, RunEnded, RunStarted, Stopping
+from manylora.runs.hardware import hardware, versions
 from manylora.runs.job import Job
-from manylora.runs.layout import RunPaths, held, is_completed, read_json, write_json
-from manylora.runs.machine import hardware, versions
 from manylora.runs.outcome import Outcome
 from manylora.runs.prepare import plan_job
 from manylora.runs.report import write_report
 from manylora.runs.resume import claim
+from manylora.runs.run_folder import RunPaths, held, is_completed, read_json, write_json
 from manylora.runs.sft import AdapterRun, NewestState
 from manylora.runs.stopping import EXIT_INTERRUPTED, Stopper
 from manylora.runs.trackers import open_trackers
 from manylora.runs.view import open_view
 from manylora.types import ConfigError, SaveFailed
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 ViewKind = Literal["auto", "plain", "json"]
 OpenDoor = Callable[[RunFile], AbstractContextManager[Any]]
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 def open_trainer(run: RunFile) -> AbstractContextManager[Any]:
     """The Python door on the run file's base."""
     from manylora.api import Trainer
-    from manylora.processes.started import Meeting, started_by_others
+    from manylora.processes.external_start import Meeting, started_by_others
 
     started = started_by_others()
     if started is not None and run.ray is not None:
@@ -64,7 +64,7 @@ def newest_state(parent: Path) -> Path | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Outside:
+class Surroundings:
     """What a run reaches for outside of this room; tests put small ones in their place."""
 
     open_door: OpenDoor = open_trainer
@@ -76,7 +76,7 @@ def train_run_file(
     *,
     overwrite: bool = False,
     view: ViewKind = "auto",
-    outside: Outside | None = None,
+    outside: Surroundings | None = None,
 ) -> int:
     """Train every adapter of a run file, or go on where an earlier attempt was interrupted.
 
@@ -92,7 +92,7 @@ def train_run_file(
         ConfigError: the folder holds another run, or a tracker's package is missing.
         BaseModelError: the base cannot be opened.
     """
-    return _Run(run, overwrite, view, outside or Outside()).go()
+    return _Run(run, overwrite, view, outside or Surroundings()).go()
 
 
 @dataclass(slots=True)
@@ -102,7 +102,7 @@ class _Run:
     run: RunFile
     overwrite: bool
     view_kind: ViewKind
-    outside: Outside
+    outside: Surroundings
     paths: RunPaths = field(init=False)
     emit: Listeners = field(default_factory=Listeners)
     jobs: list[Job] = field(init=False)

@@ -19,7 +19,6 @@ from rich.table import Table
 from rich.text import Text
 
 from manylora.runs.board import Board, Clock, Row, clock_text, percent, printable, rate, short
-from manylora.runs.closing import print_closing
 from manylora.runs.events import (
     AdapterEnded,
     AdapterStarted,
@@ -33,6 +32,7 @@ from manylora.runs.events import (
     Warned,
     event_dict,
 )
+from manylora.runs.summary import print_closing
 
 PLAIN_SECONDS = 5.0
 PHASE_SECONDS = 2.0

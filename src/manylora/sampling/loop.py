@@ -28,9 +28,9 @@ from manylora.models.cache import DecodeRows, DecodeStep, Extent, Filling
 from manylora.models.stream import padded_rows
 from manylora.sampling.draw import Choice, RowSettings, choose, stream_key, uniforms
 from manylora.sampling.request import Answer, Kinds, Request
-from manylora.sampling.rows import StepRows
 from manylora.sampling.scoring import PromptScorer, joined, likeliest, logits_rows
 from manylora.sampling.slots import Slots
+from manylora.sampling.step_rows import StepRows
 from manylora.sampling.stops import StopStrings
 from manylora.sampling.waiting import Prompt, Sequence, WaitingRoom
 from manylora.types import SampledSequence

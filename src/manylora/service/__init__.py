@@ -1,8 +1,11 @@
-"""The doors over HTTP: the Tinker wire, spoken so that the stock `tinker` SDK drives it.
+"""The service over HTTP: the Tinker wire, spoken so that the stock `tinker` SDK drives it.
 
-Owns: bytes: routes, bodies and their limits, the wire's messages and tensors, keys in headers, what
-an error looks like to a client. And state: sessions, sequence numbers, results (`hub`), behind the
-one contract that the routes know (`contract.Hub`).
-Does not own: adapters and their numbers (api), queues and the journal (scheduler), tables (store).
-Talks to: api, scheduler and store below; cli starts it. The bytes' half does not know torch.
+Owns: in `http`, bytes: routes, bodies and their limits, keys in headers, what an error looks like
+to a client. In `wire`, the wire's messages and tensors. In `state`, sessions, sequence numbers,
+checkpoints and results, behind the one contract that the routes know (`contract.Hub`). Here, the
+process that puts them together (`serve`).
+Does not own: adapters and their numbers (hosting), queues (scheduler), the journal's files
+(journal), tables (store).
+Talks to: hosting, runs, journal and store below; cli starts it. `http` and `wire` do not know
+torch.
 """

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from manylora.service.errors import Category
+from manylora.service.http_errors import Category
 from manylora.service.wire.messages import (
     CopyWeightsRequest,
     CreateModelRequest,
@@ -38,7 +38,13 @@ from manylora.service.wire.replies import (
     TrainingRunList,
     WeightsInfo,
 )
-from manylora.service.wire.runs import Adapter, AdapterList, Run, RunList, SubmitRunRequest
+from manylora.service.wire.run_messages import (
+    Adapter,
+    AdapterList,
+    Run,
+    RunList,
+    SubmitRunRequest,
+)
 from manylora.types import ManyloraError
 
 JSON_TYPE = "application/json"

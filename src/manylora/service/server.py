@@ -7,19 +7,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from manylora.api import host_of
-from manylora.api.verbs import Verbs
 from manylora.config import ServerFile
-from manylora.scheduler import BatchReport, Journal
-from manylora.service.breakages import Breakages
-from manylora.service.ending import Ending
-from manylora.service.hub import TinkerHub
-from manylora.service.parts import Parts
-from manylora.service.promises import Promises
-from manylora.service.replay import Replay
-from manylora.service.results import Results
-from manylora.service.upkeep import SECONDS_OF_AN_HOUR, Upkeep
-from manylora.service.wire.limits import WireLimits
+from manylora.hosting import host_of
+from manylora.hosting.engine_protocol import EngineProtocol
+from manylora.journal import Journal
+from manylora.scheduler import BatchReport
+from manylora.service.shutdown import Ending
+from manylora.service.state.crash_suspects import CrashSuspects
+from manylora.service.state.hub import TinkerHub
+from manylora.service.state.maintenance import SECONDS_OF_AN_HOUR, Maintenance
+from manylora.service.state.promises import Promises
+from manylora.service.state.replay import Replay
+from manylora.service.state.resources import Resources
+from manylora.service.state.result_files import Results
+from manylora.service.wire.wire_limits import WireLimits
 from manylora.store import Store
 from manylora.types import SaveFailed
 from manylora.types.files import no_descriptor_left
@@ -43,17 +44,17 @@ class Service:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ):
-        """`store`: open, and closed by `stop`. `clock` and `wall`: see `Parts`."""
+        """`store`: open, and closed by `stop`. `clock` and `wall`: see `Resources`."""
         self.settings, self.store = settings, store
         self.folder = Path(settings.data_dir)
         self._limits = limits
         self._observe = observe
         self._clock, self._wall = clock, wall
-        self.breakages = Breakages()
+        self.breakages = CrashSuspects()
         self.hub: TinkerHub | None = None
         self._upkeep: asyncio.Task[None] | None = None
 
-    async def start(self, engines: Sequence[Verbs]) -> TinkerHub:
+    async def start(self, engines: Sequence[EngineProtocol]) -> TinkerHub:
         """Take up what was going on when the last server stopped, or the last engine was lost.
 
         Args:
@@ -71,7 +72,7 @@ class Service:
         )
         journal, recovery = await asyncio.to_thread(_open_journal, folder / "journal")
         promises = Promises(results)
-        parts: Parts | None = None
+        parts: Resources | None = None
 
         def saved(name: str, position: int) -> None:
             if parts is not None:
@@ -82,7 +83,7 @@ class Service:
             before_save=promises.store_all, on_saved=saved, observe=self._observe,
             apart=self.breakages.is_suspect,
         )  # fmt: skip
-        parts = Parts(
+        parts = Resources(
             settings, folder, self.store, journal, promises, host, self.breakages, self._clock,
             self._wall,
         )  # fmt: skip
@@ -93,7 +94,7 @@ class Service:
         runs = await self.hub.submitted.resume()
         if runs:
             log.info("%d runs of the last server go on", runs)
-        self._upkeep = loop.create_task(Upkeep(self.hub).run())
+        self._upkeep = loop.create_task(Maintenance(self.hub).run())
         return self.hub
 
     def wake(self) -> None:
@@ -161,7 +162,7 @@ class Service:
             return False
         return any(model.running for model in self.hub.models) or self.hub.samplers.num_running > 0
 
-    def _close_journal(self, parts: Parts) -> None:
+    def _close_journal(self, parts: Resources) -> None:
         try:
             parts.promises.results.flush()
             while parts.covered:

@@ -9,7 +9,7 @@ worker thread. No torch.
 """
 
 from manylora.store.database import DATABASE
-from manylora.store.rows import (
+from manylora.store.records import (
     CheckpointRow,
     KeyRow,
     ModelRow,

@@ -10,8 +10,8 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session as OrmSession
 
 from manylora.store.database import Database, chunks
-from manylora.store.rows import KeyRow, Page, SessionRow
-from manylora.store.tables import Key, Session
+from manylora.store.records import KeyRow, Page, SessionRow
+from manylora.store.tables import Key, SessionTable
 from manylora.types import ConfigError, Conflict
 
 KEY_START = "tml-"
@@ -95,7 +95,7 @@ def _hash(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-class Sessions:
+class SessionQueries:
     """Client processes."""
 
     def __init__(self, database: Database, clock: Callable[[], float]):
@@ -106,9 +106,9 @@ class Sessions:
         """Raises Conflict if the id is taken by another session."""
 
         def work(session: OrmSession) -> SessionRow:
-            present = session.get(Session, row.id)
+            present = session.get(SessionTable, row.id)
             if present is None:
-                session.add(Session.of(row))
+                session.add(SessionTable.of(row))
                 return row
             if present.row() != row:
                 raise Conflict(f"session {row.id} exists")
@@ -117,27 +117,33 @@ class Sessions:
         return self._database.write(work)
 
     def get(self, tenant: str, id: str) -> SessionRow | None:
-        return self._database.one(Session, Session.id == id, Session.tenant == tenant)
+        return self._database.one(
+            SessionTable, SessionTable.id == id, SessionTable.tenant == tenant
+        )
 
     def page(self, tenant: str, limit: int = 20, offset: int = 0) -> Page[SessionRow]:
         """A tenant's sessions, the newest first."""
-        order = (Session.created_at.desc(), Session.id)
+        order = (SessionTable.created_at.desc(), SessionTable.id)
         return self._database.page(
-            Session, Session.tenant == tenant, order=order, limit=limit, offset=offset
+            SessionTable, SessionTable.tenant == tenant, order=order, limit=limit, offset=offset
         )
 
     def open(self) -> list[SessionRow]:
         """Everybody's sessions that have not ended, the longest silent first."""
-        order = (Session.last_seen_at, Session.id)
-        return self._database.all(Session, Session.ended_at.is_(None), order=order)
+        order = (SessionTable.last_seen_at, SessionTable.id)
+        return self._database.all(SessionTable, SessionTable.ended_at.is_(None), order=order)
 
     def touch(self, ids: Iterable[str], at: float | None = None) -> None:
         """They were heard of. Time does not run backwards, and the ended stay as they are."""
         at = self._clock() if at is None else at
         for some in chunks(ids):
             self._database.change(
-                update(Session)
-                .where(Session.id.in_(some), Session.ended_at.is_(None), Session.last_seen_at < at)
+                update(SessionTable)
+                .where(
+                    SessionTable.id.in_(some),
+                    SessionTable.ended_at.is_(None),
+                    SessionTable.last_seen_at < at,
+                )
                 .values(last_seen_at=at)
             )
 
@@ -148,8 +154,12 @@ class Sessions:
             the session; None if there is none.
         """
         self._database.change(
-            update(Session)
-            .where(Session.id == id, Session.tenant == tenant, Session.ended_at.is_(None))
+            update(SessionTable)
+            .where(
+                SessionTable.id == id,
+                SessionTable.tenant == tenant,
+                SessionTable.ended_at.is_(None),
+            )
             .values(ended_at=self._clock(), end_reason=reason, end_detail=detail)
         )
         return self.get(tenant, id)

@@ -34,7 +34,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.orm import sessionmaker
 
-from manylora.store.rows import Page
+from manylora.store.records import Page
 from manylora.store.tables import RowOf
 from manylora.types import ConfigError, DataError, ManyloraError, StoreError, StoreTooNew
 

@@ -8,11 +8,11 @@ from types import TracebackType
 
 from sqlalchemy.engine import URL
 
-from manylora.store.access import Keys, Sessions
-from manylora.store.checkpoints import Checkpoints
+from manylora.store.access import Keys, SessionQueries
+from manylora.store.checkpoint_records import CheckpointQueries
 from manylora.store.database import DATABASE, Database
-from manylora.store.models import Models, Samplers
-from manylora.store.runs import Runs
+from manylora.store.model_queries import ModelQueries, SamplerQueries
+from manylora.store.run_queries import RunQueries
 from manylora.store.tidying import Tidying
 from manylora.types import StoreError
 
@@ -26,11 +26,11 @@ class Store:
         """Open a database by its URL, and migrate it. See `Database` for what this raises."""
         self._database = Database(url)
         self.keys = Keys(self._database, clock)
-        self.sessions = Sessions(self._database, clock)
-        self.models = Models(self._database, clock)
-        self.samplers = Samplers(self._database)
-        self.checkpoints = Checkpoints(self._database, clock)
-        self.runs = Runs(self._database, clock)
+        self.sessions = SessionQueries(self._database, clock)
+        self.models = ModelQueries(self._database, clock)
+        self.samplers = SamplerQueries(self._database)
+        self.checkpoints = CheckpointQueries(self._database, clock)
+        self.runs = RunQueries(self._database, clock)
         self.tidying = Tidying(self._database, clock)
 
     @classmethod

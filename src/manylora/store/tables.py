@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from manylora.store.rows import (
+from manylora.store.records import (
     CheckpointRow,
     Json,
     KeyRow,
@@ -61,7 +61,7 @@ class Key(RowOf[KeyRow], Base):
     revoked_at: Mapped[float | None]
 
 
-class Session(RowOf[SessionRow], Base):
+class SessionTable(RowOf[SessionRow], Base):
     __tablename__ = "sessions"
     __table_args__ = (Index("ix_sessions_tenant_created_at", "tenant", "created_at"),)
     row_type = SessionRow
@@ -78,7 +78,7 @@ class Session(RowOf[SessionRow], Base):
     end_detail: Mapped[str | None]
 
 
-class Model(RowOf[ModelRow], Base):
+class ModelTable(RowOf[ModelRow], Base):
     __tablename__ = "models"
     __table_args__ = (
         UniqueConstraint("session_id", "model_seq_id", name="uq_models_session_id_model_seq_id"),
@@ -128,7 +128,7 @@ class Sampler(RowOf[SamplerRow], Base):
     snapshot: Mapped[str | None]
 
 
-class Checkpoint(RowOf[CheckpointRow], Base):
+class CheckpointTable(RowOf[CheckpointRow], Base):
     __tablename__ = "checkpoints"
     __table_args__ = (Index("ix_checkpoints_tenant_created_at", "tenant", "created_at"),)
     row_type = CheckpointRow
@@ -151,7 +151,7 @@ class Checkpoint(RowOf[CheckpointRow], Base):
     user_metadata: Mapped[Json]
 
 
-class Run(RowOf[RunRow], Base):
+class RunTable(RowOf[RunRow], Base):
     __tablename__ = "runs"
     __table_args__ = (Index("ix_runs_tenant_created_at", "tenant", "created_at"),)
     row_type = RunRow

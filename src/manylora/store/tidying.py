@@ -7,8 +7,8 @@ from sqlalchemy import ColumnElement, delete, exists, func, select
 from sqlalchemy.orm import Session as OrmSession
 
 from manylora.store.database import Database
-from manylora.store.rows import RunRow
-from manylora.store.tables import Checkpoint, Model, Run, Sampler, Session
+from manylora.store.records import RunRow
+from manylora.store.tables import CheckpointTable, ModelTable, RunTable, Sampler, SessionTable
 
 ENDED = ("completed", "failed", "cancelled")
 
@@ -22,8 +22,10 @@ class Tidying:
 
     def count_sessions(self, tenant: str) -> int:
         """Sessions of a tenant, open or over, but for those of which checkpoints are kept."""
-        kept = exists().where(Model.session_id == Session.id, Checkpoint.model_id == Model.id)
-        return self._count(Session, tenant, ~kept)
+        kept = exists().where(
+            ModelTable.session_id == SessionTable.id, CheckpointTable.model_id == ModelTable.id
+        )
+        return self._count(SessionTable, tenant, ~kept)
 
     def count_samplers(self, tenant: str) -> int:
         """Sampling sessions of a tenant."""
@@ -43,21 +45,21 @@ class Tidying:
         now = self._clock()
 
         def work(session: OrmSession) -> int:
-            old = select(Session.id).where(Session.ended_at < now - all_seconds)
-            unused = ~exists().where(Checkpoint.model_id == Model.id)
-            submitted = exists().where(Run.model_id == Model.id)
-            sampled = exists().where(Sampler.model_id == Model.id)
-            empty = ~exists().where(Model.session_id == Session.id) & ~exists().where(
-                Sampler.session_id == Session.id
+            old = select(SessionTable.id).where(SessionTable.ended_at < now - all_seconds)
+            unused = ~exists().where(CheckpointTable.model_id == ModelTable.id)
+            submitted = exists().where(RunTable.model_id == ModelTable.id)
+            sampled = exists().where(Sampler.model_id == ModelTable.id)
+            empty = ~exists().where(ModelTable.session_id == SessionTable.id) & ~exists().where(
+                Sampler.session_id == SessionTable.id
             )
             steps: list[tuple[Any, ColumnElement[bool]]] = [
                 (Sampler, Sampler.session_id.in_(old)),
                 (
-                    Model,
-                    Model.session_id.in_(old) & Model.closed_at.is_not(None)
+                    ModelTable,
+                    ModelTable.session_id.in_(old) & ModelTable.closed_at.is_not(None)
                     & unused & ~submitted & ~sampled,
                 ),
-                (Session, (Session.ended_at < now - empty_seconds) & empty),
+                (SessionTable, (SessionTable.ended_at < now - empty_seconds) & empty),
             ]  # fmt: skip
             gone = 0
             for table, which in steps:
@@ -74,14 +76,18 @@ class Tidying:
     def runs_beyond(self, kept: int) -> list[RunRow]:
         """Runs that are over, of each tenant all but the newest so many."""
         number = func.row_number().over(
-            partition_by=Run.tenant, order_by=(Run.created_at.desc(), Run.id)
+            partition_by=RunTable.tenant, order_by=(RunTable.created_at.desc(), RunTable.id)
         )
-        ranked = select(Run.id, number.label("number")).where(Run.status.in_(ENDED)).subquery()
+        ranked = (
+            select(RunTable.id, number.label("number")).where(RunTable.status.in_(ENDED)).subquery()
+        )
         old = select(ranked.c.id).where(ranked.c.number > kept)
-        return self._database.all(Run, Run.id.in_(old), order=(Run.created_at, Run.id))
+        return self._database.all(
+            RunTable, RunTable.id.in_(old), order=(RunTable.created_at, RunTable.id)
+        )
 
     def _count(
-        self, table: type[Session] | type[Sampler], tenant: str, *where: ColumnElement[bool]
+        self, table: type[SessionTable] | type[Sampler], tenant: str, *where: ColumnElement[bool]
     ) -> int:
         query = select(func.count()).select_from(table).where(table.tenant == tenant, *where)
         return self._database.read(lambda session: session.scalar(query) or 0)

@@ -5,7 +5,7 @@ Does not own: database rows, wire messages, tensors.
 Talks to: nobody; every room may import it. No torch.
 """
 
-from manylora.types.adapter import ALL_LINEAR, AdamParams, AdapterSpec
+from manylora.types.adapter_spec import ALL_LINEAR, AdamParams, AdapterSpec
 from manylora.types.data import (
     Datum,
     DeviceTime,

@@ -4,7 +4,7 @@ The bytes of an adapter come from here and nowhere else; the plan of a run, pagi
 ask.
 """
 
-from manylora.types.adapter import DType
+from manylora.types.adapter_spec import DType
 from manylora.types.errors import DoesNotFit
 
 WEIGHT_BYTES: dict[DType, int] = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -4,7 +4,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import TypedDict
 
 from manylora.types.errors import ConfigError
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from manylora.types.adapter import AdamParams
+from manylora.types.adapter_spec import AdamParams
 from manylora.types.data import Array, Datum
 from manylora.types.sampling import SamplingParams, Scoring
 

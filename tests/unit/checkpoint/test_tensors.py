@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from manylora.checkpoint.tensors import (
+from manylora.checkpoint.tensor_files import (
     DTYPES,
     decoded,
     encoded,
@@ -22,7 +22,7 @@ from manylora.checkpoint.tensors import (
 )
 from manylora.lora.state import Floats
 from manylora.types import CheckpointDamaged, CheckpointMismatch
-from manylora.types.adapter import DType
+from manylora.types.adapter_spec import DType
 
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

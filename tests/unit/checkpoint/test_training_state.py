@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from manylora.checkpoint import load_state, newest_state, save_state, verify
-from manylora.checkpoint.tensors import read_fp32
+from manylora.checkpoint.tensor_files import read_fp32
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState, Floats

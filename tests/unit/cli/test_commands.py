@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from manylora.cli import main as cli
-from manylora.cli.adapters import common_base, find_adapter
+from manylora.cli.adapter_folder import common_base, find_adapter
 from manylora.cli.sample import distinct, printable
 from manylora.runs.footprint import MemoryPlan
-from manylora.runs.plan import AdapterPlan, RunPlan
+from manylora.runs.run_plan import AdapterPlan, RunPlan
 from manylora.types import (
     CheckpointDamaged,
     CheckpointError,
@@ -92,7 +92,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(manylora, trained, monkeyp
         base="b", architecture="Llama", base_params=5000, context_length=64, out="o",
         adapters=(adapter,), memory=memory,
     )  # fmt: skip
-    monkeypatch.setattr("manylora.runs.plan.plan_run", lambda run: plan)
+    monkeypatch.setattr("manylora.runs.run_plan.plan_run", lambda run: plan)
     Path("run.yaml").write_text(RUN)
     code, out, err = manylora("train", "run.yaml", "--dry-run")
     assert code == 0 and trained == []

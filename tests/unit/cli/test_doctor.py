@@ -63,6 +63,6 @@ def test_a_seedling_without_files_is_warned_of(monkeypatch, tmp_path):
     (finding,) = doctor._seedling()
     assert finding.state == "warn" and str(tmp_path) in finding.text
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr("manylora.models.opening.resolve_base", lambda _: str(tmp_path))
+    monkeypatch.setattr("manylora.models.loading.resolve_base", lambda _: str(tmp_path))
     (finding,) = doctor._seedling()
     assert finding.state == "fail"

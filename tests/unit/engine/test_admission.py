@@ -9,8 +9,9 @@ import torch
 from manylora.engine import Engine, admission, host_memory
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import resolve_targets
-from manylora.models import memory, opening
-from manylora.sampling import rows
+from manylora.models import base_memory as memory
+from manylora.models import loading as opening
+from manylora.sampling import step_rows as rows
 from manylora.types import (
     AdamParams,
     AdapterSpec,

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig
 
 from manylora.engine import Engine
-from manylora.models.parts import open_part
+from manylora.models.loading_in_parts import open_part
 from manylora.parallel import Mesh
 from manylora.types import (
     AdamParams,
@@ -19,8 +19,8 @@ from manylora.types import (
     SamplingParams,
     causal_datum,
 )
-from manylora.types.base import QUANTIZATIONS, Quantization
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
+from manylora.types.weight_forms import QUANTIZATIONS, Quantization
 
 pytestmark = [
     pytest.mark.gpu,

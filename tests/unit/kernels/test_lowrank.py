@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from manylora.kernels import Block, Member, SegmentWork, shrink_expand, shrink_expand_backward
+from manylora.kernels import Block, SegmentWork, SiteFactor, shrink_expand, shrink_expand_backward
 
 K, SIZES, WIDTHS = 24, [5, 0, 7, 1, 3], [16, 9, 20]
 T = sum(SIZES)
@@ -32,7 +32,7 @@ def block(outputs: dict[int, tuple[int, float]], dtype: torch.dtype, seed: int) 
     for output, (rank, scale) in outputs.items():
         bt_RN = torch.randn(rank, WIDTHS[output], generator=generator).to(dtype)
         grad = torch.zeros(rank, WIDTHS[output])
-        members.append(Member(output, rank, scale, bt_RN, grad))
+        members.append(SiteFactor(output, rank, scale, bt_RN, grad))
     return Block(a_RK, tuple(members), ranks, torch.zeros(sum(ranks), K))
 
 
@@ -142,7 +142,7 @@ def test_gradients_add_up_and_the_inputs_may_be_unwanted():
 def one_segment(rows: int, features: int, dropout: float, seed: int) -> tuple[Tensor, SegmentWork]:
     """A = identity, so that y shows the dropped input itself."""
     eye = torch.eye(features)
-    member = Member(0, features, 1.0, eye, torch.zeros(features, features))
+    member = SiteFactor(0, features, 1.0, eye, torch.zeros(features, features))
     item = SegmentWork(0, Block(eye, (member,), [features], torch.zeros_like(eye)), dropout, seed)
     return torch.ones(rows, features), item
 
@@ -189,7 +189,7 @@ def test_a_segments_bits_do_not_depend_on_its_place(features: int):
         padded_TK = torch.cat([torch.randn(before, features), rows_TK])
         a_RK = torch.randn(3, features, generator=torch.Generator().manual_seed(1))
         bt_RN = torch.randn(3, features, generator=torch.Generator().manual_seed(2))
-        member = Member(0, 3, 2.0, bt_RN, torch.zeros_like(bt_RN))
+        member = SiteFactor(0, 3, 2.0, bt_RN, torch.zeros_like(bt_RN))
         item = SegmentWork(1, Block(a_RK, (member,), [3], torch.zeros_like(a_RK)))
         y_TN, dx_TK = torch.zeros_like(padded_TK), torch.zeros_like(padded_TK)
         shrunk = shrink_expand(padded_TK, [y_TN], [before, 9], [item])

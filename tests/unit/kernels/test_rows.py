@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from manylora.kernels import frozen, prepacked, rows
+from manylora.kernels import frozen, prepacked
+from manylora.kernels import row_counts as rows
 from manylora.kernels.prepacked import PackedWeight, safe_packed
-from manylora.kernels.rows import RowCounts, alike, ladder, safe_for_functions, some_rows
+from manylora.kernels.row_counts import RowCounts, alike, ladder, safe_for_functions, some_rows
 
 pytestmark = pytest.mark.usefixtures("threads")
 

@@ -6,14 +6,14 @@ from torch import Tensor
 
 from manylora.kernels import (
     Block,
-    Member,
     SegmentWork,
+    SiteFactor,
     add_by_row,
     row_batches,
     rowwise,
     shrink_expand,
 )
-from manylora.kernels.rows import some_rows
+from manylora.kernels.row_counts import some_rows
 
 pytestmark = pytest.mark.usefixtures("threads")
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -21,7 +21,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 def block_of(terms: int, ranks: list[int], columns: list[int], dtype: torch.dtype) -> Block:
     members = tuple(
-        Member(number, rank, 0.5 + number, some_rows(rank, width, dtype) * 0.1)
+        SiteFactor(number, rank, 0.5 + number, some_rows(rank, width, dtype) * 0.1)
         for number, (rank, width) in enumerate(zip(ranks, columns, strict=True))
     )
     return Block(some_rows(sum(ranks), terms, dtype) * 0.1, members, ranks)

@@ -15,7 +15,7 @@ from manylora.lora.layout import Layout, plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.lora.state import Floats
 from manylora.types import AdapterSpec
-from manylora.types.adapter import Init
+from manylora.types.adapter_spec import Init
 
 LAYER = [
     ("attn.q_proj", 8, 12, 0),

@@ -10,7 +10,7 @@ from manylora.lora.sharding import Part, Place, part_of, share
 from manylora.lora.sites import Site, resolve_targets
 from manylora.parallel import share as cut_of_the_base
 from manylora.types import AdapterSpec
-from manylora.types.mesh import Split
+from manylora.types.mesh_shape import Split
 
 LAYER: list[tuple[str, int, int, int, Split]] = [
     ("attn.q_proj", 8, 12, 0, "column"),

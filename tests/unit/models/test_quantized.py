@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from manylora.engine import Engine
 from manylora.models import open_base, quantized
-from manylora.models.memory import base_bytes
+from manylora.models.base_memory import base_bytes
 from manylora.models.quantized import BLOCK, WholeWeight, is_quantized, kept
 from manylora.types import ConfigError, Opening, Unsupported
-from manylora.types.base import QUANTIZATIONS, Quantization
+from manylora.types.weight_forms import QUANTIZATIONS, Quantization
 from tests.models import TinyBases
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}

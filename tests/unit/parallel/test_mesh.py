@@ -2,7 +2,7 @@ import pytest
 
 from manylora.parallel import Mesh
 from manylora.types import ConfigError
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 
 def test_a_mesh_of_one_needs_no_processes():

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from manylora.engine import Engine
-from manylora.processes import EngineGroup, RemoteEngine, remote, starting
+from manylora.processes import EngineGroup, RemoteEngine, starting
+from manylora.processes import remote_engine as remote
 from manylora.types import (
     AdamParams,
     AdapterExists,
@@ -34,7 +35,7 @@ from manylora.types import (
     Unsupported,
     causal_datum,
 )
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 from tests.family import below, runs
 from tests.models import TinyBases
 

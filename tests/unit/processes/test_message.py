@@ -10,11 +10,11 @@ import pytest
 from manylora import types
 from manylora.lora.sites import Site
 from manylora.processes.commands import Assignment, Hello, Vectors
-from manylora.processes.message import Encoded, decode
+from manylora.processes.message import EncodedMessage, decode
 
 
 def there_and_back(value: Any) -> Any:
-    message = Encoded(value)
+    message = EncodedMessage(value)
     payload = bytearray(message.size)
     message.write(payload)
     return decode(message.head, payload)
@@ -89,7 +89,7 @@ def test_errors_keep_their_type_and_words() -> None:
 @pytest.mark.parametrize("value", [object(), b"bytes", {1: 2}, {"a": lambda: 0}, [pickle]])
 def test_nothing_else_travels(value: Any) -> None:
     with pytest.raises(TypeError, match="message"):
-        Encoded(value)
+        EncodedMessage(value)
 
 
 @pytest.mark.parametrize(

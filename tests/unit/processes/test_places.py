@@ -4,15 +4,15 @@ import socket
 
 import pytest
 
-from manylora.processes.launch_ray import environment_of, ranks_of
-from manylora.processes.ray_rank import Place
-from manylora.processes.routes import address_toward, interface_of, listening_at
+from manylora.processes.peer_addresses import address_toward, interface_of, listening_at
+from manylora.processes.ray_actor import ActorPlace
+from manylora.processes.ray_launcher import environment_of, ranks_of
 
 
-def places(nodes: str) -> list[Place]:
+def places(nodes: str) -> list[ActorPlace]:
     """One for each letter, the machine's name; devices are counted per machine from 4 on."""
     return [
-        Place(node, f"10.0.0.{ord(node)}", node, (str(4 + nodes[:number].count(node)),))
+        ActorPlace(node, f"10.0.0.{ord(node)}", node, (str(4 + nodes[:number].count(node)),))
         for number, node in enumerate(nodes)
     ]
 

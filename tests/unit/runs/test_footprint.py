@@ -11,7 +11,7 @@ import pytest
 
 from manylora.config import load_run_file
 from manylora.runs.footprint import HELD_FOR_ALIVE, HELD_FOR_RECOMPUTED, MemoryPlan
-from manylora.runs.plan import plan_run
+from manylora.runs.run_plan import plan_run
 
 RUN = """\
 base: seedling

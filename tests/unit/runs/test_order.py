@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.runs.order import DataOrder, epoch_order, steps_per_epoch, total_steps
+from manylora.runs.data_order import DataOrder, epoch_order, steps_per_epoch, total_steps
 
 sizes = st.integers(1, 60)
 batch_sizes = st.integers(1, 70)

@@ -11,9 +11,9 @@ from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.models import open_base
 from manylora.models.linears import find_linears
+from manylora.runs.data_order import DataOrder
 from manylora.runs.encode import encode_source
-from manylora.runs.order import DataOrder
-from manylora.runs.plan import plan_run
+from manylora.runs.run_plan import plan_run
 from manylora.runs.sources import read_source
 from manylora.types import BaseModelError, DataError, TargetError
 

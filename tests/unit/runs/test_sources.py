@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from manylora.runs.rows import Message
+from manylora.runs.data_rows import Message
 from manylora.runs.sources import Source, read_source
 from manylora.types import DataError
 

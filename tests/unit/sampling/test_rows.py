@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from manylora.engine import Engine
-from manylora.sampling import DecodeLoop, rows
+from manylora.sampling import DecodeLoop
+from manylora.sampling import step_rows as rows
 from manylora.types import AdapterSpec, Opening, Sample, SampleResult, SamplingParams
 from tests.laws.tenants import perturb
 

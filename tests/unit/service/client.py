@@ -7,12 +7,12 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from manylora.service.app import build_app
 from manylora.service.contract import PROTOBUF_TYPE, Hub
-from manylora.service.door import DoorSettings
+from manylora.service.http.app import build_app
+from manylora.service.http.context import ContextSettings
 
 KEYS = {"tml-alice": "alice", "tml-bob": "bob"}
-QUICK = DoorSettings(poll_seconds=0.05, least_poll_seconds=0.05, whole_result=50)
+QUICK = ContextSettings(poll_seconds=0.05, least_poll_seconds=0.05, whole_result=50)
 
 
 class Keys:
@@ -26,7 +26,7 @@ class Keys:
         return KEYS.get(key)
 
 
-def application(hub: Hub, settings: DoorSettings = QUICK, **given: Any) -> FastAPI:
+def application(hub: Hub, settings: ContextSettings = QUICK, **given: Any) -> FastAPI:
     given.setdefault("authenticator", Keys())
     return build_app(hub, settings=settings, **given)
 

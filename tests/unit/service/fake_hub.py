@@ -13,10 +13,10 @@ from manylora.service.contract import (
     Ready,
     Waiting,
 )
-from manylora.service.errors import Gone, missing
+from manylora.service.http_errors import Gone, missing
 from manylora.service.wire import messages as m
 from manylora.service.wire import replies as r
-from manylora.service.wire import runs as plain
+from manylora.service.wire import run_messages as plain
 from manylora.service.wire.codec import encode_forward_backward
 from manylora.service.wire.outline import Outline
 from manylora.service.wire.paths import TinkerPath

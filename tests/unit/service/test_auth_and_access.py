@@ -7,9 +7,9 @@ import logging
 
 import pytest
 
-from manylora.service.auth import DevAuthenticator
-from manylora.service.errors import Gone, NotFound
-from manylora.service.signing import Grant, Signer
+from manylora.service.http.auth import DevAuthenticator
+from manylora.service.http.signing import Grant, Signer
+from manylora.service.http_errors import Gone, NotFound
 from tests.unit.service.client import Client, Keys, application
 from tests.unit.service.fake_hub import EXTERNAL, MODEL, FakeHub
 

@@ -12,15 +12,15 @@ import pytest
 
 from manylora.config import Saving, ServerFile
 from manylora.engine import Engine
-from manylora.service.breakages import MOST_LOSSES, MOST_SILENT_LOSSES, Breakages
 from manylora.service.contract import Failed, Outcome, Ready, Waiting
-from manylora.service.engines import MOST_FAILURES, keep_up
-from manylora.service.late import LateHub
+from manylora.service.hub_proxy import HubProxy
 from manylora.service.server import Service
+from manylora.service.state.crash_suspects import MOST_LOSSES, MOST_SILENT_LOSSES, CrashSuspects
+from manylora.service.supervision import MOST_FAILURES, keep_up
 from manylora.service.wire import messages as m
-from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.outline import outline_of
-from manylora.service.wire.sampling import decode_sample
+from manylora.service.wire.sample_messages import decode_sample
+from manylora.service.wire.wire_limits import WireLimits
 from manylora.store import Store
 from manylora.types import EngineLost, Opening, OptimStep, Sample, SamplingParams
 from tests.wire.data import random_data
@@ -111,7 +111,7 @@ class ShortLived:
 class Client:
     """Trains over whatever hub is there, as an SDK does that sees pauses only."""
 
-    def __init__(self, hub: LateHub):
+    def __init__(self, hub: HubProxy):
         self.hub: Any = hub
         self.model = ""
 
@@ -144,7 +144,7 @@ class Client:
                 return outcome
 
 
-def run(folder: Path, scenario: Callable[[LateHub], Any], fate: Fate = deadly) -> int:
+def run(folder: Path, scenario: Callable[[HubProxy], Any], fate: Fate = deadly) -> int:
     """Keep a service up while `scenario` runs; returns how many engines that took."""
     settings = ServerFile(
         base="seedling", data_dir=folder, aliases=[], threads=1, drain_seconds=5.0,
@@ -153,7 +153,7 @@ def run(folder: Path, scenario: Callable[[LateHub], Any], fate: Fate = deadly) -
     group = Group(fate)
 
     async def main() -> None:
-        hub, stop = LateHub(), asyncio.Event()
+        hub, stop = HubProxy(), asyncio.Event()
         service = Service(settings, Store.in_folder(folder), WireLimits())
         stopping = asyncio.create_task(stop.wait())
         keeping = asyncio.create_task(
@@ -175,7 +175,7 @@ def run(folder: Path, scenario: Callable[[LateHub], Any], fate: Fate = deadly) -
     return group.opened
 
 
-async def train(hub: LateHub, deadly_step: Mapping[str, int], steps: int) -> Outcomes:
+async def train(hub: HubProxy, deadly_step: Mapping[str, int], steps: int) -> Outcomes:
     """What these clients see, each of which does some deadly work at one step (0: at none)."""
     clients = {name: Client(hub) for name in deadly_step}
     for client in clients.values():
@@ -196,7 +196,7 @@ async def train(hub: LateHub, deadly_step: Mapping[str, int], steps: int) -> Out
 def test_only_the_model_whose_work_breaks_the_engine_fails(tmp_path: Path, silent: bool) -> None:
     seen: Outcomes = {}
 
-    async def scenario(hub: LateHub) -> None:
+    async def scenario(hub: HubProxy) -> None:
         seen.update(await train(hub, {"sound": 0, "deadly": 2}, 3))
 
     opened = run(tmp_path, scenario, partial(deadly, silent=silent))
@@ -211,7 +211,7 @@ def test_only_the_model_whose_work_breaks_the_engine_fails(tmp_path: Path, silen
 def test_what_was_there_whenever_somebody_killed_an_engine_goes_on(tmp_path: Path) -> None:
     seen: Outcomes = {}
 
-    async def scenario(hub: LateHub) -> None:
+    async def scenario(hub: HubProxy) -> None:
         seen.update(await train(hub, {"one": 1, "other": 2}, 3))
 
     assert run(tmp_path, scenario, unlucky) == MOST_SILENT_LOSSES
@@ -223,7 +223,7 @@ def test_engines_that_get_something_done_are_replaced_for_ever(tmp_path: Path) -
     seen: list[Outcome] = []
     steps = MOST_FAILURES + 3
 
-    async def scenario(hub: LateHub) -> None:
+    async def scenario(hub: HubProxy) -> None:
         client = Client(hub)
         await client.begin()
         for step in range(steps):
@@ -235,7 +235,7 @@ def test_engines_that_get_something_done_are_replaced_for_ever(tmp_path: Path) -
 
 
 def test_engines_that_get_nothing_done_are_the_end(tmp_path: Path) -> None:
-    async def scenario(hub: LateHub) -> None:
+    async def scenario(hub: HubProxy) -> None:
         await train(hub, {"one": 0, "other": 0}, 1)
 
     with pytest.raises(EngineLost, match="again and again"):
@@ -272,7 +272,7 @@ def test_a_sample_that_breaks_the_engine_fails_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("losses", [0, 1, 2, 3, 5, 6])
 @pytest.mark.parametrize("silent", [False, True])
 def test_counting(losses: int, silent: bool) -> None:
-    breakages, loss = Breakages(), EngineLost("it broke", silent=silent)
+    breakages, loss = CrashSuspects(), EngineLost("it broke", silent=silent)
     most = MOST_SILENT_LOSSES if silent else MOST_LOSSES
     step = OptimStep(adapter="a", params=None, seq=3)  # type: ignore[arg-type]
     sample = Sample(adapter=None, prompts=[[1]], params=SamplingParams(seed=4), snapshot="s")

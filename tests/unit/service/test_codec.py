@@ -19,8 +19,8 @@ from manylora.service.wire.codec import (
     digest_protobuf,
     encode_forward_backward,
 )
-from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.messages import OptimStepRequest, SaveWeightsRequest, WireAdamParams
+from manylora.service.wire.wire_limits import WireLimits
 from manylora.types import ConfigError, DataError, ForwardBackwardResult, ManyloraError, Unsupported
 from tests.unit.service.bodies import datum, dense, plain_datum, request, slow_csr, sparse, tokens
 

@@ -8,9 +8,9 @@ import time
 import pytest
 
 from manylora.service.contract import Waiting
-from manylora.service.ending import LAST_SECONDS, SAVING_SECONDS, Ending
-from manylora.service.errors import NotReady
-from manylora.service.late import LateHub
+from manylora.service.http_errors import NotReady
+from manylora.service.hub_proxy import HubProxy
+from manylora.service.shutdown import LAST_SECONDS, SAVING_SECONDS, Ending
 
 
 def test_the_first_request_counts_and_a_second_signal_drains_no_longer() -> None:
@@ -30,7 +30,7 @@ def test_the_first_request_counts_and_a_second_signal_drains_no_longer() -> None
 # What it writes to is full, and nobody reads it; its exit waits for a thread that does not end.
 HANGING = """
 import os, sys, threading, time
-from manylora.service import ending
+from manylora.service import shutdown as ending
 ending.LAST_SECONDS = 0.5
 os.set_blocking(2, False)
 try:
@@ -57,7 +57,7 @@ def test_a_process_that_hangs_is_broken_off(status: int) -> None:
 
 def test_who_waits_for_the_engine_is_let_go() -> None:
     async def scenario() -> None:
-        hub = LateHub()
+        hub = HubProxy()
         waiting = asyncio.ensure_future(hub.capabilities("t"))
         polling = asyncio.create_task(hub.outcome("t", "r", 1.0))
         await asyncio.sleep(0)

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from manylora.service.contract import PROTOBUF_TYPE
-from manylora.service.door import DoorSettings
-from manylora.service.limits import BodyLimits
+from manylora.service.http.body_limits import BodyLimits
+from manylora.service.http.context import ContextSettings
 from tests.unit.service.bodies import plain_datum, request
 from tests.unit.service.client import QUICK, Client, application
 from tests.unit.service.fake_hub import MODEL, SESSION, FakeHub
@@ -154,7 +154,7 @@ def test_paths_do_not_lead_out_of_the_data():
 
 # --- sizes ------------------------------------------------------------------------------------
 
-TINY = DoorSettings(
+TINY = ContextSettings(
     bodies=BodyLimits(ordinary=200, by_path={"/api/v1/forward_backward": 5000}, drained=20_000),
     poll_seconds=QUICK.poll_seconds,
     least_poll_seconds=QUICK.least_poll_seconds,
@@ -202,9 +202,9 @@ def test_a_json_body_beyond_the_limit():
 def test_a_body_at_the_limit_passes():
     hub = FakeHub()
     body = request(model_id=MODEL).SerializeToString()
-    exact = DoorSettings(bodies=BodyLimits(by_path={"/api/v1/forward_backward": len(body)}))
+    exact = ContextSettings(bodies=BodyLimits(by_path={"/api/v1/forward_backward": len(body)}))
     assert Client(application(hub, exact)).forward_backward(body).status_code == 200
-    less = DoorSettings(bodies=BodyLimits(by_path={"/api/v1/forward_backward": len(body) - 1}))
+    less = ContextSettings(bodies=BodyLimits(by_path={"/api/v1/forward_backward": len(body) - 1}))
     assert Client(application(hub, less)).forward_backward(body).status_code == 413
 
 

@@ -75,7 +75,9 @@ def test_an_archive_is_fetched_by_the_address_that_its_owner_is_sent_to(hub):
 
 def test_the_door_does_not_know_torch():
     """The import contract covers what modules name; this covers what really happens."""
-    program = "import sys, manylora.service.app; print(*{'torch', 'transformers'} & {*sys.modules})"
+    program = (
+        "import sys, manylora.service.http.app; print(*{'torch', 'transformers'} & {*sys.modules})"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from manylora.api import Host
 from manylora.config import AdapterEntry, SftSettings
+from manylora.hosting import Host
 from manylora.service.contract import Ready
-from manylora.service.errors import NotFound
+from manylora.service.http_errors import NotFound
 from manylora.service.wire import messages as m
 from manylora.service.wire import wire_pb2 as pb
-from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.outline import outline_of
-from manylora.service.wire.runs import Data, SubmitRunRequest
-from manylora.service.wire.sampling import decode_sample
+from manylora.service.wire.run_messages import Data, SubmitRunRequest
+from manylora.service.wire.sample_messages import decode_sample
+from manylora.service.wire.wire_limits import WireLimits
 from manylora.store import Store
 from manylora.types import Conflict, DataError
 from tests.unit.service import bodies

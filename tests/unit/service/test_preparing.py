@@ -9,8 +9,8 @@ import pytest
 
 from manylora.config import AdapterEntry, SftSettings
 from manylora.runs.encode import Encoder
-from manylora.service.preparing import MOST_PAUSED, Preparing
-from manylora.service.wire.runs import Data, SubmitRunRequest
+from manylora.service.state.data_preparation import MOST_PAUSED, Preparing
+from manylora.service.wire.run_messages import Data, SubmitRunRequest
 from tests.unit.service.test_upkeep import Place
 
 

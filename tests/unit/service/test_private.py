@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from manylora.service import private
-from manylora.service.private import keep_private, signing_secret
+from manylora.service import private_files as private
+from manylora.service.private_files import keep_private, signing_secret
 from manylora.store import Store
 from manylora.types import SaveFailed, StoreError
 from manylora.types import files as whole_files

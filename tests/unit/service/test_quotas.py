@@ -10,12 +10,12 @@ import pytest
 
 from manylora.config import AdapterEntry, SftSettings
 from manylora.service.contract import Ready
-from manylora.service.errors import QuotaExceeded, TooLarge
-from manylora.service.upkeep import SWEEP_SECONDS
+from manylora.service.http_errors import QuotaExceeded, TooLarge
+from manylora.service.state.maintenance import SWEEP_SECONDS
 from manylora.service.wire import messages as m
-from manylora.service.wire.limits import WireLimits
-from manylora.service.wire.runs import Data, SubmitRunRequest
-from manylora.service.wire.sampling import decode_sample
+from manylora.service.wire.run_messages import Data, SubmitRunRequest
+from manylora.service.wire.sample_messages import decode_sample
+from manylora.service.wire.wire_limits import WireLimits
 from tests.unit.service.test_upkeep import WHO, Place
 
 Test = Callable[[Place], Coroutine[Any, Any, None]]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from manylora.service import results as results_module
-from manylora.service.results import Result, Results
+from manylora.service.state import result_files as results_module
+from manylora.service.state.result_files import Result, Results
 from manylora.types import SaveFailed
 
 TTL = 100.0

@@ -14,12 +14,12 @@ from typing import Any
 import httpx
 import pytest
 
-from manylora.service.connections import Connections, room_for
-from manylora.service.errors import Backpressure
-from manylora.service.limits import BodyLimit, BodyLimits
+from manylora.service.http.body_limits import BodyLimit, BodyLimits
+from manylora.service.http.capacity import Capacity, neighbourhood
+from manylora.service.http.connections import OpenConnections, room_for
+from manylora.service.http.host_check import Names, host_of
+from manylora.service.http_errors import Backpressure
 from manylora.service.logs import MOST_ALIKE, SPAN_SECONDS, Sparing
-from manylora.service.outside import Names, host_of
-from manylora.service.room import Room, neighbourhood
 from manylora.types import ConfigError
 from tests.unit.service.client import QUICK, Client, application
 from tests.unit.service.fake_hub import EXTERNAL, MODEL, FakeHub
@@ -31,7 +31,7 @@ class Table:
     """Connections, and which of them were closed."""
 
     def __init__(self, most: int, most_each: int) -> None:
-        self.connections = Connections(most, most_each)
+        self.connections = OpenConnections(most, most_each)
         self.closed: list[Any] = []
 
     def open(self, host: str, port: int) -> bool:
@@ -122,7 +122,7 @@ def test_connections_leave_descriptors_for_files():
 
 
 def test_room_is_counted_in_all_and_for_each():
-    room = Room(100, 60, "bytes")
+    room = Capacity(100, 60, "bytes")
     with room.holding("tenant a", "address x") as one:
         one.grow(50)
         one.grow(20)  # it has more than that

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from manylora.service.contract import PROTOBUF_TYPE
-from manylora.service.door import DoorSettings
-from manylora.service.errors import Backpressure, QuotaExceeded
-from manylora.service.routes_refused import REFUSED
+from manylora.service.http.context import ContextSettings
+from manylora.service.http.routes_refused import REFUSED
+from manylora.service.http_errors import Backpressure, QuotaExceeded
 from manylora.service.wire import messages
 from manylora.service.wire.pieces import ForwardBackwardSubmit, SampleSubmit
 from manylora.types import Cancelled, DataError, SaveFailed, StepRefused
@@ -239,7 +239,7 @@ def test_results(alice):
 
 def test_not_yet_is_never_said_at_once(hub):
     """The SDK asks again without a pause: the pause is ours, even if the hub makes none."""
-    alice = Client(application(hub, DoorSettings(least_poll_seconds=0.5)))
+    alice = Client(application(hub, ContextSettings(least_poll_seconds=0.5)))
     started = time.monotonic()
     waiting = alice.post("retrieve_future", {"request_id": "waiting"})
     assert time.monotonic() - started >= 0.5

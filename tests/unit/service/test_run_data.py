@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from manylora.config import AdapterEntry
-from manylora.runs.layout import AdapterPaths
-from manylora.service.errors import TooLarge
-from manylora.service.run_data import RunData, accept, check_size, find
-from manylora.service.wire.runs import Data
+from manylora.runs.run_folder import AdapterPaths
+from manylora.service.http_errors import TooLarge
+from manylora.service.state.run_data import RunData, accept, check_size, find
+from manylora.service.wire.run_messages import Data
 from manylora.types import DataError, Unsupported
 
 LINE = '{"prompt": "a", "completion": "b"}\n'

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from manylora.service.errors import Malformed, TooLarge
+from manylora.service.http_errors import Malformed, TooLarge
 from manylora.service.wire import wire_pb2 as pb
-from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.pieces import SampleSubmit
-from manylora.service.wire.sampling import decode_sample, encode_sample
+from manylora.service.wire.sample_messages import decode_sample, encode_sample
+from manylora.service.wire.wire_limits import WireLimits
 from manylora.types import (
     DataError,
     PromptScores,

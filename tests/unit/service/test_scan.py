@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manylora.service.errors import TooLarge
+from manylora.service.http_errors import TooLarge
 from manylora.service.wire.codec import decode_forward_backward
-from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.reading import peek_json_ids
 from manylora.service.wire.scan import check_outline, peek_ids
+from manylora.service.wire.wire_limits import WireLimits
 from manylora.types import DataError
 from tests.unit.service.bodies import datum, dense, plain_datum, request, sparse, tokens
 

@@ -20,10 +20,10 @@ from manylora.service.wire.codec import (
     decode_forward_backward,
     encode_forward_backward,
 )
-from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.reading import read_json
-from manylora.service.wire.sampling import decode_sample, encode_sample
+from manylora.service.wire.sample_messages import decode_sample, encode_sample
+from manylora.service.wire.wire_limits import WireLimits
 from manylora.types import (
     ForwardBackwardResult,
     PromptScores,

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from manylora.cli.adapters import find_adapter
+from manylora.cli.adapter_folder import find_adapter
+from manylora.journal.journal import Journal
+from manylora.journal.recovery import segments
 from manylora.runs.sources import read_source
-from manylora.scheduler.journal import Journal
-from manylora.scheduler.journal_recovery import segments
-from manylora.service.errors import answer_to
-from manylora.service.replay import saved_position
-from manylora.service.results import Results
+from manylora.service.http_errors import answer_to
+from manylora.service.state.replay import saved_position
+from manylora.service.state.result_files import Results
 from manylora.types import SaveFailed, TooManyFilesOpen
 from tests.descriptors import descriptors_left, told_or_done
 

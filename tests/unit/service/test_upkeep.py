@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from manylora.api import Host
 from manylora.config import ServerFile
 from manylora.engine import Engine
+from manylora.hosting import Host
 from manylora.service.contract import Failed, Ready, Waiting
-from manylora.service.errors import Gone, NotFound
-from manylora.service.hub import TinkerHub
+from manylora.service.http_errors import Gone, NotFound
 from manylora.service.server import Service
-from manylora.service.upkeep import SWEEP_SECONDS, Upkeep
+from manylora.service.state.hub import TinkerHub
+from manylora.service.state.maintenance import SWEEP_SECONDS, Maintenance
 from manylora.service.wire import messages as m
-from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.outline import outline_of
 from manylora.service.wire.paths import TinkerPath
-from manylora.service.wire.sampling import decode_sample
+from manylora.service.wire.sample_messages import decode_sample
+from manylora.service.wire.wire_limits import WireLimits
 from manylora.store import Store
 from manylora.types import Opening, SaveFailed
 from tests.unit.service import bodies
@@ -46,7 +46,7 @@ class Place:
         self.folder, self.settings = folder, settings
         self.clock, self.wall = Clock(1000.0), Clock(1_800_000_000.0)
         self.hub: TinkerHub
-        self.upkeep: Upkeep
+        self.upkeep: Maintenance
         self.session = self.model = ""
 
     @asynccontextmanager
@@ -61,7 +61,7 @@ class Place:
         self.hub = await service.start([Engine(Opening("seedling", threads=1))])
         assert service._upkeep is not None
         service._upkeep.cancel()
-        self.upkeep = Upkeep(self.hub, gap_seconds=GAP)
+        self.upkeep = Maintenance(self.hub, gap_seconds=GAP)
         try:
             yield
         finally:

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora.service.contract import Failed, Ready, Waiting
-from manylora.service.errors import Backpressure, NotFound, TooLarge
-from manylora.service.ledger import Ledger
+from manylora.service.http_errors import Backpressure, NotFound, TooLarge
+from manylora.service.state.ledger import Ledger
 from manylora.service.wire import wire_pb2 as pb
-from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.outline import Outline, outline_of
-from manylora.service.wire.sampling import read_sample
+from manylora.service.wire.sample_messages import read_sample
+from manylora.service.wire.wire_limits import WireLimits
 from manylora.types import Cancelled, DataError
 from tests.unit.service import bodies
 from tests.unit.service.test_upkeep import WHO, Place

@@ -1,7 +1,7 @@
 import pytest
 
 from manylora.types import ConfigError, Unsupported
-from manylora.types.mesh import MeshShape
+from manylora.types.mesh_shape import MeshShape
 
 
 @pytest.mark.parametrize(

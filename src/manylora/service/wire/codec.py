@@ -14,14 +14,14 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from pydantic import BaseModel
 
-from manylora.service.errors import TooLarge
+from manylora.service.http_errors import TooLarge
 from manylora.service.wire import wire_pb2 as pb
-from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.messages import WireAdamParams
 from manylora.service.wire.paths import IDENTIFIER, MAX_IDENTIFIER
 from manylora.service.wire.pieces import ForwardBackwardSubmit
 from manylora.service.wire.scan import check_outline
-from manylora.service.wire.tensors import from_bytes, from_tensor
+from manylora.service.wire.wire_limits import WireLimits
+from manylora.service.wire.wire_tensors import from_bytes, from_tensor
 from manylora.types import AdamParams, DataError, Datum, ForwardBackwardResult, Unsupported
 from manylora.types.data import Array
 

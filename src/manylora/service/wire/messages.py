@@ -67,7 +67,7 @@ Metadata = Annotated[
 ]
 
 
-class Request(BaseModel):
+class WireRequest(BaseModel):
     """What every request has in common."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
@@ -76,13 +76,13 @@ class Request(BaseModel):
 # --- sessions ---------------------------------------------------------------------------------
 
 
-class ClientConfigRequest(Request):
+class ClientConfigRequest(WireRequest):
     """POST client/config and client/dynamic_config."""
 
     sdk_version: Word = ""
 
 
-class CreateSessionRequest(Request):
+class CreateSessionRequest(WireRequest):
     """POST create_session."""
 
     tags: Annotated[list[Word], Field(max_length=128)] = []
@@ -92,24 +92,24 @@ class CreateSessionRequest(Request):
     display_name: Word | None = None
 
 
-class SessionRequest(Request):
+class SessionRequest(WireRequest):
     """POST session_heartbeat."""
 
     session_id: Identifier
 
 
-class FinishReason(Request):
+class FinishReason(WireRequest):
     type: Literal["success", "errored", "interrupted"]
 
 
-class FinishSessionRequest(Request):
+class FinishSessionRequest(WireRequest):
     """POST sessions/{id}/finish."""
 
     reason: FinishReason
     detail: Text | None = None
 
 
-class TelemetryRequest(Request):
+class TelemetryRequest(WireRequest):
     """POST telemetry. The events are counted and dropped."""
 
     events: Annotated[list[Any], Field(max_length=10_000)] = []
@@ -119,13 +119,13 @@ class TelemetryRequest(Request):
 # --- models and training ----------------------------------------------------------------------
 
 
-class OptimizerConfig(Request):
+class OptimizerConfig(WireRequest):
     """The optimizer's family; only `adamw` is served."""
 
     type: Word = "adamw"
 
 
-class LoraConfig(Request):
+class LoraConfig(WireRequest):
     rank: Annotated[int, Field(ge=1, le=65_536)]
     seed: Seed | None = None
     train_unembed: bool = True
@@ -133,7 +133,7 @@ class LoraConfig(Request):
     train_attn: bool = True
 
 
-class CreateModelRequest(Request):
+class CreateModelRequest(WireRequest):
     """POST create_model."""
 
     session_id: Identifier
@@ -144,20 +144,20 @@ class CreateModelRequest(Request):
     optimizer_config: OptimizerConfig = OptimizerConfig()
 
 
-class ModelRequest(Request):
+class ModelRequest(WireRequest):
     """POST get_info, and unload_model of older SDKs."""
 
     model_id: Identifier
 
 
-class Numbered(Request):
+class Numbered(WireRequest):
     """A request in a model's own order."""
 
     model_id: Identifier
     seq_id: OrderNumber
 
 
-class WireAdamParams(Request):
+class WireAdamParams(WireRequest):
     learning_rate: float = 0.0001
     beta1: float = 0.9
     beta2: float = 0.95
@@ -166,7 +166,7 @@ class WireAdamParams(Request):
     grad_clip_norm: float = 0.0
 
 
-class OtherOptimizerParams(Request):
+class OtherOptimizerParams(WireRequest):
     type: Word
 
 
@@ -183,7 +183,7 @@ class OptimStepRequest(Numbered):
         return self
 
 
-class LoadWeightsRequest(Request):
+class LoadWeightsRequest(WireRequest):
     """POST load_weights: into a new model (session_id), or into one just made (model_id)."""
 
     path: Path
@@ -211,7 +211,7 @@ class LoadWeightsRequest(Request):
         return self.session_id is not None
 
 
-class CopyWeightsRequest(Request):
+class CopyWeightsRequest(WireRequest):
     """POST copy_weights: into a slot of a session, or by itself. There are no projects: any name
     of one is taken, and the copy is the caller's."""
 
@@ -266,7 +266,7 @@ class SaveWeightsExternalRequest(Numbered):
 # --- sampling ---------------------------------------------------------------------------------
 
 
-class CreateSamplingSessionRequest(Request):
+class CreateSamplingSessionRequest(WireRequest):
     """POST create_sampling_session."""
 
     session_id: Identifier
@@ -285,18 +285,18 @@ Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 StopText = Annotated[str, StringConstraints(max_length=1024)]
 
 
-class WireChunk(Request):
+class WireChunk(WireRequest):
     """A piece of a prompt; only `encoded_text` is served."""
 
     type: Word = "encoded_text"
     tokens: list[Token] | None = None
 
 
-class WirePrompt(Request):
+class WirePrompt(WireRequest):
     chunks: Annotated[list[WireChunk], Field(max_length=4096)]
 
 
-class WireSamplingParams(Request):
+class WireSamplingParams(WireRequest):
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     seed: Seed | None = None
     stop: (
@@ -310,7 +310,7 @@ class WireSamplingParams(Request):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
-class WireTensor(Request):
+class WireTensor(WireRequest):
     """A tensor of the JSON requests: whole numbers, dense or CSR."""
 
     data: list[Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]]
@@ -320,7 +320,7 @@ class WireTensor(Request):
     sparse_col_indices: list[Annotated[int, Field(ge=0, le=2**31)]] | None = None
 
 
-class SampleRequest(Request):
+class SampleRequest(WireRequest):
     """POST asample."""
 
     sampling_session_id: Identifier
@@ -341,20 +341,20 @@ class SampleRequest(Request):
 # --- futures and checkpoints ------------------------------------------------------------------
 
 
-class RetrieveFutureRequest(Request):
+class RetrieveFutureRequest(WireRequest):
     """POST retrieve_future."""
 
     request_id: Identifier
     allow_metadata_only: bool = False
 
 
-class WeightsInfoRequest(Request):
+class WeightsInfoRequest(WireRequest):
     """POST weights_info."""
 
     tinker_path: Path
 
 
-class TTLRequest(Request):
+class TTLRequest(WireRequest):
     """PUT …/checkpoints/{kind}/{name}/ttl; null = never expires."""
 
     ttl_seconds: TTL | None

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from manylora.service.wire import wire_pb2 as pb
 from manylora.service.wire.codec import decode_forward_backward, digest_message, parse_request
-from manylora.service.wire.limits import WireLimits
 from manylora.service.wire.pieces import ForwardBackwardSubmit
+from manylora.service.wire.wire_limits import WireLimits
 
 TOKEN_BYTES = 8  # int64
 # Of a loss input's element: whole numbers become int64, everything else float32.

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
-from manylora.service.errors import Malformed
+from manylora.service.http_errors import Malformed
 from manylora.service.wire.paths import IDENTIFIER, MAX_IDENTIFIER
 
 MAX_COMPLAINTS = 5

@@ -8,9 +8,9 @@ its first bytes whose it was.
 import re
 from collections.abc import Iterator
 
-from manylora.service.errors import TooLarge
-from manylora.service.wire.limits import WireLimits
+from manylora.service.http_errors import TooLarge
 from manylora.service.wire.paths import IDENTIFIER, MAX_IDENTIFIER
+from manylora.service.wire.wire_limits import WireLimits
 from manylora.types import DataError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5

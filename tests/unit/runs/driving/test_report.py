@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from manylora.config import RunFile
-from manylora.runs.layout import RunPaths, read_json, write_json
 from manylora.runs.report import report_data, script_json, thinned, write_report
+from manylora.runs.run_folder import RunPaths, read_json, write_json
 from tests.unit.runs.driving.conftest import metrics, summary, train
 
 HOSTILE = "</script><script>alert(1)</script><!-- <script> & \u2028 ${x} `"

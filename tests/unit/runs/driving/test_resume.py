@@ -13,8 +13,8 @@ import pytest
 
 from manylora.config import RunFile
 from manylora.runs.events import StepDone
-from manylora.runs.layout import RunPaths, held
-from manylora.runs.metrics import MetricsFile, cut_back, read_metrics
+from manylora.runs.metrics_file import MetricsFile, cut_back, read_metrics
+from manylora.runs.run_folder import RunPaths, held
 from manylora.types import ConfigError
 from tests.unit.runs.driving.conftest import final_weights, metrics, summary, train
 from tests.unit.runs.driving.fake_door import FakeDoor

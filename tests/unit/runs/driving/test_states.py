@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from manylora.config import RunFile
-from manylora.runs.layout import RunPaths
-from manylora.runs.states import best_step, drop_old_states, saved_steps
+from manylora.runs.run_folder import RunPaths
+from manylora.runs.saved_states import best_step, drop_old_states, saved_steps
 from tests.unit.runs.driving.conftest import final_weights, metrics, summary, train
 from tests.unit.runs.driving.fake_door import FakeDoor
 
@@ -53,7 +53,7 @@ def test_a_state_that_cannot_be_deleted_stays_and_is_told(
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("manylora.runs.states.shutil.rmtree", refuse)
+    monkeypatch.setattr("manylora.runs.saved_states.shutil.rmtree", refuse)
     drop_old_states(tmp_path, 1, [])
     assert saved_steps(tmp_path) == [1, 2]
     assert "Permission denied" in caplog.text

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from manylora.config import RunFile
-from manylora.runs.layout import RunPaths
+from manylora.runs.run_folder import RunPaths
 from tests.unit.runs.driving.conftest import metrics, train
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from manylora.config import RunFile, load_run_file
-from manylora.runs.layout import RunPaths
+from manylora.runs.run_folder import RunPaths
 from manylora.types import ConfigError
 from tests.unit.runs.driving.conftest import final_weights, metrics, summary, train
 from tests.unit.runs.driving.fake_door import FakeDoor

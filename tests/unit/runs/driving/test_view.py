@@ -14,7 +14,6 @@ from rich.console import Console
 
 from manylora.config import RunFile
 from manylora.runs.board import Board, Rate, clock_text, percent, short
-from manylora.runs.closing import print_closing
 from manylora.runs.events import (
     AdapterEnded,
     AdapterStarted,
@@ -27,6 +26,7 @@ from manylora.runs.events import (
     Stopping,
     event_dict,
 )
+from manylora.runs.summary import print_closing
 from manylora.runs.view import LiveView, PlainView
 from tests.unit.runs.driving.conftest import summary, train
 

@@ -1,0 +1,400 @@
+"""More adapters than fit: the engine's verbs over adapters that come and go.
+
+An adapter is resident (in the engine), held (its state in host memory) or on disk, and comes back
+by itself when an operation needs it. States, snapshots and checkpoints are written by one
+background thread in the order in which they were asked for, so a state on disk never refers to a
+snapshot that is not there yet, and training does not wait for the disk.
+"""
+
+import shutil
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from manylora.hosting.engine_protocol import EngineProtocol
+from manylora.hosting.page import AdapterPage, bytes_of, file_name, settings_of
+from manylora.hosting.snapshots import Snapshots
+from manylora.hosting.state_files import read_state, write_state
+from manylora.hosting.state_writer import Writer
+from manylora.lora.state import AdapterState
+from manylora.scheduler import Residency
+from manylora.types import (
+    AdapterExists,
+    AdapterNotFound,
+    AdapterSpec,
+    EngineLost,
+    ForwardBackward,
+    ForwardBackwardResult,
+    ManyloraError,
+    OptimStep,
+    OptimStepResult,
+    Sample,
+    SampleResult,
+)
+from manylora.types.memory import adapter_bytes, admit_adapter
+
+Result = TypeVar("Result")
+
+
+class Pager:
+    """The engine's verbs (see `scheduler.Runner`) over any number of registered adapters.
+
+    Verbs run on the engine's thread; `on_saved` is called on the writer's.
+    """
+
+    def __init__(
+        self,
+        engine: EngineProtocol,
+        folder: Path | None,
+        *,
+        adapters: Residency,
+        snapshots: Residency,
+        host_bytes: int,
+        before_save: Callable[[], None] = lambda: None,
+        on_saved: Callable[[str, int], None] = lambda name, position: None,
+    ):
+        """Nothing is registered yet.
+
+        Args:
+            folder: for states (`adapters/`) and snapshots (`snapshots/`); None = nothing leaves the
+                engine, so `adapters` and `snapshots` have no limits.
+            adapters, snapshots: how many may be in the engine at once.
+            host_bytes: of states held in host memory, those that wait to be written included.
+            before_save: called before an adapter's state is written; returns once everything that
+                its operations brought is where it will be found again.
+            on_saved: told the name and the position of each state that is whole on disk.
+        """
+        self.engine = engine
+        self.adapters = adapters
+        self.host_bytes = host_bytes
+        self._folder = folder
+        self._before_save, self._on_saved = before_save, on_saved
+        self._pages: dict[str, AdapterPage] = {}
+        self._held = Residency(max_bytes=host_bytes)
+        self._lock = threading.Lock()
+        self._writer = Writer(host_bytes)
+        self.snapshots = Snapshots(engine, folder, snapshots, self._writer)
+
+    # -- registering ------------------------------------------------------------------------------
+
+    def create(self, name: str, spec: AdapterSpec) -> None:
+        """A new adapter, resident at once so that wrong settings show.
+
+        Raises:
+            AdapterExists, TargetError, DoesNotFit
+        """
+        self._refuse_known(name)
+        self._pages[name] = AdapterPage(fresh=spec)
+        self._bring_first(name)
+
+    def restore(self, name: str, state: AdapterState) -> None:
+        """A new adapter that begins with a state, resident at once.
+
+        Raises:
+            AdapterExists, DoesNotFit
+        """
+        self._refuse_known(name)
+        self._pages[name] = AdapterPage()
+        self._hold(name, state)
+        self._bring_first(name)
+
+    def register(self, name: str, spec: AdapterSpec, position: int | None) -> None:
+        """An adapter of an earlier life of this folder; nothing is read before it is needed.
+
+        Args:
+            position: of its state on disk; None = it has none and starts anew from `spec`.
+        """
+        self._refuse_known(name)
+        self._pages[name] = AdapterPage(
+            fresh=spec if position is None else None,
+            position=position or 0, saved=None if position is None else 0,
+            asked=None if position is None else 0,
+        )  # fmt: skip
+
+    def replace(self, name: str, state: AdapterState, position: int) -> None:
+        """Put another state in an adapter's place."""
+        self._page(name)
+        self._forget_resident(name)
+        self.adapters.drop(name)
+        self._hold(name, state)
+        self._advance(name, position)
+        self._pages[name].fresh = None
+        self.save(name)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter and delete its state on disk; its snapshots stay."""
+        self._page(name)
+        self._forget_resident(name)
+        self._held.drop(name)
+        del self._pages[name]
+        if self._folder is not None:
+            self._delete(self.state_folder(name))
+
+    def position(self, name: str) -> int:
+        """`seq` of the last operation that the adapter has run."""
+        return self._page(name).position
+
+    def state_folder(self, name: str) -> Path:
+        """Where the adapter's state lies when it is on disk."""
+        assert self._folder is not None
+        return self._folder / "adapters" / file_name(name)
+
+    def snapshot_folder(self, snapshot: str) -> Path:
+        """Where the snapshot lies on disk."""
+        return self.snapshots.folder_of(snapshot)
+
+    # -- the engine's verbs -----------------------------------------------------------------------
+
+    def forward_backward(
+        self, works: Sequence[ForwardBackward]
+    ) -> list[ForwardBackwardResult | ManyloraError]:
+        """See `Engine.forward_backward`; an adapter that cannot be brought back is its error."""
+        return self._run(works, self.engine.forward_backward)
+
+    def optim_step(self, steps: Sequence[OptimStep]) -> list[OptimStepResult | ManyloraError]:
+        """See `Engine.optim_step`."""
+        return self._run(steps, self.engine.optim_step)
+
+    def admit(self, samples: Sequence[Sample]) -> list[ManyloraError | None]:
+        """See `Engine.admit`; weights that cannot be brought back are an error, never the base."""
+        faults: dict[int, ManyloraError] = {}
+        for number, sample in enumerate(samples):
+            try:
+                if sample.snapshot is not None:
+                    self.snapshots.bring(sample.snapshot)
+                elif sample.adapter is not None:
+                    self._bring_one(sample.adapter)
+            except ManyloraError as error:
+                faults[number] = error
+        sound = [sample for number, sample in enumerate(samples) if number not in faults]
+        verdicts = iter(self.engine.admit(sound))
+        return [faults[n] if n in faults else next(verdicts) for n in range(len(samples))]
+
+    def decode(self, seconds: float) -> list[tuple[Sample, SampleResult | ManyloraError]]:
+        """See `Engine.decode`."""
+        return self.engine.decode(seconds)
+
+    def cancel(self, sample: Sample) -> None:
+        """See `Engine.cancel`."""
+        self.engine.cancel(sample)
+
+    @property
+    def decoding(self) -> int:
+        """Sequences in the decode loop."""
+        return self.engine.decoding
+
+    # -- what a client can have kept --------------------------------------------------------------
+
+    def poison(self, name: str, reason: str, position: int) -> None:
+        """Have the adapter's next optimizer step refused, as after a failed forward_backward."""
+        self._bring_one(name)
+        self.engine.poison(name, reason)
+        self._advance(name, position)
+
+    def skip(self, name: str, position: int) -> None:
+        """Pass over an operation that has nothing to do."""
+        self._page(name)
+        self._advance(name, position)
+
+    def snapshot(self, name: str, snapshot: str, position: int) -> None:
+        """Freeze a copy of the adapter's weights; it is on disk soon, if there is a folder."""
+        self._bring_one(name)
+        self.snapshots.take(name, snapshot)
+        self._advance(name, position)
+
+    def drop_snapshot(self, snapshot: str) -> None:
+        """Forget a snapshot and delete it from disk."""
+        self.snapshots.drop(snapshot)
+
+    def whole_state(self, name: str) -> AdapterState:
+        """A copy of all that training goes on from, a gradient that waits for its step included."""
+        self._bring_one(name)
+        return self.engine.state(name)
+
+    def state(self, name: str, position: int, *, moments: bool) -> AdapterState:
+        """A copy of the adapter's state as of now, as a checkpoint keeps it: without the gradient
+        that waits for its optimizer step.
+
+        Args:
+            moments: with the optimizer's state; without, weights and the count of steps only.
+        """
+        self._bring_one(name)
+        state = self.engine.state(name)
+        self._advance(name, position)
+        if moments:
+            return replace(state, grad=None, poison=None)
+        return AdapterState(state.spec, state.layout, state.weights, step=state.step)
+
+    def write(
+        self, write: Callable[[], Result], state: AdapterState, *, quiet: bool = False
+    ) -> "Future[Result]":
+        """Have the writer write a state, after what it has in hand; see `Writer.write`."""
+        return self._writer.write(write, bytes_of(state), quiet=quiet)
+
+    def save(self, name: str) -> Future[Any] | None:
+        """Have the adapter's state written, unless the newest is there or on its way."""
+        page = self._page(name)
+        if self._folder is None or page.asked == page.version or page.fresh is not None:
+            return None
+        state = self.engine.state(name) if name in self.engine.adapters else page.held
+        if state is None:  # its state on disk cannot be read, so it has done nothing since
+            return None
+        position, version = page.position, page.version
+        page.asked = version
+        return self._writer.write(
+            lambda: self._save_own(name, state, position, version), bytes_of(state)
+        )
+
+    def save_all(self) -> None:
+        """Write every state that is not on disk, and wait for the writer."""
+        for name in self._pages:
+            self.save(name)
+        self._writer.drain()
+
+    def close(self) -> None:
+        """Finish what the writer has in hand."""
+        self._writer.close()
+
+    def counts(self) -> dict[str, int]:
+        """How many adapters are resident, held in host memory, and on disk only; snapshots too."""
+        resident, held = len(self.adapters), len(self._held)
+        return {
+            "resident": resident,
+            "held": held,
+            "disk": len(self._pages) - resident - held,
+            "snapshots": len(self.snapshots),
+        }
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _bring_first(self, name: str) -> None:
+        """Bring an adapter in that is being made; one that cannot be was never there."""
+        try:
+            self._bring_one(name)
+        except BaseException:
+            self._held.drop(name)
+            del self._pages[name]
+            raise
+
+    def _delete(self, folder: Path) -> None:
+        self._writer.write(lambda: shutil.rmtree(folder, ignore_errors=True), 0)
+
+    def _run(
+        self, operations: Sequence[Any], verb: Callable[[Sequence[Any]], Iterable[Any]]
+    ) -> list[Any]:
+        faults = self._bring({operation.adapter for operation in operations})
+        sound = [operation for operation in operations if operation.adapter not in faults]
+        lost = any(isinstance(fault, EngineLost) for fault in faults.values())
+        try:
+            outcomes = iter(verb(sound) if sound else ())
+        except EngineLost:
+            lost = True
+            raise
+        finally:
+            # A failed operation is over, too; one that went with its engine will be run again.
+            for operation in operations if not lost else ():
+                if operation.adapter in self._pages:
+                    self._advance(operation.adapter, operation.seq)
+        return [
+            faults[operation.adapter] if operation.adapter in faults else next(outcomes)
+            for operation in operations
+        ]
+
+    def _bring(self, names: Collection[str]) -> dict[str, ManyloraError]:
+        """Make adapters resident; returns what kept some from it."""
+        faults: dict[str, ManyloraError] = {}
+        for name in sorted(names):
+            try:
+                self._bring_one(name, names)
+            except ManyloraError as error:
+                faults[name] = error
+        return faults
+
+    def _bring_one(self, name: str, keep: Collection[str] = ()) -> None:
+        page = self._page(name)
+        if name in self.engine.adapters:
+            self.adapters.use(name)
+            return
+        state = page.held
+        if state is None and page.fresh is None:
+            called = f"the state of {name!r}"
+            state = read_state(self.engine, self.state_folder(name), called=called).state
+        spec, layout = settings_of(self.engine, page, state)
+        others = self.adapters.names(keep) if self._folder else []
+        room = self.engine.room_bytes + sum(self.adapters.size(other) for other in others)
+        admit_adapter(name, spec.rank, layout.num_params, spec.dtype, room)  # before anybody goes
+        needed = adapter_bytes(layout.num_params, spec.dtype)
+        self._page_out(self.adapters.excess(keep, incoming=needed))
+        for other in others:
+            if other in self.adapters and needed > self.engine.room_bytes:
+                self._page_out([other])
+        if state is None:
+            adapter = self.engine.create(name, spec)
+        else:
+            adapter = self.engine.restore(name, state)
+        page.held = None
+        self._held.drop(name)
+        self.adapters.use(name, adapter_bytes(adapter.layout.num_params, adapter.spec.dtype))
+
+    def _page_out(self, names: Iterable[str]) -> None:
+        for name in names:
+            page = self._pages[name]
+            if page.fresh is None:
+                self._hold(name, self.engine.state(name))
+                self.save(name)
+            self._forget_resident(name)
+        self._trim()
+
+    def _hold(self, name: str, state: AdapterState) -> None:
+        self._pages[name].held = state
+        self._held.use(name, bytes_of(state))
+
+    def _trim(self) -> None:
+        """Let go of held states beyond the limit that are whole on disk."""
+        for name in self._held.excess():
+            page = self._pages[name]
+            if page.saved != page.version:
+                self._writer.drain()
+            if page.saved == page.version:
+                page.held = None
+                self._held.drop(name)
+
+    def _forget_resident(self, name: str) -> None:
+        if name in self.engine.adapters:
+            self.engine.unload(name)
+        self.adapters.drop(name)
+
+    def _advance(self, name: str, position: int) -> None:
+        page = self._pages[name]
+        page.position = max(page.position, position)
+        page.version += 1
+        if name in self.engine.adapters:
+            page.fresh = None
+
+    def _save_own(self, name: str, state: AdapterState, position: int, version: int) -> None:
+        try:
+            self._before_save()
+            write_state(self.engine, self.state_folder(name), state, position=position)
+        except ManyloraError:
+            with self._lock:
+                page = self._pages.get(name)
+                if page is not None and page.asked == version:
+                    page.asked = page.saved
+            raise
+        with self._lock:
+            page = self._pages.get(name)
+            if page is not None:
+                page.saved = version
+        self._on_saved(name, position)
+
+    def _page(self, name: str) -> AdapterPage:
+        if name not in self._pages:
+            raise AdapterNotFound(f"no adapter named {name!r}")
+        return self._pages[name]
+
+    def _refuse_known(self, name: str) -> None:
+        if name in self._pages:
+            raise AdapterExists(f"an adapter named {name!r} exists already; choose another name")

@@ -1,0 +1,70 @@
+"""Frozen weights: in the engine, or on disk until a sample needs them."""
+
+import shutil
+from pathlib import Path
+
+from manylora.hosting.engine_protocol import EngineProtocol
+from manylora.hosting.page import bytes_of, file_name
+from manylora.hosting.state_files import read_state, write_state
+from manylora.hosting.state_writer import Writer
+from manylora.scheduler import Residency
+from manylora.types import AdapterNotFound
+
+
+class Snapshots:
+    """The snapshots of an engine. Methods belong to the engine's thread."""
+
+    def __init__(
+        self, engine: EngineProtocol, folder: Path | None, resident: Residency, writer: Writer
+    ):
+        """See `Pager`; `resident`: how many may be in the engine at once."""
+        self._engine, self._folder, self._writer = engine, folder, writer
+        self._resident = resident
+
+    def __len__(self) -> int:
+        """Those in the engine."""
+        return len(self._resident)
+
+    def folder_of(self, snapshot: str) -> Path:
+        """Where the snapshot lies on disk."""
+        assert self._folder is not None
+        return self._folder / "snapshots" / file_name(snapshot)
+
+    def take(self, adapter: str, snapshot: str) -> None:
+        """Freeze a copy of a resident adapter's weights; it is on disk soon."""
+        self._engine.snapshot(adapter, snapshot)
+        self._note(snapshot)
+        if self._folder is None:
+            return
+        state, folder = self._engine.snapshot_state(snapshot), self.folder_of(snapshot)
+        self._writer.write(
+            lambda: write_state(self._engine, folder, state, position=0), bytes_of(state)
+        )
+
+    def bring(self, snapshot: str) -> None:
+        """Have it in the engine. Raises AdapterNotFound, CheckpointDamaged."""
+        if snapshot not in self._engine.snapshots:
+            folder = None if self._folder is None else self.folder_of(snapshot)
+            if folder is None or not folder.exists():
+                raise AdapterNotFound(f"no snapshot named {snapshot!r}")
+            state = read_state(self._engine, folder, called=f"snapshot {snapshot!r}").state
+            self._engine.install_snapshot(snapshot, state)
+        self._note(snapshot)
+
+    def drop(self, snapshot: str) -> None:
+        """Forget a snapshot and delete it from disk."""
+        self._engine.drop_snapshot(snapshot)
+        self._resident.drop(snapshot)
+        if self._folder is not None:
+            folder = self.folder_of(snapshot)
+            self._writer.write(lambda: shutil.rmtree(folder, ignore_errors=True), 0)
+
+    def _note(self, snapshot: str) -> None:
+        self._resident.use(snapshot, self._engine.snapshots[snapshot].num_bytes)
+        for victim in self._resident.excess(keep={snapshot}):
+            if not self.folder_of(victim).exists():
+                self._writer.drain()
+            # One that could not be written stays.
+            if self.folder_of(victim).exists():
+                self._engine.drop_snapshot(victim)
+                self._resident.drop(victim)

@@ -1,0 +1,123 @@
+"""An adapter's training states: asked for while its steps go on, and which of them stay."""
+
+import asyncio
+import logging
+import re
+import shutil
+from asyncio import wrap_future
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from manylora.runs.events import CheckpointSaved, Listener
+from manylora.runs.run_folder import AdapterPaths
+
+log = logging.getLogger(__name__)
+
+_STATE = re.compile(r"step-(\d+)")
+
+
+@dataclass(slots=True)
+class _Saving:
+    """A training state that has been asked for."""
+
+    step: int
+    path: Path
+    evaluations: Sequence[Mapping[str, Any]]
+    future: asyncio.Future[Path]
+
+
+class States:
+    """The training states of one adapter.
+
+    Attributes:
+        saved_step: of the newest one that is whole.
+    """
+
+    def __init__(self, name: str, paths: AdapterPaths, keep: int | None, emit: Listener) -> None:
+        """`keep`: how many of the newest stay; None = all."""
+        self.saved_step = 0
+        self._name, self._paths, self._keep, self._emit = name, paths, keep, emit
+        self._saving: _Saving | None = None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the one that was asked for last has come to an end."""
+        return self._saving is not None and self._saving.future.done()
+
+    async def save(
+        self, adapter: Any, step: int, client: dict[str, Any], *, first: Callable[[], None]
+    ) -> None:
+        """Ask for a state of this step, unless it is there.
+
+        Args:
+            client: what it shall remember; of it, `evaluations` say which state is the best.
+            first: called before it is asked for.
+        """
+        await self.written()
+        if step == self.saved_step:
+            return
+        first()
+        path = self._paths.state(step)
+        future = wrap_future(adapter.save(path, client))
+        self._saving = _Saving(step, path, client["evaluations"], future)
+
+    async def written(self) -> None:
+        """Wait for the state that was asked for last; older ones may then go. Raises SaveFailed."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        await saving.future
+        self.saved_step = saving.step
+        self._emit(CheckpointSaved(self._name, saving.step, str(saving.path)))
+        await self.drop_old(saving.evaluations)
+
+    async def drop_old(self, evaluations: Sequence[Mapping[str, Any]]) -> None:
+        """See `drop_old_states`."""
+        await asyncio.to_thread(drop_old_states, self._paths.checkpoints, self._keep, evaluations)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps whose training states lie in `folder`, in order."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(found[1]) for name in names if (found := _STATE.fullmatch(name)))
+
+
+def best_step(steps: Sequence[int], evaluations: Sequence[Mapping[str, Any]]) -> int | None:
+    """Of these steps the one with the lowest loss on the evaluation data, or where nothing has a
+    loss, with the most exact answers; of equals the latest. None if none was evaluated."""
+    judged = [
+        (_badness(evaluation), -evaluation["step"])
+        for evaluation in evaluations
+        if evaluation["step"] in steps
+    ]
+    return -min(judged)[1] if judged else None
+
+
+def drop_old_states(
+    folder: Path, keep: int | None, evaluations: Sequence[Mapping[str, Any]]
+) -> list[int]:
+    """Delete all training states but the `keep` newest ones and the best one.
+
+    Call it once the newest one is whole. What cannot be deleted is logged and stays.
+
+    Returns:
+        The steps that are left.
+    """
+    steps = saved_steps(folder)
+    if keep is None:
+        return steps
+    staying = {*steps[-keep:], best_step(steps, evaluations)}
+    for step in steps:
+        if step not in staying:
+            try:
+                shutil.rmtree(folder / f"step-{step}")
+            except OSError as error:
+                log.warning("an old training state stays: %s", error)
+    return [step for step in steps if step in staying]
+
+
+def _badness(evaluation: Mapping[str, Any]) -> tuple[float, float]:
+    loss, exact = evaluation.get("loss"), evaluation.get("exact_match")
+    return float("inf") if loss is None else loss, 0.0 if exact is None else -exact

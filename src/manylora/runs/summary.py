@@ -1,0 +1,93 @@
+"""What a run says in the end: a table, where things are, and what to try next."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from manylora.runs.board import clock_text, percent, printable, short
+from manylora.runs.events import RunEnded
+from manylora.runs.run_folder import read_json
+
+MAX_PROMPT = 80
+MOST_SHOWN = 8
+_STYLES = {"completed": "green", "failed": "bold red", "cancelled": "yellow"}
+
+
+def print_closing(event: RunEnded, console: Console) -> None:
+    """The table of adapters, the errors in full, and the paths."""
+    adapters: dict[str, dict[str, Any]] = event.summary["adapters"]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("adapter", "status"):
+        table.add_column(name, no_wrap=True)
+    for name in ("steps", "loss", "eval loss", "exact match"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, entry in adapters.items():
+        before, after = entry["eval_before"] or {}, entry["eval_after"] or {}
+        table.add_row(
+            name,
+            Text(entry["status"], style=_STYLES.get(entry["status"], "")),
+            f"{entry['steps']:,}/{entry['total_steps']:,}",
+            _change(short(entry["first_loss"]), short(entry["last_loss"])),
+            _change(short(before.get("loss")), short(after.get("loss"))),
+            _change(percent(before.get("exact_match")), percent(after.get("exact_match"))),
+        )
+    console.print(table)
+    for name, entry in adapters.items():
+        if entry["error"]:
+            error = entry["error"]
+            text = printable(f"{name}: {error['type']}: {error['message']}")
+            console.print(Text(text, style="red"))
+    _print_rate(event.summary, console)
+    _print_paths(event, console)
+
+
+def _change(before: str, after: str) -> str:
+    if after == "–":
+        return before
+    return f"{before} → {after}"
+
+
+def _print_rate(summary: dict[str, Any], console: Console) -> None:
+    if summary["tokens"]:
+        spent, evaluation = (
+            clock_text(summary[name]) for name in ("training_seconds", "evaluation_seconds")
+        )
+        speed = summary["tokens_per_second"] or 0
+        console.print(
+            f"{summary['tokens']:,} tokens trained in {spent}, {speed:,.0f} tokens/s; "
+            f"evaluation {evaluation}; {clock_text(summary['seconds'])} in all"
+        )
+
+
+def _print_paths(event: RunEnded, console: Console) -> None:
+    out = Path(event.out)
+    completed = [n for n, e in event.summary["adapters"].items() if e["status"] == "completed"]
+    lines = [("report", out / "report.html"), ("summary", out / "summary.json")]
+    lines += [("adapter", out / name / "final") for name in completed[:MOST_SHOWN]]
+    for label, path in lines:
+        if path.exists():
+            console.print(Text(f"  {label:<8} {path}"), soft_wrap=True)
+    if len(completed) > MOST_SHOWN:
+        console.print(Text(f"           and {len(completed) - MOST_SHOWN} more"))
+    if len(completed) < len(event.summary["adapters"]):
+        console.print("Start the same command again: completed adapters stay as they are, the")
+        console.print("others go on from their newest checkpoint.")
+    else:
+        # `completed` is in the file's order; the first adapter is as good as any.
+        command = ["manylora", "sample", "--adapter", str(out / completed[0])]
+        prompt = _first_prompt(out / completed[0] / "samples.json")
+        command += ["--prompt", prompt] if prompt else []
+        console.print(Text(f"  try      {shlex.join(command)}"), soft_wrap=True)
+
+
+def _first_prompt(samples: Path) -> str | None:
+    """A prompt that the adapter was asked, if it fits a command line."""
+    found = read_json(samples)
+    answers = found.get("after") if isinstance(found, dict) else None
+    prompt = str(answers[0]["prompt"]) if answers else ""
+    return prompt if 0 < len(prompt) <= MAX_PROMPT and prompt.isprintable() else None

@@ -1,0 +1,1 @@
+"""Bytes: connections, bodies and their limits, keys, routes, and errors as answers."""

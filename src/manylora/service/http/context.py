@@ -1,0 +1,205 @@
+"""What every route needs: whose request it is, its body as a message, and the hub.
+
+A body beyond `INLINE` bytes is read in a thread: the event loop never computes. A numbered request
+that is refused here, before the hub saw it, uses its number up; later ones would wait for it.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.routing import Route
+
+from manylora.service.contract import Hub
+from manylora.service.http.body_limits import BodyLimits
+from manylora.service.http.capacity import Capacity
+from manylora.service.http.responses import JSON_TYPE, json_response
+from manylora.service.http.signing import Signer
+from manylora.service.http_errors import WrongEncoding
+from manylora.service.wire.messages import LoadWeightsRequest, Numbered
+from manylora.service.wire.reading import peek_json_ids, read_json
+from manylora.service.wire.wire_limits import WireLimits
+from manylora.types import ManyloraError
+
+INLINE = 64 * 1024
+
+M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextSettings:
+    """How the door behaves.
+
+    Attributes:
+        bodies, wire: limits on bytes and on content.
+        poll_seconds: how long retrieve_future holds a request whose result is not there. The SDK
+            gives up after 45.
+        least_poll_seconds: it never answers "not yet" sooner; the SDK asks again at once.
+        whole_result: a larger result is announced first, if the client allows.
+        url_seconds: how long a download address lives.
+        readers: bodies that are read at the same time in threads.
+        requests_each: requests of one tenant that are served at the same time.
+        downloads: files that are sent at the same time; each is an open file.
+    """
+
+    bodies: BodyLimits = field(default_factory=BodyLimits)
+    wire: WireLimits = field(default_factory=WireLimits)
+    poll_seconds: float = 30.0
+    least_poll_seconds: float = 1.0
+    whole_result: int = 4 * 1024**2
+    url_seconds: int = 3600
+    readers: int = 4
+    requests_each: int = 2048
+    downloads: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """The parts that routes share; `app.state.door`."""
+
+    hub: Hub
+    settings: ContextSettings
+    signer: Signer
+    readers: CapacityLimiter
+    downloads: Capacity
+
+    async def read(self, reader: Callable[[bytes], T], body: bytes) -> T:
+        """Read a body: at once if it is small, else in a thread."""
+        if len(body) <= INLINE:
+            return reader(body)
+        return await to_thread.run_sync(reader, body, limiter=self.readers)
+
+    @asynccontextmanager
+    async def using_up(
+        self, tenant: str, ids: Callable[[], tuple[str, int] | None]
+    ) -> AsyncIterator[None]:
+        """Whatever is refused inside uses up the number that `ids` finds.
+
+        The hub's own refusals are the hub's: do not call it inside.
+        """
+        try:
+            yield
+        except ManyloraError as error:
+            found = ids()
+            if found is not None:
+                await self.hub.refuse(tenant, *found, error)
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and through which door."""
+
+    door: RequestContext
+    tenant: str
+    request_id: str
+
+    @property
+    def hub(self) -> Hub:
+        return self.door.hub
+
+
+def get_door(request: Request) -> RequestContext:
+    """The door that the application was built with."""
+    return request.app.state.door
+
+
+def _caller(request: Request) -> Caller:
+    return Caller(get_door(request), request.state.tenant, request.state.request_id)
+
+
+# FastAPI runs a dependency that is no coroutine in a thread.
+async def _find_door(request: Request) -> RequestContext:
+    return get_door(request)
+
+
+async def _find_caller(request: Request) -> Caller:
+    return _caller(request)
+
+
+TheContext = Annotated[RequestContext, Depends(_find_door)]
+TheCaller = Annotated[Caller, Depends(_find_caller)]
+
+_NUMBERED = (Numbered, LoadWeightsRequest)
+_schemas: dict[str, type[BaseModel]] = {}
+
+
+def json_body(model: type[M]) -> Any:
+    """The dependency that reads a route's JSON body as `model`."""
+    return Depends(_json_reader(model))
+
+
+def _json_reader(model: type[M]) -> Callable[[Request], Awaitable[M]]:
+    async def read(request: Request) -> M:
+        caller, body = _caller(request), await request.body()
+        if not issubclass(model, _NUMBERED):
+            return await _read(caller.door, request, model, body)
+        async with caller.door.using_up(caller.tenant, lambda: peek_json_ids(body)):
+            return await _read(caller.door, request, model, body)
+
+    return read
+
+
+def straight(
+    path: str, handler: Callable[[Caller, Any], Awaitable[Any]], model: type[BaseModel] | None
+) -> Route:
+    """A route of FastAPI's once more, without what FastAPI does around the handler: for those that
+    every step of every client takes, it is more than what they do.
+
+    Args:
+        handler: the route's own, of a caller and of the message or (without a model) the request.
+        model: of its JSON body.
+    """
+    read = None if model is None else _json_reader(model)
+
+    async def answer(request: Request) -> Response:
+        message = request if read is None else await read(request)
+        reply = await handler(_caller(request), message)
+        return reply if isinstance(reply, Response) else json_response(reply)
+
+    return Route(path, answer, methods=["POST"])
+
+
+async def _read(door: RequestContext, request: Request, model: type[M], body: bytes) -> M:
+    check_type(request, JSON_TYPE)
+    return await door.read(lambda content: read_json(model, content), body)
+
+
+def check_type(request: Request, content_type: str) -> None:
+    """Refuse a body of another content type.
+
+    Raises:
+        WrongEncoding: it is of another type.
+    """
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given != content_type:
+        raise WrongEncoding(f"this route takes a body of type {content_type}")
+
+
+class Routes(APIRouter):
+    """A router whose answers leave out what is None."""
+
+    def add_api_route(self, path: str, endpoint: Callable[..., Any], **settings: Any) -> None:
+        settings["response_model_exclude_none"] = True
+        super().add_api_route(path, endpoint, **settings)
+
+
+# --- what OpenAPI says of bodies that FastAPI does not read itself ------------------------------
+
+
+def takes(model: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` of a route whose JSON body is `model`."""
+    _schemas[model.__name__] = model
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema}}}}
+
+
+def body_schemas() -> list[type[BaseModel]]:
+    """Every message that a route takes."""
+    return list(_schemas.values())

@@ -1,0 +1,223 @@
+"""Routes of training runs and checkpoints.
+
+A checkpoint's id holds a slash (`weights/step-1`), so its two halves are two parts of the path.
+"""
+
+import time
+from datetime import UTC, datetime
+from email.utils import formatdate
+from pathlib import Path as FilePath
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import Depends, Query, Request
+from starlette.responses import FileResponse, RedirectResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from manylora.service.contract import Archive
+from manylora.service.http.capacity import Capacity
+from manylora.service.http.context import Routes, TheCaller, TheContext, json_body, takes
+from manylora.service.http.signing import Grant
+from manylora.service.http_errors import missing
+from manylora.service.wire.messages import CopyWeightsRequest, TTLRequest, WeightsInfoRequest
+from manylora.service.wire.paths import TinkerPath, is_identifier
+from manylora.service.wire.replies import (
+    CheckpointList,
+    CopyWeightsReply,
+    Empty,
+    ExternalWeightsUrls,
+    TrainingRun,
+    TrainingRunList,
+    WeightsInfo,
+)
+from manylora.types import DataError, Unsupported
+
+router = Routes(prefix="/api/v1", tags=["checkpoints"])
+
+ONE = "/training_runs/{model_id}/checkpoints/{kind}/{name}"
+MOST = 1000
+# The name that a grant gives a checkpoint's archive; no file of PEFT's is called so.
+ARCHIVE = "archive.tar"
+
+Limit = Annotated[int, Query(ge=1, le=2**31 - 1)]
+Offset = Annotated[int, Query(ge=0, le=2**31 - 1)]
+Info = Annotated[WeightsInfoRequest, json_body(WeightsInfoRequest)]
+Copy = Annotated[CopyWeightsRequest, json_body(CopyWeightsRequest)]
+TTL = Annotated[TTLRequest, json_body(TTLRequest)]
+
+
+def _run(model_id: str) -> str:
+    if not is_identifier(model_id):
+        raise missing("training run")
+    return model_id
+
+
+def _path(model_id: str, kind: str, name: str) -> TinkerPath:
+    try:
+        return TinkerPath(_run(model_id), kind, name)  # type: ignore[arg-type]
+    except DataError:
+        raise missing("checkpoint") from None
+
+
+class ArchiveResponse(StreamingResponse):
+    """An archive as it is read; closed when its client has it, or has gone."""
+
+    def __init__(self, archive: Archive, name: str) -> None:
+        headers = {
+            "Content-Length": str(archive.size),
+            "Content-Disposition": f'attachment; filename="{name}"',
+        }
+        super().__init__(archive.chunks(), media_type="application/x-tar", headers=headers)
+        self._archive = archive
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._archive.close()
+
+
+Run = Annotated[str, Depends(_run)]
+Path = Annotated[TinkerPath, Depends(_path)]
+
+
+@router.get("/training_runs")
+async def training_runs(
+    caller: TheCaller, limit: Limit = 20, offset: Offset = 0
+) -> TrainingRunList:
+    """The tenant's training runs, newest first."""
+    return await caller.hub.training_runs(caller.tenant, min(limit, MOST), offset)
+
+
+@router.get("/training_runs/{model_id}")
+async def training_run(caller: TheCaller, model_id: Run) -> TrainingRun:
+    """One training run."""
+    return await caller.hub.training_run(caller.tenant, model_id)
+
+
+@router.get("/training_runs/{model_id}/checkpoints")
+async def checkpoints_of(caller: TheCaller, model_id: Run) -> CheckpointList:
+    """The checkpoints of one training run."""
+    return await caller.hub.checkpoints_of(caller.tenant, model_id)
+
+
+@router.get("/checkpoints")
+async def checkpoints(caller: TheCaller, limit: Limit = 100, offset: Offset = 0) -> CheckpointList:
+    """The checkpoints of all the tenant's training runs, newest first."""
+    return await caller.hub.checkpoints(caller.tenant, min(limit, MOST), offset)
+
+
+@router.delete(ONE)
+async def delete_checkpoint(caller: TheCaller, path: Path) -> Empty:
+    """Delete a checkpoint and its files."""
+    await caller.hub.delete_checkpoint(caller.tenant, path)
+    return Empty()
+
+
+@router.put(f"{ONE}/ttl", openapi_extra=takes(TTLRequest))
+async def set_ttl(caller: TheCaller, path: Path, message: TTL) -> Empty:
+    """Let a checkpoint expire, or never."""
+    await caller.hub.set_ttl(caller.tenant, path, message.ttl_seconds)
+    return Empty()
+
+
+@router.post(f"{ONE}/publish")
+async def publish(caller: TheCaller, path: Path) -> Empty:
+    """Let every tenant of this server read a checkpoint."""
+    await caller.hub.set_public(caller.tenant, path, True)
+    return Empty()
+
+
+@router.delete(f"{ONE}/publish")
+async def unpublish(caller: TheCaller, path: Path) -> Empty:
+    """Take publish back."""
+    await caller.hub.set_public(caller.tenant, path, False)
+    return Empty()
+
+
+@router.post("/weights_info", openapi_extra=takes(WeightsInfoRequest))
+async def weights_info(caller: TheCaller, message: Info) -> WeightsInfo:
+    """What a checkpoint was trained on, and how."""
+    return await caller.hub.weights_info(caller.tenant, TinkerPath.parse(message.tinker_path))
+
+
+@router.post("/copy_weights", openapi_extra=takes(CopyWeightsRequest))
+async def copy_weights(caller: TheCaller, message: Copy, request: Request) -> CopyWeightsReply:
+    """Copy a checkpoint into a training run of its own, which is not trained."""
+    token = request.headers.get("x-tinker-weights-access-token", message.weights_access_token)
+    if token is not None:
+        raise Unsupported("weights_access_token is not supported; publish the checkpoint instead")
+    path, key = TinkerPath.parse(message.source_path), request.headers.get("x-idempotency-key")
+    copy = await caller.hub.copy_weights(caller.tenant, message, path, key)
+    return CopyWeightsReply(tinker_path=str(copy))
+
+
+@router.get(f"{ONE}/archive", status_code=302, response_class=RedirectResponse)
+async def archive(caller: TheCaller, path: Path, request: Request) -> RedirectResponse:
+    """The address of a checkpoint's archive; who has it needs no key."""
+    await caller.hub.weights_info(caller.tenant, path)  # it is there, and the caller may read it
+    expires = int(time.time()) + caller.door.settings.url_seconds
+    token = caller.door.signer.token(Grant(caller.tenant, path, ARCHIVE, expires))
+    address = f"{request.state.base_url}{router.prefix}/archives/{token}"
+    return RedirectResponse(address, 302, {"Expires": formatdate(expires, usegmt=True)})
+
+
+@router.get(
+    "/archives/{token}",
+    response_class=Response,
+    responses={200: {"content": {"application/x-tar": {}}}},
+)
+async def fetch_archive(door: TheContext, token: str, request: Request) -> Response:
+    """A checkpoint's adapter as one tar of PEFT's files, by its signed address."""
+    grant = door.signer.grant(token)
+    if grant.file != ARCHIVE:
+        raise missing("file")
+    request.state.stays()
+    archive = await door.hub.archive(grant.tenant, grant.path)
+    return ArchiveResponse(archive, f"{grant.path.name}.tar")
+
+
+@router.get(f"{ONE}/external_weights_urls")
+async def external_weights_urls(
+    caller: TheCaller, path: Path, request: Request
+) -> ExternalWeightsUrls:
+    """One address for each file of an external checkpoint; who has it needs no key."""
+    if path.kind != "external_weights":
+        raise missing("checkpoint")
+    files = await caller.hub.external_files(caller.tenant, path)
+    expires = int(time.time()) + caller.door.settings.url_seconds
+    base = f"{request.state.base_url}{router.prefix}/external_weights"
+    urls = {
+        name: f"{base}/{caller.door.signer.token(Grant(caller.tenant, path, name, expires))}"
+        for name in files
+    }
+    return ExternalWeightsUrls(urls=urls, expires=datetime.fromtimestamp(expires, UTC))
+
+
+@router.get(
+    "/external_weights/{token}",
+    response_class=Response,
+    responses={200: {"content": {"application/octet-stream": {}}}},
+)
+async def download(door: TheContext, token: str, request: Request) -> FileResponse:
+    """A file by its signed address."""
+    grant = door.signer.grant(token)
+    request.state.stays()
+    files = await door.hub.external_files(grant.tenant, grant.path)
+    file = files.get(grant.file)
+    if file is None or not await to_thread.run_sync(file.is_file):
+        raise missing("file")
+    return _Download(door.downloads, file)
+
+
+class _Download(FileResponse):
+    """A file on its way, which is open until its last byte is sent."""
+
+    def __init__(self, room: Capacity, file: FilePath):
+        super().__init__(file, media_type="application/octet-stream")
+        self._room = room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._room.holding() as held:
+            held.grow(1)
+            await super().__call__(scope, receive, send)

@@ -1,0 +1,1 @@
+"""State: what the routes change and read, through the one contract `service/contract.Hub`."""

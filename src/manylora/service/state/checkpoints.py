@@ -1,0 +1,218 @@
+"""Checkpoints: `tinker://` paths, the folders behind them, and who may do what with them."""
+
+import asyncio
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from manylora.config import ServerFile
+from manylora.hosting import AnyHost
+from manylora.hosting.state_files import write_peft, write_state
+from manylora.lora.state import AdapterState
+from manylora.service.http_errors import QuotaExceeded, missing
+from manylora.service.state.listings import listed
+from manylora.service.wire.paths import PathKind, TinkerPath
+from manylora.service.wire.replies import CheckpointList, Cursor
+from manylora.store import CheckpointRow, Store
+from manylora.types import CheckpointExists, DataError, SaveFailed
+
+Spec = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointOrder:
+    """A checkpoint that was asked for."""
+
+    path: TinkerPath
+    tenant: str
+    request_id: str
+    seq: int
+    spec: Spec
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: Mapping[str, str] | None = None
+
+
+class Checkpoints:
+    """The checkpoints of a server."""
+
+    def __init__(self, store: Store, folder: Path, settings: ServerFile):
+        """`folder`: the data directory."""
+        self._store = store
+        self._folder = folder
+        self._settings = settings
+
+    # -- making one (on the writer's thread) ---------------------------------------------------
+
+    def write(self, host: AnyHost, order: CheckpointOrder, state: AdapterState) -> CheckpointRow:
+        """Write an adapter's state as a checkpoint. A request that comes again changes nothing.
+
+        Raises:
+            CheckpointExists: the name is taken. QuotaExceeded. SaveFailed.
+        """
+
+        def put(folder: Path) -> None:
+            if order.path.kind == "external_weights":
+                write_peft(host.engine, folder, state)
+            else:
+                write_state(host.engine, folder, state, position=0)
+
+        return self._keep(order, state.step, put)
+
+    def adopt(self, order: CheckpointOrder, source: Path, step: int) -> CheckpointRow:
+        """Make a folder that is whole a checkpoint, without a copy. See `write`."""
+        return self._keep(order, step, lambda folder: link_folder(source, folder))
+
+    def _keep(
+        self, order: CheckpointOrder, step: int, put: Callable[[Path], None]
+    ) -> CheckpointRow:
+        path, existing = str(order.path), self._store.checkpoints.get(order.tenant, str(order.path))
+        if existing is not None and existing.request_id == order.request_id:
+            return existing
+        if existing is not None and not order.overwrite:
+            raise CheckpointExists(f"{path} exists: take another name, or pass overwrite=True")
+        relative = self._relative(order)
+        folder = self._folder / relative
+        put(folder)
+        size = _bytes_below(folder)
+        self._check_quota(order.tenant, size, existing, folder)
+        row = CheckpointRow(
+            path=path, tenant=order.tenant, model_id=order.path.model_id, kind=order.path.kind,
+            name=order.path.name, folder=relative, size_bytes=size, created_at=time.time(),
+            request_id=order.request_id, spec=dict(order.spec), step=step,
+            expires_at=None if order.ttl_seconds is None else time.time() + order.ttl_seconds,
+            user_metadata=dict(order.user_metadata or {}),
+        )  # fmt: skip
+        replaced = self._store.checkpoints.put(row, overwrite=order.overwrite)
+        if replaced is not None and replaced.folder != relative:
+            self._remove(replaced)
+        return row
+
+    def _check_quota(
+        self, tenant: str, size: int, replaced: CheckpointRow | None, folder: Path
+    ) -> None:
+        limit = self._settings.quotas.checkpoint_bytes
+        held = self._store.checkpoints.bytes_of(tenant)
+        held -= replaced.size_bytes if replaced is not None else 0
+        if held + size > limit:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise QuotaExceeded(
+                f"your checkpoints take {held:,} bytes, this one {size:,} more, and {limit:,} is "
+                "the limit: delete some, or give them a ttl"
+            )
+
+    def _relative(self, order: CheckpointOrder) -> str:
+        model = order.path.model_id.replace(":", "_")
+        return f"checkpoints/{model}/{order.path.kind}/{order.path.name}@{order.seq}"
+
+    # -- using one ---------------------------------------------------
+
+    async def readable(self, tenant: str, path: TinkerPath, *kinds: PathKind) -> CheckpointRow:
+        """A checkpoint that the tenant may read: its own, or a published one.
+
+        Raises:
+            NotFound: there is none. DataError: it is of another kind.
+        """
+        row = await asyncio.to_thread(self._store.checkpoints.readable, tenant, str(path))
+        if row is None:
+            raise missing("checkpoint")
+        if row.kind not in kinds:
+            raise DataError(f"{path} holds {row.kind}; here {' or '.join(kinds)} is needed")
+        return row
+
+    def folder_of(self, row: CheckpointRow) -> Path:
+        """Where its files lie."""
+        return self._folder / row.folder
+
+    def link(self, row: CheckpointRow, target: Path) -> None:
+        """Give the files a second name, under which they stay when the checkpoint goes.
+
+        Raises:
+            SaveFailed
+        """
+        link_folder(self.folder_of(row), target)
+
+    async def external_files(self, tenant: str, path: TinkerPath) -> dict[str, Path]:
+        """The files of an external checkpoint by name."""
+        row = await self.readable(tenant, path, "external_weights")
+        folder = self.folder_of(row)
+        return {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
+
+    # -- lists and changes ---------------------------------------------------
+
+    async def get(self, tenant: str, path: TinkerPath) -> CheckpointRow:
+        """The tenant's own checkpoint. Raises NotFound."""
+        row = await asyncio.to_thread(self._store.checkpoints.get, tenant, str(path))
+        if row is None:
+            raise missing("checkpoint")
+        return row
+
+    async def of_model(self, tenant: str, model_id: str) -> list[CheckpointRow]:
+        """All checkpoints of one training run, oldest first."""
+        return await asyncio.to_thread(self._store.checkpoints.of_model, tenant, model_id)
+
+    async def page(self, tenant: str, limit: int, offset: int) -> CheckpointList:
+        """A tenant's checkpoints, newest first."""
+        page = await asyncio.to_thread(self._store.checkpoints.page, tenant, limit, offset)
+        return CheckpointList(
+            checkpoints=[listed(row) for row in page.rows],
+            cursor=Cursor(offset=offset, limit=limit, total_count=page.total),
+        )
+
+    async def delete(self, tenant: str, path: TinkerPath) -> None:
+        """Raises NotFound."""
+        row = await asyncio.to_thread(self._store.checkpoints.delete, tenant, str(path))
+        if row is None:
+            raise missing("checkpoint")
+        await asyncio.to_thread(self._remove, row)
+
+    async def set_ttl(self, tenant: str, path: TinkerPath, seconds: int | None) -> None:
+        """Raises NotFound."""
+        changed = await asyncio.to_thread(
+            self._store.checkpoints.set_ttl, tenant, str(path), seconds
+        )
+        if changed is None:
+            raise missing("checkpoint")
+
+    async def set_public(self, tenant: str, path: TinkerPath, public: bool) -> None:
+        """Raises NotFound."""
+        changed = await asyncio.to_thread(
+            self._store.checkpoints.set_public, tenant, str(path), public
+        )
+        if changed is None:
+            raise missing("checkpoint")
+
+    def remove_expired(self) -> int:
+        """Delete what is past its time (any thread); how many."""
+        expired = self._store.checkpoints.expired()
+        for row in expired:
+            if self._store.checkpoints.drop(row):
+                self._remove(row)
+        return len(expired)
+
+    def _remove(self, row: CheckpointRow) -> None:
+        shutil.rmtree(self.folder_of(row), ignore_errors=True)
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """Give a folder's files a second name each. Raises SaveFailed."""
+    if target.exists():
+        return
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    try:
+        partial.mkdir(parents=True)
+        for file in source.iterdir():
+            os.link(file, partial / file.name)
+        partial.rename(target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not target.exists():
+            raise SaveFailed(f"{target.name} could not be linked: {error}") from error
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,75 @@
+"""Figures for Prometheus: what was asked, how long it waited and ran, and what is held where."""
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from manylora.scheduler import BatchReport
+
+if TYPE_CHECKING:
+    from manylora.service.state.hub import TinkerHub
+
+SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class Metrics:
+    """One server's figures, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._operations = Counter(
+            "manylora_operations", "Operations that were run.", ["kind", "tenant"],
+            registry=registry,
+        )  # fmt: skip
+        self._tokens = Counter(
+            "manylora_tokens", "Tokens that were run.", ["kind", "tenant"], registry=registry
+        )
+        self._compute = Counter(
+            "manylora_compute_seconds", "Engine time, by share of tokens.", ["kind", "tenant"],
+            registry=registry,
+        )  # fmt: skip
+        self._queue = Histogram(
+            "manylora_queue_seconds", "From being queued to being run.", ["kind", "tenant"],
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self._fill = Histogram(
+            "manylora_batch_fill", "Tokens of a batch over the token budget.",
+            buckets=(0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 2.0), registry=registry,
+        )  # fmt: skip
+        self._held = Gauge(
+            "manylora_adapters", "Adapters by where they are, and snapshots.", ["place"],
+            registry=registry,
+        )  # fmt: skip
+        self._waiting = Gauge(
+            "manylora_requests_waiting", "Requests without an outcome.", registry=registry
+        )
+        self._journal_records = Gauge(
+            "manylora_journal_records", "Operations that no saved state contains.",
+            registry=registry,
+        )  # fmt: skip
+        self._journal_bytes = Gauge("manylora_journal_bytes", "Their bytes.", registry=registry)
+
+    def observe(self, report: BatchReport) -> None:
+        """Count a batch; called on the engine's thread."""
+        total = sum(report.tokens.values())
+        for tenant, tokens in report.tokens.items():
+            self._tokens.labels(report.kind, tenant).inc(tokens)
+            share = tokens / total if total else 1 / len(report.tokens)
+            self._compute.labels(report.kind, tenant).inc(report.seconds * share)
+        for tenant, waited in report.waited:
+            self._operations.labels(report.kind, tenant).inc()
+            self._queue.labels(report.kind, tenant).observe(waited)
+        if total:
+            self._fill.observe(report.fill)
+
+    def text(self, hub: "TinkerHub | None") -> str:
+        """Everything, as of now."""
+        if hub is not None:
+            parts = hub.parts
+            for place, count in parts.host.counts().items():
+                self._held.labels(place).set(count)
+            self._waiting.set(len(parts.promises))
+            records, num_bytes = parts.journal.lag()
+            self._journal_records.set(records)
+            self._journal_bytes.set(num_bytes)
+        return generate_latest(self._registry).decode()

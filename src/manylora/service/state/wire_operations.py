@@ -1,0 +1,311 @@
+"""What each operation of a model does: from a wire request to the engine and back to bytes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from manylora.hosting import Pager
+from manylora.hosting.futures import flattened
+from manylora.lora.sites import Site, resolve_targets
+from manylora.service.contract import JSON_TYPE, PROTOBUF_TYPE
+from manylora.service.state.checkpoints import CheckpointOrder, Checkpoints
+from manylora.service.state.promises import Encode
+from manylora.service.state.resources import Resources
+from manylora.service.wire import codec
+from manylora.service.wire.messages import (
+    LoadWeightsRequest,
+    OptimStepRequest,
+    SaveWeightsExternalRequest,
+    SaveWeightsForSamplerRequest,
+    SaveWeightsRequest,
+)
+from manylora.service.wire.paths import PathKind, TinkerPath
+from manylora.service.wire.pieces import ForwardBackwardSubmit
+from manylora.service.wire.replies import (
+    LoadWeightsReply,
+    OptimStepReply,
+    Reply,
+    SaveWeightsExternalReply,
+    SaveWeightsForSamplerReply,
+    SaveWeightsReply,
+)
+from manylora.store import CheckpointRow, ModelRow
+from manylora.types import (
+    AdapterSpec,
+    DataError,
+    ForwardBackward,
+    ManyloraError,
+    OptimStep,
+    OptimStepResult,
+)
+
+# LoRA's alpha is not on the wire; the hosted service and its recipes use 32.
+ALPHA = 32.0
+
+
+@dataclass(frozen=True, slots=True)
+class OperationRequest:
+    """One operation as it waits for its turn.
+
+    Attributes:
+        kind: what to do; the key of `Operations.run`'s table, and the journal's word for it.
+        content: the decoded request, or the outline of one that is not decoded yet; for `refused`,
+            the error.
+        tokens, body_bytes, decoded_bytes: counted as held by the tenant until it is done.
+    """
+
+    kind: str
+    content: Any
+    tokens: int = 0
+    body_bytes: int = 0
+    decoded_bytes: int = 0
+
+
+class Operations:
+    """The operations by their kind."""
+
+    def __init__(
+        self, parts: Resources, keeping: Checkpoints, published: Callable[[str, str], None]
+    ):
+        """`published`: told the model and the snapshot of each new `inflight` target."""
+        self._parts = parts
+        self._keeping = keeping
+        self._published = published
+        self._kinds: Mapping[str, Callable[[ModelRow, int, Any], tuple[Future[Any], Encode]]] = {
+            "forward_backward": self._forward_backward,
+            "optim_step": self._optim_step,
+            "save_weights": self._save_weights,
+            "save_weights_for_sampler": self._save_weights_for_sampler,
+            "save_weights_external": self._save_weights_external,
+            "load_weights": self._load_weights,
+            "refused": self._refused,
+        }
+
+    def run(
+        self, row: ModelRow, seq: int, request: OperationRequest, *, replayed: bool
+    ) -> tuple[Future[Any], Encode]:
+        """Hand an operation to the queue.
+
+        Args:
+            replayed: it may have run before a restart. One that leaves the adapter as it was, and
+                whose result is there, is passed over.
+        """
+        request_id = f"{row.id}:{seq}"
+        if replayed and leaves_no_trace(request):
+            result = self._parts.promises.results.get(request_id)
+            if result is not None:
+                skipped = self._call(row, seq, lambda pager: pager.skip(row.id, seq))
+                return skipped, lambda _: (result.content_type, result.body)
+        try:
+            return self._kinds[request.kind](row, seq, request.content)
+        except ManyloraError as error:
+            return self._refused(row, seq, error)
+
+    def is_known(self, request_id: str) -> bool:
+        """Whether a request has a result."""
+        return self._parts.promises.results.get(request_id) is not None
+
+    # -- training ---------------------------------------------------
+
+    def _forward_backward(
+        self, row: ModelRow, seq: int, submit: ForwardBackwardSubmit
+    ) -> tuple[Future[Any], Encode]:
+        work = ForwardBackward(
+            adapter=row.id, data=submit.data, loss=submit.loss, config=submit.config,
+            backward=not submit.forward_only, tenant=row.tenant, seq=seq,
+        )  # fmt: skip
+        future = self._parts.host.submit(work)
+        return future, lambda result: (PROTOBUF_TYPE, codec.encode_forward_backward(result))
+
+    def _optim_step(
+        self, row: ModelRow, seq: int, request: OptimStepRequest
+    ) -> tuple[Future[Any], Encode]:
+        assert request.adam_params is not None, "routes refuse other optimizers"
+        params = codec.adam_params(request.adam_params)
+        step = OptimStep(adapter=row.id, params=params, tenant=row.tenant, seq=seq)
+
+        def encode(result: OptimStepResult) -> tuple[str, bytes]:
+            # Recipes write these beside their own `step`, and go by that when they resume.
+            return _json(
+                OptimStepReply(metrics={"optim/step": result.step, "grad_norm": result.grad_norm})
+            )
+
+        return self._parts.host.submit(step), encode
+
+    def _refused(self, row: ModelRow, seq: int, error: ManyloraError) -> tuple[Future[Any], Encode]:
+        def run(pager: Pager) -> None:
+            with suppress(ManyloraError):  # an adapter that cannot be brought back has no gradient
+                pager.poison(row.id, str(error), seq)
+            raise error
+
+        return self._call(row, seq, run), lambda _: _json(Reply())
+
+    # -- saving and loading ---------------------------------------------------
+
+    def _save_weights(
+        self, row: ModelRow, seq: int, request: SaveWeightsRequest
+    ) -> tuple[Future[Any], Encode]:
+        order = self._order(
+            row, seq, "weights", request.path or f"seq-{seq:06d}", request.ttl_seconds,
+            overwrite=request.overwrite, user_metadata=request.user_metadata,
+        )  # fmt: skip
+        return self._keep(row, order), lambda kept: _json(SaveWeightsReply(path=kept.path))
+
+    def _save_weights_for_sampler(
+        self, row: ModelRow, seq: int, request: SaveWeightsForSamplerRequest
+    ) -> tuple[Future[Any], Encode]:
+        if request.path is not None:
+            order = self._order(
+                row, seq, "sampler_weights", request.path, request.ttl_seconds,
+                user_metadata=request.user_metadata,
+            )  # fmt: skip
+            future = self._keep(row, order)
+            return future, lambda kept: _json(SaveWeightsForSamplerReply(path=kept.path))
+        sampler = sampler_id(row.session_id, request.sampling_session_seq_id or 0)
+        future = self._parts.host.call(
+            row.id, lambda pager: pager.snapshot(row.id, sampler, seq), tenant=row.tenant, seq=seq,
+            makes=sampler,
+        )  # fmt: skip
+
+        def encode(_: None) -> tuple[str, bytes]:
+            if request.kind == "inflight":
+                self._published(row.id, sampler)
+            return _json(SaveWeightsForSamplerReply(sampling_session_id=sampler))
+
+        return future, encode
+
+    def _save_weights_external(
+        self, row: ModelRow, seq: int, request: SaveWeightsExternalRequest
+    ) -> tuple[Future[Any], Encode]:
+        order = self._order(row, seq, "external_weights", request.path, request.ttl_seconds)
+
+        def encode(kept: CheckpointRow) -> tuple[str, bytes]:
+            return _json(SaveWeightsExternalReply(path=kept.path, size_bytes=kept.size_bytes))
+
+        return self._keep(row, order), encode
+
+    def _load_weights(
+        self, row: ModelRow, seq: int, request: tuple[LoadWeightsRequest, CheckpointRow]
+    ) -> tuple[Future[Any], Encode]:
+        asked, checkpoint = request
+        if seq != 1:
+            raise DataError(
+                "load_weights replaces a model that has done nothing yet; to go on from a "
+                "checkpoint, create a training client from it"
+            )
+        folder, host = self._keeping.folder_of(checkpoint), self._parts.host
+        spec = adapter_spec(row.spec, host.engine.sites)
+        # A seed has had its effect when an adapter is made; this one keeps its own.
+        theirs = replace(spec, seed=int(checkpoint.spec["seed"]))
+
+        def run(pager: Pager) -> None:
+            state = host.read(folder, spec=theirs, moments=asked.optimizer, called=asked.path)
+            pager.replace(row.id, replace(state, spec=spec), seq)
+
+        reply = LoadWeightsReply(model_id=row.id, path=asked.path)
+        return self._call(row, seq, run), lambda _: _json(reply)
+
+    def keep_last(self, row: ModelRow) -> Future[CheckpointRow]:
+        """The adapter's state after everything that was handed over, as checkpoint `last`."""
+        request_id = f"{row.id}:last"
+
+        def run(pager: Pager) -> Future[CheckpointRow]:
+            order = CheckpointOrder(
+                path=TinkerPath(row.id, "weights", "last"), tenant=row.tenant,
+                request_id=request_id, seq=pager.position(row.id), spec=row.spec, overwrite=True,
+            )  # fmt: skip
+            return self._write(pager, order)
+
+        return flattened(self._parts.host.call(row.id, run, tenant=row.tenant))
+
+    # -- inside ---------------------------------------------------
+
+    def _call(self, row: ModelRow, seq: int, run: Callable[[Pager], Any]) -> Future[Any]:
+        return self._parts.host.call(row.id, run, tenant=row.tenant, seq=seq)
+
+    def _keep(self, row: ModelRow, order: CheckpointOrder) -> Future[CheckpointRow]:
+        """Copy the adapter's state in its turn; write it while others go on."""
+        return flattened(self._call(row, order.seq, lambda pager: self._write(pager, order)))
+
+    def _write(self, pager: Pager, order: CheckpointOrder) -> Future[CheckpointRow]:
+        host, kind = self._parts.host, order.path.kind
+        state = pager.state(order.path.model_id, order.seq, moments=kind == "weights")
+        return pager.write(lambda: self._keeping.write(host, order, state), state)
+
+    def _order(
+        self, row: ModelRow, seq: int, kind: PathKind, name: str, ttl_seconds: int | None, *,
+        overwrite: bool = False, user_metadata: Mapping[str, str] | None = None,
+    ) -> CheckpointOrder:  # fmt: skip
+        return CheckpointOrder(
+            path=TinkerPath(row.id, kind, name), tenant=row.tenant, request_id=f"{row.id}:{seq}",
+            seq=seq, spec=row.spec, ttl_seconds=ttl_seconds, overwrite=overwrite,
+            user_metadata=user_metadata,
+        )  # fmt: skip
+
+
+def sampler_id(session_id: str, seq: int) -> str:
+    """The id that the SDK expects of a session's sampler."""
+    return f"{session_id}:sample:{seq}"
+
+
+def snapshot_made_by(row: ModelRow, request: OperationRequest) -> str | None:
+    """The snapshot that an operation makes, if it makes one."""
+    if request.kind != "save_weights_for_sampler" or request.content.path is not None:
+        return None
+    return sampler_id(row.session_id, request.content.sampling_session_seq_id or 0)
+
+
+def adapter_spec(spec: Mapping[str, Any], sites: Sequence[Site]) -> AdapterSpec:
+    """The adapter that a model's row describes, on the linear layers of the base.
+
+    Raises:
+        DataError: nothing is left to train.
+    """
+    if "adapter" in spec:
+        whole = dict(spec["adapter"])
+        if isinstance(whole["targets"], list):
+            whole["targets"] = tuple(whole["targets"])
+        return AdapterSpec(**whole)
+    wanted = {kind for kind in ("attn", "mlp", "unembed") if spec[f"train_{kind}"]}
+    leaves = {site.name.rpartition(".")[2] for site in sites if _kind_of(site) in wanted}
+    if not leaves:
+        raise DataError(
+            "train_attn, train_mlp and train_unembed leave nothing to train; set one of them"
+        )
+    return AdapterSpec(
+        rank=int(spec["rank"]), alpha=ALPHA, targets=tuple(sorted(leaves)), seed=int(spec["seed"])
+    )
+
+
+def row_spec(adapter: AdapterSpec, base_model: str, sites: Sequence[Site]) -> dict[str, Any]:
+    """What a model's row says of an adapter that the wire's own words cannot describe."""
+    kinds = {_kind_of(target.site) for target in resolve_targets(adapter, sites)}
+    return {
+        "rank": adapter.rank,
+        "seed": adapter.seed,
+        **{f"train_{kind}": kind in kinds for kind in ("attn", "mlp", "unembed")},
+        "base_model": base_model,
+        "adapter": asdict(adapter),
+    }
+
+
+def _kind_of(site: Site) -> str:
+    if site.is_head:
+        return "unembed"
+    path = site.name.lower()
+    return "attn" if "attn" in path or "attention" in path else "mlp"
+
+
+def leaves_no_trace(request: OperationRequest) -> bool:
+    """Whether an operation leaves the adapter as it was."""
+    if request.kind == "forward_backward":
+        return bool(request.content.forward_only)
+    return request.kind in ("save_weights", "save_weights_external") or (
+        request.kind == "save_weights_for_sampler" and request.content.path is not None
+    )
+
+
+def _json(reply: Reply) -> tuple[str, bytes]:
+    return JSON_TYPE, reply.model_dump_json(exclude_none=True).encode()

@@ -1,0 +1,155 @@
+"""What sessions made: models (training runs), and samplers (sampling sessions)."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session as OrmSession
+
+from manylora.store.database import Database, chunks
+from manylora.store.records import ModelRow, Page, SamplerRow
+from manylora.store.tables import ModelTable, Sampler
+from manylora.types import Conflict
+
+
+class ModelQueries:
+    """Training runs. They are closed, never deleted: their checkpoints outlive them."""
+
+    def __init__(self, database: Database, clock: Callable[[], float]):
+        self._database = database
+        self._clock = clock
+
+    def create(self, row: ModelRow) -> ModelRow:
+        """Make a model; the same request again gives the row that is there.
+
+        Raises:
+            Conflict: the number in the session, or the id, is taken by another request.
+        """
+
+        def work(session: OrmSession) -> ModelRow:
+            taken = (ModelTable.session_id == row.session_id) & (
+                ModelTable.model_seq_id == row.model_seq_id
+            )
+            present = session.scalar(select(ModelTable).where(taken | (ModelTable.id == row.id)))
+            if present is None:
+                session.add(ModelTable.of(row))
+                return row
+            _check_same(present.row(), row)
+            return present.row()
+
+        return self._database.write(work)
+
+    def get(self, tenant: str, id: str) -> ModelRow | None:
+        return self._database.one(ModelTable, ModelTable.id == id, ModelTable.tenant == tenant)
+
+    def page(self, tenant: str, limit: int = 20, offset: int = 0) -> Page[ModelRow]:
+        """A tenant's models, the newest first."""
+        order = (ModelTable.created_at.desc(), ModelTable.id)
+        return self._database.page(
+            ModelTable, ModelTable.tenant == tenant, order=order, limit=limit, offset=offset
+        )
+
+    def of_session(self, tenant: str, session_id: str) -> list[ModelRow]:
+        where = [ModelTable.session_id == session_id, ModelTable.tenant == tenant]
+        return self._database.all(ModelTable, *where, order=(ModelTable.model_seq_id,))
+
+    def open(self) -> list[ModelRow]:
+        """Everybody's models that are not closed, in the order of their creation."""
+        where = [ModelTable.closed_at.is_(None)]
+        return self._database.all(
+            ModelTable,
+            *where,
+            order=(
+                ModelTable.created_at,
+                ModelTable.id,
+            ),
+        )
+
+    def touch(self, ids: Iterable[str], at: float | None = None) -> None:
+        """A request for each of them came."""
+        at = self._clock() if at is None else at
+        for some in chunks(ids):
+            self._database.change(
+                update(ModelTable)
+                .where(ModelTable.id.in_(some), ModelTable.last_request_at < at)
+                .values(last_request_at=at)
+            )
+
+    def set_steps(self, steps: Mapping[str, int]) -> None:
+        """How many optimizer steps each of them made."""
+
+        def work(session: OrmSession) -> None:
+            for id, step in steps.items():
+                session.execute(update(ModelTable).where(ModelTable.id == id).values(step=step))
+
+        if steps:
+            self._database.write(work)
+
+    def close(self, tenant: str, id: str) -> bool:
+        """False if there is none, or it was closed."""
+        query = update(ModelTable).where(
+            ModelTable.id == id, ModelTable.tenant == tenant, ModelTable.closed_at.is_(None)
+        )
+        return self._database.change(query.values(closed_at=self._clock())) > 0
+
+    def set_fault(self, id: str, fault: str | None) -> None:
+        """Why it can no longer be used; None = it can again."""
+        self._database.change(update(ModelTable).where(ModelTable.id == id).values(fault=fault))
+
+
+class SamplerQueries:
+    """Sampling sessions: what each samples from."""
+
+    def __init__(self, database: Database):
+        self._database = database
+
+    def create(self, row: SamplerRow) -> SamplerRow:
+        """Make a sampler; the same request again gives the row that is there.
+
+        Raises:
+            Conflict: the number in the session, or the id, is taken by another request.
+        """
+
+        def work(session: OrmSession) -> SamplerRow:
+            taken = (Sampler.session_id == row.session_id) & (Sampler.seq_id == row.seq_id)
+            present = session.scalar(select(Sampler).where(taken | (Sampler.id == row.id)))
+            if present is None:
+                session.add(Sampler.of(row))
+                return row
+            _check_same(present.row(), row)
+            return present.row()
+
+        return self._database.write(work)
+
+    def get(self, tenant: str, id: str) -> SamplerRow | None:
+        return self._database.one(Sampler, Sampler.id == id, Sampler.tenant == tenant)
+
+    def set_snapshot(self, id: str, snapshot: str | None) -> None:
+        """From now on it samples from these weights."""
+        self._database.change(update(Sampler).where(Sampler.id == id).values(snapshot=snapshot))
+
+    def of_model(self, tenant: str, model_id: str) -> list[SamplerRow]:
+        where = [Sampler.model_id == model_id, Sampler.tenant == tenant]
+        return self._database.all(
+            Sampler,
+            *where,
+            order=(
+                Sampler.created_at,
+                Sampler.id,
+            ),
+        )
+
+    def of_session(self, tenant: str, session_id: str) -> list[SamplerRow]:
+        where = [Sampler.session_id == session_id, Sampler.tenant == tenant]
+        return self._database.all(Sampler, *where, order=(Sampler.seq_id,))
+
+
+def _check_same(present: ModelRow | SamplerRow, wanted: ModelRow | SamplerRow) -> None:
+    if _request(present) != _request(wanted):
+        raise Conflict(
+            f"{wanted.id}: its number in the session was used by a request that said something else"
+        )
+
+
+def _request(row: ModelRow | SamplerRow) -> tuple[object, ...]:
+    number = row.model_seq_id if isinstance(row, ModelRow) else row.seq_id
+    return row.id, row.tenant, row.session_id, number, row.digest
