@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from manylora.checkpoint.manifest import JSON, MANIFEST, manifest_text
 from manylora.types import SaveFailed, TooManyFilesOpen
-from manylora.types.files import tell_shortage_apart
+from manylora.types.files import flush_path, tell_shortage_apart
 
 logger = logging.getLogger("manylora.checkpoint")
 
@@ -162,7 +162,7 @@ def _publish(partial: Path, target: Path) -> None:
         target.rename(old)
     try:
         partial.rename(target)
-        _flush(target.parent)
+        flush_path(target.parent)
     except OSError:
         if target.exists():
             target.rename(partial)
@@ -183,14 +183,5 @@ def _open_up(folder: Path) -> None:
 
 def _flush_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
-        _flush(path)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    """Make the system write a file's bytes, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush_path(path)
+    flush_path(folder)

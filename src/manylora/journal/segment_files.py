@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from manylora.types import StoreError
+from manylora.types.files import flush_path
 
 log = logging.getLogger("manylora.scheduler")
 
@@ -13,15 +14,6 @@ log = logging.getLogger("manylora.scheduler")
 def flush_data(descriptor: int) -> None:
     """Make the system write a file's bytes to the disk."""
     getattr(os, "fdatasync", os.fsync)(descriptor)
-
-
-def flush(path: Path) -> None:
-    """The same for a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -46,14 +38,14 @@ def make_folder(folder: Path) -> None:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in made:
-        flush(path.parent)
+        flush_path(path.parent)
 
 
 def new_file(path: Path) -> int:
     """An empty file whose name is on the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        flush(path.parent)
+        flush_path(path.parent)
     except OSError:
         os.close(descriptor)
         path.unlink(missing_ok=True)

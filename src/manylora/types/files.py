@@ -26,10 +26,23 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-        _flush_names(path.parent)
+        flush_path(path.parent)
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def flush_path(path: Path) -> None:
+    """Make the system write a file's bytes, or a folder's list of names, to the disk.
+
+    Raises:
+        OSError: it could not.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def no_descriptor_left(error: BaseException | None) -> bool:
@@ -60,11 +73,3 @@ def tell_shortage_apart(error: BaseException, what: object) -> None:
         raise TooManyFilesOpen(
             f"{what} cannot be read now: as many files are open as may be; try again soon"
         ) from error
-
-
-def _flush_names(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

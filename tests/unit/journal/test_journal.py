@@ -87,7 +87,7 @@ def test_a_new_files_name_is_flushed_before_anybody_is_answered(
 ):
     """A durable file that no folder lists is gone after a power failure."""
     flushed: list[Path] = []
-    monkeypatch.setattr(files_module, "flush", flushed.append)
+    monkeypatch.setattr(files_module, "flush_path", flushed.append)
     folder = tmp_path / "data" / "journal"
     with Journal(folder) as journal:
         assert set(flushed) == {tmp_path, tmp_path / "data"}
@@ -104,7 +104,7 @@ def test_a_new_file_whose_name_cannot_be_flushed_is_not_used(
 
     with Journal(tmp_path) as journal:
         with monkeypatch.context() as patch:
-            patch.setattr(files_module, "flush", fail)
+            patch.setattr(files_module, "flush_path", fail)
             for seq in (1, 2):
                 with pytest.raises(SaveFailed, match="Input/output error"):
                     journal.append(record("s", seq)).result(LIMIT)

@@ -220,7 +220,7 @@ def test_memory_is_flat_over_a_hundred_thousand(make: Callable[..., Results]):
 def flushed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of what is flushed, in order; `*` is everything."""
     seen: list[str] = []
-    monkeypatch.setattr(results_module, "_flush", lambda path: seen.append(path.name))
+    monkeypatch.setattr(results_module, "flush_path", lambda path: seen.append(path.name))
     monkeypatch.setattr(results_module, "_flush_file_system", lambda _: seen.append("*"))
     return seen
 
@@ -256,7 +256,7 @@ def test_a_flush_that_failed_is_made_up_for(
         def fail(_: Path) -> None:
             raise OSError(errno.EIO, "Input/output error")
 
-        patch.setattr(results_module, "_flush", fail)
+        patch.setattr(results_module, "flush_path", fail)
         with pytest.raises(SaveFailed, match="Input/output error"):
             results.flush()
     monkeypatch.setattr(results_module, "_flush_file_system", lambda _: seen.append("*"))
@@ -274,7 +274,7 @@ def test_two_who_flush_both_wait(make: Callable[..., Results], monkeypatch: pyte
         begun.set()
         assert go.wait(10)
 
-    monkeypatch.setattr(results_module, "_flush", slow)
+    monkeypatch.setattr(results_module, "flush_path", slow)
     first, second = (threading.Thread(target=results.flush) for _ in range(2))
     first.start()
     assert begun.wait(10)

@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 
 from manylora.types import SaveFailed
-from manylora.types.files import tell_shortage_apart
+from manylora.types.files import flush_path, tell_shortage_apart
 
 log = logging.getLogger("manylora.service")
 
@@ -87,7 +87,7 @@ class Results:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             for path in self._partial.iterdir():  # a killed process left it
                 path.unlink(missing_ok=True)
-            _flush(self.folder)
+            flush_path(self.folder)
         except OSError as error:
             raise SaveFailed(f"the results' folder {folder} cannot be made: {error}") from error
 
@@ -211,9 +211,9 @@ class Results:
             return
         for path in paths:
             with suppress(FileNotFoundError):  # deleted since
-                _flush(path)
+                flush_path(path)
         for folder in {path.parent for path in paths}:
-            _flush(folder)
+            flush_path(folder)
 
     def _remove_if_over(self, path: Path, now: float) -> bool:
         try:
@@ -311,14 +311,6 @@ def _read(path: Path, body: bool = True) -> Result | None:
         tell_shortage_apart(error, path.name)
         log.warning("%s: a result that cannot be read: %s", path, error)
         return None
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _flush_file_system(folder: Path) -> None:

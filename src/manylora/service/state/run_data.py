@@ -1,6 +1,5 @@
 """The data of a submitted run: what was uploaded, or files below the server's data folders."""
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from manylora.runs.sources import Source, read_source
 from manylora.service.http_errors import TooLarge
 from manylora.service.wire.run_messages import Data
 from manylora.types import DataError, SaveFailed, Unsupported
+from manylora.types.files import flush_path
 
 Which = Literal["train", "eval"]
 # What tells that a file has changed: its size, and when it was written (ns).
@@ -87,8 +87,8 @@ def accept(
         for which, text in (("train", data.train), ("eval", data.eval)):
             if text is not None:
                 write_text(_uploaded(paths, which), text)
-        _flush(paths.root)
-        _flush(paths.root.parent)
+        flush_path(paths.root)
+        flush_path(paths.root.parent)
     except UnicodeEncodeError as error:
         raise DataError(f"data: half of a surrogate pair at character {error.start + 1}") from error
     except OSError as error:
@@ -156,11 +156,3 @@ def _uploaded(paths: AdapterPaths, which: Which) -> Path:
 def _stamp(path: Path) -> Stamp:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
