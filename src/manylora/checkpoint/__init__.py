@@ -1,11 +1,11 @@
-"""Adapters on disk: PEFT's files, training state, merged models.
+"""This room holds adapters on disk: PEFT's files, training states, merged models.
 
-Owns: what an adapter looks like as files, folders that are whole or not there, manifests, and what
-is refused when files are read.
+Owns: what an adapter looks like as files, folders that are whole or absent, manifests, and what is
+refused when files are read.
 Does not own: the adapter's vectors and layout (lora), the base model (models), when to save and
 what to delete (engine and runs).
-Talks to: lora, models and types below; engine, sampling and the doors use it. Only
-`merged`, which opens a base, knows torch; import it where it is needed.
+Talks to: lora, models and types below; hosting, api, runs, service and cli use it. Only `merged`,
+which opens a base, knows torch; import it where it is needed.
 """
 
 from manylora.checkpoint.atomic import clean_strays, write_folder

@@ -1,11 +1,11 @@
-"""Folders that appear whole or not at all, whatever happens while they are written.
+"""Folders appear whole or not at all, whatever happens while they are written.
 
 A folder `step-7` is written as `.step-7.partial-<random>` beside it, flushed to the disk, and
 renamed. An older `step-7` is first renamed to `.step-7.old-<random>` and deleted once the new one
 is in place. Only a killed process leaves either of them behind; `clean_strays` sets them right.
 
 The writer holds a lock (flock) on its partial folder, and the system drops it when the process
-dies: a partial folder that can be locked belongs to nobody.
+dies: a partial folder that can be locked has no living writer.
 """
 
 import fcntl
@@ -34,12 +34,12 @@ _STRAY = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-[0-9a-f]{8}")
 def write_folder(
     folder: str | Path, *, kind: str, about: Mapping[str, JSON], manifest_name: str = MANIFEST
 ) -> Iterator[Path]:
-    """Give the body an empty folder to fill; when the body ends, it becomes `folder`.
+    """Give the body an empty folder to fill, which becomes `folder` when the body ends.
 
     Args:
-        folder: where the contents shall lie. What is there already is replaced only if it is empty
-            or has a manifest of that name, never a folder that somebody else made.
-        kind, about: go into the manifest.
+        folder: where the contents shall lie. A folder that is there already is replaced only if it
+            is empty or has a manifest of that name, so never one that another program made.
+        kind, about: what the manifest says of the contents.
 
     Raises:
         SaveFailed: anything could not be written. `folder` is then as it was before.
@@ -65,7 +65,7 @@ def write_folder(
     except (OSError, SafetensorError) as error:
         raise SaveFailed(f"{folder} could not be saved: {error}") from error
     finally:
-        # After a success there is nothing left of that name.
+        # After a success no folder has that name.
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
 
@@ -80,7 +80,7 @@ def clean_strays(parent: Path, name: str | None = None) -> None:
         name: look only at the strays of this folder.
 
     Raises:
-        TooManyFilesOpen: nothing was changed.
+        TooManyFilesOpen: no descriptor is left; nothing was changed.
     """
     try:
         found = [(path, _STRAY.fullmatch(path.name)) for path in parent.iterdir()]
@@ -129,10 +129,10 @@ def _new_partial(target: Path) -> tuple[Path, int]:
         lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # somebody cleans it up, having found it before it was locked
+        except BlockingIOError:  # a cleaner found it before it was locked, and removes it
             os.close(lock)
             continue
-        except OSError as error:  # a file system without locks; nobody can clean it up either
+        except OSError as error:  # without locks on this file system no cleaner removes it
             logger.debug("%s: no lock: %s", partial, error)
         if partial.exists():
             return partial, lock
@@ -140,8 +140,11 @@ def _new_partial(target: Path) -> tuple[Path, int]:
 
 
 def _try_lock(partial: Path) -> int | None:
-    """An open, locked descriptor; None if a living process has it or it cannot be told. Raises
-    TooManyFilesOpen."""
+    """Return an open, locked descriptor; None if a living process has it or it cannot be told.
+
+    Raises:
+        TooManyFilesOpen: no descriptor is left.
+    """
     try:
         lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
@@ -174,8 +177,11 @@ def _publish(partial: Path, target: Path) -> None:
 
 
 def _open_up(folder: Path) -> None:
-    """Let whoever may read the folder read its files: safetensors makes its own private ones, and
-    an export is for other programs, perhaps other users'. The umask decides, as for the folder."""
+    """Let every user who may read the folder read its files.
+
+    safetensors makes private files, and an export is for other programs, perhaps other users'. The
+    umask decides, as for the folder.
+    """
     mode = stat.S_IMODE(folder.stat().st_mode)
     for path in folder.rglob("*"):
         path.chmod(mode if path.is_dir() else mode & 0o666)

@@ -1,4 +1,4 @@
-"""What lies in an adapter's folder: read from headers and JSON, and verified where it can be."""
+"""An adapter's folder is described by its headers and JSON, and verified where it can be."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from manylora.checkpoint.tensor_files import read_tensors
 from manylora.types import CheckpointDamaged, CheckpointError
 from manylora.types.files import tell_shortage_apart
 
-# All are always there; those that do not apply are None.
+# A report has all of these; those that do not apply are None.
 _FIELDS = (
     *("base", "base_fingerprint", "rank", "ranks", "alpha", "alphas", "use_rslora", "targets"),
     *("parameters", "dtype", "step", "bytes", "verified", "reason"),
@@ -18,22 +18,24 @@ _FIELDS = (
 
 
 def describe(folder: str | Path) -> dict[str, JSON]:
-    """Say what `folder` holds. Damage is part of the answer, not an error.
+    """Describe what `folder` holds; damage is part of the answer, not an error.
 
     Returns:
         kind: `training-state`, `peft-adapter`, `merged-model` or `model`.
         folder, base, base_fingerprint: where it is and what it belongs to.
-        rank, alpha: the common ones; ranks, alphas: all that occur.
-        targets: as the settings have them.
-        parameters: how many; of a training state, those of the adapter itself.
-        dtype: of the adapter's factors, or of the model's weights.
+        rank, alpha: the common ones.
+        ranks, alphas: all that occur.
+        targets: the targets as the settings have them.
+        parameters: their number; of a training state, those of the adapter itself.
+        dtype: dtype of the adapter's factors, or of the model's weights.
         step: optimizer steps made (training states only).
-        bytes: of all files.
-        verified: whether every file is there with the right SHA-256; reason: why not.
+        bytes: bytes of all files.
+        verified: whether every file is there with the right SHA-256.
+        reason: why it is not verified.
 
     Raises:
         CheckpointDamaged: the folder holds none of the above.
-        TooManyFilesOpen: nothing can be said of it.
+        TooManyFilesOpen: no descriptor is left, so its files could not be read.
     """
     folder = Path(folder)
     report: dict[str, JSON] = {"kind": None, "folder": str(folder)}
@@ -135,7 +137,7 @@ def _fill_tensors(report: dict[str, JSON], tensors: Iterable[tuple[str, tuple[in
 
 
 def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Key → (dtype, shape) of a safetensors file, without reading its tensors."""
+    """Return key → (dtype, shape) of a safetensors file, without reading its tensors."""
     return {key: (tensor.dtype, tensor.shape) for key, tensor in read_tensors(path).items()}
 
 

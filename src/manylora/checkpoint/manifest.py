@@ -1,4 +1,4 @@
-"""What a folder says about itself: its kind, what it belongs to, and the SHA-256 of every file.
+"""A manifest says what its folder is: kind, what it belongs to, and the SHA-256 of every file.
 
 The manifest is written last, so a folder without one was never finished. It carries a checksum of
 itself, because an altered base name or layout is as bad as an altered tensor.
@@ -18,21 +18,21 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-# The same thing beside files that other programs read; the name says whose it is.
+# A manifest's name beside files that other programs read; it says whose it is.
 SIDECAR = "manylora.json"
 # Kind of a base with an adapter added to it.
 MERGED = "merged-model"
 
 _CHUNK_BYTES = 1 << 20
 
-# Of a JSON file: the layout of a model with a hundred thousand layers, and no more.
+# Limits of a JSON file: the layout of a model with a hundred thousand layers, and no more.
 MAX_JSON_BYTES = 32 << 20
 MAX_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A manifest that was read and whose own checksum is right.
+    """A `Manifest` was read from a file, and its own checksum is right.
 
     Attributes:
         kind: `training-state`, `peft-adapter` or `merged-model`.
@@ -46,7 +46,7 @@ class Manifest:
 
 
 def manifest_text(kind: str, about: Mapping[str, JSON], partial: Path) -> str:
-    """The manifest of everything that lies in `partial` now."""
+    """Return the manifest of everything that lies in `partial` now."""
     files: dict[str, JSON] = {
         path.relative_to(partial).as_posix(): {
             "bytes": path.stat().st_size,
@@ -83,12 +83,12 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
 
 
 def verify(folder: Path, name: str = MANIFEST, *, kind: str | None = None) -> Manifest:
-    """Read the manifest and hold every file that it lists against it.
+    """Read the manifest and compare every file that it lists with it.
 
     Raises:
-        CheckpointDamaged: names every file that is missing, of another size or altered.
-        CheckpointMismatch: another format version, or not of `kind`.
-        TooManyFilesOpen: nothing can be said of it.
+        CheckpointDamaged: a file is missing, of another size or altered; all such are named.
+        CheckpointMismatch: the manifest has another format version, or is not of `kind`.
+        TooManyFilesOpen: no descriptor is left, so the files could not be read.
     """
     manifest = read_manifest(folder, name)
     if kind is not None and manifest.kind != kind:
@@ -104,11 +104,11 @@ def verify(folder: Path, name: str = MANIFEST, *, kind: str | None = None) -> Ma
 
 
 def read_object(path: Path, most_bytes: int = MAX_JSON_BYTES) -> dict[str, JSON]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
         CheckpointDamaged: the file is missing, unreadable, too large, or no JSON object.
-        TooManyFilesOpen: nothing can be said of it.
+        TooManyFilesOpen: no descriptor is left, so the file could not be read.
     """
     try:
         value = json.loads(_text(path, most_bytes))
@@ -149,7 +149,7 @@ def _check_depth(value: object) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

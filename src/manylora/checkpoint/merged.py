@@ -1,4 +1,4 @@
-"""An adapter added to its base and saved as an ordinary model.
+"""A merged model is an adapter added to its base and saved as an ordinary model.
 
 K input features, N output features, R LoRA rank, P parameters of the adapter, V vocabulary.
 """
@@ -36,8 +36,8 @@ def export_merged(
     Args:
         weights_P: fp32 [P].
         base: folder or locally cached name of the base, which is loaded anew.
-        text_format: of the adapter: the model ends its answers there, and its tokenizer has that
-            chat template.
+        text_format: the adapter's: the model ends its answers at its stop tokens, and the tokenizer
+            has its chat template.
 
     Raises:
         BaseModelError: the base cannot be opened.

@@ -1,4 +1,4 @@
-"""`adapter_config.json`: how PEFT names the modules of an adapter, and what of it we cannot do.
+"""PEFT names an adapter's modules in `adapter_config.json`; what of it we cannot do is refused.
 
 PEFT matches a list entry t against a module path by `path == t or path.endswith("." + t)`, a string
 by `re.fullmatch`, and a pattern of `rank_pattern` / `alpha_pattern` by `(.*\\.)?(pattern)$`.
@@ -61,7 +61,7 @@ _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """The fields of an `adapter_config.json` that decide what the adapter computes.
+    """A `PeftConfig` is what of an `adapter_config.json` decides what the adapter computes.
 
     Its patterns are matched within bounds (see `types.patterns`); one that is beyond them raises
     `CheckpointDamaged`, which names `where` and the field.
@@ -83,20 +83,20 @@ class PeftConfig:
     _matching: Matching = field(default_factory=Matching, compare=False, repr=False)
 
     def rank_of(self, name: str) -> int:
-        """The rank of the module of that path."""
+        """Return the rank of the module of that path."""
         return self._pattern_value("rank_pattern", self.rank_pattern, self._key(name), self.rank)
 
     def alpha_of(self, name: str) -> float:
-        """The alpha of the module of that path."""
+        """Return the alpha of the module of that path."""
         return self._pattern_value("alpha_pattern", self.alpha_pattern, self._key(name), self.alpha)
 
     def _key(self, name: str) -> str:
-        """What patterns are held against: a module's path, or that of its weight."""
+        """Return what patterns are matched with: a module's path, or that of its weight."""
         weight = f"{name}.weight"
         return weight if _is_named(self.parameters, weight) else name
 
     def adapts(self, site: Site) -> bool:
-        """Whether PEFT would put factors on `site`."""
+        """Return whether PEFT would put factors on `site`."""
         if self._key(site.name) != site.name:
             return True
         if self._matches("exclude_modules", self.excluded, site.name):
@@ -146,13 +146,13 @@ class PeftConfig:
 
 
 def parse_config(fields: Mapping[str, JSON], where: str) -> PeftConfig:
-    """Understand an `adapter_config.json`, or say by name what of it is not supported.
+    """Parse an `adapter_config.json`, or say by name what of it is not supported.
 
     Args:
         where: the file's path, for messages.
 
     Raises:
-        Unsupported: it asks for something else than plain LoRA; names every such field.
+        Unsupported: it asks for something other than plain LoRA; every such field is named.
         CheckpointDamaged: a field has a wrong type or value.
     """
     refused = _refusals(fields)
@@ -185,10 +185,11 @@ def refuse_lost(names: Iterable[str], sites: Sequence[Site], what: str) -> None:
     """Refuse an adapter on layers that PEFT would not find again.
 
     Args:
-        names: of the layers it acts on. what: it is; the beginning of a sentence.
+        names: names of the layers that it acts on.
+        what: what the message calls the adapter; the beginning of a sentence.
 
     Raises:
-        Unsupported: names the layers and the way out.
+        Unsupported: there are such layers; the message names them and the way out.
     """
     names = set(names)
     lost = [site.name for site in sites if site.naming == "lost" and site.name in names]
@@ -202,11 +203,11 @@ def refuse_lost(names: Iterable[str], sites: Sequence[Site], what: str) -> None:
 
 
 def exact_targets(chosen: set[str], sites: Sequence[Site]) -> str | tuple[str, ...]:
-    """The shortest sorted list of names that matches `chosen` and no other of `sites`.
+    """Return the shortest sorted list of names that matches `chosen` and no other of `sites`.
 
-    A leaf name where every site of that ending is chosen, else full names. Where the full name of
-    a chosen site is the ending of another module's, no list can tell them apart: a regular
-    expression.
+    It has a leaf name where every site of that ending is chosen, else full names. Where the full
+    name of a chosen site is the ending of another module's, no list can tell them apart, and a
+    regular expression is returned.
     """
     names: set[str] = set()
     shared = {site.leaf for site in sites if site.naming != "leaf"}
@@ -224,7 +225,7 @@ def exact_targets(chosen: set[str], sites: Sequence[Site]) -> str | tuple[str, .
 
 
 def exact_pattern(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
-    """The commonest of the values by module path, and a pattern for the modules that differ."""
+    """Return the commonest of the values by module path, and a pattern for those that differ."""
     default = Counter(values.values()).most_common(1)[0][0]
     by_leaf: dict[str, dict[str, Number]] = defaultdict(dict)
     for name, value in values.items():
@@ -241,7 +242,7 @@ def exact_pattern(values: Mapping[str, Number]) -> tuple[Number, dict[str, Numbe
 
 
 def _bare_parameters(named: JSON) -> bool:
-    """Whether there are others among them than weights, which may be linear layers'."""
+    """Return whether any of them is not a weight; weights may be those of linear layers."""
     listed = named if isinstance(named, list) else [named] if named else []
     return any(not str(name).endswith(".weight") for name in listed)
 
@@ -273,7 +274,7 @@ def _is_named(targets: Set[str], name: str) -> bool:
 
 
 class _Taker:
-    """Takes typed values out of the file's fields; a wrong one is the file's damage."""
+    """A `_Taker` takes typed values out of the file's fields; a wrong one is the file's damage."""
 
     def __init__(self, fields: Mapping[str, JSON], where: str) -> None:
         self._fields = fields
@@ -298,7 +299,7 @@ class _Taker:
         return {pattern: take(f"{name}[{pattern!r}]", item) for pattern, item in value.items()}
 
     def names(self, name: str) -> str | tuple[str, ...] | None:
-        """A list of names, or a string that is a regular expression."""
+        """Return a list of names, or a string that is a regular expression."""
         value = self._fields.get(name)
         if value is None or isinstance(value, str):
             self.require_regex(name, value or "", "{}")
@@ -308,7 +309,7 @@ class _Taker:
         return tuple(str(item) for item in value)
 
     def parameters(self) -> frozenset[str]:
-        """Weights of linear layers that are adapted as parameters, which is the same."""
+        """Return linear layers' weights that are adapted as parameters, which is plain LoRA too."""
         named = self.names("target_parameters") or ()
         return frozenset((named,) if isinstance(named, str) else named)
 
@@ -323,7 +324,7 @@ class _Taker:
         return value
 
     def require_regex(self, name: str, text: str, within: str) -> None:
-        """`within` is what PEFT puts around it."""
+        """Refuse a text that is no regular expression; `within` is what PEFT puts around it."""
         try:
             compiled(text)
             compiled(within.format(text))

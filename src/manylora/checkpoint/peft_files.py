@@ -1,9 +1,9 @@
-"""Adapters as PEFT's own files: what PEFT, vLLM and SGLang load, and what they wrote.
+"""Adapters are written as PEFT's own files, which PEFT, vLLM and SGLang load, and read as such.
 
     adapter_model.safetensors   base_model.model.<site>.lora_A.weight [R, K], .lora_B.weight [N, R]
     adapter_config.json         PEFT's LoraConfig
     manylora.json               ours: base, what ends an answer, the SHA-256 of the other files
-    chat_template.jinja         only if it was trained with a template of its own
+    chat_template.jinja         only if it was trained with its own template
 
 K input features, N output features, R LoRA rank, P parameters of the adapter.
 """
@@ -65,7 +65,7 @@ _BASE_COPY = re.compile(r"base_model\.model\.(?P<site>.+)\.base_layer\.weight")
 
 @dataclass(frozen=True, slots=True)
 class ImportedAdapter:
-    """What `import_peft` read.
+    """An `ImportedAdapter` is what `import_peft` read.
 
     Attributes:
         spec: settings that give the same scale at every site; its targets match the file's modules
@@ -73,7 +73,7 @@ class ImportedAdapter:
         layout: `plan_layout` of that spec.
         weights_P: fp32 [P], exactly the file's numbers.
         base_name: the base that the file names, if any.
-        text_format: how its texts became tokens, as far as the folder tells.
+        text_format: how the adapter's texts became tokens, as far as the folder tells.
     """
 
     spec: AdapterSpec
@@ -103,7 +103,7 @@ def export_peft(
         sites: every linear layer of the base, targeted or not, so that the written
             `target_modules` match the adapter's modules and no other.
         text_format: how its texts became tokens: what ends its answers goes beside our own
-            fingerprint, a chat template of its own into a file as tokenizers have it.
+            fingerprint, its own chat template into a file as tokenizers have it.
 
     Raises:
         CheckpointMismatch: `weights_P` or `sites` do not belong to `layout`.
@@ -147,7 +147,7 @@ def export_peft(
 def _not_in_config(
     spec: AdapterSpec, config: Mapping[str, JSON], text_format: TextFormat
 ) -> dict[str, JSON]:
-    """What PEFT's own file has no place for."""
+    """Return the settings that PEFT's own file cannot hold."""
     about: dict[str, JSON] = {}
     if config["lora_dropout"] != spec.dropout:
         about["dropout"] = spec.dropout
@@ -164,18 +164,18 @@ def import_peft(
     dtype: DType | None = None,
     base_weight: Callable[[str], Floats] | None = None,
 ) -> ImportedAdapter:
-    """Read a PEFT LoRA folder, whoever wrote it.
+    """Read a PEFT LoRA folder, whichever program wrote it.
 
     Args:
         sites: every linear layer of the base.
-        seed: of the adapter from now on (files do not tell).
-        dtype: of the adapter from now on; None = the file's, or fp32 where it holds several.
+        seed: seed of the adapter from now on (files do not tell).
+        dtype: dtype of the adapter from now on; None = the file's, or fp32 where it holds several.
         base_weight: module path → the base's weight [N, K], fp32. A file may hold a copy of the
             output head's frozen weight; with this it is compared, without it a warning is logged.
 
     Raises:
-        Unsupported: anything else than plain LoRA factors, by name.
-        CheckpointMismatch: names every missing, unexpected and misshapen key.
+        Unsupported: it holds something other than plain LoRA factors, which the message names.
+        CheckpointMismatch: keys are missing, unexpected or misshapen; all such are named.
         CheckpointDamaged: files are missing, torn or altered, or hold NaN or Inf.
         DoesNotFit: there is no memory for the factors.
     """
@@ -206,7 +206,7 @@ def import_peft(
 
 
 def _recorded(folder: Path) -> dict[str, JSON]:
-    """What our own file says about the adapter; {} where there is none."""
+    """Return what our own file says about the adapter; {} where the file is missing."""
     about = read_object(folder / SIDECAR).get("about") if (folder / SIDECAR).is_file() else None
     return about if isinstance(about, dict) else {}
 
@@ -264,7 +264,7 @@ def _config_json(
 
 
 def _plain_alpha(spec: AdapterSpec, factor: Factor) -> int | float:
-    """The alpha whose alpha / rank is the factor's scale, as a whole number where it is one."""
+    """Return the alpha for which alpha / rank is the factor's scale, as an int if it is whole."""
     alpha = factor.alpha
     if spec.use_rslora:
         near = factor.scale * factor.rank
@@ -298,10 +298,10 @@ def _read_tensors(folder: Path) -> dict[str, FileTensor]:
 def _sort_keys(
     folder: Path, tensors: Mapping[str, FileTensor], sites: Sequence[Site], config: PeftConfig
 ) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
-    """(site, "A" or "B") → key, and site → key of a copy of the base's weight.
+    """Return (site, "A" or "B") → key, and site → key of a copy of the base's weight.
 
     Raises:
-        CheckpointMismatch: with every key that is missing, unexpected or of a wrong shape.
+        CheckpointMismatch: keys are missing, unexpected or of a wrong shape; all such are named.
     """
     known = {site.name: site for site in sites}
     adapted = {site.name for site in sites if config.adapts(site)}

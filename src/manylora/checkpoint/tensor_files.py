@@ -1,6 +1,6 @@
-"""Numbers in safetensors files without torch: fp32 in memory, fp32, bf16 or fp16 on disk.
+"""Tensors are read and written without torch: fp32 in memory, fp32, bf16 or fp16 in safetensors.
 
-numpy has no bf16. Its numbers are the upper halves of fp32 numbers, and are kept as uint16.
+numpy has no bf16. Its numbers are the upper halves of fp32 numbers, and are held as uint16.
 """
 
 import errno
@@ -35,17 +35,18 @@ DTYPES = tuple(_FORMATS)
 _BF16_NAN = 0x7FC0
 
 
-# Of a header: what the library takes is 100 MB, which as objects are more than a gigabyte.
+# The library accepts headers of 100 MB, which as objects are more than a gigabyte.
 MAX_HEADER_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class FileTensor:
-    """A tensor in a file; nothing of it is in memory.
+    """A `FileTensor` is a tensor in a file; nothing of it is in memory.
 
     Attributes:
-        dtype: as safetensors calls it (`F32`, `I64`, …).
-        start, stop: where its bytes lie in the file, row-major.
+        dtype: dtype as safetensors calls it (`F32`, `I64`, …).
+        start: offset in the file where its bytes, which are row-major, begin.
+        stop: offset where they end.
     """
 
     path: Path
@@ -56,15 +57,15 @@ class FileTensor:
 
     @property
     def known(self) -> DType | None:
-        """Its dtype by our name; None if it is none of ours."""
+        """The tensor has this one of our dtypes; None if it has none of them."""
         return next((name for name, (_, read, _) in _FORMATS.items() if read == self.dtype), None)
 
     def fp32(self) -> Floats:
-        """Its numbers, exactly, in memory of their own. Its dtype must be one of ours.
+        """Read its numbers, exactly, into new memory. Its dtype must be one of ours.
 
         Raises:
             CheckpointDamaged: the file was cut in the meantime.
-            TooManyFilesOpen
+            TooManyFilesOpen: no descriptor is left.
         """
         dtype = self.known
         assert dtype is not None
@@ -82,7 +83,7 @@ class FileTensor:
 
 
 def encoded(values: Floats, dtype: DType) -> Encoded:
-    """A copy of `values` in `dtype`, rounded to nearest, ties to even; bf16 as its bits."""
+    """Return a copy of `values` in `dtype`, rounded to nearest, ties to even; bf16 as its bits."""
     if dtype == "fp32":
         return values.astype(np.float32)
     if dtype == "fp16":
@@ -96,14 +97,14 @@ def encoded(values: Floats, dtype: DType) -> Encoded:
 
 
 def decoded(numbers: Encoded, dtype: DType) -> Floats:
-    """A copy in fp32 of what `encoded` gave."""
+    """Return a copy in fp32 of what `encoded` returned."""
     if dtype == "bf16":
         return (numbers.astype(np.uint32) << 16).view(np.float32)
     return numbers.astype(np.float32)
 
 
 def rounded(values: Floats, dtype: DType) -> Floats:
-    """`values` as they are after a passage through `dtype`."""
+    """Return fp32 `values` as they are once rounded to `dtype`."""
     return decoded(encoded(values, dtype), dtype)
 
 
@@ -114,10 +115,10 @@ def write_tensors(
     *,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write arrays that `encoded` gave, of any shape and strides.
+    """Write arrays that `encoded` returned, of any shape and strides.
 
     Raises:
-        OSError, SafetensorError: it could not be written.
+        OSError, SafetensorError: the file could not be written.
     """
     name, _, in_memory = _FORMATS[dtype]
     packed = {key: np.ascontiguousarray(value, in_memory) for key, value in tensors.items()}
@@ -134,15 +135,15 @@ def write_tensors(
 def read_fp32(
     path: Path, check: Callable[[Mapping[str, FileTensor]], None] = lambda tensors: None
 ) -> dict[str, Floats]:
-    """Every tensor of a file that holds nothing but fp32, in memory of its own.
+    """Read every tensor of a file that holds nothing but fp32, each into new memory.
 
     Args:
-        check: is shown what the file has before anything of it is read.
+        check: called with the file's tensors before any numbers are read.
 
     Raises:
-        CheckpointDamaged: it is missing, or no safetensors file.
+        CheckpointDamaged: the file is missing, or no safetensors file.
         CheckpointMismatch: a tensor is of another dtype.
-        DoesNotFit: there is no memory for them.
+        DoesNotFit: there is no memory for the tensors.
     """
     tensors = read_tensors(path)
     for key, tensor in tensors.items():
@@ -154,14 +155,14 @@ def read_fp32(
 
 
 def admit_tensors(path: Path, tensors: Iterable[FileTensor]) -> None:
-    """Whether there is memory for tensors as fp32. Raises DoesNotFit."""
+    """Raise `DoesNotFit` unless there is memory for the tensors as fp32."""
     needed = 4 * sum(math.prod(tensor.shape) for tensor in tensors)
     free = free_host_bytes() + freed_heap_bytes()
     admit(f"what {path} holds", needed, free, f"as much as {bytes_text(free)} would fit")
 
 
 def _check_header(path: Path) -> None:
-    """Have the library look at it, which knows what a right header is."""
+    """Let the safetensors library check the header, since it knows what a right one is."""
     try:
         with safe_open(path, framework="np"):
             return
@@ -173,13 +174,13 @@ def _check_header(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, FileTensor]:
-    """What tensors a file has, by name and in the order of names; their numbers are not read.
+    """Return a file's tensors by name and in the order of names; no numbers are read.
 
-    The header is held against the file: its length, and whether the tensors' bytes fill the rest.
+    The header is compared with the file: its length, and whether the tensors' bytes fill the rest.
 
     Raises:
-        CheckpointDamaged: it is missing, or no safetensors file.
-        TooManyFilesOpen: nothing can be said of it.
+        CheckpointDamaged: the file is missing, or no safetensors file.
+        TooManyFilesOpen: no descriptor is left, so the file could not be read.
     """
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""An adapter's training state on disk: everything needed to go on bit for bit.
+"""An adapter's training state on disk is everything from which training goes on bit for bit.
 
     step-7/
         state.safetensors   weights, exp_avg, exp_avg_sq, grad: fp32 [P], absent ones left out;
@@ -37,19 +37,20 @@ TENSORS, SETTINGS = "state.safetensors", "state.json"
 
 _VECTORS = ("weights", "exp_avg", "exp_avg_sq", "grad")
 _STEP = re.compile(r"step-(\d+)")
-# Numbers of input groups belong to one opening of a base, not to the vector.
+# The numbers of input groups belong to one opening of a base, not to the vector.
 _COMPARED = tuple(field.name for field in fields(Factor) if field.name != "group")
 _MOST_DIFFERENCES = 20
 
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """What `load_state` found, verified.
+    """A `SavedState` is what `load_state` read and verified.
 
     Attributes:
-        state: the adapter's state, arrays of its own memory.
+        state: the adapter's state, in new arrays.
         client: what the saver put beside it.
-        base_name, base_fingerprint: the base that it was trained on.
+        base_name: name of the base that it was trained on.
+        base_fingerprint: fingerprint of that base.
         text_format: how its texts became tokens.
     """
 
@@ -110,12 +111,12 @@ def load_state(
     """Read a training state, after checking every byte of it.
 
     Args:
-        layout, base_fingerprint, spec: what the caller needs it to be; None = whatever it is.
+        layout, base_fingerprint, spec: what the caller needs the state's to be; None = any.
 
     Raises:
-        CheckpointDamaged: torn, truncated or altered; the message names the files.
-        TooManyFilesOpen: nothing can be said of it.
-        CheckpointMismatch: of another rank, alpha, dtype, layout or base; the message gives both.
+        CheckpointDamaged: it is torn, truncated or altered; the message names the files.
+        TooManyFilesOpen: no descriptor is left, so it could not be read.
+        CheckpointMismatch: its rank, alpha, dtype, layout or base is another; both are named.
     """
     folder = Path(folder)
     if not folder.exists():  # perhaps it was being replaced when its writer was killed
@@ -159,23 +160,26 @@ def load_state(
 
 
 def recorded_format(folder: Path) -> TextFormat:
-    """How an adapter's texts became tokens, by its training state; older ones say nothing.
+    """Read from a training state how its adapter's texts became tokens; older ones say nothing.
 
     Raises:
-        CheckpointDamaged, TooManyFilesOpen
+        CheckpointDamaged: the settings are missing or cannot be read.
+        TooManyFilesOpen: no descriptor is left.
     """
     return TextFormat.of_json(read_object(folder / SETTINGS).get("text_format"))
 
 
 def newest_state(parent: str | Path) -> Path | None:
-    """The folder `step-N` with the highest N that is whole; None if there is none.
+    """Return the whole folder `step-N` with the highest N; None if there is none.
 
-    Damaged and half-written ones are skipped with a warning. Cleans up after killed writers first.
+    What killed writers left is cleaned up first. Damaged and half-written folders are skipped with
+    a warning.
 
     Raises:
         CheckpointMismatch: a newer state is there, but of a format that this version cannot read.
             Going on from an older one would silently lose work.
-        TooManyFilesOpen: nothing can be said of the newest one; the same.
+        TooManyFilesOpen: the newest one could not be read. Going on from an older one would
+            silently lose work.
     """
     parent = Path(parent)
     if not parent.is_dir():
@@ -228,14 +232,14 @@ def _read_vectors(path: Path, num_params: int) -> dict[str, Floats]:
 
 
 def _wanted_shape(name: str, shape: tuple[int, ...], num_params: int) -> tuple[int, ...]:
-    """[P]; of a gradient [S, P] with as many shares as it has, but one at least."""
+    """Return [P]; for a gradient [S, P], with as many shares as it has, but at least one."""
     if name != "grad":
         return (num_params,)
     return max(1, shape[0] if len(shape) == 2 else 1), num_params
 
 
 def _require_json(value: object, where: str) -> None:
-    """Tuples and integer keys would come back as something else: refuse them by name."""
+    """Refuse by name what JSON would give back as something else: tuples and integer keys."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):

@@ -1,8 +1,8 @@
-"""The words that all rooms share: adapter settings, data, results, errors.
+"""This room defines the words that all rooms share: adapter settings, data, results, errors.
 
 Owns: small frozen classes that cross room boundaries, and the one error tree.
 Does not own: database rows, wire messages, tensors.
-Talks to: nobody; every room may import it. No torch.
+Talks to: no room; every room may import it. It does not import torch.
 """
 
 from manylora.types.adapter_spec import ALL_LINEAR, AdamParams, AdapterSpec

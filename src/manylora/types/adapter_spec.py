@@ -1,4 +1,4 @@
-"""What an adapter is asked to be, and how its optimizer steps."""
+"""These settings say what an adapter is, and how its optimizer steps."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSpec:
-    """Settings of one LoRA adapter: ΔW = scale · B·A, with scale = alpha / rank.
+    """An `AdapterSpec` is one LoRA adapter's settings: ΔW = scale · B·A, scale = alpha / rank.
 
     Attributes:
         rank: number of rows of A; any value ≥ 1.
@@ -24,11 +24,11 @@ class AdapterSpec:
             such as `("q_proj", "v_proj")`, or a regular expression that must match a whole
             module name. `lm_head` may be named.
         rank_pattern: regular expression → rank, for modules whose name ends in a match.
-        alpha_pattern: the same for alpha.
+        alpha_pattern: regular expression → alpha, for modules whose name ends in a match.
         use_rslora: scale = alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732).
         dropout: probability of dropping an element of the input of A, in [0, 1).
-        dtype: of the factors; gradients, moments and master weights are always fp32.
-        seed: of the initial factors and of dropout.
+        dtype: dtype of the factors; gradients, moments and master weights are always fp32.
+        seed: seed of the initial factors and of dropout.
         init: `kaiming` (A uniform as PEFT's default) or `gaussian` (A normal with standard
             deviation 1/rank); B is zero in both, so a new adapter changes nothing.
     """
@@ -69,20 +69,21 @@ class AdapterSpec:
             raise ConfigError('targets is empty; name leaf modules, a regex, or "all-linear"')
 
     def scale(self, rank: int, alpha: float) -> float:
-        """The factor on B·A for a module of this rank and alpha."""
+        """Return the factor on B·A for a module of this rank and alpha."""
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamParams:
-    """Hyper-parameters of one AdamW step (torch.optim.AdamW's update rule).
+    """`AdamParams` are the hyper-parameters of one AdamW step, by torch.optim.AdamW's rule.
 
     Attributes:
         lr: learning rate of this step.
-        beta1, beta2: decay of the first and second moment.
-        eps: added outside the square root.
-        weight_decay: decoupled; weights are multiplied by 1 - lr·weight_decay.
-        clip_norm: the adapter's gradient is scaled down to this L2 norm; 0 = never.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: number added outside the square root.
+        weight_decay: decoupled decay; weights are multiplied by 1 - lr·weight_decay.
+        clip_norm: L2 norm to which the adapter's gradient is scaled down; 0 = never.
     """
 
     lr: float

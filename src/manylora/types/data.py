@@ -1,4 +1,4 @@
-"""Training data as the engine takes it, and what it gives back.
+"""The engine takes training data in these forms, and returns these results.
 
 Shapes: N tokens of one datum, K targets of each position.
 """
@@ -20,7 +20,7 @@ MAX_TARGETS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Datum:
-    """One sequence and what its loss needs.
+    """A `Datum` is one sequence with what its loss needs.
 
     Attributes:
         tokens: int64 [N], what the model reads.
@@ -66,7 +66,7 @@ class Datum:
 
     @property
     def num_targets(self) -> int:
-        """Targets of each position: K."""
+        """Each position has this many targets: K."""
         targets = self.loss_inputs["target_tokens"]
         return 1 if targets.ndim == 1 else targets.shape[1]
 
@@ -86,7 +86,7 @@ def _check_input(name: str, array: Array, length: int) -> None:
 
 
 def causal_datum(tokens: Sequence[int] | Array, weights: Sequence[float] | Array) -> Datum:
-    """A cross-entropy datum from a whole sequence.
+    """Make a cross-entropy datum of a whole sequence.
 
     Args:
         tokens: the M tokens of the sequence, M ≥ 2.
@@ -107,12 +107,12 @@ def causal_datum(tokens: Sequence[int] | Array, weights: Sequence[float] | Array
 
 @dataclass(frozen=True, slots=True)
 class DeviceTime:
-    """What an operation cost, in seconds of the device.
+    """A `DeviceTime` says what an operation cost, in seconds of the device.
 
     Attributes:
-        batches: of the batches (or slices of the decode loop) that it was part of.
-        share: its own share of those: by tokens, or by requests where they decode together. Added
-            up over all operations, that is how long the device worked.
+        batches: time of the batches (or slices of the decode loop) that it was part of.
+        share: its own share of that time: by tokens, or by requests where they decode together.
+            The sum over all operations is how long the device worked.
     """
 
     batches: float = 0.0
@@ -121,7 +121,7 @@ class DeviceTime:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBackwardResult:
-    """What `forward_backward` and `forward` give back for one operation.
+    """`forward_backward` and `forward` return a `ForwardBackwardResult` for each operation.
 
     Attributes:
         logprobs: per datum float32, log p(target) at temperature 1, of the shape of its
@@ -130,8 +130,8 @@ class ForwardBackwardResult:
         loss: sum of the losses over all targets, tokens and data.
         metrics: further figures, named `name:reduction`; `loss:sum` is always there.
         positions: per datum int64 [n], the positions whose log-probabilities these are; None if
-            they are all positions'.
-        device: what it cost; no part of what two results are compared by.
+            they are those of all positions.
+        device: what it cost; two results are compared without it.
     """
 
     logprobs: tuple[Array, ...]
@@ -143,12 +143,12 @@ class ForwardBackwardResult:
 
 @dataclass(frozen=True, slots=True)
 class OptimStepResult:
-    """What `optim_step` gives back.
+    """`optim_step` returns an `OptimStepResult`.
 
     Attributes:
         step: number of optimizer steps that this adapter has made, this one included.
         grad_norm: L2 norm of the gradient before clipping.
-        device: what it cost; no part of what two results are compared by.
+        device: what it cost; two results are compared without it.
     """
 
     step: int

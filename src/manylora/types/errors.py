@@ -1,4 +1,4 @@
-"""Every error that manylora raises on purpose, as one small tree.
+"""Every error that manylora raises on purpose has its place in one small tree.
 
     ManyloraError
     ├── ConfigError (ValueError)          a run file, an option or an adapter's settings
@@ -30,7 +30,7 @@ concerns one adapter; it never harms another.
 
 
 class ManyloraError(Exception):
-    """Base of every error raised on purpose."""
+    """Every error that manylora raises on purpose is a `ManyloraError`."""
 
     def __str__(self) -> str:
         # KeyError would print the repr of its message.
@@ -58,11 +58,11 @@ class BaseModelError(ManyloraError):
 
 
 class Unsupported(ManyloraError):
-    """Something known that manylora does not do."""
+    """Something known was asked for that manylora does not do."""
 
 
 class DoesNotFit(ManyloraError):
-    """It needs more memory than there is; the message says how much, and what would fit."""
+    """Something needs more memory than is free; the message says how much, and what would fit."""
 
 
 class AdapterNotFound(ManyloraError, KeyError):
@@ -74,7 +74,7 @@ class AdapterExists(ManyloraError, ValueError):
 
 
 class NotFinite(ManyloraError, ArithmeticError):
-    """NaN or Inf in one adapter's loss or gradient."""
+    """One adapter's loss or gradient holds NaN or Inf."""
 
 
 class StepRefused(ManyloraError):
@@ -89,8 +89,8 @@ class EngineLost(ManyloraError):
     """The processes of an engine are gone, and with them what was not saved.
 
     Attributes:
-        silent: one of them went without a word, as one does that somebody kills. Whatever ran just
-            then had likely nothing to do with it.
+        silent: one of them ended without a message, as a process does that is killed from outside.
+            The work that ran just then is unlikely to be the cause.
     """
 
     def __init__(self, message: str, *, silent: bool = False):
@@ -99,8 +99,11 @@ class EngineLost(ManyloraError):
 
 
 class TooManyFilesOpen(ManyloraError):
-    """A file could not be opened because as many are open as may be. Nothing is wrong with it, and
-    it is over when one is closed: never a reason to take a file for damaged, lost or missing."""
+    """A file could not be opened because as many files are open as may be.
+
+    Nothing is wrong with the file, and it can be opened once another one is closed: this is never
+    a reason to take a file for damaged, lost or missing.
+    """
 
 
 class StoreError(ManyloraError):

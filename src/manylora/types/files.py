@@ -1,4 +1,4 @@
-"""Small files that are whole or not there, and descriptors that have run out."""
+"""Small files are written whole or not at all; a lack of descriptors is told from damage."""
 
 import errno
 import os
@@ -12,11 +12,12 @@ _NONE_LEFT = (errno.EMFILE, errno.ENFILE)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a private file (0600) so that a crash at any moment leaves the old one, the new one, or
-    none: aside, flushed, renamed, and the folder flushed.
+    """Write a private file (0600) so that a crash leaves the old one, the new one, or none.
+
+    It is written aside, flushed and renamed, and its folder is flushed.
 
     Raises:
-        OSError: it could not be written; what was there before still is.
+        OSError: it could not be written; the file that was there before still is.
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -36,7 +37,7 @@ def flush_path(path: Path) -> None:
     """Make the system write a file's bytes, or a folder's list of names, to the disk.
 
     Raises:
-        OSError: it could not.
+        OSError: the system could not.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -46,8 +47,11 @@ def flush_path(path: Path) -> None:
 
 
 def no_descriptor_left(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came of, is that this process or the machine has as many
-    files open as it may: nothing is broken, and it is over when one is closed."""
+    """Return whether an error, or one that it came of, is that no descriptor is left.
+
+    This process or the machine has then as many files open as it may: nothing is broken, and it
+    is over when one is closed.
+    """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, TooManyFilesOpen):
@@ -60,14 +64,15 @@ def no_descriptor_left(error: BaseException | None) -> bool:
 
 
 def tell_shortage_apart(error: BaseException, what: object) -> None:
-    """Say that descriptors have run out, if an error comes of that; called before the error is
-    taken for a sign of damage, or of nothing being there.
+    """Raise `TooManyFilesOpen` if an error comes of descriptors that have run out.
+
+    It is called before the error is taken for a sign that something is damaged or missing.
 
     Args:
-        what: could not be read.
+        what: what could not be read.
 
     Raises:
-        TooManyFilesOpen
+        TooManyFilesOpen: the error comes of that.
     """
     if no_descriptor_left(error):
         raise TooManyFilesOpen(

@@ -1,10 +1,10 @@
-"""Names of machines."""
+"""This module tells which host names mean this machine."""
 
 import ipaddress
 
 
 def is_loopback(host: str) -> bool:
-    """Whether it is a name of this machine for itself."""
+    """Return whether a host name or address means this machine itself."""
     if host == "localhost":
         return True
     try:

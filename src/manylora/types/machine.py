@@ -1,4 +1,4 @@
-"""What this machine has, as far as plans depend on it."""
+"""This module reads and sets what plans depend on of this machine: memory, CPU, allocator."""
 
 import ctypes
 import os
@@ -14,14 +14,16 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 
 
 def free_host_bytes() -> int:
-    """Bytes of memory that this process could take now: of the machine, of the control groups that
-    it is in, and of its own limit."""
+    """Return the bytes of memory that this process could take now.
+
+    The machine, the control groups that the process is in, and its own limit bound them.
+    """
     bounds = [_available(), _address_space_left(), *_left_of_groups()]
     return max(0, min(bound for bound in bounds if bound is not None))
 
 
 def freed_heap_bytes() -> int:
-    """Bytes that this process has freed and its allocator keeps for the next allocation."""
+    """Return the bytes that this process has freed and its allocator keeps for later."""
     if not sys.platform.startswith("linux"):
         return 0
     mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
@@ -32,12 +34,12 @@ def freed_heap_bytes() -> int:
 
 
 class _Mallinfo(ctypes.Structure):
-    """glibc's struct mallinfo2: ten sizes."""
+    """This is glibc's struct mallinfo2: ten sizes."""
 
     _fields_ = (("fields", ctypes.c_size_t * 10),)
 
 
-# Which of them is the total of free blocks.
+# The index of the total of free blocks among them.
 _FORDBLKS = 8
 
 
@@ -62,7 +64,10 @@ def _address_space_left() -> int | None:
 
 
 def _left_of_groups() -> list[int]:
-    """What each control group that this process is in may still take, page cache not counted."""
+    """Return the bytes that each control group of this process may still take.
+
+    The page cache is not counted.
+    """
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -98,7 +103,7 @@ def _left_of_group(place: Path, limit: str, usage: str) -> int | None:
 
 
 def oom_kills() -> int | None:
-    """How many processes the kernel has killed for want of memory; None if it does not say."""
+    """Return how many processes the kernel has killed for want of memory; None if unknown."""
     try:
         lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -107,7 +112,7 @@ def oom_kills() -> int | None:
 
 
 def is_intel() -> bool:
-    """Whether the CPU is known to be Intel's."""
+    """Return whether the CPU is known to be Intel's."""
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -115,7 +120,7 @@ def is_intel() -> bool:
 
 
 def set_malloc(wanted: Mapping[int, int]) -> bool:
-    """Set parameters of this process's allocator; False where it is not glibc's, or refuses."""
+    """Set parameters of this process's allocator; return False if it is not glibc's or refuses."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

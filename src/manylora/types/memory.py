@@ -1,7 +1,6 @@
-"""What things take of memory, and the one refusal of what does not fit.
+"""This module computes what takes how much memory, and alone refuses what does not fit.
 
-The bytes of an adapter come from here and nowhere else; the plan of a run, paging and the doors
-ask.
+The plan of a run, paging, the Python API and the service take an adapter's bytes only from here.
 """
 
 from manylora.types.adapter_spec import DType
@@ -10,12 +9,14 @@ from manylora.types.errors import DoesNotFit
 WEIGHT_BYTES: dict[DType, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 # In fp32 whatever the dtype; fp32 weights are their own master copy.
 GRADIENT_BYTES = MASTER_BYTES = MOMENT_BYTES = 4
-# Of one sampled token: an integer and a float in tuples, and what they are made of.
+# Bytes of one sampled token: an integer and a float in tuples, and what they are made of.
 ANSWER_TOKEN_BYTES = 96
 
 
 def bytes_per_parameter(dtype: DType, dp: int = 1) -> float:
-    """Of an adapter that has stepped: weights, gradient, master copy and two moments.
+    """Return an adapter's bytes per parameter once it has stepped.
+
+    They are those of weights, gradient, master copy and two moments.
 
     Args:
         dp: data-parallel ranks, each with its slice of the master copy and the moments.
@@ -26,12 +27,12 @@ def bytes_per_parameter(dtype: DType, dp: int = 1) -> float:
 
 
 def adapter_bytes(num_params: int, dtype: DType, dp: int = 1) -> int:
-    """Of an adapter of so many parameters (those that the rank holds) once it has stepped."""
+    """Return the bytes of an adapter that has stepped, by the parameters that the rank holds."""
     return int(num_params * bytes_per_parameter(dtype, dp))
 
 
 def bytes_text(count: float) -> str:
-    """Bytes for people."""
+    """Write a number of bytes for people to read."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:,.1f} {unit}"
@@ -39,14 +40,14 @@ def bytes_text(count: float) -> str:
 
 
 def admit(what: str, needed: int, free: int, fits: str) -> None:
-    """Let something be allocated, if there is room for it.
+    """Let something be allocated if there is room for it.
 
     Args:
-        what: that needs so many bytes; the beginning of a sentence.
+        what: what needs the bytes; the beginning of a sentence.
         fits: what would fit.
 
     Raises:
-        DoesNotFit
+        DoesNotFit: more bytes are needed than are free.
     """
     if needed > free:
         raise DoesNotFit(
@@ -56,13 +57,13 @@ def admit(what: str, needed: int, free: int, fits: str) -> None:
 
 
 def admit_adapter(name: str, rank: int, num_params: int, dtype: DType, free: int) -> None:
-    """Let an adapter be made, if it fits with gradient and optimizer.
+    """Let an adapter be made if it fits with its gradient and optimizer.
 
     Args:
-        rank: of most of its modules.
+        rank: rank of most of its modules.
 
     Raises:
-        DoesNotFit
+        DoesNotFit: more bytes are needed than are free.
     """
     needed = adapter_bytes(num_params, dtype)
     largest = int(rank * max(0, free) / max(1, needed))

@@ -1,4 +1,4 @@
-"""The shape of a mesh: how many ranks, and along which axes; and how many such meshes."""
+"""A mesh has a shape: how many ranks lie along which axes, and how many such meshes exist."""
 
 import math
 import re
@@ -23,15 +23,17 @@ Split = Literal["whole", "column", "row"]
 
 @dataclass(frozen=True, slots=True)
 class MeshShape:
-    """Ranks along each axis; world rank = (replica · dp + dp index) · tp + tp index.
+    """A `MeshShape` counts the ranks of each axis.
+
+    The world rank is (replica · dp + dp index) · tp + tp index.
 
     Attributes:
-        replicas: engines that share nothing, each with adapters of its own on a mesh of dp · tp.
+        replicas: engines that share nothing, each with its own adapters on a mesh of dp · tp.
         dp: data parallel: tokens are dealt out, and the base's parameters are held in shares.
         tp: tensor parallel: the base's matrices are split.
 
     Raises:
-        ConfigError: an axis of less than one rank.
+        ConfigError: an axis has less than one rank.
     """
 
     dp: int = 1
@@ -46,10 +48,10 @@ class MeshShape:
 
     @classmethod
     def parse(cls, text: str) -> "MeshShape":
-        """`dp=2,tp=2`, in any order; an axis that is not named has one rank.
+        """Read a text such as `dp=2,tp=2`, in any order; an axis that is not named has one rank.
 
         Raises:
-            ConfigError: anything else.
+            ConfigError: the text is anything else.
         """
         sizes: dict[str, int] = {}
         for part in text.split(","):
@@ -64,19 +66,19 @@ class MeshShape:
 
     @property
     def size(self) -> int:
-        """Ranks of all replicas."""
+        """All replicas together have this many ranks."""
         return self.replicas * self.dp * self.tp
 
     @property
     def one(self) -> "MeshShape":
-        """The mesh of one replica."""
+        """The mesh of one replica has this shape."""
         return MeshShape(self.dp, self.tp)
 
     def check_split(self, sizes: Mapping[str, Any], base: str) -> None:
-        """Whether `tp` can split a base, by the sizes in its config alone.
+        """Refuse a base that `tp` cannot split, judged by the sizes in its config alone.
 
         Args:
-            sizes: the fields of its text config; those that are not there are not looked at.
+            sizes: the fields of its text config; those that are missing are not checked.
             base: what a message calls it.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What is said once when a base is opened, and handed on to whoever opens it."""
+"""The settings with which a base is opened are given once, and passed on as one value."""
 
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TypedDict
@@ -9,14 +9,14 @@ from manylora.types.mesh_shape import MeshShape
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """How a base is opened, in one process or in several.
+    """An `Opening` says how a base is opened, in one process or in several.
 
     Attributes:
         base: `seedling`, a folder, or a hub id of any Hugging Face causal LM.
         token_budget: tokens of one packed micro-batch; a longer sequence runs alone.
-        dtype: of the base: `auto` (as stored), `fp32`, `bf16`, `fp16`.
+        dtype: dtype of the base: `auto` (as stored), `fp32`, `bf16`, `fp16`.
         device: `auto` (CUDA if there is one), `cpu`, `cuda:1`, …
-        quantization: `nf4` or `int8` keeps the base's linear layers so; None = in `dtype`.
+        quantization: `nf4` or `int8` for the base's linear layers; None = they are in `dtype`.
         activation_checkpointing: recompute each block in the backward: less memory for a third more
             time.
         threads: CPU threads of one operation, for the whole process; None = torch's choice.
@@ -42,7 +42,7 @@ class Opening:
 
 
 class OpeningOptions(TypedDict, total=False):
-    """What an opening may say beside its base and its mesh; see `Opening`."""
+    """`OpeningOptions` are an `Opening`'s settings beside its base and its mesh."""
 
     token_budget: int
     dtype: str

@@ -1,4 +1,4 @@
-"""What a client can ask of an adapter, as the scheduler queues it and the engine runs it.
+"""A client asks these operations of an adapter; the scheduler queues and the engine runs them.
 
 Every operation says whose it is (`tenant`, for fairness) and, where the client numbers its
 operations, which one it is (`seq`, for knowing what a saved state contains).
@@ -12,16 +12,17 @@ from manylora.types.adapter_spec import AdamParams
 from manylora.types.data import Array, Datum
 from manylora.types.sampling import SamplingParams, Scoring
 
-# Whose log-probabilities an operation wants: every position's, or only the trained ones'.
+# The positions whose log-probabilities an operation wants: all, or only the trained ones.
 Wanted = Literal["all", "trained"]
 WANTED: tuple[Wanted, ...] = get_args(Wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBackward:
-    """Loss and log-probabilities of `data`; gradients too, unless `backward` is False.
+    """A `ForwardBackward` computes the loss and log-probabilities of `data`, and gradients.
 
-    Gradients add up over any number of calls until the adapter's own optimizer step.
+    Gradients add up over any number of calls until the adapter's own optimizer step; there are none
+    if `backward` is False.
 
     Attributes:
         logprobs: which log-probabilities come back. With "trained" the output head, a large part
@@ -46,7 +47,7 @@ class ForwardBackward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimStep:
-    """One AdamW step on the gradients that were accumulated, which are then dropped."""
+    """An `OptimStep` makes one AdamW step on the accumulated gradients, and drops them."""
 
     adapter: str
     params: AdamParams
@@ -56,13 +57,13 @@ class OptimStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """Continue prompts with an adapter's weights as they are now, or as a snapshot froze them.
+    """A `Sample` continues prompts with an adapter's weights, current or frozen in a snapshot.
 
     Attributes:
-        adapter: in whose order the request stands; None = in nobody's.
+        adapter: the adapter in whose order the request stands; None = it stands in no order.
         prompts: token ids of each prompt.
         num_samples: continuations of each prompt; they differ in their random streams.
-        snapshot: use this frozen copy. Without it, the adapter's current weights, or the bare
+        snapshot: the frozen copy to use. Without it, the adapter's current weights, or the bare
             base if there is no adapter either.
         scoring: what to report beside the tokens.
     """

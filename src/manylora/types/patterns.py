@@ -1,8 +1,8 @@
-"""Other people's regular expressions, held against module names within bounds.
+"""Regular expressions from outside are matched with module names within bounds.
 
-A pattern of a downloaded file may take longer than anybody lives, or more memory than there is. So
-it is bounded before it is compiled, and by time while it is matched. What it means is what `re`
-takes it to mean: that must accept it, and what `regex` alone would understand is refused.
+A pattern of a downloaded file may take centuries, or more memory than the machine has. So it is
+bounded before it is compiled, and by time while it is matched. It means what `re` takes it to mean:
+`re` must accept it, and what `regex` alone would understand is refused.
 """
 
 import re
@@ -20,22 +20,22 @@ _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
 
 class BadPattern(ValueError):
-    """No regular expression, or one beyond the bounds; the message is the reason alone."""
+    """A pattern is no regular expression, or beyond the bounds; the message is the reason alone."""
 
 
 class Matching:
-    """Matches that belong together, such as all of one adapter's settings, and their time."""
+    """A `Matching` bounds the time of matches that belong together, such as one adapter's."""
 
     def __init__(self, seconds: float = ALL_MATCHES):
-        """`seconds`: of this thread, for all matches."""
+        """Allow all matches together `seconds` of this thread."""
         self._left = seconds
 
     def full(self, pattern: str, name: str) -> bool:
-        """Whether the pattern matches the whole name. Raises BadPattern."""
+        """Return whether the pattern matches the whole name; raise `BadPattern` out of bounds."""
         return self._run(pattern, name, whole=True) is not None
 
     def start(self, pattern: str, name: str) -> "regex.Match[str] | None":
-        """The match of a beginning of the name. Raises BadPattern."""
+        """Return the match of a beginning of the name; raise `BadPattern` out of bounds."""
         return self._run(pattern, name, whole=False)
 
     def _run(self, pattern: str, name: str, *, whole: bool) -> "regex.Match[str] | None":
@@ -54,13 +54,13 @@ class Matching:
 
 
 def shown(pattern: str) -> str:
-    """A pattern as messages quote it."""
+    """Return a pattern as messages quote it."""
     return repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}…")
 
 
 @lru_cache(maxsize=1024)
 def compiled(pattern: str) -> "regex.Pattern[str]":
-    """A pattern, ready to be matched with a timeout. Raises BadPattern."""
+    """Compile a pattern to be matched with a timeout; raise `BadPattern` if that is impossible."""
     _check_size(pattern)
     try:
         re.compile(pattern)

@@ -1,6 +1,6 @@
-"""How to continue a prompt, and what comes back.
+"""These parameters say how to continue a prompt, and these results what was sampled.
 
-Shapes: M tokens of a prompt, n new tokens, k likeliest tokens of a place, C candidates of a place.
+Shapes: M tokens of a prompt, n new tokens; of a position, k likeliest tokens and C candidates.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from manylora.types.errors import DataError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to continue a prompt.
+    """`SamplingParams` say how to continue a prompt.
 
     Attributes:
         max_tokens: at most this many new tokens, ≥ 1.
@@ -48,10 +48,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
-    """What to report beside the answer's tokens and their log-probabilities.
+    """A `Scoring` says what to report beside the answer's tokens and their log-probabilities.
 
     Attributes:
-        prompt: log-probability of each prompt token.
+        prompt: report the log-probability of each prompt token.
         prompt_last_n: score only this many tokens at the prompt's end; None = all.
         topk_prompt: the k likeliest tokens at each scored prompt token; 0 = none.
         topk_sampled: the k likeliest tokens at each new token; 0 = none.
@@ -67,16 +67,17 @@ class Scoring:
 
     @property
     def of_prompt(self) -> bool:
-        """Whether anything about the prompt's own tokens is asked."""
+        """The request asks for something about the prompt's own tokens."""
         return self.prompt or self.topk_prompt > 0 or self.candidates is not None
 
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The likeliest tokens of some places, best first.
+    """A `TopK` holds the likeliest tokens of some positions, best first.
 
     Attributes:
-        tokens: int32 [places, k]; logprobs: float32 [places, k].
+        tokens: int32 [positions, k].
+        logprobs: float32 [positions, k].
     """
 
     tokens: Array
@@ -85,14 +86,14 @@ class TopK:
 
 @dataclass(frozen=True, slots=True)
 class SampledSequence:
-    """One continuation.
+    """A `SampledSequence` is one continuation of a prompt.
 
     Attributes:
         tokens: the new tokens, a stop token included.
-        logprobs: of each new token under the (temperature-scaled, untruncated) distribution that
-            it was drawn from; at temperature 0, under temperature 1.
+        logprobs: log-probability of each new token under the (temperature-scaled, untruncated)
+            distribution that it was drawn from; at temperature 0, under temperature 1.
         stop_reason: `stop` (a stop token or string) or `length` (max_tokens or the context's end).
-        topk: of each new token, if asked.
+        topk: likeliest tokens at each new token, if asked.
     """
 
     tokens: tuple[int, ...]
@@ -103,12 +104,12 @@ class SampledSequence:
 
 @dataclass(frozen=True, slots=True)
 class PromptScores:
-    """What the model thinks of a prompt's own tokens, at temperature 1.
+    """`PromptScores` say how likely the model finds a prompt's own tokens, at temperature 1.
 
     Attributes:
         logprobs: float32 [M]; NaN where nothing was asked, and for the first token.
-        topk: of every prompt token ([M, k]; rows without a score are token 0 at -99999.0), if
-            asked.
+        topk: likeliest tokens at every prompt token ([M, k]; rows without a score are token 0 at
+            -99999.0), if asked.
         candidates: float32 [M - 1, C], NaN where the request had -1; None if not asked.
     """
 
@@ -119,12 +120,12 @@ class PromptScores:
 
 @dataclass(frozen=True, slots=True)
 class SampleResult:
-    """What a sampling request gives back.
+    """A `SampleResult` is what a sampling request returns.
 
     Attributes:
         sequences: `num_samples` continuations of the first prompt, then of the second, …
-        prompts: one for each prompt if anything about it was asked, else empty.
-        device: what it cost; no part of what two results are compared by.
+        prompts: scores of each prompt if anything about it was asked, else empty.
+        device: what it cost; two results are compared without it.
     """
 
     sequences: tuple[SampledSequence, ...]
