@@ -1,1 +1,1 @@
-"""Whole-step measurements; each prints a table and, with --out, writes it down."""
+"""The benchmarks measure whole steps; each prints a table and, with --out, writes it down."""

@@ -1,4 +1,4 @@
-"""The arms of the multi-tenant benchmark: the same tokens, four ways.
+"""The arms of the multi-tenant benchmark compute the same tokens in four ways.
 
 T tokens of the stream, H hidden size.
 """
@@ -39,7 +39,7 @@ ADAM = AdamParams(lr=1e-4, clip_norm=1.0)
 
 @dataclass(slots=True)
 class Load:
-    """Every tenant's data for one step."""
+    """A `Load` is every tenant's data for one step."""
 
     base: Path | str
     tokens: int
@@ -55,7 +55,7 @@ def make_load(
     ranks: Sequence[int] = RANKS,
     trained: float = 1.0,
 ) -> Load:
-    """`tokens` per tenant for one tenant per entry of `ranks`, random ids from a fixed seed.
+    """Make `tokens` per tenant for one tenant per entry of `ranks`, random ids of a fixed seed.
 
     Args:
         trained: share of a sequence's tokens, at its end, that are trained.
@@ -78,7 +78,7 @@ def _checked(outcomes: list[Any]) -> None:
 
 
 class Fused:
-    """All tenants in one packed batch: the product."""
+    """`Fused` is the product: all tenants in one packed batch."""
 
     def __init__(self, load: Load, wanted: Wanted = "all"):
         self.engine = Engine(Opening(str(load.base), token_budget=load.budget))
@@ -99,8 +99,10 @@ class Fused:
 
 
 class Bare:
-    """The same packed batches on the base alone; the embedding's output asks for a gradient, so
-    every product of the backward runs."""
+    """`Bare` runs the same packed batches on the base alone.
+
+    The embedding's output asks for a gradient, so every product of the backward runs.
+    """
 
     def __init__(self, load: Load):
         self.base = open_base(load.base)
@@ -115,12 +117,12 @@ class Bare:
         embedding.register_forward_hook(lambda _m, _i, out: out.requires_grad_())
 
     def fused(self) -> None:
-        """One batch of all tenants' tokens."""
+        """Run one batch of all tenants' tokens."""
         for batch in self.together:
             self._run(batch)
 
     def sequential(self) -> None:
-        """One batch a tenant."""
+        """Run one batch a tenant."""
         for batch in self.apart:
             self._run(batch)
 
@@ -137,7 +139,7 @@ class Bare:
 
 
 class _NoAdapters(dict[str, Any]):
-    """Every name is the bare base."""
+    """Every name in it is the bare base."""
 
     def __missing__(self, name: str) -> Any:
         return _NO_ADAPTER
@@ -152,9 +154,11 @@ _NO_ADAPTER = _NoAdapter()
 
 
 class SequentialPeft:
-    """One tenant after another with stock PEFT, as strong as we can make it: one model, adapters
-    switched by `set_adapter`, SDPA, no padding, fused AdamW, the first layer's input gradient
-    left out, gradients set to None, the head on the trained rows only."""
+    """`SequentialPeft` trains one tenant after another with stock PEFT, as fast as we can make it.
+
+    It has one model, adapters switched by `set_adapter`, SDPA, no padding, fused AdamW, the first
+    layer's input gradient left out, gradients set to None, and the head on the trained rows only.
+    """
 
     def __init__(self, load: Load):
         from peft import LoraConfig, get_peft_model
@@ -204,7 +208,7 @@ class SequentialPeft:
 
 
 def arms(load: Load, chosen: Sequence[str] = ARMS) -> dict[str, Callable[[], None]]:
-    """Name → one step of that arm."""
+    """Return name → one step of that arm."""
     fused, bare = Fused(load), Bare(load)
     steps = {
         "fused": fused.step,
@@ -218,7 +222,7 @@ def arms(load: Load, chosen: Sequence[str] = ARMS) -> dict[str, Callable[[], Non
 
 
 def trained_arms(load: Load, whole: Load) -> dict[str, Callable[[], None]]:
-    """The same for data of which some tokens are trained, and `whole` of which all are."""
+    """Return name → one step, for data with some tokens trained and `whole` with all trained."""
     engine = Fused(load)
     everything, trained = Fused(whole), Fused(load, "trained")
     return {
@@ -230,7 +234,7 @@ def trained_arms(load: Load, whole: Load) -> dict[str, Callable[[], None]]:
 
 
 def arithmetic_floor(base: Path | str, ranks: Sequence[int]) -> float:
-    """The overhead of a step if multiplications were all that costs, attention's left out.
+    """Return a step's overhead if only multiplications cost time, attention's left out.
 
     Of the base's linear layers a token takes a product forwards and one backwards; an adapter's
     A and B take one forwards and two backwards each.

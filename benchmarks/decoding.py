@@ -1,13 +1,13 @@
-"""Continuing prompts: this loop against transformers' `generate` with PEFT.
+"""This benchmark continues prompts, by our loop and by transformers' `generate` with PEFT.
 
     python -m benchmarks.decoding BASE [--dtype fp32] [--streams 1,8,64] [--rounds 5]
                                        [--tokens 48] [--threads 1] [--out FILE.json]
 
-So many streams continue prompts of 32 random tokens greedily, dealt out to eight adapters of ranks
-4 to 32 on every linear layer (one stream: rank 8). The arms take turns, and what is told is tokens
-per second of CPU time (with several threads, of wall time): median and range of the rounds, reading
-the prompt included. `generate` has one adapter in a call and is measured with one stream; with more
-it answers one after another. Both must choose the same tokens.
+Each stream continues a prompt of 32 random tokens greedily; the streams are dealt out to eight
+adapters of ranks 4 to 32 on every linear layer (one stream: rank 8). The arms take turns, and the
+report is tokens per second of CPU time (with several threads, of wall time): median and range of
+the rounds, reading the prompt included. `generate` has one adapter in a call and is measured with
+one stream; with more it answers one after another. Both must choose the same tokens.
 """
 
 import argparse
@@ -38,17 +38,17 @@ Answers = list[tuple[int, ...]]
 
 
 def prompts(count: int, vocab: int) -> list[np.ndarray]:
-    """So many prompts, always the same."""
+    """Make `count` prompts, always the same."""
     return list(np.random.default_rng(1).integers(3, vocab, (count, PROMPT)))
 
 
 def adapter_of(stream: int, streams: int) -> int:
-    """The number of the adapter that continues a stream."""
+    """Return the number of the adapter that continues a stream."""
     return ALONE if streams == 1 else stream % len(RANKS)
 
 
 class Ours:
-    """An engine with eight adapters."""
+    """`Ours` is an engine with eight adapters."""
 
     def __init__(self, base: str, dtype: str):
         self.engine = Engine(Opening(str(base), dtype=dtype))
@@ -60,7 +60,7 @@ class Ours:
             adapter.publish()
 
     def answer(self, streams: int, tokens: int) -> Answers:
-        """So many streams' new tokens."""
+        """Return the new tokens of each stream."""
         params = SamplingParams(max_tokens=tokens, temperature=0.0, stop=())
         asked = [
             Sample(adapter=f"a{adapter_of(number, streams)}", prompts=[prompt], params=params)
@@ -77,13 +77,17 @@ class Ours:
         """Write the adapter that answers alone."""
         state = self.engine.state(f"a{ALONE}")
         export_peft(
-            folder, state.spec, state.layout, state.weights,
-            base_name="base", sites=self.engine.sites,
-        )  # fmt: skip
+            folder,
+            state.spec,
+            state.layout,
+            state.weights,
+            base_name="base",
+            sites=self.engine.sites,
+        )
 
 
 class Generate:
-    """transformers with one adapter from PEFT."""
+    """`Generate` is transformers with one adapter from PEFT."""
 
     def __init__(self, base: str, dtype: str, adapter: Path):
         from peft import PeftModel
@@ -96,20 +100,24 @@ class Generate:
 
     @torch.no_grad()
     def answer(self, tokens: int) -> Answers:
-        """One stream's new tokens."""
+        """Return the new tokens of one stream."""
         (prompt,) = prompts(1, self.model.config.vocab_size)
         asked = torch.from_numpy(prompt)[None]
         out = self.model.generate(
-            input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=False,
-            max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0,
-        )  # fmt: skip
+            input_ids=asked,
+            attention_mask=torch.ones_like(asked),
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            pad_token_id=0,
+        )
         return [tuple(out[0, PROMPT:].tolist())]
 
 
 def interleaved(
     arms: dict[str, Callable[[], Answers]], rounds: int, clock: Callable[[], float]
 ) -> tuple[dict[str, list[float]], dict[str, Answers]]:
-    """Tokens per second of every arm in every round, after one to warm up; and its answers."""
+    """Return every arm's tokens per second in each round, after one to warm up; and its answers."""
     rates: dict[str, list[float]] = {name: [] for name in arms}
     answers: dict[str, Answers] = {}
     for number in range(rounds + 1):

@@ -1,4 +1,4 @@
-"""Counts of the source tree: how many files one thing touches, and what a request passes.
+"""This script counts in the source tree how many files a thing touches and a request passes.
 
     python -m benchmarks.house [--root FOLDER] [--static]
 
@@ -37,8 +37,8 @@ HERE = Path(__file__).resolve().parents[1]
 # The engine's verbs, and the words that every layer between a client and the engine has.
 VERBS = ("create", "restore", "drop", "forward_backward", "optim_step", "sample", "state")
 WORDS = ("submit", "run", "call", "close")
-# One of each kind of change, by the name under which it can be found: every file that has the name
-# was touched by whoever added it.
+# One of each kind of change, by the name under which it can be found: adding it touched every file
+# that has the name.
 CHANGES = {
     "an option of an opening": "activation_checkpointing",
     "a verb of the engine": "drop_snapshot",
@@ -47,7 +47,7 @@ CHANGES = {
 
 
 def sources(root: Path) -> dict[str, str]:
-    """The text of every source file but generated ones, by its path inside the package."""
+    """Return the text of every source file but generated ones, by its path in the package."""
     package = root / "src" / "manylora"
     return {
         path.relative_to(package).as_posix(): path.read_text(encoding="utf-8")
@@ -57,7 +57,7 @@ def sources(root: Path) -> dict[str, str]:
 
 
 def definitions(texts: dict[str, str]) -> dict[str, list[str]]:
-    """Function and method names → the files that define one so named."""
+    """Return function and method names → the files that define one so named."""
     found: dict[str, list[str]] = defaultdict(list)
     for path, text in texts.items():
         names = {
@@ -71,7 +71,7 @@ def definitions(texts: dict[str, str]) -> dict[str, list[str]]:
 
 
 def twice(texts: dict[str, str]) -> tuple[list[str], list[str]]:
-    """File stems and class names that stand twice or more."""
+    """Return file stems and class names that stand twice or more."""
     stems: dict[str, int] = defaultdict(int)
     classes: dict[str, set[str]] = defaultdict(set)
     for path, text in texts.items():
@@ -117,7 +117,7 @@ ENDS = {("scheduler/queue.py", "submit"), ("engine/engine.py", "forward_backward
 
 
 class Way:
-    """The files that are entered from its beginning until the engine is asked.
+    """A `Way` records the files that are entered from its beginning until the engine is asked.
 
     Attributes:
         files: paths inside the package, in the order in which they are entered.
@@ -135,7 +135,7 @@ class Way:
         sys.setprofile(self._called)
 
     def begin(self) -> None:
-        """What is called from now on counts."""
+        """Count what is called from now on."""
         self._on = True
 
     def _called(self, frame: FrameType, event: str, _: object) -> None:

@@ -1,4 +1,4 @@
-"""Memory of the loss, counted: the largest sum of live tensors while the head and loss run.
+"""The memory of the loss is counted: the largest sum of live tensors while head and loss run.
 
 T tokens of the stream, H hidden size, V vocabulary.
 """
@@ -22,7 +22,7 @@ from manylora.types import ForwardBackward, causal_datum
 
 
 class PeakBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made inside the block, now and at most."""
+    """`PeakBytes` counts storages that operations make inside the block, now and at most."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 def loss_memory(base: Path | str, tokens: int = 4096) -> dict[str, int]:
-    """Peak bytes of the chunked loss on a stream, beside those of whole logits with autograd."""
+    """Return peak bytes of the chunked loss on a stream, and of whole logits with autograd."""
     opened = open_base(base)
     loss = get_loss("cross_entropy")
     rng = np.random.default_rng(0)

@@ -1,10 +1,10 @@
-"""What each rank of a mesh holds and sends, counted on real ranks and compared with formulas.
+"""This benchmark counts what each rank of a mesh holds and sends, and compares it with formulas.
 
     python -m benchmarks.mesh [--meshes dp=2 dp=2,tp=2 …] [--adapters 0 1 4 16]
                               [--quantization nf4|int8] [--out benchmarks/results/NAME]
     python -m benchmarks.mesh --plan [--tokens 8192] [--quantization nf4|int8]
 
-The first counts on gloo ranks with a tiny Llama: bytes at rest, gathered at a time, sent by
+The first counts on real gloo ranks with a tiny Llama: bytes at rest, gathered at a time, sent by
 forward_backward and by optim_step, with and without adapters. Our own counter
 (parallel/traffic.py) is compared with what torch itself is asked to send, and both with the
 formulas (benchmarks/mesh_formulas.py); any difference fails. The second prints what the formulas
@@ -74,12 +74,12 @@ ITEMS = {"fp32": 4, "bf16": 2}
 
 
 def base_of(kind: Quantization | None) -> Base:
-    """The base on which is counted."""
+    """Return the base on which is counted."""
     return BASE if kind is None else replace(BLOCKS, bits=BITS[kind])
 
 
 def folder_of(tiny: TinyBases, base: Base) -> str:
-    """A random Llama of these shapes."""
+    """Return the folder of a random Llama of these shapes."""
     return str(
         tiny(
             "llama",
@@ -97,7 +97,7 @@ def folder_of(tiny: TinyBases, base: Base) -> str:
 def measure(
     mesh: str, folder: str, base: Base, counts: Sequence[int], quantization: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A row for each rank and number of adapters, without and with recomputed blocks."""
+    """Yield a row for each rank and number of adapters, without and with recomputed blocks."""
     for checkpointing in (False, True):
         ranks = run_ranks(counted, mesh, folder, [*counts], checkpointing, quantization)
         for rank, found in enumerate(ranks):
@@ -114,7 +114,7 @@ def measure(
 
 
 def formula(base: Base, mesh: str, rank: int, count: int, *, checkpointing: bool) -> dict[str, Any]:
-    """What a rank should hold and send."""
+    """Return what a rank should hold and send."""
     shape = MeshShape.parse(mesh)
     dp_index, parts = rank // shape.tp, _parts(base, count, shape)
     held = {"weights": 0, "gradient": 0, "master": 0, "moments": 0}
@@ -139,7 +139,7 @@ def formula(base: Base, mesh: str, rank: int, count: int, *, checkpointing: bool
 
 
 def differences(row: dict[str, Any]) -> list[str]:
-    """Where a row's counts are not the formulas'."""
+    """Return where a row's counts are not the formulas'."""
     measured, expected = row["measured"], row["formula"]
     where = f"{row['mesh']}, rank {row['rank']}, {row['adapters']} adapters"
     found = []
@@ -159,7 +159,7 @@ def _peak_differences(row: dict[str, Any]) -> list[str]:
     measured, expected = (row[k]["optim_step_peak"] for k in ("measured", "formula"))
     shape = MeshShape.parse(row["mesh"])
     if shape.dp == 1 and shape.tp > 2:
-        return []  # gloo's sums in order take buffers of their own
+        return []  # gloo's sums in order take further buffers
     # Norms are a few numbers; gloo's threads may let go of a buffer a little late.
     if not expected <= measured <= 1.1 * expected + 64 * row["adapters"]:
         return [f"a step's buffers are {measured}, by formula {expected}"]
@@ -167,7 +167,7 @@ def _peak_differences(row: dict[str, Any]) -> list[str]:
 
 
 def same_with_adapters(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Where a forward_backward sends something else with adapters than without."""
+    """Return where a forward_backward with adapters sends something else than without."""
     sent: dict[tuple[str, int], Any] = {}
     found = []
     for row in rows:
@@ -180,7 +180,7 @@ def same_with_adapters(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def peaks(tiny: TinyBases, chosen: Sequence[tuple[str, str]] = PEAKS) -> Iterator[dict[str, Any]]:
-    """Activations at their peak, bytes of each token, on (mesh, dtype)."""
+    """Yield activations at their peak on each (mesh, dtype), in bytes of each token."""
     for mesh, dtype in chosen:
         found = run_ranks(activation_peaks, mesh, folder_of(tiny, WIDE), dtype, 4)
         base = replace(WIDE, item=ITEMS[dtype])
@@ -190,7 +190,7 @@ def peaks(tiny: TinyBases, chosen: Sequence[tuple[str, str]] = PEAKS) -> Iterato
 
 
 def peak_differences(row: dict[str, Any]) -> list[str]:
-    """More than two percent."""
+    """Return a complaint if a peak differs from its formula by more than two percent."""
     measured, expected = row["bytes_per_token"], row["formula"]
     if abs(measured - expected) <= 0.02 * expected:
         return []
@@ -202,7 +202,7 @@ def _parts(base: Base, count: int, shape: MeshShape) -> list[Part]:
 
 
 def _added(found: dict[str, Any]) -> dict[str, Any]:
-    """A rank's counts, its adapters together."""
+    """Return a rank's counts, its adapters added up."""
     verbs = found["forward_backward"], found["optim_step"]
     kinds = ("weights", "gradient", "master", "moments")
     return {
@@ -225,16 +225,20 @@ def _plain(value: Any) -> Any:
 
 
 def introduction(base: Base, where: str, quantization: str | None) -> str:
-    """What was counted, and on what."""
+    """Say what was counted, and on what."""
     kept = "fp32" if quantization is None else f"fp32, its blocks' linear layers in {quantization}"
     return INTRODUCTION.format(
-        where=where, parameters=base.parameters(), kept=kept, hidden=base.hidden,
-        layers=base.layers, mlp=base.mlp,
-    )  # fmt: skip
+        where=where,
+        parameters=base.parameters(),
+        kept=kept,
+        hidden=base.hidden,
+        layers=base.layers,
+        mlp=base.mlp,
+    )
 
 
 def report(rows: Sequence[dict[str, Any]], tokens: Sequence[dict[str, Any]], about: str) -> str:
-    """The counts in Markdown; of ranks that differ the largest."""
+    """Write the counts in Markdown; where ranks differ, the largest."""
     counts = sorted({row["adapters"] for row in rows})
     meshes = list(dict.fromkeys(row["mesh"] for row in rows))
     return "\n\n".join(

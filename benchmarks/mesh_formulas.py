@@ -1,6 +1,6 @@
-"""What a rank of a mesh holds and sends, as closed formulas of shapes; no tensor is made here.
+"""A mesh's rank holds and sends what these formulas of shapes give; no tensor is made here.
 
-`benchmarks.mesh` counts the same on real ranks and fails where the two differ.
+`benchmarks.mesh` counts all of it on real ranks and fails where the two differ.
 
 H hidden size, V vocabulary; D ranks along dp, T along tp; L numbers of an adapter's vector on a
 rank, W of them in whole factors, C in one dp slice.
@@ -17,20 +17,21 @@ FP32 = 4
 # As in parallel/mesh.py: sums of fewer bytes are gathered whole by more than two CPU ranks.
 SMALL_BYTES = 1 << 16
 
-# By the names under which they are counted: collectives, and bytes that the rank sends.
+# By the name under which each is counted: collectives, and bytes that the rank sends.
 Sent = dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The shapes of a decoder whose embedding and head are not tied.
+    """A `Base` is the shapes of a decoder whose embedding and head are not tied.
 
     Attributes:
         mlp: width of the MLP, or of one expert.
         item: bytes of a number.
-        experts, active: of each block, and of each token; 0 = a dense MLP.
-        bits: of a number of a block's linear layers where these are quantised (nf4 4, int8 8), with
-            a scale for every block of 64; 0 = they are not.
+        experts: experts of each block; 0 = a dense MLP.
+        active: experts of each token; 0 = a dense MLP.
+        bits: bits of a number of a block's linear layers where these are quantised (nf4 4, int8 8),
+            with a scale for every block of 64; 0 = they are not.
         head_norms: whether queries and keys are normalised (Qwen3).
     """
 
@@ -48,7 +49,7 @@ class Base:
     bits: int = 0
 
     def linears(self) -> list[tuple[int, int, str]]:
-        """(inputs, outputs, how tp splits it) of a block's layers that adapters may act on."""
+        """List (inputs, outputs, how tp splits it) of a block's layers that adapters may act on."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         found = [(self.hidden, queries, "column")]
         found += [(self.hidden, keys, "column")] * 2
@@ -59,11 +60,11 @@ class Base:
         return found
 
     def block(self, tp: int = 1) -> list[tuple[int, int]]:
-        """[first dimension, the rest] of each parameter of a block on a tp rank."""
+        """List (first dimension, the rest) of each parameter of a block on a tp rank."""
         return [*self._linear_shapes(tp), *self._other_shapes()]
 
     def block_bytes(self, tp: int = 1) -> list[tuple[int, int]]:
-        """[first dimension, bytes of the rest] of each parameter of a block on a tp rank."""
+        """List (first dimension, bytes of the rest) of each block parameter on a tp rank."""
         others = [(n, self.item * rest) for n, rest in self._other_shapes()]
         linears = [(n, self._row_bytes(k)) for n, k in self._linear_shapes(tp)]
         return [*linears, *others]
@@ -85,11 +86,11 @@ class Base:
         return [*shapes, (self.hidden, 1), (self.hidden, 1)]
 
     def table(self, tp: int = 1) -> list[tuple[int, int]]:
-        """The same of the embedding, and of the head."""
+        """List (first dimension, the rest) of the embedding on a tp rank; the head has the same."""
         return [(-(-self.vocab // tp), self.hidden)]
 
     def parameters(self, *, of_a_token: bool = False) -> int:
-        """All of them, or those whose products a token takes part in."""
+        """Return the number of parameters, or of those whose products a token takes part in."""
         block = sum(n * rest for n, rest in self.block())
         if not of_a_token:
             return self.layers * block + 2 * self.vocab * self.hidden + self.hidden
@@ -99,10 +100,12 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A rank's part of an adapter on every linear layer but the head.
+    """A `Part` is a rank's part of an adapter on every linear layer but the head.
 
     Attributes:
-        whole: W, at the front of its vector. length: L. slice_size: C.
+        whole: W, at the front of its vector.
+        length: L.
+        slice_size: C.
         item: bytes of a weight that layers read.
     """
 
@@ -112,15 +115,15 @@ class Part:
     item: int
 
     def own(self, dp_index: int) -> int:
-        """Numbers of this dp rank's slice; the last may be shorter."""
+        """Return how many numbers this dp rank's slice has; the last may be shorter."""
         return min(max(self.length - dp_index * self.slice_size, 0), self.slice_size)
 
     def front(self, dp_index: int) -> int:
-        """Of these, numbers of whole factors."""
+        """Return how many numbers of whole factors this dp rank's slice has."""
         return min(max(self.whole - dp_index * self.slice_size, 0), self.own(dp_index))
 
     def held(self, dp_index: int) -> dict[str, int]:
-        """Bytes, once it has stepped here. fp32 weights are their own master copy."""
+        """Return its bytes once it has stepped here; fp32 weights are their own master copy."""
         own = self.own(dp_index)
         return {
             "weights": self.length * self.item,
@@ -131,7 +134,7 @@ class Part:
 
 
 def part(base: Base, rank: int, item: int, mesh: MeshShape) -> Part:
-    """What each rank has of an adapter of this LoRA rank."""
+    """Return what each rank has of an adapter of this LoRA rank."""
     whole = sum(rank * (k if split == "column" else n) for k, n, split in base.linears())
     cut = sum(rank * (n if split == "column" else k) for k, n, split in base.linears())
     whole, cut = whole * base.layers, cut * base.layers
@@ -145,13 +148,13 @@ def part(base: Base, rank: int, item: int, mesh: MeshShape) -> Part:
 
 
 def base_held(base: Base, mesh: MeshShape) -> int:
-    """Bytes of a rank's parameters at rest: shares of blocks, embedding and head; the last norm."""
+    """Return a rank's bytes at rest: shares of blocks, embedding and head, and the last norm."""
     tables = base.item * (2 * _shares(base.table(mesh.tp), mesh.dp) + base.hidden)
     return tables + base.layers * _shares(base.block_bytes(mesh.tp), mesh.dp)
 
 
 def gathered(base: Base, mesh: MeshShape) -> dict[str, int]:
-    """Bytes of what is gathered at a time: a block, or the embedding or head. Nothing if D is 1."""
+    """Return the bytes gathered at a time: a block, or the embedding or head; 0 if D is 1."""
     if mesh.dp == 1:
         return {"block": 0, "table": 0}
     table = base.item * sum(n * k for n, k in base.table(mesh.tp))
@@ -159,13 +162,13 @@ def gathered(base: Base, mesh: MeshShape) -> dict[str, int]:
 
 
 def activations(base: Base, tp: int, rank: int, layers: int) -> int:
-    """Bytes of each token at the peak of a backward that recomputes blocks (dense bases).
+    """Return bytes of each token at the peak of a backward that recomputes blocks (dense bases).
 
-    The inputs of all blocks, and one block's insides where its MLP's gradients are formed. The
-    normalisations compute in fp32.
+    They are the inputs of all blocks, and one block's insides where its MLP's gradients are formed.
+    The normalisations compute in fp32.
 
     Args:
-        rank: of the adapters, in the base's dtype.
+        rank: rank of the adapters, which are in the base's dtype.
     """
     inputs = layers * base.hidden * base.item
     norms = (24 if base.item == FP32 else 18) * base.hidden
@@ -178,7 +181,7 @@ def activations(base: Base, tp: int, rank: int, layers: int) -> int:
 
 
 def sum_bytes(num_bytes: int, size: int, *, fp32: bool = True, gloo: bool = False) -> int:
-    """Bytes that a rank sends for a sum; see `Axis.sum_`."""
+    """Return the bytes that a rank sends for a sum; see `Axis.sum_`."""
     if gloo and (size > 2 or not fp32) and num_bytes <= SMALL_BYTES:
         return num_bytes * (size - 1)
     return 2 * num_bytes * (size - 1) // size
@@ -186,10 +189,10 @@ def sum_bytes(num_bytes: int, size: int, *, fp32: bool = True, gloo: bool = Fals
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """What a rank runs in one forward_backward.
+    """A `Stream` is what a rank runs in one forward_backward.
 
     Attributes:
-        rows: of each micro-batch, padding included.
+        rows: rows of each micro-batch, padding included.
         chunk_rows: rows of the loss at a time.
         numbers: fp32 numbers of the results of the dp rank that has most.
     """
@@ -202,7 +205,7 @@ class Stream:
 def forward_backward_sent(
     base: Base, mesh: MeshShape, stream: Stream, *, checkpointing: bool = False, gloo: bool = False
 ) -> Sent:
-    """What one forward_backward sends, whichever adapters there are.
+    """Return what one forward_backward sends, whichever adapters there are.
 
     Args:
         checkpointing: each block is run again in the backward, up to its last product.
@@ -217,7 +220,7 @@ def forward_backward_sent(
         sent["dp.gather"] = (1, FP32 * stream.numbers * (mesh.dp - 1))
     if mesh.tp > 1:
         # The embedding; o and down, forwards; q-k-v and gate-up, backwards; the head, backwards.
-        # Nobody asks for the first block's input's gradient with neither dp nor checkpointing.
+        # The first block's input needs no gradient with neither dp nor checkpointing.
         sums = 1 + (4 + checkpointing) * base.layers + 1 - (mesh.dp == 1 and not checkpointing)
         fp32 = base.item == FP32
         each = [
@@ -233,7 +236,7 @@ def forward_backward_sent(
 def optim_step_sent(
     parts: Sequence[Part], mesh: MeshShape, dp_index: int, *, gloo: bool = False
 ) -> Sent:
-    """What one optimizer step of these adapters sends."""
+    """Return what one optimizer step of these adapters sends."""
     if mesh.size == 1 or not parts:
         return {}
     passed = [_pass_sent(one, mesh, dp_index, gloo=gloo) for one in _passes(parts)]
@@ -256,7 +259,7 @@ def _pass_sent(parts: Sequence[Part], mesh: MeshShape, dp_index: int, *, gloo: b
 
 
 def optim_step_peak(parts: Sequence[Part], mesh: MeshShape, dp_index: int) -> int:
-    """Bytes that the step takes beside what it finds: flat buffers of its largest pass."""
+    """Return the bytes that a step takes for itself: flat buffers of its largest pass."""
     return max((_pass_peak(one, mesh, dp_index) for one in _passes(parts)), default=0)
 
 
@@ -277,12 +280,12 @@ def _sum(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 
 def total(sent: Sent) -> tuple[int, int]:
-    """Collectives and bytes of all names."""
+    """Return the collectives and bytes of all names together."""
     return sum(calls for calls, _ in sent.values()), sum(size for _, size in sent.values())
 
 
 def _shares(unit: Sequence[tuple[int, int]], dp: int) -> int:
-    """Of a rank's share of parameters, each cut along its first dimension."""
+    """Return the size of a rank's share of parameters, each cut along its first dimension."""
     return sum(-(-n // dp) * rest for n, rest in unit)
 
 

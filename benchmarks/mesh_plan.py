@@ -1,7 +1,7 @@
-"""What real bases need on real meshes, by the formulas of `mesh_formulas`: nothing is measured.
+"""The formulas of `mesh_formulas` say what real bases need on real meshes; nothing is measured.
 
 Seconds are bytes by the vendors' bandwidths and products by the vendors' rates, so each is a lower
-bound, and only their order says something: which of them the others wait for.
+bound, and only their order tells anything: which of them the others wait for.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ NODE = 8  # GPUs that NVLink joins
 NVLINK, NETWORK = 450e9, 50e9  # bytes a second, each way, of one GPU: NVLink 4, 400 Gb/s
 PRODUCTS = 989e12  # bf16 operations a second of an H100 or H200, without sparsity
 MEMORIES = {"80 GB": 80e9, "141 GB": 141e9}
-# Of the memory, for what is not counted: the allocator's gaps, workspaces, NCCL's buffers.
+# Share of the memory for what is not counted: the allocator's gaps, workspaces, NCCL's buffers.
 RESERVED = 0.1
 TOKENS = 8192  # of one micro-batch on one dp rank
 BF16 = 2
@@ -42,7 +42,7 @@ STEPPING = 16  # adapters in the example of an optimizer step
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A base by its public configuration, and the meshes of which something is said."""
+    """A `Model` is a base by its public configuration, and the meshes for which it is planned."""
 
     name: str
     base: Base
@@ -63,10 +63,10 @@ MODELS = (
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A base on a mesh.
+    """A `Case` is a base on a mesh.
 
     Attributes:
-        tokens: of a micro-batch.
+        tokens: tokens of a micro-batch.
     """
 
     model: Model
@@ -82,44 +82,47 @@ class Case:
         return max(1, self.mesh.size // NODE)
 
     def gathered(self) -> int:
-        """Bytes: three blocks (in use, the next, what that one is copied out of), or two heads."""
+        """Return the bytes gathered at a time.
+
+        They are three blocks (in use, the next, what that one is copied out of), or two heads.
+        """
         units = gathered(self.base, self.mesh)
         return max(3 * units["block"], 2 * units["table"]) + self.made_whole()
 
     def made_whole(self) -> int:
-        """Bytes of the largest layer's weight, which a product makes of its codes and scales."""
+        """Return bytes of the largest layer's weight, which a product makes of codes and scales."""
         if not self.base.bits:
             return 0
         return max(n * k for k, n, _ in self.base.linears()) // self.mesh.tp * self.base.item
 
     def activations(self) -> int:
-        """Bytes of a micro-batch, blocks recomputed."""
+        """Return the activations' bytes of a micro-batch, blocks recomputed."""
         base, tp = self.base, self.mesh.tp
         each = activations(_dense(base), tp, LORA_RANKS[0], base.layers)
         # Copies for the experts and back, and their gradients; not counted anywhere, an estimate.
         return self.tokens * (each + 4 * base.active * base.hidden * base.item)
 
     def left(self, memory: float) -> float:
-        """Bytes for adapters and for what passes: activations, or a step's buffers."""
+        """Return the bytes left for adapters, and for activations or a step's buffers."""
         return memory * (1 - RESERVED) - base_held(self.base, self.mesh)
 
     def part(self, rank: int) -> Part:
         return part(self.base, rank, BF16, self.mesh)
 
     def held(self, rank: int) -> int:
-        """Bytes of a resident adapter."""
+        """Return the bytes of a resident adapter."""
         return sum(self.part(rank).held(0).values())
 
     def stepping(self, rank: int) -> int:
-        """Bytes of buffers while it steps alone."""
+        """Return the bytes of buffers while an adapter steps alone."""
         return self.buffers(rank, 1)
 
     def buffers(self, rank: int, count: int) -> int:
-        """Bytes of buffers while so many step in one call."""
+        """Return the bytes of buffers while `count` adapters step in one call."""
         return optim_step_peak([self.part(rank)] * count, self.mesh, 0)
 
     def most(self, rank: int, memory: float) -> str:
-        """How many adapters are resident at most, all of which may step in one call."""
+        """Say how many adapters are resident at most, all of which may step in one call."""
         left, held = self.left(memory), self.held(rank)
         most = int((left - self.gathered() - self.activations()) // held)
         if most < 0:
@@ -131,7 +134,7 @@ class Case:
     # -- time, at the vendors' numbers ------------------------------------------------------------
 
     def sent(self) -> Sent:
-        """Of one micro-batch."""
+        """Return what one micro-batch sends."""
         longest = -(-self.base.vocab // self.mesh.tp)
         rows = chunk_rows(longest, torch.bfloat16, capped=False)
         # A result is one number a token, and few more.
@@ -139,22 +142,26 @@ class Case:
         return forward_backward_sent(self.base, self.mesh, stream, checkpointing=True)
 
     def gather_seconds(self) -> tuple[float, float]:
-        """Over NVLink, and over the network."""
+        """Return the seconds of gathers over NVLink, and over the network."""
         sent = self.sent().get("dp.blocks", (0, 0))[1]
         return self._nvlink(sent), self._across(sent) / NETWORK
 
     def sum_seconds(self) -> float:
-        """Of tp, over NVLink."""
+        """Return the seconds of tp's sums and gathers over NVLink."""
         return sum(self.sent().get(name, (0, 0))[1] for name in ("tp.sum", "tp.gather")) / NVLINK
 
     def product_seconds(self, tokens: int | None = None) -> float:
-        """Forward, forward again and the gradient of the inputs: 2 operations a parameter each."""
+        """Return the seconds of products.
+
+        These are forward, forward again and the gradient of the inputs, each with 2 operations a
+        parameter.
+        """
         parameters = self.base.parameters(of_a_token=True)
         tokens = self.tokens if tokens is None else tokens
         return 6 * parameters * tokens / self.mesh.tp / PRODUCTS
 
     def covering(self) -> int:
-        """Tokens of a micro-batch from which its products take as long as its gathers."""
+        """Return the tokens of a micro-batch whose products take as long as its gathers."""
         return round(max(self.gather_seconds()) / self.product_seconds(1))
 
     def bottleneck(self) -> str:
@@ -168,7 +175,7 @@ class Case:
         return max(times, key=lambda name: times[name])
 
     def step(self, count: int, rank: int) -> tuple[Sent, float]:
-        """An optimizer step of so many adapters: what it sends, and seconds of that."""
+        """Return what an optimizer step of `count` adapters sends, and the seconds of that."""
         mesh = self.mesh
         sent = optim_step_sent([self.part(rank)] * count, mesh, 0)
         exchanged, published = (
@@ -182,17 +189,17 @@ class Case:
         )
 
     def _across(self, gathers: int) -> float:
-        """Of bytes sent by gathers, what each GPU takes into its node: the others' shares, once."""
+        """Return what each GPU takes into its node of gathered bytes: the others' shares, once."""
         whole = gathers * self.mesh.dp / max(self.mesh.dp - 1, 1)
         return whole * (1 - 1 / self.nodes) * self.mesh.tp / NODE
 
     def _nvlink(self, num_bytes: float) -> float:
-        """Seconds; none where an axis has one rank in each node."""
+        """Return the seconds over NVLink; 0 where an axis has one rank in each node."""
         return num_bytes / NVLINK if min(self.mesh.dp, NODE // self.mesh.tp) > 1 else 0.0
 
 
 def cases(tokens: int = TOKENS) -> Iterator[Case]:
-    """Every base on its meshes."""
+    """Yield every base on its meshes."""
     for model in MODELS:
         for meshes in model.meshes.values():
             for mesh in meshes:
@@ -200,7 +207,7 @@ def cases(tokens: int = TOKENS) -> Iterator[Case]:
 
 
 def plan(tokens: int = TOKENS) -> str:
-    """The tables of docs/scale.md, in Markdown."""
+    """Write the tables of docs/scale.md in Markdown."""
     chosen = list(cases(tokens))
     return "\n\n".join(
         [
@@ -221,7 +228,7 @@ def plan(tokens: int = TOKENS) -> str:
 
 
 def plan_quantized(kind: Quantization, tokens: int = TOKENS) -> str:
-    """The same of memory, with dense bases' linear layers in fewer bits."""
+    """Write the tables of memory again, with dense bases' linear layers in fewer bits."""
     chosen: list[Case] = []
     for model in MODELS:
         if not model.base.experts:
@@ -239,7 +246,7 @@ def plan_quantized(kind: Quantization, tokens: int = TOKENS) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown; all columns but the first are numbers."""
+    """Write a table in Markdown; all columns but the first are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -299,5 +306,5 @@ def _title(case: Case) -> str:
 
 
 def _dense(base: Base) -> Base:
-    """A mixture's token takes part in as much as with one MLP as wide as its experts together."""
+    """Return a dense base whose MLP is as wide as a token's experts together."""
     return replace(base, mlp=base.mlp * max(base.active, 1), experts=0, active=0)

@@ -1,4 +1,4 @@
-"""What each rank runs for the benchmark of the mesh: the same work, counted.
+"""Each rank runs this for the benchmark of the mesh: the same work, counted.
 
 H hidden size, T tokens of a stream.
 """
@@ -44,7 +44,7 @@ PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.a
 
 
 def specs(count: int) -> dict[str, AdapterSpec]:
-    """The adapters of a run with so many."""
+    """Return the settings of `count` adapters, by name."""
     return {
         f"tenant{i}": AdapterSpec(rank=RANKS[i % 4], alpha=8.0, dtype=DTYPES[i % 3], seed=i)
         for i in range(count)
@@ -52,7 +52,7 @@ def specs(count: int) -> dict[str, AdapterSpec]:
 
 
 def working(count: int, ranks: int) -> list[set[int]]:
-    """For each adapter the dp ranks that have some of its work."""
+    """Return for each adapter the dp ranks that have some of its work."""
     own = works(count)
     plan = make_plan(enumerate(own), BUDGET, draws={w.adapter: 0 for w in own}, ranks=ranks)
     return [
@@ -62,7 +62,7 @@ def working(count: int, ranks: int) -> list[set[int]]:
 
 
 def works(count: int) -> list[ForwardBackward]:
-    """The same tokens dealt out to so many adapters; to none as to one."""
+    """Deal out the same tokens to `count` adapters; for none, to one."""
     rng = np.random.default_rng(0)
     rows = rng.integers(0, VOCAB, (SEQUENCES, SEQUENCE + 1))
     data = [causal_datum(row, np.ones(SEQUENCE + 1)) for row in rows]
@@ -75,11 +75,11 @@ def works(count: int) -> list[ForwardBackward]:
 
 
 class Wire(TorchDispatchMode):
-    """Counts what torch itself sends, whoever asked for it, and the parameters that are gathered.
+    """A `Wire` counts all that torch itself sends, and the parameters that are gathered.
 
     Attributes:
-        bytes: sent by this rank.
-        calls: of torch's collectives; one of ours may be two of them.
+        bytes: bytes sent by this rank.
+        calls: calls of torch's collectives; one of ours may be two of them.
         gathered: the most bytes of parameters that were whole at one time, of those at rest in
             shares.
     """
@@ -121,7 +121,7 @@ class Wire(TorchDispatchMode):
 def counted(
     mesh: Mesh, folder: str, counts: list[int], checkpointing: bool, quantization: str | None
 ) -> dict[str, Any]:
-    """What this rank holds and sends, by the number of adapters."""
+    """Return what this rank holds and sends, by the number of adapters."""
     engine = Engine(
         Opening(
             str(folder),
@@ -170,7 +170,7 @@ def _sending(mesh: Mesh, engine: Engine, verb: Callable[[], Any]) -> dict[str, A
 
 
 def _bare(engine: Engine, work: ForwardBackward) -> Callable[[], list[Any]]:
-    """The same streams on the base alone, asked for the gradients that adapters would ask for."""
+    """Run the streams on the base alone, with the gradients that adapters would ask for."""
     mesh, device = engine.mesh, engine.base.device
     ranks = engine.index.place.dp
     loss = (get_loss("cross_entropy"), get_loss("cross_entropy").settings({}))
@@ -197,7 +197,7 @@ def _bare(engine: Engine, work: ForwardBackward) -> Callable[[], list[Any]]:
 
 
 def activation_peaks(mesh: Mesh, folder: str, dtype: DType, rank: int) -> dict[str, float]:
-    """Bytes of each token at the peak of a forward and backward with recomputed blocks."""
+    """Return bytes of each token at the peak of forward and backward with recomputed blocks."""
     engine = Engine(
         Opening(
             str(folder),
@@ -221,8 +221,10 @@ def activation_peaks(mesh: Mesh, folder: str, dtype: DType, rank: int) -> dict[s
 
 
 def _peak(verb: Callable[[], list[Any]]) -> int:
-    """Bytes that a verb takes for itself; the least of a few times, as gloo's threads may let go
-    of a buffer late."""
+    """Return the bytes that a verb takes for itself.
+
+    They are the least of a few times, as gloo's threads may let go of a buffer late.
+    """
     found = []
     for _ in range(5):
         with PeakBytes() as memory:
@@ -232,7 +234,7 @@ def _peak(verb: Callable[[], list[Any]]) -> int:
 
 
 def _held(adapter: Adapter) -> dict[str, int]:
-    """Bytes of an adapter's own memory, each counted once."""
+    """Return the bytes of an adapter's own memory, each counted once."""
     weights, grad, master = adapter.weights.weights_P, adapter.grad_P, adapter.master_P
     moments = adapter.require_moments()
     return {

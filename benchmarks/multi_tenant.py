@@ -1,11 +1,11 @@
-"""Many adapters at once against the bare base and against PEFT one after another.
+"""This benchmark trains many adapters at once, the bare base, and with PEFT one after another.
 
     python -m benchmarks.multi_tenant [--rounds 15] [--models toy,seedling] [--tokens 32,128,512]
                                       [--ranks 4,4,8,8,8,16,16,32] [--out FILE.json]
     python -m benchmarks.multi_tenant --base FOLDER [--out FILE.json]      (under ten minutes)
 
-For each model and number of tokens per tenant, in one run with the arms interleaved, medians of
-thread CPU time on one thread:
+For each model and number of tokens per tenant it prints, of one run with the arms interleaved,
+medians of thread CPU time on one thread:
 
     overhead    fused step / the same packed step without adapters
     speed-up    Σ sequential PEFT steps / fused step
@@ -13,11 +13,11 @@ thread CPU time on one thread:
       overhead  of it: the rest (PEFT's overhead against ours)
     floor       the overhead if the multiplications of A and B were all that it consists of
 
-with a real base also what it saves to run the head on the trained tokens only: four tenants of 224
-tokens, a quarter of them trained, against the same step with everything trained (which is what it
-costs to run the head on every row), against one that reads every log-probability, and against PEFT
-with the trained rows selected before the head;
-and, counted rather than timed, the memory of the loss and the bytes an adapter holds.
+With a real base it also prints what it saves to run the head on the trained tokens only: four
+tenants of 224 tokens, a quarter of them trained, against the same step with everything trained
+(which is what it costs to run the head on every row), against one that reads every log-probability,
+and against PEFT with the trained rows selected before the head. The memory of the loss and the
+bytes that an adapter holds are counted rather than timed.
 """
 
 import argparse
@@ -62,13 +62,18 @@ TRAINED_GOALS = (0.15, 1.15)
 
 
 def toy_llama(folder: Path) -> Path:
-    """Hidden 256, MLP 688, 4 layers, vocabulary 8192, random weights from a fixed seed."""
+    """Make a Llama: hidden 256, MLP 688, 4 layers, vocabulary 8192, weights from a fixed seed."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=8192, max_position_embeddings=1024,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=8192,
+        max_position_embeddings=1024,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -76,7 +81,7 @@ def toy_llama(folder: Path) -> Path:
 def interleaved(
     arms: dict[str, Callable[[], None]], rounds: int, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Thread CPU seconds of every arm in every round, after some to warm up; they take turns."""
+    """Return thread CPU seconds of every arm by round, after some to warm up; arms take turns."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     for number in range(rounds + warm_up):
@@ -90,7 +95,7 @@ def interleaved(
 
 
 def ratio(times: dict[str, list[float]], over: str, under: str) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile of the rounds' ratios."""
+    """Return the median, 10th and 90th percentile of the rounds' ratios."""
     ratios = sorted(a / b for a, b in zip(times[over], times[under], strict=True))
     return statistics.median(ratios), ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
 
@@ -98,7 +103,7 @@ def ratio(times: dict[str, list[float]], over: str, under: str) -> tuple[float, 
 def measure(
     name: str, load: Load, rounds: int, chosen: Sequence[str] = ARMS, warm_up: int = 2
 ) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     times = interleaved(arms(load, chosen), rounds, warm_up)
     medians = {arm: statistics.median(seconds) for arm, seconds in times.items()}
     row: dict[str, Any] = {
@@ -121,7 +126,7 @@ def measure(
 
 
 def measure_trained(base: Path, rounds: int) -> dict[str, Any]:
-    """The head on the trained tokens only."""
+    """Measure the head on the trained tokens only."""
     load, whole = (
         make_load(base, 2000, TRAINED_TOKENS, TRAINED_RANKS, share)
         for share in (TRAINED_SHARE, 1.0)
@@ -139,7 +144,7 @@ def measure_trained(base: Path, rounds: int) -> dict[str, Any]:
 
 
 def bytes_per_parameter(base: Path | str, vocab: int) -> float:
-    """What an fp32 adapter holds after its first step."""
+    """Return the bytes per parameter that an fp32 adapter holds after its first step."""
     fused = Fused(make_load(base, vocab, 32))
     fused.step()
     adapters = fused.engine.adapters.values()
@@ -147,7 +152,7 @@ def bytes_per_parameter(base: Path | str, vocab: int) -> float:
 
 
 def machine() -> dict[str, str | int]:
-    """What the figures were measured on."""
+    """Return what the figures were measured on."""
     model = next(
         (
             line.split(":", 1)[1].strip()
@@ -206,7 +211,7 @@ def _times(row: dict[str, Any]) -> str:
 
 
 def measure_small(report: dict[str, Any], models: str, tokens: list[int], rounds: int) -> None:
-    """The rows of the toy and of seedling."""
+    """Measure the rows of the toy and of seedling."""
     with tempfile.TemporaryDirectory() as scratch:
         bases: dict[str, Path | str] = {"toy": toy_llama(Path(scratch)), "seedling": "seedling"}
         for name in models.split(","):
@@ -221,7 +226,7 @@ def measure_small(report: dict[str, Any], models: str, tokens: list[int], rounds
 
 
 def measure_real(report: dict[str, Any], base: Path, tokens: list[int]) -> None:
-    """The rows of a real base."""
+    """Measure the rows of a real base."""
     for count in tokens:
         rounds, chosen = REAL[count]
         load = make_load(base, 2000, count, report["ranks"])

@@ -1,12 +1,12 @@
-"""What a dry run says, beside what the run then takes: peak memory, and seconds of the device.
+"""This benchmark compares a dry run with the run itself: peak memory, seconds of the device.
 
     python -m benchmarks.plan [BASE …] [--steps 6] [--tokens 24] [--out FILE.json]
 
-For each base (seedling, and the toy of `benchmarks.multi_tenant` with seedling's tokenizer), with
-and without activation checkpointing: two adapters that are evaluated before and after. `train
---dry-run --measure` and `train` run in processes of their own, one after the other; what is told is
-said / taken, and our goal is 0.8 to 1.2. A plan is of the heaviest batch that may be: where the
-adapters never meet in one, a run takes less.
+It trains on each base (seedling, and the toy of `benchmarks.multi_tenant` with seedling's
+tokenizer), with and without activation checkpointing, two adapters that are evaluated before and
+after. `train --dry-run --measure` and `train` run in separate processes, one after the other; the
+lines show said / taken, and our goal is 0.8 to 1.2. A plan is of the heaviest possible batch:
+where the adapters never meet in one, a run takes less.
 """
 
 import argparse
@@ -49,7 +49,7 @@ print("PEAK", code, next(line.split()[1] for line in lines if line.startswith("V
 
 
 def toy_with_tokenizer(folder: Path) -> Path:
-    """The toy, which has a tokenizer's ids to spare."""
+    """Make the toy, whose vocabulary has room for the tokenizer's ids."""
     toy_llama(folder)
     for file in Path(resolve_base("seedling")).glob("*token*"):
         shutil.copy(file, folder)
@@ -57,7 +57,7 @@ def toy_with_tokenizer(folder: Path) -> Path:
 
 
 def write_data(folder: Path, tokens: int) -> None:
-    """Rows of different lengths, about `tokens` on average."""
+    """Write rows of different lengths, about `tokens` on average."""
     words = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "ran")
     for name, count in (("train", 96), ("eval", 8)):
         rows = [
@@ -73,7 +73,7 @@ def write_data(folder: Path, tokens: int) -> None:
 
 
 def command(folder: Path, *arguments: str) -> tuple[str, int]:
-    """What a command of ours prints, and its peak in bytes."""
+    """Run a command of ours; return what it prints, and its peak in bytes."""
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, *arguments], cwd=folder, capture_output=True, text=True
     )
@@ -84,7 +84,7 @@ def command(folder: Path, *arguments: str) -> tuple[str, int]:
 
 
 def compare(base: str, *, checkpointing: bool, steps: int, tokens: int) -> dict[str, Any]:
-    """One run, planned and measured and then made."""
+    """Plan and measure one run, and then make it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder, tokens)
@@ -126,7 +126,7 @@ def main() -> None:
 
 
 def show(row: dict[str, Any]) -> None:
-    """One line: said, taken, and their ratio."""
+    """Print one line: said, taken, and their ratio."""
     told = [
         f"{what} {said / size:,.1f} of {taken / size:,.1f} {unit} = {said / max(taken, 1e-9):.2f}"
         for what, size, unit in UNITS

@@ -1,10 +1,10 @@
-"""What the service costs and what it gives: latencies, idle pollers, memory, throughput, journal.
+"""This benchmark measures the service: latencies, idle pollers, memory, throughput, journal.
 
     python -m benchmarks.service [--rounds 5] [--requests 20000] [--only latency,throughput,…]
                                  [--out benchmarks/results/NAME]
 
-Servers on seedling, clients on the same machine, arms in turns. Times need a quiet machine: the
-report names the load before and after. Writes NAME.json and NAME.md.
+Servers run seedling, clients run on the same machine, and arms take turns. Times need a quiet
+machine: the report names the load before and after. NAME.json and NAME.md are written.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Write the report for people."""
     about = report["machine"]
     lines = [
         "# The service on seedling",

@@ -1,5 +1,7 @@
-"""The arm of `benchmarks.service` that asks what the journal costs: the same work with it and with
-one that writes nothing, in turns, in CPU time."""
+"""This arm of `benchmarks.service` measures what the journal costs in CPU time.
+
+The same work runs in turns with the journal and with one that writes nothing.
+"""
 
 import asyncio
 import os
@@ -29,7 +31,7 @@ WHO = "dev"
 
 
 class NullJournal:
-    """Takes everything and writes nothing; what else is asked goes to the real one."""
+    """A `NullJournal` takes every record and writes none; other calls go to the real one."""
 
     def __init__(self, real: Journal):
         self._real = real
@@ -44,7 +46,7 @@ class NullJournal:
 
 
 class Trainee:
-    """One model, trained without HTTP in between."""
+    """A `Trainee` is one model, trained without HTTP in between."""
 
     def __init__(self, hub: TinkerHub, model: str, number: int, tokens: int):
         self._hub, self._model, self._seq = hub, model, 0
@@ -71,9 +73,11 @@ async def _trainees(hub: TinkerHub, count: int, tokens: int) -> list[Trainee]:
     made = []
     for number in range(count):
         request = m.CreateModelRequest(
-            session_id=session, model_seq_id=number, base_model="seedling",
+            session_id=session,
+            model_seq_id=number,
+            base_model="seedling",
             lora_config=m.LoraConfig(rank=8, seed=number),
-        )  # fmt: skip
+        )
         submitted = await hub.create_model(WHO, request)
         await hub.outcome(WHO, submitted.request_id, 60.0)
         assert submitted.model_id is not None
@@ -84,10 +88,10 @@ async def _trainees(hub: TinkerHub, count: int, tokens: int) -> list[Trainee]:
 async def journal_cost(
     folder: Path, shapes: Sequence[tuple[int, int]], rounds: int, steps: int
 ) -> list[dict[str, Any]]:
-    """CPU of a step with and without the journal; a shape is models at once, tokens of each.
+    """Measure CPU of a step with and without the journal; a shape is models, and tokens of each.
 
-    The engine has a process of its own, as in a server, so the control process's CPU time is what
-    the journal can add to, without the noise of the numbers.
+    The engine has its own process, as in a server, so the control process's CPU time is what the
+    journal can add to, without the noise of the numbers.
     """
     settings = ServerFile(base="seedling", aliases=[], data_dir=folder, threads=1)
     group = EngineGroup(settings.opening(), step_seconds=600.0)
@@ -136,15 +140,17 @@ async def _cost(hub: TinkerHub, count: int, tokens: int, rounds: int, steps: int
 
 
 def _clocks(journal: Journal) -> tuple[float, float, float, float]:
-    """CPU of this process, time, CPU of the journal's thread, CPU of the engine's process."""
+    """Return this process's CPU, time, the journal thread's CPU, the engine process's CPU."""
     [engine] = engine_processes(os.getpid())
     own, ran = time.process_time(), time.clock_gettime(_clock_of(engine))
     return own, time.perf_counter(), _cpu(journal._thread), ran
 
 
 def _clock_of(pid: int) -> int:
-    """The kernel's clock of a process's CPU time, threads that are over included (`man 3
-    clock_getcpuclockid`)."""
+    """Return the kernel's clock of a process's CPU time, ended threads included.
+
+    See `man 3 clock_getcpuclockid`.
+    """
     return (~pid << 3) | 2
 
 

@@ -1,4 +1,4 @@
-"""Arms of `benchmarks.service` that go over HTTP: latencies, idle pollers, memory, throughput."""
+"""These arms of `benchmarks.service` go over HTTP: latencies, idle pollers, memory, throughput."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ TOKENS = 64
 
 
 class Client:
-    """A client on one connection that stays open."""
+    """A `Client` has one connection that stays open."""
 
     def __init__(self, server: Server):
         self.connection = Connection(server.port, DEVELOPER)
@@ -34,9 +34,12 @@ class Client:
     async def open(self, rank: int = 8) -> None:
         session = (await self.post("create_session", tags=[], sdk_version="0"))["session_id"]
         made = await self.post(
-            "create_model", session_id=session, model_seq_id=0, base_model=BASE_ALIAS,
+            "create_model",
+            session_id=session,
+            model_seq_id=0,
+            base_model=BASE_ALIAS,
             lora_config={"rank": rank, "seed": 1},
-        )  # fmt: skip
+        )
         self.model = made["model_id"]
         await self.result(made["request_id"])
 
@@ -72,12 +75,12 @@ class Client:
 
 
 def tokens(count: int, seed: int = 0) -> list[Datum]:
-    """One datum of so many tokens."""
+    """Make one datum of `count` tokens."""
     return random_data(seed, 1, lengths=(count, count + 1))
 
 
 async def poll_forever(client: Client, request_id: str) -> None:
-    """As the SDK does, for a result that does not come."""
+    """Poll as the SDK does, for a result that does not come."""
     try:
         while True:
             await client.result(request_id)
@@ -86,7 +89,7 @@ async def poll_forever(client: Client, request_id: str) -> None:
 
 
 async def idle_pollers(server: Server, count: int) -> list[asyncio.Task[None]]:
-    """Clients that wait for operations behind a gap."""
+    """Start clients that wait for operations behind a gap."""
     owner = Client(server)
     await owner.open(rank=1)
     owner.seq = 1  # number 1 never comes
@@ -101,13 +104,13 @@ async def idle_pollers(server: Server, count: int) -> list[asyncio.Task[None]]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process, all its threads."""
+    """Return the CPU seconds of a process, all its threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / 100
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a server and of its engine that belongs to them alone."""
+    """Return the bytes of memory that belong to a server and its engine alone."""
     total = 0
     for one in (pid, *engine_processes(pid)):
         lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
@@ -117,7 +120,7 @@ def resident_bytes(pid: int) -> int:
 
 
 async def active_round(clients: Sequence[Client], steps: int) -> dict[str, list[float]]:
-    """Each client trains so many steps; seconds of submits, and of whole steps."""
+    """Train `steps` steps with each client; return seconds of submits, and of whole steps."""
     submits: list[float] = []
     whole: list[float] = []
 
@@ -141,7 +144,7 @@ async def active_round(clients: Sequence[Client], steps: int) -> dict[str, list[
 
 
 async def latencies(server: Server, pollers: int, rounds: int, steps: int = 10) -> dict[str, Any]:
-    """Eight active clients with and without idle ones, in turns."""
+    """Measure eight active clients with and without idle ones, in turns."""
     clients = [Client(server) for _ in range(8)]
     for client in clients:
         await client.open()
@@ -175,7 +178,7 @@ async def latencies(server: Server, pollers: int, rounds: int, steps: int = 10) 
 
 
 async def memory(server: Server, requests: int) -> dict[str, Any]:
-    """Eight clients send so many requests; memory after a fifth of them and in the end."""
+    """Measure memory as eight clients send requests: after a fifth of them and in the end."""
     clients = [Client(server) for _ in range(8)]
     for client in clients:
         await client.open(rank=4)
@@ -205,7 +208,7 @@ async def memory(server: Server, requests: int) -> dict[str, Any]:
 
 
 def sdk_work(service: tinker.ServiceClient, seed: int, steps: int) -> Callable[[], float]:
-    """A client of the SDK that is ready to train; what it returns trains, and says how long."""
+    """Open a client of the SDK; what is returned trains, and says how long that took."""
     client = service.create_lora_training_client(BASE_ALIAS, rank=8, seed=seed).result()
     data = to_sdk(tokens(TOKENS, seed))
     adam = tinker.AdamParams(learning_rate=1e-4)
@@ -223,7 +226,7 @@ def sdk_work(service: tinker.ServiceClient, seed: int, steps: int) -> Callable[[
 
 
 def throughput(servers: dict[str, Server], rounds: int, steps: int) -> dict[str, Any]:
-    """Eight clients of the SDK at once against one after another, on each server in turns."""
+    """Measure eight clients of the SDK at once and one after another, on each server in turns."""
     services = {
         name: [tinker.ServiceClient(base_url=server.url, api_key=DEVELOPER) for _ in range(8)]
         for name, server in servers.items()
@@ -265,7 +268,11 @@ def _ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median and spread."""
+    """Return the median, the 10th and 90th percentile, and the number of values."""
     low, middle, high = np.percentile(np.asarray(values), [10, 50, 90])
-    return {"median": round(float(middle), 4), "p10": round(float(low), 4),
-            "p90": round(float(high), 4), "count": len(values)}  # fmt: skip
+    return {
+        "median": round(float(middle), 4),
+        "p10": round(float(low), 4),
+        "p90": round(float(high), 4),
+        "count": len(values),
+    }

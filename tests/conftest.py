@@ -1,4 +1,4 @@
-"""What all tests share: tiny bases, and a fixed number of threads."""
+"""All tests share these fixtures: tiny bases, and a fixed number of threads."""
 
 import os
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ os.environ.pop("TINKER_API_KEY", None)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Iterator[None]:
-    """A test that has left another number behind, as run files do, leaves it to nobody."""
+    """Run each test under the session's number, whichever the test before it left behind."""
     with number_of_threads.under(number_of_threads.SESSION):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Iterator[object]:
-    """What several tests share is computed under the session's number, whoever asks first."""
+    """Make what several tests share under the session's number, whichever test asks first."""
     if fixturedef.scope == "function":
         return (yield)
     with number_of_threads.under(number_of_threads.SESSION):
@@ -40,7 +40,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Iterator[obje
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> "TinyBases":
-    """`tiny("qwen3", tie_word_embeddings=True)` → the folder of such a base."""
+    """Return tiny bases: `tiny("qwen3", tie_word_embeddings=True)` is the folder of such a base."""
     from tests.models import TinyBases
 
     return TinyBases(tmp_path_factory.mktemp("bases"))
@@ -48,10 +48,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> "TinyBases":
 
 @pytest.fixture
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Torch's number of threads during this test; a test may parametrize it indirectly.
+    """Fix torch's number of threads during this test; a test may parametrize it indirectly.
 
-    Bits are compared between runs with the same number. What wider fixtures have computed has the
-    session's, so a test that compares with it does not parametrize this.
+    Bits are compared between runs with one number. Wider fixtures compute with the session's, so a
+    test that compares with them does not parametrize this.
     """
     with number_of_threads.under(int(getattr(request, "param", number_of_threads.SESSION))) as it:
         number_of_threads.check_expected()

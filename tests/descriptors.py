@@ -1,4 +1,4 @@
-"""A process that has as many files open as it may, for as long as a test likes."""
+"""A test can leave its process few descriptors, or none, for as long as it likes."""
 
 import os
 import resource
@@ -11,7 +11,7 @@ from manylora.types import TooManyFilesOpen
 
 @contextmanager
 def descriptors_left(count: int) -> Iterator[None]:
-    """So many more files can be opened here. Whatever the body imports must be imported before."""
+    """Let the body open `count` more files. What it imports must have been imported before."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(name) for name in os.listdir("/proc/self/fd"))
     held: list[int] = []
@@ -31,8 +31,10 @@ def descriptors_left(count: int) -> Iterator[None]:
 
 
 def told_or_done(read: Callable[[], Any], most: int = 4) -> None:
-    """However few descriptors are left, `read` gives what it gives with many, or says that there
-    are too few; with none it says so."""
+    """Check that `read` returns what it does with many descriptors, or says that too few are left.
+
+    With none left it must say so.
+    """
     expected = read()
     for count in range(most):
         with descriptors_left(count):

@@ -1,10 +1,10 @@
-"""Processes and their children, read from /proc."""
+"""These functions read processes and their children from /proc."""
 
 from pathlib import Path
 
 
 def below(pid: int) -> list[int]:
-    """The living processes that descend from `pid`, parents before children."""
+    """Return the living processes that descend from `pid`, parents before children."""
     parents: dict[int, int] = {}
     for place in Path("/proc").glob("[0-9]*"):
         fields = _fields(int(place.name))
@@ -17,13 +17,13 @@ def below(pid: int) -> list[int]:
 
 
 def engine_processes(pid: int) -> list[int]:
-    """The processes of the engine of this control process: its launcher's children."""
+    """Return the engine's processes of this control process: its launcher's children."""
     launchers = _children([pid])
     return _children(launchers)
 
 
 def runs(pid: int) -> bool:
-    """Whether the process is there, and no zombie."""
+    """Return whether the process exists and is no zombie."""
     fields = _fields(pid)
     return bool(fields) and fields[0] not in "ZX"
 

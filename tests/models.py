@@ -1,4 +1,4 @@
-"""Tiny random bases of every supported family, saved as Hugging Face folders."""
+"""Tiny random bases of every supported family are made here, as Hugging Face folders."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ PECULIARITIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
-    """Three layers, four heads on two key-value heads; `overrides` as the config's own fields."""
+    """Return a config of three layers and four heads on two key-value heads, with `overrides`."""
     fields: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -84,13 +84,13 @@ def tiny_config(family: str, **overrides: Any) -> Any:
 
 
 def tiny_model(family: str, **overrides: Any) -> Any:
-    """A random model of this family, always the same."""
+    """Make a random model of this family, always the same."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(tiny_config(family, **overrides)).eval()
 
 
 class TinyBases:
-    """Folders of tiny bases, each made once."""
+    """`TinyBases` returns folders of tiny bases, each made once."""
 
     def __init__(self, root: Path):
         self.root = root

@@ -1,4 +1,4 @@
-"""A throw-away PostgreSQL server for tests, where the machine has the programs."""
+"""Tests get a throw-away PostgreSQL server where the machine has the programs."""
 
 import os
 import pwd
@@ -16,7 +16,7 @@ _UNPRIVILEGED = ("postgres", "nobody")
 
 
 def find_programs() -> Path | None:
-    """The folder with initdb and postgres (Debian keeps them off the search path)."""
+    """Return the folder with initdb and postgres (Debian leaves them off the search path)."""
     found = shutil.which("initdb")
     places = [Path(found).resolve().parent] if found else []
     places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
@@ -25,7 +25,7 @@ def find_programs() -> Path | None:
 
 @contextmanager
 def postgres_server() -> Iterator[str]:
-    """The URL of a fresh server that listens on a socket in a temporary folder only."""
+    """Yield the URL of a fresh server that listens on a socket in a temporary folder only."""
     programs = find_programs()
     if programs is None:
         pytest.skip("no PostgreSQL server on this machine (apt-get install postgresql)")

@@ -1,4 +1,4 @@
-"""Under how many threads the tests compute: a sum's order, and so its bits, may depend on it.
+"""The tests compute under a fixed number of threads, on which a sum's bits may depend.
 
 One number holds for the session, for the processes that tests start, and for every fixture that is
 shared by several tests. It is `OMP_NUM_THREADS`; 1 if that is not set.
@@ -15,14 +15,14 @@ _expected = [SESSION]
 
 
 def set_expected() -> None:
-    """Have torch, if anybody has imported it, use the number that is expected here and now."""
+    """Let torch, if it has been imported, use the number that is expected now."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != _expected[-1]:
         torch.set_num_threads(_expected[-1])
 
 
 def check_expected() -> None:
-    """Whoever compares bits calls this: both sides must have been computed under one number."""
+    """Check torch's number: bits may be compared only if one number computed both sides."""
     import torch
 
     found = torch.get_num_threads()
