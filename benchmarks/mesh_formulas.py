@@ -220,7 +220,7 @@ def forward_backward_sent(
         sent["dp.gather"] = (1, FP32 * stream.numbers * (mesh.dp - 1))
     if mesh.tp > 1:
         # The embedding; o and down, forwards; q-k-v and gate-up, backwards; the head, backwards.
-        # The first block's input needs no gradient with neither dp nor checkpointing.
+        # Without dp and without checkpointing the first block's input needs no gradient.
         sums = 1 + (4 + checkpointing) * base.layers + 1 - (mesh.dp == 1 and not checkpointing)
         fp32 = base.item == FP32
         each = [

@@ -161,7 +161,7 @@ class Case:
         return 6 * parameters * tokens / self.mesh.tp / PRODUCTS
 
     def covering(self) -> int:
-        """Return the tokens of a micro-batch whose products take as long as its gathers."""
+        """Return from how many tokens a micro-batch's products take as long as its gathers."""
         return round(max(self.gather_seconds()) / self.product_seconds(1))
 
     def bottleneck(self) -> str:

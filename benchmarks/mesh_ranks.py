@@ -170,7 +170,7 @@ def _sending(mesh: Mesh, engine: Engine, verb: Callable[[], Any]) -> dict[str, A
 
 
 def _bare(engine: Engine, work: ForwardBackward) -> Callable[[], list[Any]]:
-    """Run the streams on the base alone, with the gradients that adapters would ask for."""
+    """Return a verb that runs the streams on the base alone, with the gradients adapters need."""
     mesh, device = engine.mesh, engine.base.device
     ranks = engine.index.place.dp
     loss = (get_loss("cross_entropy"), get_loss("cross_entropy").settings({}))

@@ -1,4 +1,4 @@
-"""This benchmark trains many adapters at once, the bare base, and with PEFT one after another.
+"""This benchmark compares many adapters at once with the bare base and with sequential PEFT.
 
     python -m benchmarks.multi_tenant [--rounds 15] [--models toy,seedling] [--tokens 32,128,512]
                                       [--ranks 4,4,8,8,8,16,16,32] [--out FILE.json]

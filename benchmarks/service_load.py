@@ -208,7 +208,7 @@ async def memory(server: Server, requests: int) -> dict[str, Any]:
 
 
 def sdk_work(service: tinker.ServiceClient, seed: int, steps: int) -> Callable[[], float]:
-    """Open a client of the SDK; what is returned trains, and says how long that took."""
+    """Open an SDK client that is ready to train; what is returned trains, and says how long."""
     client = service.create_lora_training_client(BASE_ALIAS, rank=8, seed=seed).result()
     data = to_sdk(tokens(TOKENS, seed))
     adam = tinker.AdamParams(learning_rate=1e-4)

@@ -1,4 +1,4 @@
-"""PEFT names an adapter's modules in `adapter_config.json`; what of it we cannot do is refused.
+"""PEFT names an adapter's modules in `adapter_config.json`; unsupported settings are refused.
 
 PEFT matches a list entry t against a module path by `path == t or path.endswith("." + t)`, a string
 by `re.fullmatch`, and a pattern of `rank_pattern` / `alpha_pattern` by `(.*\\.)?(pattern)$`.
@@ -61,7 +61,7 @@ _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """A `PeftConfig` is what of an `adapter_config.json` decides what the adapter computes.
+    """A `PeftConfig` holds the fields of `adapter_config.json` that decide what is computed.
 
     Its patterns are matched within bounds (see `types.patterns`); one that is beyond them raises
     `CheckpointDamaged`, which names `where` and the field.
@@ -242,7 +242,7 @@ def exact_pattern(values: Mapping[str, Number]) -> tuple[Number, dict[str, Numbe
 
 
 def _bare_parameters(named: JSON) -> bool:
-    """Return whether any of them is not a weight; weights may be those of linear layers."""
+    """Return whether any of them is not a weight; weights may be linear layers'."""
     listed = named if isinstance(named, list) else [named] if named else []
     return any(not str(name).endswith(".weight") for name in listed)
 

@@ -1,4 +1,4 @@
-"""Adapters are written as PEFT's own files, which PEFT, vLLM and SGLang load, and read as such.
+"""Adapters are written and read as PEFT's own files, which PEFT, vLLM and SGLang load.
 
     adapter_model.safetensors   base_model.model.<site>.lora_A.weight [R, K], .lora_B.weight [N, R]
     adapter_config.json         PEFT's LoraConfig

@@ -57,7 +57,7 @@ class FileTensor:
 
     @property
     def known(self) -> DType | None:
-        """The tensor has this one of our dtypes; None if it has none of them."""
+        """The tensor has this dtype by our name; None if it is none of ours."""
         return next((name for name, (_, read, _) in _FORMATS.items() if read == self.dtype), None)
 
     def fp32(self) -> Floats:
