@@ -15,7 +15,7 @@ from typing import Any
 from manylora.lora.layout import Layout, plan_layout
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
-from manylora.processes.commands import About, Vectors
+from manylora.processes.commands import About, Vectors, packed
 from manylora.processes.connection import Connection, Ended, answers, laid_out
 from manylora.types import (
     AdapterExists,
@@ -129,7 +129,7 @@ class RemoteEngine:
     def restore(self, name: str, state: AdapterState) -> RemoteAdapter:
         """An adapter with the given state. Raises AdapterExists."""
         self._refuse_known(name)
-        self._call("restore", name, state.spec, Vectors.of(state))
+        self._call("restore", name, state)
         self.adapters[name] = RemoteAdapter(state.spec, state.layout)
         return self.adapters[name]
 
@@ -168,7 +168,7 @@ class RemoteEngine:
 
     def install_snapshot(self, snapshot: str, state: AdapterState) -> None:
         """Bring a snapshot back that `snapshot_state` gave."""
-        self._call("install_snapshot", snapshot, state.spec, Vectors.of(state))
+        self._call("install_snapshot", snapshot, state)
         self.snapshots[snapshot] = RemoteAdapter(state.spec, state.layout)
 
     def drop_snapshot(self, snapshot: str) -> None:
@@ -248,7 +248,7 @@ class RemoteEngine:
                 connection.close()
 
     def _call(self, verb: str, *arguments: Any) -> Any:
-        command = {"verb": verb, "arguments": arguments, "seconds": self._step_seconds}
+        command = {"verb": verb, "arguments": packed(arguments), "seconds": self._step_seconds}
         with self._lock:
             if self.lost is not None:
                 raise EngineLost(self.lost, silent=True)

@@ -34,7 +34,10 @@ _KINDS: dict[type, str] = {
 
 
 class Runner(Protocol):
-    """What the worker needs of an engine: for each operation a result, or its adapter's error."""
+    """The verbs of an engine that the worker calls: they give a result, or an adapter's error.
+
+    `hosting.engine_protocol.EngineProtocol` adds the others; `hosting.Pager` is a runner, too.
+    """
 
     def forward_backward(
         self, works: Sequence[ForwardBackward]
@@ -49,7 +52,7 @@ class Runner(Protocol):
 
     def admit(self, samples: Sequence[Sample]) -> Sequence[ManyloraError | None]: ...
 
-    def decode(self, seconds: float) -> Sequence[tuple[Sample, SampleResult | ManyloraError]]: ...
+    def decode(self, seconds: float) -> list[tuple[Sample, SampleResult | ManyloraError]]: ...
 
     def cancel(self, sample: Sample) -> None: ...
 
