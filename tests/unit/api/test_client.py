@@ -37,16 +37,17 @@ def learn(handles: list[AdapterHandle], rounds: int = 4) -> list[list[float]]:
 
 def test_operations_without_numbers_are_paged_like_others(tiny: TinyBases, tmp_path: Path) -> None:
     engine = Engine(Opening(str(tiny("llama")), token_budget=64))
-    host = Host(engine, tmp_path / "data", token_budget=64, max_resident=1)
+    host = Host([engine], tmp_path / "data", token_budget=64, max_resident=1)
     # Held states go to disk at once: whatever comes back has been through a file.
-    host.pager.host_bytes = host.pager._held.max_bytes = 1
+    pager = host.units[0].pager
+    pager.host_bytes = pager._held.max_bytes = 1
     doors = [AdapterClient(host, tenant=f"tenant-{name}") for name in NAMES]
     handles = [
         door.create(name, rank=2 + n, seed=n)
         for n, (door, name) in enumerate(zip(doors, NAMES, strict=True))
     ]
     losses = learn(handles)
-    assert host.pager.counts()["disk"] >= 1
+    assert host.counts()["disk"] >= 1
     for name, handle in zip(NAMES, handles, strict=True):
         handle.save(tmp_path / name).result()
     host.close(cancel=False)

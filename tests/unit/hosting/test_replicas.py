@@ -1,4 +1,4 @@
-"""Several engines behind one door give what one gives, wherever an adapter lives."""
+"""Several engines on one host give what one gives, wherever an adapter lives."""
 
 import threading
 from collections.abc import Iterator
@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from manylora.api import AdapterClient, AdapterHandle
-from manylora.hosting import AnyHost, host_of
-from manylora.hosting.replicas import Replicas
+from manylora.hosting import Host
 from manylora.processes import EngineGroup
 from manylora.types import AdapterNotFound, AdapterSpec, Datum, Opening, Sample, SamplingParams
 from manylora.types.mesh_shape import MeshShape
@@ -26,8 +25,8 @@ GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
 @contextmanager
 def opened(
     base: Path, mesh: str, folder: Path | None = None, max_resident: int | None = None
-) -> Iterator[AnyHost]:
-    """A mesh's engines in processes of their own, behind one door."""
+) -> Iterator[Host]:
+    """A mesh's engines in processes of their own, on one host."""
     opening = Opening(
         str(base),
         token_budget=64,
@@ -38,7 +37,7 @@ def opened(
     )
     group = EngineGroup(opening, step_seconds=60.0)
     try:
-        host = host_of(group.open(), folder, token_budget=64, max_resident=max_resident)
+        host = Host(group.open(), folder, token_budget=64, max_resident=max_resident)
         try:
             yield host
         finally:
@@ -51,7 +50,7 @@ def batch(seed: int) -> list[Datum]:
     return random_data(np.random.default_rng(seed), 2)
 
 
-def everything(host: AnyHost) -> list[Any]:
+def everything(host: Host) -> list[Any]:
     """Losses, steps and samples of adapters that come, train together, and go."""
     door = AdapterClient(host)
     handles = [door.create(name, rank=1 + n, seed=n) for n, name in enumerate(NAMES)]
@@ -95,16 +94,15 @@ def test_any_number_of_engines_gives_what_one_gives(tiny: TinyBases, one: str, m
 
 def test_adapters_live_where_fewest_are_and_where_they_were_made(tiny: TinyBases) -> None:
     with opened(tiny("llama"), "replicas=2") as host:
-        assert isinstance(host, Replicas)
         door = AdapterClient(host)
         for number, name in enumerate(NAMES[:4]):
             door.create(name, rank=1, seed=number)
-        held = [set(one.engine.adapters) for one in host._hosts]
+        held = [set(one.engine.adapters) for one in host.units]
         assert [len(names) for names in held] == [2, 2]
         for gone in held[0]:
             door.adapters[gone].unload().result()
         door.create("new", rank=1)
-        assert set(host._hosts[0].engine.adapters) == {"new"}
+        assert set(host.units[0].engine.adapters) == {"new"}
         assert host.counts()["resident"] == 3
         assert host.resident("new").spec.rank == 1
 
@@ -141,12 +139,12 @@ def test_states_and_snapshots_on_disk_are_found_by_whichever_engine(
 ) -> None:
     specs = {name: AdapterSpec(rank=1 + n, seed=n) for n, name in enumerate(NAMES)}
 
-    def learn(host: AnyHost, seed: int) -> list[Any]:
+    def learn(host: Host, seed: int) -> list[Any]:
         door = AdapterClient(host)
         handles = [AdapterHandle(door, name, spec, 0) for name, spec in specs.items()]
         return rounds(handles, seed)
 
-    def sampled(host: AnyHost) -> list[Any]:
+    def sampled(host: Host) -> list[Any]:
         asked = [
             host.submit(Sample(adapter=None, prompts=[[5, 6, 7]], params=GREEDY, snapshot=f"{n}@1"))
             for n in NAMES
@@ -159,7 +157,7 @@ def test_states_and_snapshots_on_disk_are_found_by_whichever_engine(
         learn(host, 0)
         for name in NAMES:
             made = f"{name}@1"
-            host.call(name, lambda p, n=name, s=made: p.snapshot(n, s, 0), makes=made).result()
+            host.snapshot(name, made).result()
         expected_samples = sampled(host)
         assert host.counts()["resident"] == 2
     with opened(tiny("llama"), after, tmp_path) as host:
