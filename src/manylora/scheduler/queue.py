@@ -47,7 +47,14 @@ TRAINING = (Call, OptimStep, ForwardBackward)
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A queued operation and the future that waits for it; `submitted` is the queue's clock."""
+    """A queued operation and the future that waits for it.
+
+    Attributes:
+        tokens: what a batch counts it for; 0 where it brings none.
+        submitted: when, by the queue's clock.
+        lane: its adapter's.
+        decoding: of a sample in the decode loop, the device's time that it has had.
+    """
 
     operation: Operation
     future: Future[Any]
@@ -78,8 +85,10 @@ class Pending:
 class Lane:
     """One adapter's operations, in order.
 
-    `kind` is the kind of turn that it waits for, if any; `decoding` counts samples of the living
-    weights that are in the loop.
+    Attributes:
+        waiting: those that have not started.
+        kind: the kind of turn that the first of them waits for, if any.
+        decoding: how many samples of the living weights are in the decode loop.
     """
 
     key: LaneKey
@@ -110,7 +119,7 @@ class Tenant:
 
 
 class OperationQueue:
-    """The one queue behind every door. Thread-safe."""
+    """The queue before an engine. Thread-safe."""
 
     def __init__(
         self,
@@ -308,7 +317,12 @@ class OperationQueue:
             self._tenants.pop(tenant.name, None)
 
     def _fill(self, kind: type) -> list[Pending]:
-        """A batch of one kind: whoever has had least, as long as something fits."""
+        """A batch of one kind: the tenant that has had least goes first, as long as something fits.
+
+        A lane that cannot go on is put aside, and with its last lane its tenant, so that the next
+        in turn is seen; both go back at the end with the tags that they had, so being passed over
+        costs no turn. `MISFITS` bounds how many are passed over, so the cost is the batch's.
+        """
         batch: list[Pending] = []
         aside: list[tuple[str, LaneKey]] = []
         adapters: dict[LaneKey, Lane] = {}
