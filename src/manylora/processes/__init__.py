@@ -6,14 +6,13 @@ Does not own: what a verb computes (engine), whose turn it is (scheduler), what 
 and done again (service, runs).
 Talks to: engine and lora below; the api puts a `RemoteEngine` where a program of its own has an
 `Engine`. All but `member` and `launch`, which run in those processes, is free of torch, and all but
-`launch_ray` and `ray_rank` of ray.
+`ray_launcher` and `ray_actor` of ray.
 """
 
-from manylora.processes.group import EngineGroup
+from manylora.processes.group import EngineGroup, start_group
 from manylora.processes.peer_addresses import address_toward
 from manylora.processes.ray_client import OverRay
 from manylora.processes.remote_engine import RemoteEngine
-from manylora.processes.starting import start_group
 
 __all__ = [
     "EngineGroup",
