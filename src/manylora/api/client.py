@@ -55,7 +55,11 @@ class AdapterClient:
     """
 
     def __init__(self, host: Host, *, tenant: str = ""):
-        """`tenant`: whose operations these are, for fairness."""
+        """No adapter is made yet.
+
+        Args:
+            tenant: whose operations these are, for fairness.
+        """
         self._host, self._tenant = host, tenant
         self._engine = host.engine
         self._snapshot_numbers = itertools.count(1)
@@ -86,7 +90,7 @@ class AdapterClient:
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether a checkpoint belongs to this base."""
+        """A digest that tells whether a checkpoint belongs to this base."""
         return self._engine.base.fingerprint
 
     @property
@@ -104,7 +108,7 @@ class AdapterClient:
         init_from: str | Path | None = None,
         **settings: Any,
     ) -> AdapterHandle:
-        """A new adapter.
+        """Make a new adapter.
 
         Args:
             name: letters, digits, `.`, `_`, `-`; unique on this host.
@@ -127,7 +131,7 @@ class AdapterClient:
     def restore(
         self, name: str, folder: str | Path, *, spec: AdapterSpec | None = None
     ) -> tuple[AdapterHandle, dict[str, JSON]]:
-        """An adapter that goes on exactly where `AdapterHandle.save` left it.
+        """Make an adapter that goes on exactly where `AdapterHandle.save` left it.
 
         Args:
             folder: what `save` wrote.

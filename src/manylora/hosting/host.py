@@ -26,7 +26,7 @@ class HostedEngine:
     """One engine with a pager, a queue and a worker: the one place where they are put together.
 
     Attributes:
-        engine: open, and closed by whoever opened it.
+        engine: is open; who opened it closes it.
         pager: the engine's verbs over adapters in memory or on disk.
         queue: the operations of the adapters that live here.
         worker: the thread that runs them.
@@ -269,5 +269,5 @@ class Host:
         """Do something to all at once, because each waits for what its engine still has to do."""
         with ThreadPoolExecutor(len(self.units)) as pool:
             others = pool.map(act, self.units[1:])
-            act(self.units[0])  # in this thread, so that Ctrl-C reaches one that is alone
+            act(self.units[0])  # in this thread: Ctrl-C reaches a single engine
             list(others)

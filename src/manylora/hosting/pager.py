@@ -40,9 +40,10 @@ Result = TypeVar("Result")
 
 
 class Pager:
-    """The engine's verbs (see `scheduler.Runner`) over any number of registered adapters.
+    """The verbs of a `scheduler.Runner` over any number of registered adapters.
 
-    Verbs run on the engine's thread; `on_saved` is called on the writer's.
+    Verbs run on the engine's thread; `on_saved` is called on the writer's. `PageState` tells where
+    an adapter is, and what moves it.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class Pager:
         Args:
             folder: for states (`adapters/`) and snapshots (`snapshots/`); None = nothing leaves the
                 engine, so `adapters` and `snapshots` have no limits.
-            adapters, snapshots: how many may be in the engine at once.
+            adapters: how many may be in the engine at once.
+            snapshots: how many may be in the engine at once.
             host_bytes: of states held in host memory, those that wait to be written included.
             before_save: called before an adapter's state is written; returns once everything that
                 its operations brought is where it will be found again.
@@ -184,7 +186,7 @@ class Pager:
         """Sequences in the decode loop."""
         return self.engine.decoding
 
-    # -- what a client can have kept --------------------------------------------------------------
+    # -- states and snapshots ---------------------------------------------------------------------
 
     def poison(self, name: str, reason: str, position: int) -> None:
         """Have the adapter's next optimizer step refused, as after a failed forward_backward."""
@@ -270,7 +272,7 @@ class Pager:
     # -- inside -----------------------------------------------------------------------------------
 
     def _bring_first(self, name: str) -> None:
-        """Bring an adapter in that is being made; one that cannot be was never there."""
+        """Bring in an adapter that is being made; if that fails, it is registered no longer."""
         try:
             self._bring_one(name)
         except BaseException:
@@ -293,7 +295,7 @@ class Pager:
             lost = True
             raise
         finally:
-            # A failed operation is over, too; one that went with its engine will be run again.
+            # A failed operation is over, too; after the loss of an engine operations run again.
             for operation in operations if not lost else ():
                 if operation.adapter in self._pages:
                     self._advance(operation.adapter, operation.seq)

@@ -45,7 +45,11 @@ class About:
     """An engine that is open.
 
     Attributes:
-        name, folder, fingerprint, context_length, vocab_size: see `models.BaseModel`.
+        name: the base as it was named.
+        folder: where its files lie.
+        fingerprint: tells whether a checkpoint belongs to it.
+        context_length: tokens of its longest sequence.
+        vocab_size: its tokens.
         sites: where adapters can act.
         free_bytes: of a process's device, or its share of the host's memory; the least of all.
     """
@@ -126,10 +130,10 @@ class Assignment:
     tp: int = 1
 
     def line(self) -> bytes:
-        """As one line."""
+        """The assignment as one line of JSON."""
         return json.dumps(asdict(self)).encode() + b"\n"
 
     @classmethod
     def parse(cls, line: bytes) -> "Assignment":
-        """What `line` gave."""
+        """The assignment that `line` wrote."""
         return cls(**json.loads(line))

@@ -91,8 +91,11 @@ class Member:
         self._samples: dict[int, Sample] = {}
 
     def obey(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        """Do as told; what came of it is a value, an error raised on purpose, or the words of any
-        other. Writes down where this process stands, and ends it, if it takes too long."""
+        """Run a command. If it takes too long, write down where this process stands, and end it.
+
+        Returns:
+            Its value, a refusal (an error raised on purpose), or a fault (the words of any other).
+        """
         verb, arguments = command["verb"], command["arguments"]
         if self._engine is not None:
             faulthandler.dump_traceback_later(command["seconds"], exit=True, file=self._stacks)
@@ -111,7 +114,7 @@ class Member:
 
     @property
     def engine(self) -> Engine:
-        """Once it is open."""
+        """The engine, once it is open."""
         assert self._engine is not None, "a command before `open`"
         return self._engine
 
@@ -124,9 +127,14 @@ class Member:
         if base.device.type == "cpu":
             free //= _processes_here(opening.mesh)
         return About(
-            base.name, base.folder, base.fingerprint, base.context_length, base.vocab_size,
-            self._engine.sites, free,
-        )  # fmt: skip
+            base.name,
+            base.folder,
+            base.fingerprint,
+            base.context_length,
+            base.vocab_size,
+            self._engine.sites,
+            free,
+        )
 
     def _joined(self, shape: MeshShape, device: str) -> Mesh:
         """This process's place in its replica's mesh, once all processes of that are there."""
@@ -197,7 +205,7 @@ def _generation() -> int:
 
 
 def _device(asked: str) -> str:
-    """This process's own, if there is one for each."""
+    """This process's own device, if there is one for each."""
     if (asked == "auto" and torch.cuda.is_available()) or asked == "cuda":
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return asked

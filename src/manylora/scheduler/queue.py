@@ -214,7 +214,7 @@ class OperationQueue:
 
     @property
     def drained(self) -> bool:
-        """Closed, with nothing left to run."""
+        """Whether the queue is closed, with nothing left to run."""
         with self._changed:
             return self._closed and not self._operations
 
@@ -252,12 +252,12 @@ class OperationQueue:
             if not self._places_changed:
                 return []
             batch = self._fill(Sample)
-            # Who was left out by the limits of this batch may be in the next.
+            # What was left out by the limits of this batch may be in the next.
             self._places_changed = bool(batch)
             return batch
 
     def release(self, pending: Pending) -> None:
-        """A sample that was admitted is finished."""
+        """Give the places back of a sample that was admitted and is finished."""
         with self._changed:
             lane = pending.lane
             held = self._capped(pending.places)
@@ -336,7 +336,7 @@ class OperationQueue:
             lane = self._lanes[key]
             alone = self.apart(lane.waiting[0].operation)
             if kind is Sample and alone and self.places != self._free_places:
-                break  # those who are in the loop end first, and nobody else joins them
+                break  # those that are in the loop end first, and no other joins them
             if self._fits(lane, kind, room, adapters) and not (alone and batch):
                 room -= self._take(lane, kind, batch)
                 adapters[key] = lane
@@ -409,6 +409,9 @@ class OperationQueue:
         return pending.tokens if wanted else 0
 
     def _capped(self, places: int) -> int:
-        """What a request counts for: one that is larger than all that a tenant may hold counts
-        for that, so that there is room beside it."""
+        """The places that a request counts for.
+
+        A request that is larger than all that a tenant may hold counts for that, so that there is
+        room beside it.
+        """
         return min(places, max(1, self.places * ALPHA // (ALPHA + 1)))
