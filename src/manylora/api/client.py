@@ -242,7 +242,7 @@ class AdapterHandle:
 
     def __init__(self, client: AdapterClient, name: str, spec: AdapterSpec, num_params: int):
         self._client = client
-        self._place = client._host.placement.of_adapter(name)
+        self._unit_number = client._host.placement.of_adapter(name)
         self.name = name
         self.spec = spec
         self.num_params = num_params
@@ -399,7 +399,7 @@ class AdapterHandle:
     @property
     def _queue(self) -> OperationQueue:
         """The queue of the engine with which the adapter lives."""
-        return self._client._host.units[self._place].queue
+        return self._client._host.units[self._unit_number].queue
 
     def _work(
         self,

@@ -1,4 +1,4 @@
-"""`Trainer`: a host of one's own."""
+"""`Trainer`: many adapters on a base that it opens itself."""
 
 from collections.abc import Sequence
 from pathlib import Path

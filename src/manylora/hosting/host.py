@@ -159,17 +159,17 @@ class Host:
         self, adapter: str, snapshot: str, *, tenant: str = "", seq: int = 0
     ) -> Future[None]:
         """Queue the freezing of a copy of an adapter's weights."""
-        place = self.placement.add_snapshot(snapshot, adapter)
+        number = self.placement.add_snapshot(snapshot, adapter)
         return self._call(
-            place, adapter, lambda pager: pager.snapshot(adapter, snapshot, seq), tenant, seq
+            number, adapter, lambda pager: pager.snapshot(adapter, snapshot, seq), tenant, seq
         )
 
     def drop_snapshot(
         self, snapshot: str, *, adapter: str | None = None, tenant: str = ""
     ) -> Future[None]:
         """Queue the end of a snapshot, in its adapter's turn if one is named."""
-        place = self.placement.forget_snapshot(snapshot)
-        return self._call(place, adapter, lambda pager: pager.drop_snapshot(snapshot), tenant)
+        number = self.placement.forget_snapshot(snapshot)
+        return self._call(number, adapter, lambda pager: pager.drop_snapshot(snapshot), tenant)
 
     def unload(
         self, adapter: str, *, tenant: str = "", then: Callable[[], Any] = lambda: None
@@ -188,13 +188,13 @@ class Host:
 
     def _call(
         self,
-        place: int,
+        number: int,
         adapter: str | None,
         run: Callable[[Pager], Any],
         tenant: str,
         seq: int = 0,
     ) -> Future[Any]:
-        unit = self.units[place]
+        unit = self.units[number]
         return unit.queue.submit(Call(adapter, lambda: run(unit.pager), tenant=tenant, seq=seq))
 
     # -- what is where ----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from manylora.processes.commands import About, Assignment, Hello
 from manylora.processes.connection import SECRET_BYTES, Connection, answers
 from manylora.processes.external_start import Meeting
 from manylora.processes.peer_addresses import address_toward, listening_at
-from manylora.processes.ray_client import OverRay
+from manylora.processes.ray_client import RayClient
 from manylora.processes.remote_engine import RemoteEngine
 from manylora.types import BaseModelError, ConfigError, EngineLost, ManyloraError, Opening
 from manylora.types.files import no_descriptor_left
@@ -343,7 +343,7 @@ def start_group(
         return EngineGroup(opening, step_seconds=step_seconds, start=meeting, host=meeting.host)
     if ray is None:
         return EngineGroup(opening, step_seconds=step_seconds, start=launch_here)
-    launcher = OverRay(ray)
+    launcher = RayClient(ray)
     try:
         host = address_toward(launcher.peer())
         return EngineGroup(

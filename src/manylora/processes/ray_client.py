@@ -18,7 +18,7 @@ from manylora.types import ConfigError, EngineLost
 PLACE_SECONDS = 120.0
 
 
-class OverRay:
+class RayClient:
     """A launcher (see `group.Launcher`) whose processes are actors of a Ray cluster."""
 
     def __init__(self, address: str, *, place_seconds: float = PLACE_SECONDS):
@@ -46,7 +46,7 @@ class OverRay:
             raise self._as_error(word)
         return word["peer"]
 
-    def __call__(self, assignment: Assignment) -> "OverRay":
+    def __call__(self, assignment: Assignment) -> "RayClient":
         """Start the processes. Call `peer` before. May be called again once it has ended.
 
         Raises:

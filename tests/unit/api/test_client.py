@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import manylora.api.client as door_module
+import manylora.api.client as client_module
 from manylora.api import AdapterClient, AdapterHandle, Trainer
 from manylora.checkpoint import load_state, save_state
 from manylora.engine import Engine
@@ -41,10 +41,10 @@ def test_operations_without_numbers_are_paged_like_others(tiny: TinyBases, tmp_p
     # Held states go to disk at once: whatever comes back has been through a file.
     pager = host.units[0].pager
     pager.host_bytes = pager._held.max_bytes = 1
-    doors = [AdapterClient(host, tenant=f"tenant-{name}") for name in NAMES]
+    clients = [AdapterClient(host, tenant=f"tenant-{name}") for name in NAMES]
     handles = [
-        door.create(name, rank=2 + n, seed=n)
-        for n, (door, name) in enumerate(zip(doors, NAMES, strict=True))
+        client.create(name, rank=2 + n, seed=n)
+        for n, (client, name) in enumerate(zip(clients, NAMES, strict=True))
     ]
     losses = learn(handles)
     assert host.counts()["disk"] >= 1
@@ -71,7 +71,7 @@ def test_training_does_not_wait_for_a_save_and_the_save_is_of_its_place(
         assert write.wait(60)
         save_state(*arguments, **named)
 
-    monkeypatch.setattr(door_module, "save_state", slow_save)
+    monkeypatch.setattr(client_module, "save_state", slow_save)
     with Trainer(tiny("llama"), token_budget=64) as trainer:
         handle = trainer.create("a", rank=2)
         learn([handle], 2)

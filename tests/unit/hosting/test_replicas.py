@@ -52,8 +52,8 @@ def batch(seed: int) -> list[Datum]:
 
 def everything(host: Host) -> list[Any]:
     """Losses, steps and samples of adapters that come, train together, and go."""
-    door = AdapterClient(host)
-    handles = [door.create(name, rank=1 + n, seed=n) for n, name in enumerate(NAMES)]
+    client = AdapterClient(host)
+    handles = [client.create(name, rank=1 + n, seed=n) for n, name in enumerate(NAMES)]
     seen: list[Any] = []
     for number in range(3):
         seen += rounds(handles, number)
@@ -64,11 +64,11 @@ def everything(host: Host) -> list[Any]:
     for one, other in zip(first, later, strict=True):
         assert one.result().sequences == other.result().sequences
         seen.append(one.result().sequences[0].tokens)
-    seen.append(door.sample([[5, 6, 7]], GREEDY).result().sequences[0].tokens)
+    seen.append(client.sample([[5, 6, 7]], GREEDY).result().sequences[0].tokens)
     for handle in handles:
         handle.unload().result()
     # The name is free, and what is left of it is its snapshot.
-    again = door.create("a", rank=2, seed=9)
+    again = client.create("a", rank=2, seed=9)
     seen += rounds([again], 0)
     seen.append(snapshots[0].sample([[5, 6, 7]], GREEDY).result().sequences[0].tokens)
     for snapshot in snapshots:
@@ -94,14 +94,14 @@ def test_any_number_of_engines_gives_what_one_gives(tiny: TinyBases, one: str, m
 
 def test_adapters_live_where_fewest_are_and_where_they_were_made(tiny: TinyBases) -> None:
     with opened(tiny("llama"), "replicas=2") as host:
-        door = AdapterClient(host)
+        client = AdapterClient(host)
         for number, name in enumerate(NAMES[:4]):
-            door.create(name, rank=1, seed=number)
+            client.create(name, rank=1, seed=number)
         held = [set(one.engine.adapters) for one in host.units]
         assert [len(names) for names in held] == [2, 2]
         for gone in held[0]:
-            door.adapters[gone].unload().result()
-        door.create("new", rank=1)
+            client.adapters[gone].unload().result()
+        client.create("new", rank=1)
         assert set(host.units[0].engine.adapters) == {"new"}
         assert host.counts()["resident"] == 3
         assert host.resident("new").spec.rank == 1
@@ -111,13 +111,14 @@ def test_a_snapshot_is_made_where_its_adapter_lives_whoever_asked_for_it_before(
     tiny: TinyBases,
 ) -> None:
     with opened(tiny("llama"), "replicas=2") as host:
-        door = AdapterClient(host)
+        client = AdapterClient(host)
         for number, name in enumerate(NAMES[:3], 1):
-            door.create(name, rank=1)
+            client.create(name, rank=1)
             early = Sample(adapter=None, prompts=[[5]], params=GREEDY, snapshot=f"{name}@{number}")
             with pytest.raises(AdapterNotFound):
                 host.submit(early).result()
-            assert len(door.adapters[name].snapshot().sample([[5]], GREEDY).result().sequences) == 1
+            made = client.adapters[name].snapshot()
+            assert len(made.sample([[5]], GREEDY).result().sequences) == 1
             assert len(host.submit(early).result().sequences) == 1
 
 
@@ -140,8 +141,8 @@ def test_states_and_snapshots_on_disk_are_found_by_whichever_engine(
     specs = {name: AdapterSpec(rank=1 + n, seed=n) for n, name in enumerate(NAMES)}
 
     def learn(host: Host, seed: int) -> list[Any]:
-        door = AdapterClient(host)
-        handles = [AdapterHandle(door, name, spec, 0) for name, spec in specs.items()]
+        client = AdapterClient(host)
+        handles = [AdapterHandle(client, name, spec, 0) for name, spec in specs.items()]
         return rounds(handles, seed)
 
     def sampled(host: Host) -> list[Any]:
