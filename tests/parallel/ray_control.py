@@ -5,7 +5,7 @@ python -m tests.parallel.ray_control ADDRESS BASE
 
 import sys
 
-from manylora.processes import EngineGroup, OverRay, address_toward
+from manylora.processes import EngineGroup, RayClient, address_toward
 from manylora.types import Opening
 from manylora.types.mesh_shape import MeshShape
 
@@ -18,7 +18,7 @@ def opening(base: str, dp: int = 2) -> Opening:
 
 
 def main(address: str, base: str) -> None:
-    launcher = OverRay(address)
+    launcher = RayClient(address)
     group = EngineGroup(
         opening(base), step_seconds=60, start=launcher, host=address_toward(launcher.peer())
     )

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from manylora.processes import EngineGroup, OverRay, RemoteEngine, address_toward
+from manylora.processes import EngineGroup, RayClient, RemoteEngine, address_toward
 from manylora.types import (
     AdamParams,
     AdapterSpec,
@@ -54,7 +54,7 @@ def base(tiny: TinyBases) -> str:
 @contextmanager
 def opened(cluster: TwoNodes, base: str, step_seconds: float = 60.0) -> Iterator[EngineGroup]:
     """Two processes, one on each node."""
-    launcher = OverRay(cluster.address, place_seconds=30)
+    launcher = RayClient(cluster.address, place_seconds=30)
     host = address_toward(launcher.peer())
     group = EngineGroup(opening(base), step_seconds=step_seconds, start=launcher, host=host)
     yield group
@@ -180,7 +180,7 @@ def test_no_actor_outlives_its_control_process(cluster: TwoNodes, base: str, vic
 
 
 def test_an_address_that_processes_cannot_reach_is_named(cluster: TwoNodes, base: str) -> None:
-    launcher = OverRay(cluster.address)
+    launcher = RayClient(cluster.address)
     launcher.peer()
     group = EngineGroup(
         opening(base), step_seconds=60,
@@ -192,7 +192,7 @@ def test_an_address_that_processes_cannot_reach_is_named(cluster: TwoNodes, base
 
 
 def test_too_few_devices_are_named(cluster: TwoNodes, base: str) -> None:
-    launcher = OverRay(cluster.address, place_seconds=1.0)
+    launcher = RayClient(cluster.address, place_seconds=1.0)
     launcher.peer()
     group = EngineGroup(opening(base, dp=3), step_seconds=60, start=launcher)
     with pytest.raises(ConfigError, match=r"of the 2 CPUs .* 2 are free, and 3 are needed"):
@@ -206,7 +206,7 @@ def test_too_few_devices_are_named(cluster: TwoNodes, base: str) -> None:
 )
 def test_a_cluster_that_is_not_there_is_named(address: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        OverRay(address).peer()
+        RayClient(address).peer()
 
 
 @pytest.mark.slow

@@ -157,10 +157,10 @@ def _nurse(connection: socket.socket) -> None:
     import manylora.service.serve  # noqa: F401
     from manylora.cli.main import main
     from manylora.models.loading import open_base
-    from manylora.processes import starting
+    from manylora.processes import group
 
-    assert callable(starting.launch_here)  # what a server starts its engine's processes with
-    starting.launch_here = ForkedLauncher  # type: ignore[assignment]
+    assert callable(group.launch_here)  # what a server starts its engine's processes with
+    group.launch_here = ForkedLauncher  # type: ignore[assignment]
     # transformers imports a model's classes when they are first asked for. With one thread: a pool
     # of more would not be there in a child, which would wait for it for ever.
     threads = torch.get_num_threads()

@@ -10,8 +10,7 @@ line use it.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from manylora.api.client import AdapterClient
-from manylora.api.handles import AdapterHandle, SnapshotHandle
+from manylora.api.client import AdapterClient, AdapterHandle, SnapshotHandle
 
 if TYPE_CHECKING:
     from manylora.api.trainer import Trainer

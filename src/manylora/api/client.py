@@ -1,4 +1,4 @@
-"""Adapters of one owner on a host: made, restored, trained, sampled, saved, exported."""
+"""Adapters of one owner on a host, and the handles by which programs train and sample them."""
 
 from __future__ import annotations
 
@@ -11,30 +11,37 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manylora.api.handles import JSON, AdapterHandle, SnapshotHandle
 from manylora.checkpoint import import_peft, save_state
 from manylora.checkpoint.tensor_files import rounded
 from manylora.hosting.engine_protocol import Resident
 from manylora.hosting.futures import flattened
+from manylora.hosting.host import Host
 from manylora.hosting.pager import Pager
-from manylora.hosting.replicas import AnyHost
 from manylora.hosting.state_files import read_state, term, write_peft
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.lora.state import AdapterState
-from manylora.scheduler import Operation
+from manylora.scheduler import OperationQueue
 from manylora.types import (
+    AdamParams,
     AdapterSpec,
     CheckpointMismatch,
     ConfigError,
+    Datum,
+    ForwardBackward,
+    ForwardBackwardResult,
+    OptimStep,
+    OptimStepResult,
     Sample,
     SampleResult,
     SamplingParams,
     Scoring,
     TextFormat,
+    Wanted,
 )
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")
+JSON = Any
 
 if TYPE_CHECKING:
     from manylora.models.vocabulary import Vocabulary
@@ -47,8 +54,12 @@ class AdapterClient:
         adapters: name → handle.
     """
 
-    def __init__(self, host: AnyHost, *, tenant: str = ""):
-        """`tenant`: whose operations these are, for fairness."""
+    def __init__(self, host: Host, *, tenant: str = ""):
+        """No adapter is made yet.
+
+        Args:
+            tenant: whose operations these are, for fairness.
+        """
         self._host, self._tenant = host, tenant
         self._engine = host.engine
         self._snapshot_numbers = itertools.count(1)
@@ -79,7 +90,7 @@ class AdapterClient:
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether a checkpoint belongs to this base."""
+        """A digest that tells whether a checkpoint belongs to this base."""
         return self._engine.base.fingerprint
 
     @property
@@ -97,7 +108,7 @@ class AdapterClient:
         init_from: str | Path | None = None,
         **settings: Any,
     ) -> AdapterHandle:
-        """A new adapter.
+        """Make a new adapter.
 
         Args:
             name: letters, digits, `.`, `_`, `-`; unique on this host.
@@ -112,20 +123,15 @@ class AdapterClient:
             raise ConfigError(f"{name!r} is not a name; use letters, digits, '.', '_' and '-'")
         if spec is not None and settings:
             raise ConfigError("give either an AdapterSpec or keywords, not both")
-        wanted = spec or (AdapterSpec(**settings) if settings or init_from is None else None)
-        text_format = TextFormat()
         if init_from is None:
-            assert wanted is not None
-            new = self._call(name, lambda pager: self._make(pager, name, wanted)).result()
-        else:
-            state, text_format = self._warm_start(Path(init_from), wanted)
-            new = self._call(name, lambda pager: self._make(pager, name, state)).result()
-        return self._handle(new, name, text_format)
+            return self._new(name, spec or AdapterSpec(**settings), TextFormat())
+        wanted = spec or (AdapterSpec(**settings) if settings else None)
+        return self._new(name, *self._warm_start(Path(init_from), wanted))
 
     def restore(
         self, name: str, folder: str | Path, *, spec: AdapterSpec | None = None
     ) -> tuple[AdapterHandle, dict[str, JSON]]:
-        """An adapter that goes on exactly where `AdapterHandle.save` left it.
+        """Make an adapter that goes on exactly where `AdapterHandle.save` left it.
 
         Args:
             folder: what `save` wrote.
@@ -138,8 +144,7 @@ class AdapterClient:
             CheckpointDamaged, CheckpointMismatch, AdapterExists
         """
         saved = read_state(self._engine, Path(folder), spec=spec)
-        new = self._call(name, lambda pager: self._make(pager, name, saved.state)).result()
-        return self._handle(new, name, saved.text_format), dict(saved.client)
+        return self._new(name, saved.state, saved.text_format), dict(saved.client)
 
     def sample(
         self,
@@ -150,123 +155,55 @@ class AdapterClient:
         scoring: Scoring | None = None,
     ) -> Future[SampleResult]:
         """Continue each prompt (token ids) with the bare base; see `AdapterHandle.sample`."""
-        request = Sample(
-            adapter=None,
-            prompts=prompts,
-            params=params or SamplingParams(),
-            num_samples=num_samples,
-            scoring=scoring or Scoring(),
-        )
-        return self.submit(request)
-
-    # -- what the handles use ---------------------------------------------------------------------
-
-    def submit(self, operation: Operation) -> Future[Any]:
-        """Queue an operation behind the others of its adapter."""
-        if self._tenant:
-            operation = replace(operation, tenant=self._tenant)
-        return self._host.submit(operation)
-
-    def save(self, name: str, folder: Path, client: Mapping[str, JSON]) -> Future[Path]:
-        """See `AdapterHandle.save`."""
-        text_format = self._text_format(name)
-
-        def write(state: AdapterState) -> None:
-            save_state(
-                folder,
-                state,
-                base_name=self.base_name,
-                base_fingerprint=self.fingerprint,
-                client=client,
-                text_format=text_format,
-            )
-
-        return self._copy_then(name, folder, write)
-
-    def export(self, name: str, folder: Path, *, merged: bool) -> Future[Path]:
-        """See `AdapterHandle.export`."""
-        text_format = self._text_format(name)
-
-        def write(state: AdapterState) -> None:
-            if not merged:
-                write_peft(self._engine, folder, state, text_format)
-                return
-            from manylora.checkpoint.merged import export_merged
-
-            # As the layers read them, which in half precision is not the master copy.
-            weights_P = rounded(state.weights, state.spec.dtype)
-            export_merged(
-                folder, self._engine.base.folder, state.layout, weights_P,
-                base_fingerprint=self.fingerprint, text_format=text_format,
-            )  # fmt: skip
-
-        return self._copy_then(name, folder, write)
-
-    def unload(self, name: str) -> Future[None]:
-        """See `AdapterHandle.unload`."""
-
-        def run(pager: Pager) -> None:
-            pager.unload(name)
-            self.adapters.pop(name, None)
-
-        return self._call(name, run, last=True)
-
-    def take_snapshot(self, name: str) -> SnapshotHandle:
-        """See `AdapterHandle.snapshot`."""
-        snapshot = f"{name}@{next(self._snapshot_numbers)}"
-        self._call(name, lambda pager: pager.snapshot(name, snapshot, 0), makes=snapshot)
-        return SnapshotHandle(self, name, snapshot)
-
-    def drop_snapshot(self, name: str, snapshot: str) -> Future[None]:
-        """See `SnapshotHandle.drop`."""
-        return self._call(name, lambda pager: pager.drop_snapshot(snapshot), drops=snapshot)
+        return self._host.submit(self._sample(prompts, params, num_samples, scoring, TextFormat()))
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _call(
+    def _call(self, adapter: str, run: Callable[[Pager], Any]) -> Future[Any]:
+        return self._host.call(adapter, run, tenant=self._tenant)
+
+    def _sample(
         self,
-        adapter: str | None,
-        run: Callable[[Pager], Any],
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None,
+        num_samples: int,
+        scoring: Scoring | None,
+        text_format: TextFormat,
         *,
-        makes: str | None = None,
-        drops: str | None = None,
-        last: bool = False,
-    ) -> Future[Any]:
-        return self._host.call(
-            adapter, run, tenant=self._tenant, makes=makes, drops=drops, last=last
+        adapter: str | None = None,
+        snapshot: str | None = None,
+    ) -> Sample:
+        """A request that ends answers as `text_format` says where `params` name no end."""
+        params = params or SamplingParams()
+        if params.stop is None and text_format.stop:
+            params = replace(params, stop=text_format.stop)
+        return Sample(
+            adapter=adapter,
+            prompts=prompts,
+            params=params,
+            num_samples=num_samples,
+            snapshot=snapshot,
+            scoring=scoring or Scoring(),
+            tenant=self._tenant,
         )
 
-    def _copy_then(
-        self, name: str, folder: Path, write: Callable[[AdapterState], None]
-    ) -> Future[Path]:
-        """Copy an adapter's state in its turn; write it while others go on."""
+    def _new(
+        self, name: str, what: AdapterSpec | AdapterState, text_format: TextFormat
+    ) -> AdapterHandle:
+        """A handle on an adapter that is made of its settings or of a state."""
 
-        def run(pager: Pager) -> Future[Path]:
-            state = pager.whole_state(name)
+        def make(pager: Pager) -> Resident:
+            if isinstance(what, AdapterSpec):
+                pager.create(name, what)
+            else:
+                pager.restore(name, what)
+            return self._host.resident(name)
 
-            def put() -> Path:
-                write(state)
-                return folder
-
-            return pager.write(put, state, quiet=True)
-
-        return flattened(self._call(name, run))
-
-    def _make(self, pager: Pager, name: str, what: AdapterSpec | AdapterState) -> Resident:
-        if isinstance(what, AdapterSpec):
-            pager.create(name, what)
-        else:
-            pager.restore(name, what)
-        return self._host.resident(name)
-
-    def _handle(self, new: Resident, name: str, text_format: TextFormat) -> AdapterHandle:
+        new: Resident = self._call(name, make).result()
         handle = AdapterHandle(self, name, new.spec, new.layout.num_params)
         handle.text_format = text_format
         self.adapters[name] = handle
         return handle
-
-    def _text_format(self, name: str) -> TextFormat:
-        return self.adapters[name].text_format if name in self.adapters else TextFormat()
 
     def _warm_start(
         self, folder: Path, spec: AdapterSpec | None
@@ -286,3 +223,255 @@ class AdapterClient:
                 "give the rank, alpha and targets that it was trained with, or leave them out"
             )
         return AdapterState(spec, layout, imported.weights_P), imported.text_format
+
+
+class AdapterHandle:
+    """One adapter of a `Trainer`: every method queues an operation and returns a future.
+
+    Operations of one adapter run in the order in which they were called; those of different
+    adapters are merged into shared batches. Submit ahead, read later: a step's
+    `forward_backward` and `optim_step` can both be queued before either result is read.
+
+    Attributes:
+        name: unique among the trainer's adapters.
+        spec: its settings.
+        num_params: numbers in A and B together.
+        text_format: how its texts became tokens, and where its answers end by default; recorded
+            with what `save` and `export` write.
+    """
+
+    def __init__(self, client: AdapterClient, name: str, spec: AdapterSpec, num_params: int):
+        self._client = client
+        self._unit_number = client._host.placement.of_adapter(name)
+        self.name = name
+        self.spec = spec
+        self.num_params = num_params
+        self.text_format = TextFormat()
+
+    def __repr__(self) -> str:
+        return f"<adapter {self.name!r}: rank {self.spec.rank}, {self.num_params:,} parameters>"
+
+    def forward_backward(
+        self,
+        data: Sequence[Datum],
+        loss: str = "cross_entropy",
+        config: Mapping[str, float] | None = None,
+        *,
+        logprobs: Wanted = "all",
+    ) -> Future[ForwardBackwardResult]:
+        """Add the gradient of the summed loss of `data` to what has accumulated.
+
+        Args:
+            data: any number of sequences; see `Datum` for what each loss needs.
+            loss: cross_entropy, importance_sampling, ppo, cispo, dro or gspo.
+            config: the loss's settings, e.g. {"clip_high_threshold": 1.3}.
+            logprobs: "all", or "trained" if those of the positions without a weight (or
+                advantage) are not needed; the less is trained, the more time that saves. Loss and
+                gradient are the same.
+
+        Returns:
+            A future of log p(target) of every token, or every trained one, and the summed loss. It
+            raises DataError, DatumTooLong or NotFinite; then the next `optim_step` is refused.
+        """
+        return self._work(data, loss, config, logprobs, backward=True)
+
+    def forward(
+        self,
+        data: Sequence[Datum],
+        loss: str = "cross_entropy",
+        config: Mapping[str, float] | None = None,
+        *,
+        logprobs: Wanted = "all",
+    ) -> Future[ForwardBackwardResult]:
+        """Compute the loss of `data` as `forward_backward` does, without gradients."""
+        return self._work(data, loss, config, logprobs, backward=False)
+
+    def optim_step(
+        self, params: AdamParams | None = None, **settings: float
+    ) -> Future[OptimStepResult]:
+        """One AdamW step on the accumulated gradient, which is then dropped.
+
+        Args:
+            params: hyper-parameters of this step, or give them as keywords: `lr=1e-3`,
+                `beta1`, `beta2`, `eps`, `weight_decay`, `clip_norm`.
+
+        Returns:
+            A future of the step's number and the gradient's norm before clipping. It raises
+            NotFinite (nothing was changed) or StepRefused (a forward_backward had failed).
+        """
+        params = AdamParams(**settings) if params is None else params
+        step = OptimStep(adapter=self.name, params=params, tenant=self._client._tenant)
+        return self._queue.submit(step)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        num_samples: int = 1,
+        scoring: Scoring | None = None,
+    ) -> Future[SampleResult]:
+        """Continue each prompt (token ids) with the weights as they are at this point.
+
+        What is queued for this adapter after it waits until it is finished; `snapshot` does not
+        have that effect.
+
+        Args:
+            params: how; by default greedily, at most 64 tokens. Without a `stop` of its own an
+                answer ends where the adapter's `text_format` says, or else where the base's do.
+            num_samples: continuations of each prompt.
+            scoring: what to report beside the tokens and their log-probabilities.
+
+        Returns:
+            A future of the sequences and scores. It raises DataError, DatumTooLong or NotFinite.
+            It can be cancelled while it runs.
+        """
+        request = self._client._sample(
+            prompts, params, num_samples, scoring, self.text_format, adapter=self.name
+        )
+        return self._queue.submit(request)
+
+    def snapshot(self) -> SnapshotHandle:
+        """A frozen copy of the weights at this point, for sampling while training goes on."""
+        client = self._client
+        snapshot = f"{self.name}@{next(client._snapshot_numbers)}"
+        client._host.snapshot(self.name, snapshot, tenant=client._tenant)
+        return SnapshotHandle(self, snapshot)
+
+    def save(self, folder: str | Path, client: Mapping[str, JSON] | None = None) -> Future[Path]:
+        """Write the complete training state, atomically.
+
+        Args:
+            folder: does not exist yet, or holds an earlier state, which is then replaced.
+            client: the caller's own JSON, given back by `Trainer.restore`.
+
+        Returns:
+            A future of the folder. It raises SaveFailed.
+        """
+        own, folder, text_format = dict(client or {}), Path(folder), self.text_format
+
+        def write(state: AdapterState) -> None:
+            save_state(
+                folder,
+                state,
+                base_name=self._client.base_name,
+                base_fingerprint=self._client.fingerprint,
+                client=own,
+                text_format=text_format,
+            )
+
+        return self._copy_then(folder, write)
+
+    def export(self, folder: str | Path, *, merged: bool = False) -> Future[Path]:
+        """Write a PEFT folder, or with `merged` a whole model with the adapter added in.
+
+        Returns:
+            A future of the folder. It raises SaveFailed.
+        """
+        engine, folder, text_format = self._client._host.engine, Path(folder), self.text_format
+
+        def write(state: AdapterState) -> None:
+            if not merged:
+                write_peft(engine, folder, state, text_format)
+                return
+            from manylora.checkpoint.merged import export_merged
+
+            # As the layers read them, which in half precision is not the master copy.
+            weights_P = rounded(state.weights, state.spec.dtype)
+            export_merged(
+                folder,
+                engine.base.folder,
+                state.layout,
+                weights_P,
+                base_fingerprint=engine.base.fingerprint,
+                text_format=text_format,
+            )
+
+        return self._copy_then(folder, write)
+
+    def unload(self) -> Future[None]:
+        """Forget the adapter after what is queued for it has run; its name is free again."""
+        client = self._client
+        return client._host.unload(
+            self.name, tenant=client._tenant, then=lambda: client.adapters.pop(self.name, None)
+        )
+
+    @property
+    def _queue(self) -> OperationQueue:
+        """The queue of the engine with which the adapter lives."""
+        return self._client._host.units[self._unit_number].queue
+
+    def _work(
+        self,
+        data: Sequence[Datum],
+        loss: str,
+        config: Mapping[str, float] | None,
+        logprobs: Wanted,
+        *,
+        backward: bool,
+    ) -> Future[ForwardBackwardResult]:
+        work = ForwardBackward(
+            adapter=self.name,
+            data=data,
+            loss=loss,
+            config=config or {},
+            backward=backward,
+            logprobs=logprobs,
+            tenant=self._client._tenant,
+        )
+        return self._queue.submit(work)
+
+    def _copy_then(self, folder: Path, write: Callable[[AdapterState], None]) -> Future[Path]:
+        """Copy the adapter's state in its turn; write it while others go on."""
+
+        def run(pager: Pager) -> Future[Path]:
+            state = pager.whole_state(self.name)
+
+            def put() -> Path:
+                write(state)
+                return folder
+
+            return pager.write(put, state, quiet=True)
+
+        return flattened(self._client._call(self.name, run))
+
+
+class SnapshotHandle:
+    """An adapter's weights as they were when the snapshot was taken.
+
+    Attributes:
+        adapter: the adapter's name.
+        name: the snapshot's own.
+        text_format: the adapter's, for where answers end by default.
+    """
+
+    def __init__(self, handle: AdapterHandle, name: str):
+        self._handle = handle
+        self.adapter = handle.name
+        self.name = name
+        self.text_format = handle.text_format
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        num_samples: int = 1,
+        scoring: Scoring | None = None,
+    ) -> Future[SampleResult]:
+        """Continue each prompt (token ids) with the frozen weights; see `AdapterHandle.sample`."""
+        request = self._handle._client._sample(
+            prompts,
+            params,
+            num_samples,
+            scoring,
+            self.text_format,
+            adapter=self.adapter,
+            snapshot=self.name,
+        )
+        return self._handle._queue.submit(request)
+
+    def drop(self) -> Future[None]:
+        """Free the copy."""
+        client = self._handle._client
+        return client._host.drop_snapshot(self.name, adapter=self.adapter, tenant=client._tenant)

@@ -1,4 +1,4 @@
-"""`Trainer`: a host of one's own."""
+"""`Trainer`: many adapters on a base that it opens itself."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, Self, Unpack
 from manylora.api.client import AdapterClient
 from manylora.engine import Engine
 from manylora.hosting.engine_protocol import EngineProtocol
-from manylora.hosting.replicas import host_of
+from manylora.hosting.host import Host
 from manylora.processes import EngineGroup, start_group
 from manylora.processes.external_start import Meeting
 from manylora.types import ConfigError, EngineLost, Opening, OpeningOptions
@@ -79,11 +79,14 @@ class Trainer(AdapterClient):
             engines: Sequence[EngineProtocol] = (Engine(opening),)
         else:
             self._group = start_group(
-                opening, step_seconds=step_seconds, ray=ray, engine_address=engine_address,
+                opening,
+                step_seconds=step_seconds,
+                ray=ray,
+                engine_address=engine_address,
                 meeting=meeting,
-            )  # fmt: skip
+            )
             engines = self._opened(self._group)
-        super().__init__(host_of(engines, token_budget=opening.token_budget))
+        super().__init__(Host(engines, token_budget=opening.token_budget))
 
     def reopen(self) -> None:
         """Open the base anew after the mesh was lost (`EngineLost`), without adapters.
@@ -97,7 +100,7 @@ class Trainer(AdapterClient):
             self._group.close()
             raise EngineLost("a process went; whoever started them has to start all of them again")
         engines = self._opened(self._group)
-        super().__init__(host_of(engines, token_budget=self._token_budget))
+        super().__init__(Host(engines, token_budget=self._token_budget))
 
     def __enter__(self) -> Self:
         return self

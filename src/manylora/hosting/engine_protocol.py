@@ -1,21 +1,19 @@
-"""What the api needs of an engine, in this process (`engine.Engine`) or others (`RemoteEngine`)."""
+"""The engine's verbs, declared once: for `engine.Engine` in this process, `RemoteEngine` in others.
 
-from collections.abc import Mapping, Sequence
+A verb that the worker calls is declared in `scheduler.Runner`, every other one here. What a remote
+engine can be asked (`VERBS`) is derived from both; the type checker and
+tests/unit/hosting/test_engine_protocol.py hold the engines and the pager against them.
+"""
+
+from collections.abc import Mapping
+from inspect import isfunction
 from typing import Any, Protocol
 
 from manylora.lora.layout import Layout
 from manylora.lora.sites import Site
 from manylora.lora.state import AdapterState
-from manylora.types import (
-    AdapterSpec,
-    ForwardBackward,
-    ForwardBackwardResult,
-    ManyloraError,
-    OptimStep,
-    OptimStepResult,
-    Sample,
-    SampleResult,
-)
+from manylora.scheduler import Runner
+from manylora.types import AdapterSpec
 
 
 class OpenBase(Protocol):
@@ -51,8 +49,8 @@ class Frozen(Resident, Protocol):
     def num_bytes(self) -> int: ...
 
 
-class EngineProtocol(Protocol):
-    """The engine's verbs; see `engine.Engine`."""
+class EngineProtocol(Runner, Protocol):
+    """What the hosting needs of an engine; `engine.Engine` documents each verb."""
 
     @property
     def base(self) -> OpenBase: ...
@@ -75,9 +73,6 @@ class EngineProtocol(Protocol):
     @property
     def room_bytes(self) -> int: ...
 
-    @property
-    def decoding(self) -> int: ...
-
     def create(self, name: str, spec: AdapterSpec) -> Resident: ...
 
     def restore(self, name: str, state: AdapterState) -> Resident: ...
@@ -98,16 +93,11 @@ class EngineProtocol(Protocol):
 
     def drop_snapshot(self, snapshot: str) -> None: ...
 
-    def forward_backward(
-        self, works: Sequence[ForwardBackward]
-    ) -> Sequence[ForwardBackwardResult | ManyloraError]: ...
 
-    def optim_step(
-        self, steps: Sequence[OptimStep]
-    ) -> Sequence[OptimStepResult | ManyloraError]: ...
-
-    def admit(self, samples: Sequence[Sample]) -> Sequence[ManyloraError | None]: ...
-
-    def decode(self, seconds: float) -> list[tuple[Sample, SampleResult | ManyloraError]]: ...
-
-    def cancel(self, sample: Sample) -> None: ...
+# The verbs by their names: what the processes of an engine can be asked.
+VERBS = frozenset(
+    name
+    for protocol in (Runner, EngineProtocol)
+    for name, member in vars(protocol).items()
+    if isfunction(member) and not name.startswith("_")
+)

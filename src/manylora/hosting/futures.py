@@ -1,4 +1,4 @@
-"""Futures of futures."""
+"""A future of a future, as one."""
 
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ def flattened(outer: Future[Future[Result]]) -> Future[Result]:
 
     def copy(done: Future[Any]) -> None:
         if not flat.set_running_or_notify_cancel():
-            return  # whoever waited has left
+            return  # cancelled: its client waits no longer
         error = done.exception() if not done.cancelled() else RuntimeError("cancelled")
         if error is not None:
             flat.set_exception(error)

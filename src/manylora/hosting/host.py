@@ -1,13 +1,14 @@
-"""One engine, one queue, one worker: what every door submits to."""
+"""Engines, and what stands before each of them: what every client submits to."""
 
 import logging
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from manylora.hosting.engine_protocol import EngineProtocol, Resident
 from manylora.hosting.pager import Pager
+from manylora.hosting.placement import Placement
 from manylora.hosting.state_files import read_state, weights_only, write_state
 from manylora.lora.state import AdapterState
 from manylora.scheduler import BatchReport, Call, Operation, OperationQueue, Residency, Worker
@@ -21,36 +22,40 @@ log = logging.getLogger("manylora.api")
 ADAPTER_SHARE, HOST_SHARE, SNAPSHOT_SHARE = 0.3, 0.15, 0.1
 
 
-class Host:
-    """A base, the adapters on it (in memory or on disk), and the queue before them.
+class HostedEngine:
+    """One engine with a pager, a queue and a worker: the one place where they are put together.
 
-    The one place where an engine, a queue and a worker are put together.
+    Attributes:
+        engine: is open; who opened it closes it.
+        pager: the engine's verbs over adapters in memory or on disk.
+        queue: the operations of the adapters that live here.
+        worker: the thread that runs them.
     """
 
     def __init__(
         self,
         engine: EngineProtocol,
-        folder: Path | None = None,
+        folder: Path | None,
         *,
+        max_resident: int | None,
+        neighbours: int,
         token_budget: int = 4096,
-        max_resident: int | None = None,
         before_save: Callable[[], None] = lambda: None,
         on_saved: Callable[[str, int], None] = lambda name, position: None,
         observe: Callable[[BatchReport], None] = lambda report: None,
         apart: Callable[[Operation], bool] = lambda operation: False,
-        neighbours: int = 1,
     ):
         """Put a queue before an engine.
 
         Args:
-            engine: open, and closed by whoever opened it.
             folder: for adapters' states and snapshots; None = all of them stay in the engine.
-            token_budget: that the engine was opened with.
             max_resident: adapters in the engine at once; None = what measured memory allows.
-            before_save, on_saved: see `Pager`.
+            neighbours: hosted engines in this process, this one included.
+            token_budget: that the engine was opened with.
+            before_save: see `Pager`.
+            on_saved: see `Pager`.
             observe: told of each batch that was run.
             apart: see `OperationQueue`.
-            neighbours: hosts in this process, this one included.
         """
         self.engine = engine
         on_device, on_host = engine.free_bytes, free_host_bytes() // neighbours
@@ -62,7 +67,7 @@ class Host:
             )
             snapshots = Residency(max_bytes=int(on_device * SNAPSHOT_SHARE))
         self.pager = Pager(
-            self.engine,
+            engine,
             folder,
             adapters=adapters,
             snapshots=snapshots,
@@ -73,55 +78,155 @@ class Host:
         self.queue = OperationQueue(token_budget, max_adapters=max_resident, apart=apart)
         self.worker = Worker(self.queue, self.pager, observe=observe)
 
+    def abandon(self) -> None:
+        """Stop, after the engine was lost; see `Host.abandon`."""
+        self.queue.close()
+        self.queue.cancel_waiting()
+        self.worker.join()
+        self.pager.close()
+
+    def close(self, *, cancel: bool) -> None:
+        """Run what is queued, save what is not on disk, and stop; see `Host.close`."""
+        self.queue.close()
+        if cancel:
+            self.queue.cancel_waiting()
+            self.worker.drop_samples()
+        self.worker.join()
+        try:
+            if self.worker.loss is None:
+                self.pager.save_all()
+        except EngineLost as error:
+            log.error("adapters could not be saved: %s", error)
+        self.pager.close()
+
+
+class Host:
+    """The engines that are open on one base, as one: each adapter lives with one of them.
+
+    Engines share nothing, so none waits for another. What an adapter gets does not depend on its
+    neighbours, so it does not depend on where it lives either. Thread-safe.
+
+    Attributes:
+        units: the engines, each with its own queue.
+        placement: which adapter and which snapshot lives with which of them.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[EngineProtocol],
+        folder: Path | None = None,
+        *,
+        max_resident: int | None = None,
+        **settings: Any,
+    ):
+        """Put a queue before each engine.
+
+        Args:
+            max_resident: adapters in all engines together.
+            folder: see `HostedEngine`.
+            settings: see `HostedEngine`.
+        """
+        count = len(engines)
+        each = None if max_resident is None else max(1, max_resident // count)
+        self.units = [
+            HostedEngine(engine, folder, max_resident=each, neighbours=count, **settings)
+            for engine in engines
+        ]
+        self.placement = Placement(count)
+
+    @property
+    def engine(self) -> EngineProtocol:
+        """One of the engines, for what all of them have in common."""
+        return self.units[0].engine
+
+    # -- what clients ask -------------------------------------------------------------------------
+
     def submit(self, operation: Operation) -> Future[Any]:
         """Queue an operation behind the others of its adapter."""
-        return self.queue.submit(operation)
+        return self.units[self.placement.of_operation(operation)].queue.submit(operation)
 
     def call(
-        self,
-        adapter: str | None,
-        run: Callable[[Pager], Any],
-        *,
-        tenant: str = "",
-        seq: int = 0,
-        makes: str | None = None,
-        drops: str | None = None,
-        last: bool = False,
+        self, adapter: str | None, run: Callable[[Pager], Any], *, tenant: str = "", seq: int = 0
     ) -> Future[Any]:
-        """Queue something that needs the engine for itself, in its adapter's turn if it has one.
+        """Queue something that needs an engine for itself, in its adapter's turn if it has one.
 
         Args:
             run: is given what the engine's thread alone may use.
-            makes, drops: the name of a snapshot of which this is the beginning, or the end.
-            last: nothing will be asked of the adapter any more. (These three tell one of several
-                hosts where what comes belongs; see `Hosts`.)
         """
-        return self.queue.submit(Call(adapter, lambda: run(self.pager), tenant=tenant, seq=seq))
+        return self._call(self.placement.of_adapter(adapter), adapter, run, tenant, seq)
+
+    def snapshot(
+        self, adapter: str, snapshot: str, *, tenant: str = "", seq: int = 0
+    ) -> Future[None]:
+        """Queue the freezing of a copy of an adapter's weights."""
+        number = self.placement.add_snapshot(snapshot, adapter)
+        return self._call(
+            number, adapter, lambda pager: pager.snapshot(adapter, snapshot, seq), tenant, seq
+        )
+
+    def drop_snapshot(
+        self, snapshot: str, *, adapter: str | None = None, tenant: str = ""
+    ) -> Future[None]:
+        """Queue the end of a snapshot, in its adapter's turn if one is named."""
+        number = self.placement.forget_snapshot(snapshot)
+        return self._call(number, adapter, lambda pager: pager.drop_snapshot(snapshot), tenant)
+
+    def unload(
+        self, adapter: str, *, tenant: str = "", then: Callable[[], Any] = lambda: None
+    ) -> Future[None]:
+        """Queue the end of an adapter; its name is free again, its snapshots stay.
+
+        Args:
+            then: called on the engine's thread once the adapter is gone.
+        """
+
+        def run(pager: Pager) -> None:
+            pager.unload(adapter)
+            then()
+
+        return self._call(self.placement.forget_adapter(adapter), adapter, run, tenant)
+
+    def _call(
+        self,
+        number: int,
+        adapter: str | None,
+        run: Callable[[Pager], Any],
+        tenant: str,
+        seq: int = 0,
+    ) -> Future[Any]:
+        unit = self.units[number]
+        return unit.queue.submit(Call(adapter, lambda: run(unit.pager), tenant=tenant, seq=seq))
+
+    # -- what is where ----------------------------------------------------------------------------
 
     def resident(self, name: str) -> Resident:
-        """An adapter that the engine holds."""
-        return self.engine.adapters[name]
+        """An adapter that its engine holds."""
+        return self.units[self.placement.of_adapter(name)].engine.adapters[name]
 
     def state_folder(self, name: str) -> Path:
         """Where an adapter's state lies when it is on disk."""
-        return self.pager.state_folder(name)
+        return self.units[0].pager.state_folder(name)
 
     def snapshot_folder(self, snapshot: str) -> Path:
         """Where a snapshot lies on disk."""
-        return self.pager.snapshot_folder(snapshot)
+        return self.units[0].pager.snapshot_folder(snapshot)
 
     def counts(self) -> dict[str, int]:
         """How many adapters and snapshots are where; see `Pager.counts`."""
-        return self.pager.counts()
+        counts = [unit.pager.counts() for unit in self.units]
+        return {place: sum(one[place] for one in counts) for place in counts[0]}
 
     def waiting(self, tenant: str) -> tuple[int, int]:
         """How many operations of a tenant wait, and their tokens."""
-        return self.queue.waiting(tenant)
+        counts, tokens = zip(*(unit.queue.waiting(tenant) for unit in self.units), strict=True)
+        return sum(counts), sum(tokens)
 
     def losses(self) -> list[tuple[Operation, EngineLost]]:
-        """What was running when the engine was lost, and how it was; empty while it is there."""
-        loss = self.worker.loss
-        return [] if loss is None else [(one, loss) for one in self.worker.lost_with]
+        """What was running when an engine was lost, and how it was; empty while all are there."""
+        workers = [(unit.worker, unit.worker.loss) for unit in self.units]
+        return [(one, loss) for worker, loss in workers if loss for one in worker.lost_with]
+
+    # -- states in files --------------------------------------------------------------------------
 
     def read(self, folder: Path, *, spec: AdapterSpec, moments: bool, called: str) -> AdapterState:
         """An adapter's state from its files.
@@ -148,25 +253,21 @@ class Host:
         state = self.read(folder, spec=spec, moments=moments, called=called)
         write_state(self.engine, self.state_folder(name), state, position=0)
 
+    # -- the end ----------------------------------------------------------------------------------
+
     def abandon(self) -> None:
-        """Stop, after the engine was lost: what it held is not saved; what was on its way to disk
-        gets there."""
-        self.queue.close()
-        self.queue.cancel_waiting()
-        self.worker.join()
-        self.pager.close()
+        """Stop, after an engine was lost: what the engines held is not saved; what was on its way
+        to disk gets there."""
+        self._each(HostedEngine.abandon)
 
     def close(self, *, cancel: bool) -> None:
         """Run what is queued (or, with `cancel`, drop what has not started and what is decoding),
         save every state that is not on disk, and stop."""
-        self.queue.close()
-        if cancel:
-            self.queue.cancel_waiting()
-            self.worker.drop_samples()
-        self.worker.join()
-        try:
-            if self.worker.loss is None:
-                self.pager.save_all()
-        except EngineLost as error:
-            log.error("adapters could not be saved: %s", error)
-        self.pager.close()
+        self._each(lambda unit: unit.close(cancel=cancel))
+
+    def _each(self, act: Callable[[HostedEngine], None]) -> None:
+        """Do something to all at once, because each waits for what its engine still has to do."""
+        with ThreadPoolExecutor(len(self.units)) as pool:
+            others = pool.map(act, self.units[1:])
+            act(self.units[0])  # in this thread: Ctrl-C reaches a single engine
+            list(others)

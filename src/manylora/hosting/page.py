@@ -1,6 +1,7 @@
 """What is remembered of an adapter that may be anywhere, and where its files lie."""
 
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from manylora.hosting.engine_protocol import EngineProtocol
 from manylora.lora.layout import Layout, plan_layout
@@ -9,21 +10,53 @@ from manylora.lora.state import AdapterState
 from manylora.types import AdapterSpec
 
 
+class PageState(Enum):
+    """Where an adapter is, and from what it comes back. `Pager` moves it:
+
+    | from          | to           | by                                                        |
+    |---------------|--------------|-----------------------------------------------------------|
+    | unregistered  | UNMADE       | `create`; `register`, if it has no state on disk          |
+    | unregistered  | HELD         | `restore`                                                 |
+    | unregistered  | ON_DISK      | `register`, if it has a state on disk                     |
+    | UNMADE        | NEW          | `_bring_one`: made in the engine, of its settings         |
+    | NEW           | RESIDENT     | `_advance`: an operation may have changed it              |
+    | NEW           | UNMADE       | `_page_out`: its settings give the same adapter again     |
+    | RESIDENT      | HELD         | `_page_out`, which also has the writer write the state    |
+    | HELD          | ON_DISK      | `_trim`: its newest state is whole on disk                |
+    | HELD, ON_DISK | RESIDENT     | `_bring_one`: restored in the engine                      |
+    | any           | HELD         | `replace`                                                 |
+    | any           | unregistered | `unload`; an adapter that could not be made: `create`     |
+
+    Beside that, a state can be written (`save`) wherever the adapter is; see `AdapterPage`.
+    """
+
+    UNMADE = auto()
+    NEW = auto()
+    RESIDENT = auto()
+    HELD = auto()
+    ON_DISK = auto()
+
+    @property
+    def in_engine(self) -> bool:
+        """Whether the engine has the adapter."""
+        return self in (PageState.NEW, PageState.RESIDENT)
+
+
 @dataclass(slots=True)
 class AdapterPage:
     """One registered adapter.
 
     Attributes:
-        fresh: its settings, while nothing about it has to be remembered but these.
-        held: its state, if it is in host memory.
+        state: where it is.
+        content: its settings while it is UNMADE or NEW, its state while it is HELD, else None.
         position: `seq` of the last operation that it has run; 0 where they are not numbered.
         version: how often it has been changed here.
         saved: the version that its state on disk has; None if there is none.
         asked: the version of the newest state that the writer has or had in hand.
     """
 
-    fresh: AdapterSpec | None = None
-    held: AdapterState | None = None
+    state: PageState
+    content: AdapterSpec | AdapterState | None = None
     position: int = 0
     version: int = 0
     saved: int | None = None
@@ -31,19 +64,18 @@ class AdapterPage:
 
 
 def bytes_of(state: AdapterState) -> int:
-    """Memory of a state's vectors."""
+    """The memory of a state's vectors."""
     vectors = (state.weights, state.exp_avg, state.exp_avg_sq, state.grad)
     return sum(v.nbytes for v in vectors if v is not None)
 
 
 def settings_of(
-    engine: EngineProtocol, page: AdapterPage, state: AdapterState | None
+    engine: EngineProtocol, content: AdapterSpec | AdapterState
 ) -> tuple[AdapterSpec, Layout]:
     """An adapter's settings and layout, before it is made. Raises TargetError."""
-    if state is not None:
-        return state.spec, state.layout
-    assert page.fresh is not None
-    return page.fresh, plan_layout(page.fresh, resolve_targets(page.fresh, engine.sites))
+    if isinstance(content, AdapterState):
+        return content.spec, content.layout
+    return content, plan_layout(content, resolve_targets(content, engine.sites))
 
 
 def file_name(name: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from manylora.hosting.engine_protocol import EngineProtocol
-from manylora.hosting.page import AdapterPage, bytes_of, file_name, settings_of
+from manylora.hosting.page import AdapterPage, PageState, bytes_of, file_name, settings_of
 from manylora.hosting.snapshots import Snapshots
 from manylora.hosting.state_files import read_state, write_state
 from manylora.hosting.state_writer import Writer
@@ -40,9 +40,10 @@ Result = TypeVar("Result")
 
 
 class Pager:
-    """The engine's verbs (see `scheduler.Runner`) over any number of registered adapters.
+    """The verbs of a `scheduler.Runner` over any number of registered adapters.
 
-    Verbs run on the engine's thread; `on_saved` is called on the writer's.
+    Verbs run on the engine's thread; `on_saved` is called on the writer's. `PageState` tells where
+    an adapter is, and what moves it.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class Pager:
         Args:
             folder: for states (`adapters/`) and snapshots (`snapshots/`); None = nothing leaves the
                 engine, so `adapters` and `snapshots` have no limits.
-            adapters, snapshots: how many may be in the engine at once.
+            adapters: how many may be in the engine at once.
+            snapshots: how many may be in the engine at once.
             host_bytes: of states held in host memory, those that wait to be written included.
             before_save: called before an adapter's state is written; returns once everything that
                 its operations brought is where it will be found again.
@@ -87,7 +89,7 @@ class Pager:
             AdapterExists, TargetError, DoesNotFit
         """
         self._refuse_known(name)
-        self._pages[name] = AdapterPage(fresh=spec)
+        self._pages[name] = AdapterPage(PageState.UNMADE, spec)
         self._bring_first(name)
 
     def restore(self, name: str, state: AdapterState) -> None:
@@ -97,7 +99,7 @@ class Pager:
             AdapterExists, DoesNotFit
         """
         self._refuse_known(name)
-        self._pages[name] = AdapterPage()
+        self._pages[name] = AdapterPage(PageState.HELD)
         self._hold(name, state)
         self._bring_first(name)
 
@@ -108,11 +110,10 @@ class Pager:
             position: of its state on disk; None = it has none and starts anew from `spec`.
         """
         self._refuse_known(name)
-        self._pages[name] = AdapterPage(
-            fresh=spec if position is None else None,
-            position=position or 0, saved=None if position is None else 0,
-            asked=None if position is None else 0,
-        )  # fmt: skip
+        if position is None:
+            self._pages[name] = AdapterPage(PageState.UNMADE, spec)
+        else:
+            self._pages[name] = AdapterPage(PageState.ON_DISK, position=position, saved=0, asked=0)
 
     def replace(self, name: str, state: AdapterState, position: int) -> None:
         """Put another state in an adapter's place."""
@@ -121,7 +122,6 @@ class Pager:
         self.adapters.drop(name)
         self._hold(name, state)
         self._advance(name, position)
-        self._pages[name].fresh = None
         self.save(name)
 
     def unload(self, name: str) -> None:
@@ -186,7 +186,7 @@ class Pager:
         """Sequences in the decode loop."""
         return self.engine.decoding
 
-    # -- what a client can have kept --------------------------------------------------------------
+    # -- states and snapshots ---------------------------------------------------------------------
 
     def poison(self, name: str, reason: str, position: int) -> None:
         """Have the adapter's next optimizer step refused, as after a failed forward_backward."""
@@ -237,10 +237,11 @@ class Pager:
     def save(self, name: str) -> Future[Any] | None:
         """Have the adapter's state written, unless the newest is there or on its way."""
         page = self._page(name)
-        if self._folder is None or page.asked == page.version or page.fresh is not None:
+        if self._folder is None or page.asked == page.version:
             return None
-        state = self.engine.state(name) if name in self.engine.adapters else page.held
-        if state is None:  # its state on disk cannot be read, so it has done nothing since
+        state = self.engine.state(name) if page.state is PageState.RESIDENT else page.content
+        if not isinstance(state, AdapterState):
+            # Its settings say all, or its state on disk cannot be read: it has done nothing since.
             return None
         position, version = page.position, page.version
         page.asked = version
@@ -271,7 +272,7 @@ class Pager:
     # -- inside -----------------------------------------------------------------------------------
 
     def _bring_first(self, name: str) -> None:
-        """Bring an adapter in that is being made; one that cannot be was never there."""
+        """Bring in an adapter that is being made; if that fails, it is registered no longer."""
         try:
             self._bring_one(name)
         except BaseException:
@@ -294,7 +295,7 @@ class Pager:
             lost = True
             raise
         finally:
-            # A failed operation is over, too; one that went with its engine will be run again.
+            # A failed operation is over, too; after the loss of an engine operations run again.
             for operation in operations if not lost else ():
                 if operation.adapter in self._pages:
                     self._advance(operation.adapter, operation.seq)
@@ -315,14 +316,14 @@ class Pager:
 
     def _bring_one(self, name: str, keep: Collection[str] = ()) -> None:
         page = self._page(name)
-        if name in self.engine.adapters:
+        if page.state.in_engine:
             self.adapters.use(name)
             return
-        state = page.held
-        if state is None and page.fresh is None:
+        content = page.content
+        if content is None:
             called = f"the state of {name!r}"
-            state = read_state(self.engine, self.state_folder(name), called=called).state
-        spec, layout = settings_of(self.engine, page, state)
+            content = read_state(self.engine, self.state_folder(name), called=called).state
+        spec, layout = settings_of(self.engine, content)
         others = self.adapters.names(keep) if self._folder else []
         room = self.engine.room_bytes + sum(self.adapters.size(other) for other in others)
         admit_adapter(name, spec.rank, layout.num_params, spec.dtype, room)  # before anybody goes
@@ -331,35 +332,41 @@ class Pager:
         for other in others:
             if other in self.adapters and needed > self.engine.room_bytes:
                 self._page_out([other])
-        if state is None:
-            adapter = self.engine.create(name, spec)
+        if isinstance(content, AdapterSpec):
+            adapter = self.engine.create(name, content)
+            page.state = PageState.NEW
         else:
-            adapter = self.engine.restore(name, state)
-        page.held = None
-        self._held.drop(name)
+            adapter = self.engine.restore(name, content)
+            page.state, page.content = PageState.RESIDENT, None
+            self._held.drop(name)
         self.adapters.use(name, adapter_bytes(adapter.layout.num_params, adapter.spec.dtype))
 
     def _page_out(self, names: Iterable[str]) -> None:
         for name in names:
             page = self._pages[name]
-            if page.fresh is None:
+            if page.state is PageState.NEW:
+                page.state = PageState.UNMADE
+            else:
                 self._hold(name, self.engine.state(name))
                 self.save(name)
             self._forget_resident(name)
         self._trim()
 
     def _hold(self, name: str, state: AdapterState) -> None:
-        self._pages[name].held = state
+        page = self._pages[name]
+        page.state, page.content = PageState.HELD, state
         self._held.use(name, bytes_of(state))
 
     def _trim(self) -> None:
         """Let go of held states beyond the limit that are whole on disk."""
+        # What is on its way there is waited for: the limit is on memory, and training may be faster
+        # than the disk. A state whose write has failed stays, because it is nowhere else.
         for name in self._held.excess():
             page = self._pages[name]
             if page.saved != page.version:
                 self._writer.drain()
             if page.saved == page.version:
-                page.held = None
+                page.state, page.content = PageState.ON_DISK, None
                 self._held.drop(name)
 
     def _forget_resident(self, name: str) -> None:
@@ -371,8 +378,8 @@ class Pager:
         page = self._pages[name]
         page.position = max(page.position, position)
         page.version += 1
-        if name in self.engine.adapters:
-            page.fresh = None
+        if page.state is PageState.NEW:
+            page.state, page.content = PageState.RESIDENT, None
 
     def _save_own(self, name: str, state: AdapterState, position: int, version: int) -> None:
         try:

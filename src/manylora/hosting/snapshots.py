@@ -12,17 +12,24 @@ from manylora.types import AdapterNotFound
 
 
 class Snapshots:
-    """The snapshots of an engine. Methods belong to the engine's thread."""
+    """The snapshots of an engine, in it or on disk. Methods belong to the engine's thread."""
 
     def __init__(
         self, engine: EngineProtocol, folder: Path | None, resident: Residency, writer: Writer
     ):
-        """See `Pager`; `resident`: how many may be in the engine at once."""
+        """No snapshot is there yet.
+
+        Args:
+            engine: holds the snapshots that are in use.
+            folder: see `Pager`.
+            resident: how many may be in the engine at once.
+            writer: writes each snapshot to disk.
+        """
         self._engine, self._folder, self._writer = engine, folder, writer
         self._resident = resident
 
     def __len__(self) -> int:
-        """Those in the engine."""
+        """The number of snapshots in the engine."""
         return len(self._resident)
 
     def folder_of(self, snapshot: str) -> Path:
@@ -42,7 +49,11 @@ class Snapshots:
         )
 
     def bring(self, snapshot: str) -> None:
-        """Have it in the engine. Raises AdapterNotFound, CheckpointDamaged."""
+        """Bring a snapshot into the engine, if it is not there.
+
+        Raises:
+            AdapterNotFound, CheckpointDamaged
+        """
         if snapshot not in self._engine.snapshots:
             folder = None if self._folder is None else self.folder_of(snapshot)
             if folder is None or not folder.exists():
@@ -64,7 +75,7 @@ class Snapshots:
         for victim in self._resident.excess(keep={snapshot}):
             if not self.folder_of(victim).exists():
                 self._writer.drain()
-            # One that could not be written stays.
+            # A snapshot that could not be written stays: it is nowhere else.
             if self.folder_of(victim).exists():
                 self._engine.drop_snapshot(victim)
                 self._resident.drop(victim)

@@ -28,7 +28,7 @@ def read_state(
 
     Args:
         spec: the settings that the caller expects; others are refused.
-        called: what an error calls the folder, where whoever reads it shall not learn its path.
+        called: what an error calls the folder, where its reader shall not learn the path.
 
     Raises:
         CheckpointDamaged, CheckpointMismatch, TooManyFilesOpen
@@ -56,9 +56,12 @@ def write_state(
     """Write a training state, with the `seq` of the last operation in it. Raises SaveFailed."""
     base = engine.base
     save_state(
-        folder, state, base_name=base.name, base_fingerprint=base.fingerprint,
+        folder,
+        state,
+        base_name=base.name,
+        base_fingerprint=base.fingerprint,
         client={"seq": position},
-    )  # fmt: skip
+    )
 
 
 def write_peft(
@@ -67,16 +70,22 @@ def write_peft(
     """Write an adapter's weights as PEFT's files. Raises SaveFailed."""
     base = engine.base
     export_peft(
-        folder, state.spec, state.layout, state.weights, base_name=base.name, sites=engine.sites,
-        base_fingerprint=base.fingerprint, text_format=text_format,
-    )  # fmt: skip
+        folder,
+        state.spec,
+        state.layout,
+        state.weights,
+        base_name=base.name,
+        sites=engine.sites,
+        base_fingerprint=base.fingerprint,
+        text_format=text_format,
+    )
 
 
 def weights_only(state: AdapterState) -> AdapterState:
-    """The same adapter before its first step: no moments, no gradient, no counters."""
+    """A state's adapter before its first step: no moments, no gradient, no counters."""
     return AdapterState(state.spec, state.layout, state.weights)
 
 
 def term(factor: Factor) -> tuple[str, int, float]:
-    """What a factor adds: where, of which rank, on which scale."""
+    """A factor's term: its site, its rank and its scale."""
     return factor.site, factor.rank, round(factor.scale, 9)

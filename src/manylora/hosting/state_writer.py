@@ -15,7 +15,11 @@ class Writer:
     """A queue of writes with bounded memory. Methods belong to one thread, the engine's."""
 
     def __init__(self, max_bytes: int):
-        """`max_bytes`: of what waits to be written; a single write may have more."""
+        """Start the thread.
+
+        Args:
+            max_bytes: what waits to be written may take so much; a single write may take more.
+        """
         self._max_bytes = max_bytes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="manylora-writer")
         self._waiting: deque[tuple[Future[Any], int]] = deque()
@@ -44,7 +48,7 @@ class Writer:
             self._waiting.popleft()[0].exception()
 
     def close(self) -> None:
-        """Finish what is in hand."""
+        """Write what is queued, and stop."""
         self.drain()
         self._thread.shutdown()
 

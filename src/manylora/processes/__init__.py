@@ -2,22 +2,21 @@
 
 Owns: messages between our processes, the group of processes behind one engine, what each of them
 does with a command, and the watch over them.
-Does not own: what a verb computes (engine), whose turn it is (scheduler), what is lost with a group
-and done again (service, runs).
-Talks to: engine and lora below; the api puts a `RemoteEngine` where a program of its own has an
-`Engine`. All but `member` and `launch`, which run in those processes, is free of torch, and all but
-`launch_ray` and `ray_rank` of ray.
+Does not own: what a verb computes (engine), whose turn it is (scheduler), what is done again after
+a group was lost (service, runs).
+Talks to: hosting, engine and lora below; the api hosts a `RemoteEngine` as it does an `Engine` of
+its own process. All but `member` and `launch`, which run in the engine's processes, is free of
+torch, and all but `ray_launcher` and `ray_actor` of ray.
 """
 
-from manylora.processes.group import EngineGroup
+from manylora.processes.group import EngineGroup, start_group
 from manylora.processes.peer_addresses import address_toward
-from manylora.processes.ray_client import OverRay
+from manylora.processes.ray_client import RayClient
 from manylora.processes.remote_engine import RemoteEngine
-from manylora.processes.starting import start_group
 
 __all__ = [
     "EngineGroup",
-    "OverRay",
+    "RayClient",
     "RemoteEngine",
     "address_toward",
     "start_group",

@@ -4,22 +4,15 @@ P parameters of an adapter, S shares of a gradient.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
-from manylora.lora.layout import Layout
-from manylora.lora.sites import Site
+from manylora.lora.layout import Layout, plan_layout
+from manylora.lora.sites import Site, resolve_targets
 from manylora.lora.state import AdapterState
 from manylora.types import AdapterSpec
 from manylora.types.data import Array
-
-# Verbs of the engine that a control process may call, beside `open` and `stop`.
-VERBS = frozenset(
-    {
-        "create", "restore", "unload", "poison", "state", "snapshot", "snapshot_state",
-        "install_snapshot", "drop_snapshot", "base_weight", "forward_backward", "optim_step",
-        "admit", "decode", "cancel",
-    }
-)  # fmt: skip
 
 # Set in actors of a Ray cluster, whose accounts say how many threads they may have.
 BY_RAY = "MANYLORA_BY_RAY"
@@ -30,10 +23,13 @@ class Hello:
     """How a process of an engine presents itself.
 
     Attributes:
-        world_rank, world_size: which of how many.
+        world_rank: which process it is.
+        world_size: of how many.
         generation: how often its group was started before; processes of one generation belong
             together.
-        host, pid: where it is. code: the digest of its code.
+        host: the name of its machine.
+        pid: its number there.
+        code: the digest of its code.
     """
 
     world_rank: int
@@ -49,7 +45,11 @@ class About:
     """An engine that is open.
 
     Attributes:
-        name, folder, fingerprint, context_length, vocab_size: see `models.BaseModel`.
+        name: the base as it was named.
+        folder: where its files lie.
+        fingerprint: tells whether a checkpoint belongs to it.
+        context_length: tokens of its longest sequence.
+        vocab_size: its tokens.
         sites: where adapters can act.
         free_bytes: of a process's device, or its share of the host's memory; the least of all.
     """
@@ -68,7 +68,10 @@ class Vectors:
     """An `AdapterState` without what both sides know: its settings and its layout.
 
     Attributes:
-        weights, exp_avg, exp_avg_sq: fp32 [P]. grad: fp32 [S, P].
+        weights: fp32 [P].
+        exp_avg: fp32 [P].
+        exp_avg_sq: fp32 [P].
+        grad: fp32 [S, P].
     """
 
     weights: Array
@@ -81,18 +84,30 @@ class Vectors:
 
     @classmethod
     def of(cls, state: AdapterState) -> "Vectors":
-        """Those of a state, not copied."""
-        return cls(
-            state.weights, state.exp_avg, state.exp_avg_sq, state.grad, state.step, state.draws,
-            state.poison,
-        )  # fmt: skip
+        """The vectors of a state, not copied."""
+        return cls(**{field.name: getattr(state, field.name) for field in fields(cls)})
 
     def state(self, spec: AdapterSpec, layout: Layout) -> AdapterState:
         """The state of an adapter with these settings."""
-        return AdapterState(
-            spec, layout, self.weights, self.exp_avg, self.exp_avg_sq, self.grad, self.step,
-            self.draws, self.poison,
-        )  # fmt: skip
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return AdapterState(spec, layout, **own)
+
+
+def packed(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """A verb's arguments as they travel: a state goes as its settings and its vectors."""
+    pairs = ((a.spec, Vectors.of(a)) if isinstance(a, AdapterState) else (a,) for a in arguments)
+    return tuple(one for pair in pairs for one in pair)
+
+
+def unpacked(arguments: Sequence[Any], sites: Sequence[Site]) -> list[Any]:
+    """The arguments that were `packed`; a state's layout is planned on these sites."""
+    found: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Vectors):
+            spec: AdapterSpec = found.pop()
+            argument = argument.state(spec, plan_layout(spec, resolve_targets(spec, sites)))
+        found.append(argument)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +115,10 @@ class Assignment:
     """Which processes to start, and whom they shall serve.
 
     Attributes:
-        address, secret: of the control process.
-        base, device: what they will open, and where; see `Opening`.
+        address: of the control process.
+        secret: what proves that a process belongs to its group.
+        base: what they will open; see `Opening`.
+        device: where they will open it.
         tp: each run of so many processes should share a machine.
     """
 
@@ -113,10 +130,10 @@ class Assignment:
     tp: int = 1
 
     def line(self) -> bytes:
-        """As one line."""
+        """The assignment as one line of JSON."""
         return json.dumps(asdict(self)).encode() + b"\n"
 
     @classmethod
     def parse(cls, line: bytes) -> "Assignment":
-        """What `line` gave."""
+        """The assignment that `line` wrote."""
         return cls(**json.loads(line))

@@ -41,12 +41,15 @@ UNHEARD_MILLISECONDS = 30_000
 
 
 class Unreachable(ConnectionError):
-    """Nobody answers where the control process should be."""
+    """No process answers where the control process should be."""
 
 
 class Ended(EOFError):
-    """The other end took too long with a command, or broke down, and has ended. Where it stood:
-    `stacks`."""
+    """The other end took too long with a command, or broke down, and has ended.
+
+    Attributes:
+        stacks: where its threads stood.
+    """
 
     def __init__(self, stacks: str):
         super().__init__("it broke down" if BROKEN.decode() in stacks else "it took too long")
@@ -89,13 +92,14 @@ class Connection:
 
     @classmethod
     def made(cls, address: str, secret: bytes, seconds: float) -> "Connection":
-        """A member's end.
+        """Member's end of a connection.
 
         Args:
             address: `unix:PATH` or `HOST:PORT`.
 
         Raises:
-            Unreachable: nobody is there. OSError, EOFError: somebody else is.
+            Unreachable: no process answers there.
+            OSError, EOFError: another process does.
         """
         kind, _, path = address.partition(":")
         if kind == "unix":
@@ -122,7 +126,11 @@ class Connection:
         return self
 
     def send(self, value: Any) -> None:
-        """Raises OSError: the other end is gone."""
+        """Send a value as a message.
+
+        Raises:
+            OSError: the other end is gone.
+        """
         self.send_frame(laid_out(value))
 
     def send_frame(self, message: "Frame") -> None:
@@ -138,8 +146,10 @@ class Connection:
             seconds: how long its end may take to answer; None = for ever.
 
         Raises:
-            EOFError: the other end is gone. OSError: the connection broke, or it took too long.
-            ValueError: not ours. Ended: the other end has ended, and says where it stood.
+            EOFError: the other end is gone.
+            OSError: the connection broke, or it took too long.
+            ValueError: what came is no message of ours.
+            Ended: the other end has ended, and says where it stood.
         """
         self._socket.settimeout(seconds)
         prefix = self._exactly(_PREFIX.size)
@@ -152,8 +162,11 @@ class Connection:
         return decode(head, self._exactly(payload_size))
 
     def hang_up(self) -> None:
-        """Let nothing more come or go; any thread. Whoever waits for a message is woken, by whom
-        the socket is to be closed: one that is closed behind their backs wakes nobody."""
+        """Let nothing more come or go; any thread.
+
+        A thread that waits for a message is woken, and is then to close the socket: closing it here
+        would not wake that thread.
+        """
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -173,7 +186,7 @@ class Connection:
         return buffer
 
     def _rest(self, text: bytearray) -> bytearray:
-        """All that comes until the other end is gone, `text` before it."""
+        """The `text` and all that comes behind it until the other end is gone."""
         self._socket.settimeout(1.0)
         with suppress(OSError):
             while more := self._socket.recv(1 << 16):
@@ -185,7 +198,7 @@ Frame = tuple[bytes, bytearray]
 
 
 def laid_out(value: Any) -> Frame:
-    """A message that can be sent any number of times."""
+    """A value as a message that can be sent any number of times."""
     message = EncodedMessage(value)
     payload = bytearray(message.size)
     message.write(payload)
@@ -198,12 +211,13 @@ def answers(
     """The next message of each, by its place in `connections`, in the order in which they come.
 
     Args:
-        last: true of one that ends the waiting: others may wait for its sender for ever.
+        last: whether a message ends the waiting, because others may wait for its sender for ever.
         seconds: how long all may take together.
 
     Raises:
-        Ended: one ended itself and said where it stood, or several did.
-        EOFError, OSError, ValueError: one is gone, or broken, or not even that.
+        Ended: some have ended, and said where they stood.
+        EOFError, OSError, ValueError: a connection's other end is gone, or it broke, or what came
+            is no message of ours.
     """
     found: dict[int, Any] = {}
     stacks: dict[int, str] = {}

@@ -1,8 +1,8 @@
 """Processes that torchrun or SLURM has started: the first controls, and all of them compute.
 
 They meet through a file in a folder that all of them see, which only their user can read: it holds
-the address of the first and the group's secret. Watching them, and starting them again, is up to
-whoever started them.
+the address of the first and the group's secret. Who started them watches them, and starts them
+again.
 """
 
 import json
@@ -32,6 +32,8 @@ class Started:
     """This process's place among those that were started together.
 
     Attributes:
+        world_rank: which process this is.
+        world_size: of how many.
         run: distinguishes them from others that were started with the same folder.
     """
 
@@ -104,7 +106,7 @@ class Meeting:
         def be_one() -> None:
             secret = bytes.fromhex(assignment.secret)
             connection = Connection.made(assignment.address, secret, MEETING_SECONDS)
-            # Who controls is this very process, and has still to say what went wrong.
+            # The control process is this very one, and has still to say what went wrong.
             with suppress(OSError):
                 member.serve(connection, gone=lambda: None)
 
@@ -112,16 +114,16 @@ class Meeting:
         return self
 
     def poll(self) -> int | None:
-        """They do not end before this process does."""
+        """The processes do not end before this one does."""
         return None
 
     def wait(self, timeout: float | None = None) -> int:
-        """The others end by themselves."""
+        """The other processes end by themselves; nothing is waited for."""
         self._path.unlink(missing_ok=True)
         return 0
 
     def kill(self) -> None:
-        """They notice that their connection is gone."""
+        """The other processes notice that their connection is gone."""
 
 
 def started_by_others(environment: Mapping[str, str] = os.environ) -> Started | None:

@@ -1,9 +1,11 @@
 """The processes of an engine, or of its replicas: started, met, replaced by a control process.
 
-Each process connects to the control process. Those that were started together make a generation;
-when one of them is lost, all of them go, and the launcher starts the next.
+They come from this machine, from a Ray cluster, or from a start that others have made. Each process
+connects to the control process. Those that were started together make a generation; when one of
+them is lost, all of them go, and the launcher starts the next.
 """
 
+import json
 import logging
 import os
 import secrets
@@ -25,10 +27,13 @@ from typing import Protocol
 from manylora.processes.code import code_digest
 from manylora.processes.commands import About, Assignment, Hello
 from manylora.processes.connection import SECRET_BYTES, Connection, answers
-from manylora.processes.peer_addresses import listening_at
+from manylora.processes.external_start import Meeting
+from manylora.processes.peer_addresses import address_toward, listening_at
+from manylora.processes.ray_client import RayClient
 from manylora.processes.remote_engine import RemoteEngine
 from manylora.types import BaseModelError, ConfigError, EngineLost, ManyloraError, Opening
 from manylora.types.files import no_descriptor_left
+from manylora.types.mesh_shape import MeshShape
 
 log = logging.getLogger("manylora.processes")
 
@@ -38,6 +43,8 @@ STOP_SECONDS = 20.0
 STRANGERS = 16
 # How often a waiting control process looks whether the launcher is still there.
 LOOK_SECONDS = 0.5
+# The base that comes with the package.
+SEEDLING = "seedling"
 
 
 class Launcher(Protocol):
@@ -71,7 +78,8 @@ def launch_here(assignment: Assignment) -> Launcher:
 
 
 class EngineGroup:
-    """The processes of one engine. Methods belong to one thread unless they say else."""
+    """The processes of an engine, or of its replicas. Methods belong to one thread unless they say
+    otherwise."""
 
     def __init__(
         self,
@@ -86,6 +94,7 @@ class EngineGroup:
         Args:
             opening: what they are to open.
             step_seconds: a command that takes longer is taken for hung.
+            start: starts the processes.
             host: the address of this machine at which processes on others can reach it; without
                 one they are all on this machine.
 
@@ -157,11 +166,13 @@ class EngineGroup:
         size = self._opening.mesh.one.size
         engines = self._engines = tuple(
             RemoteEngine(
-                connections[first : first + size], about, step_seconds=self._step_seconds,
+                connections[first : first + size],
+                about,
+                step_seconds=self._step_seconds,
                 on_lost=lost,
             )
             for first in range(0, self._size, size)
-        )  # fmt: skip
+        )
         return engines
 
     def give_up(self) -> None:
@@ -302,6 +313,69 @@ class EngineGroup:
                 f"{len(prints)} different ones; have every machine read the same files"
             )
         return replace(abouts[0], free_bytes=min(about.free_bytes for about in abouts))
+
+
+def start_group(
+    opening: Opening,
+    *,
+    step_seconds: float,
+    ray: str | None = None,
+    engine_address: str | None = None,
+    meeting: Meeting | None = None,
+) -> EngineGroup:
+    """Start the processes of an engine.
+
+    Args:
+        opening: what they are to open.
+        step_seconds: a command that takes longer is taken for hung.
+        ray: the address of the cluster whose devices they are to use: `auto` or HOST:PORT; None =
+            this machine's.
+        engine_address: with Ray, the address of this machine at which they can reach it; None = the
+            one on the route toward them.
+        meeting: where they meet if they were started already.
+
+    Raises:
+        ConfigError: there is no such cluster, or `engine_address` is not one of this machine.
+        Unsupported: the base's config says that this mesh cannot split it.
+    """
+    check_split(opening.base, opening.mesh)
+    if meeting is not None:
+        return EngineGroup(opening, step_seconds=step_seconds, start=meeting, host=meeting.host)
+    if ray is None:
+        return EngineGroup(opening, step_seconds=step_seconds, start=launch_here)
+    launcher = RayClient(ray)
+    try:
+        host = address_toward(launcher.peer())
+        return EngineGroup(
+            replace(opening, base=_wherever_it_runs(opening.base)),
+            step_seconds=step_seconds,
+            start=launcher,
+            host=engine_address or host,
+        )
+    except BaseException:
+        launcher.kill()
+        raise
+
+
+def check_split(base: str, mesh: MeshShape) -> None:
+    """Refuse a `tp` that a base's config.json rules out, before a process is started or a weight
+    read. A base that is not on this machine, or has no such file, is left to those who open it.
+
+    Raises:
+        Unsupported
+    """
+    folder = Path(__file__).parents[1] / "models" / base if base == SEEDLING else Path(base)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config")
+    except (OSError, ValueError, AttributeError):
+        return
+    mesh.check_split({**config, **text} if isinstance(text, dict) else config, repr(base))
+
+
+def _wherever_it_runs(base: str) -> str:
+    """A folder by its whole path, because Ray's processes have another working directory."""
+    return str(Path(base).absolute()) if Path(base).is_dir() else base
 
 
 _Met = tuple[Hello, Connection]

@@ -57,7 +57,7 @@ def main(assignment: Assignment, control: int) -> int:
 
 
 def _import_all(base: str) -> None:
-    """What the processes would import, the base's own classes included."""
+    """Import what the processes would, the base's own classes included."""
     import transformers
 
     import manylora.engine  # noqa: F401
@@ -72,8 +72,7 @@ def _import_all(base: str) -> None:
 
 
 def _end_with(control: int) -> None:
-    """Wait for the control process's end, then end, and the processes with it: they share a process
-    group of their own."""
+    """Wait for the control process's end, then end the process group: this one and its children."""
     while os.read(control, 1):
         pass
     os.killpg(os.getpgrp(), signal.SIGKILL)

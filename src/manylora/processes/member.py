@@ -22,14 +22,14 @@ import torch.distributed as dist
 
 from manylora.engine import Engine
 from manylora.engine.host_memory import is_exhaustion
-from manylora.lora.layout import plan_layout
-from manylora.lora.sites import resolve_targets
+from manylora.hosting.engine_protocol import VERBS
+from manylora.lora.adapter import Adapter
 from manylora.lora.state import AdapterState
 from manylora.parallel import Mesh
 from manylora.processes.code import code_digest
-from manylora.processes.commands import BY_RAY, VERBS, About, Hello, Vectors
+from manylora.processes.commands import BY_RAY, About, Hello, Vectors, unpacked
 from manylora.processes.connection import Connection
-from manylora.types import AdapterSpec, ManyloraError, Opening, Sample, SampleResult
+from manylora.types import ManyloraError, Opening, Sample, SampleResult
 from manylora.types.mesh_shape import MeshShape
 
 # Exit statuses: the control process is gone; a command took too long is faulthandler's own, 1.
@@ -55,7 +55,11 @@ def run(address: str, secret: bytes) -> None:
 def serve(
     connection: Connection, gone: Callable[[], None] = lambda: os._exit(CONTROL_GONE)
 ) -> None:
-    """The same over a connection that is there; `gone` is called when its other end is."""
+    """Serve the control process at the other end of a connection until it says `stop`.
+
+    Args:
+        gone: called when the other end goes before.
+    """
     connection.send(
         Hello(
             world_rank=int(os.environ.get("RANK", "0")),
@@ -78,7 +82,7 @@ def serve(
 
 
 class Member:
-    """One process's part of an engine, with the arguments of commands as they travel."""
+    """One process's part of an engine: a command is a verb of `EngineProtocol`, or `open`."""
 
     def __init__(self, stacks: int) -> None:
         """`stacks`: the descriptor to write to where this process stands, if it takes too long."""
@@ -87,8 +91,11 @@ class Member:
         self._samples: dict[int, Sample] = {}
 
     def obey(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        """Do as told; what came of it is a value, an error raised on purpose, or the words of any
-        other. Writes down where this process stands, and ends it, if it takes too long."""
+        """Run a command. If it takes too long, write down where this process stands, and end it.
+
+        Returns:
+            Its value, a refusal (an error raised on purpose), or a fault (the words of any other).
+        """
         verb, arguments = command["verb"], command["arguments"]
         if self._engine is not None:
             faulthandler.dump_traceback_later(command["seconds"], exit=True, file=self._stacks)
@@ -97,7 +104,7 @@ class Member:
                 return {"value": self._open(*arguments)}
             assert verb in VERBS, f"no verb {verb!r}"
             method: Callable[..., Any] = getattr(self, verb, None) or getattr(self.engine, verb)
-            return {"value": method(*arguments)}
+            return {"value": _sent(method(*unpacked(arguments, self.engine.sites)))}
         except ManyloraError as error:
             return {"refusal": error}
         except Exception as error:
@@ -107,7 +114,7 @@ class Member:
 
     @property
     def engine(self) -> Engine:
-        """Once it is open."""
+        """The engine, once it is open."""
         assert self._engine is not None, "a command before `open`"
         return self._engine
 
@@ -120,9 +127,14 @@ class Member:
         if base.device.type == "cpu":
             free //= _processes_here(opening.mesh)
         return About(
-            base.name, base.folder, base.fingerprint, base.context_length, base.vocab_size,
-            self._engine.sites, free,
-        )  # fmt: skip
+            base.name,
+            base.folder,
+            base.fingerprint,
+            base.context_length,
+            base.vocab_size,
+            self._engine.sites,
+            free,
+        )
 
     def _joined(self, shape: MeshShape, device: str) -> Mesh:
         """This process's place in its replica's mesh, once all processes of that are there."""
@@ -145,25 +157,7 @@ class Member:
             faulthandler.cancel_dump_traceback_later()
         return Mesh.join(shape, device if device != "auto" else "cpu")
 
-    def restore(self, name: str, spec: AdapterSpec, vectors: Vectors) -> None:
-        """See `Engine.restore`."""
-        self.engine.restore(name, self._state(spec, vectors))
-
-    def create(self, name: str, spec: AdapterSpec) -> None:
-        """See `Engine.create`."""
-        self.engine.create(name, spec)
-
-    def state(self, name: str) -> Vectors:
-        """See `Engine.state`."""
-        return Vectors.of(self.engine.state(name))
-
-    def snapshot_state(self, snapshot: str) -> Vectors:
-        """See `Engine.snapshot_state`."""
-        return Vectors.of(self.engine.snapshot_state(snapshot))
-
-    def install_snapshot(self, snapshot: str, spec: AdapterSpec, vectors: Vectors) -> None:
-        """See `Engine.install_snapshot`."""
-        self.engine.install_snapshot(snapshot, self._state(spec, vectors))
+    # Verbs whose arguments or results travel in another form: samples go by numbers.
 
     def admit(self, first: int, samples: Sequence[Sample]) -> list[ManyloraError | None]:
         """See `Engine.admit`; requests are numbered from `first` on."""
@@ -185,8 +179,12 @@ class Member:
         """See `Engine.cancel`."""
         self.engine.cancel(self._samples.pop(number))
 
-    def _state(self, spec: AdapterSpec, vectors: Vectors) -> AdapterState:
-        return vectors.state(spec, plan_layout(spec, resolve_targets(spec, self.engine.sites)))
+
+def _sent(value: Any) -> Any:
+    """A verb's result as it travels: the control process knows an adapter's settings and layout."""
+    if isinstance(value, AdapterState):
+        return Vectors.of(value)
+    return None if isinstance(value, Adapter) else value
 
 
 def _own_threads(shape: MeshShape) -> int | None:
@@ -207,7 +205,7 @@ def _generation() -> int:
 
 
 def _device(asked: str) -> str:
-    """This process's own, if there is one for each."""
+    """This process's own device, if there is one for each."""
     if (asked == "auto" and torch.cuda.is_available()) or asked == "cuda":
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return asked

@@ -13,7 +13,9 @@ class ActorPlace:
     """Where an actor is.
 
     Attributes:
-        node: Ray's name of the machine. address: at which Ray knows it. host: as it calls itself.
+        node: Ray's name of the machine.
+        address: at which Ray knows it.
+        host: as it calls itself.
         gpus: the devices that Ray gave the actor, by the machine's own numbers.
     """
 
@@ -60,7 +62,7 @@ class RankActor:
             peer: a machine with which this one has to exchange tensors.
 
         Raises:
-            Unreachable: nobody answers at `address`.
+            Unreachable: no process answers at `address`.
         """
         prepare(environment, peer)
         # Not before: CUDA reads the environment when it is first imported.

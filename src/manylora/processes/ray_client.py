@@ -1,6 +1,6 @@
 """Starting an engine's processes on the devices of a Ray cluster, as the control process sees it.
 
-Ray's own client is in a process of its own (`launch_ray`): it ends its process when the node that
+Ray's own client is in a process of its own (`ray_launcher`): it ends its process when the node that
 it speaks to goes, sets signal handlers, writes to standard output and brings dozens of threads, and
 a control process must outlive its engine. Since that process is the owner of all actors, its end,
 however it comes about, is theirs, too: that is Ray's rule, not ours.
@@ -18,7 +18,7 @@ from manylora.types import ConfigError, EngineLost
 PLACE_SECONDS = 120.0
 
 
-class OverRay:
+class RayClient:
     """A launcher (see `group.Launcher`) whose processes are actors of a Ray cluster."""
 
     def __init__(self, address: str, *, place_seconds: float = PLACE_SECONDS):
@@ -46,7 +46,7 @@ class OverRay:
             raise self._as_error(word)
         return word["peer"]
 
-    def __call__(self, assignment: Assignment) -> "OverRay":
+    def __call__(self, assignment: Assignment) -> "RayClient":
         """Start the processes. Call `peer` before. May be called again once it has ended.
 
         Raises:

@@ -61,7 +61,8 @@ def keep_up(assignment: Assignment, group: Any) -> None:
     """Start one generation after the other, until one is told to stop.
 
     Raises:
-        ConfigError: the first could not reach the control process. EngineLost: none stays up.
+        ConfigError: the first could not reach the control process.
+        EngineLost: none stays up.
     """
     generation, short = 0, 0
     while True:
@@ -110,11 +111,13 @@ def run_generation(assignment: Assignment, group: Any, generation: int) -> None:
         meeting = ray.get(ordered[0].meeting_place.remote(_peer_of(0, spots)))
         runs = [
             actor.run.remote(
-                assignment.address, assignment.secret,
-                environment_of(rank, spots, meeting, generation), _peer_of(rank, spots),
+                assignment.address,
+                assignment.secret,
+                environment_of(rank, spots, meeting, generation),
+                _peer_of(rank, spots),
             )
             for rank, actor in enumerate(ordered)
-        ]  # fmt: skip
+        ]
         rest = list(runs)
         while rest:
             done, rest = ray.wait(rest)
@@ -133,7 +136,8 @@ def _places(asked: list[Any], generation: int) -> list[ActorPlace]:
     """Where the actors are, once all are somewhere: a machine that went may take long to return.
 
     Raises:
-        ConfigError: the first do not begin at all. RayError: later ones.
+        ConfigError: the first generation does not begin at all.
+        RayError: a later one does not.
     """
     import ray
     from ray.exceptions import RayError

@@ -1,4 +1,4 @@
-"""An engine whose processes are elsewhere: the same verbs, sent to every one of them.
+"""An engine in other processes: it sends each verb to every one of them.
 
 Every process is sent every command, in one order; the leader's answer is the answer. A process that
 goes, or an answer that is not the others', is the end of the whole group: what it held is lost, and
@@ -15,7 +15,7 @@ from typing import Any
 from manylora.lora.layout import Layout, plan_layout
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState
-from manylora.processes.commands import About, Vectors
+from manylora.processes.commands import About, Vectors, packed
 from manylora.processes.connection import Connection, Ended, answers, laid_out
 from manylora.types import (
     AdapterExists,
@@ -51,16 +51,18 @@ class RemoteAdapter:
 
     @property
     def num_bytes(self) -> int:
-        """Of its weights as the layers read them."""
+        """The size of its weights as the layers read them."""
         return self.layout.num_params * WEIGHT_BYTES[self.spec.dtype]
 
 
 class RemoteEngine:
-    """See `engine.Engine`; verbs may be called from any thread, one at a time.
+    """An `EngineProtocol` in other processes; verbs may be called from any thread, one at a time.
 
     Attributes:
-        base: what there is to know of the base. sites: where adapters can act.
-        adapters, snapshots: what the processes hold, by name.
+        base: the base that is open.
+        sites: where adapters can act.
+        adapters: those that the processes hold, by name.
+        snapshots: those that the processes hold, by name.
         lost: why the processes are gone; None while they are there.
         stacks: where those stood that took too long or broke down; empty if none did.
     """
@@ -100,8 +102,11 @@ class RemoteEngine:
 
     @property
     def room_bytes(self) -> int:
-        """Bytes that more adapters could take, of all processes together: what was free when the
-        base had been opened, less what those that are there take once they have stepped."""
+        """Bytes that more adapters could take, of all processes together.
+
+        That is what was free when the base had been opened, less what the adapters that are there
+        take once they have stepped.
+        """
         held = sum(
             adapter_bytes(one.layout.num_params, one.spec.dtype) for one in self.adapters.values()
         )
@@ -129,7 +134,7 @@ class RemoteEngine:
     def restore(self, name: str, state: AdapterState) -> RemoteAdapter:
         """An adapter with the given state. Raises AdapterExists."""
         self._refuse_known(name)
-        self._call("restore", name, state.spec, Vectors.of(state))
+        self._call("restore", name, state)
         self.adapters[name] = RemoteAdapter(state.spec, state.layout)
         return self.adapters[name]
 
@@ -168,7 +173,7 @@ class RemoteEngine:
 
     def install_snapshot(self, snapshot: str, state: AdapterState) -> None:
         """Bring a snapshot back that `snapshot_state` gave."""
-        self._call("install_snapshot", snapshot, state.spec, Vectors.of(state))
+        self._call("install_snapshot", snapshot, state)
         self.snapshots[snapshot] = RemoteAdapter(state.spec, state.layout)
 
     def drop_snapshot(self, snapshot: str) -> None:
@@ -229,7 +234,9 @@ class RemoteEngine:
 
     def lose(self, reason: str) -> None:
         """Give the processes up, because others have to be replaced that were started with them.
-        Any thread; whoever waits for an answer finds nobody there."""
+
+        Any thread may call it; one that waits for an answer gets EngineLost.
+        """
         self.lost = reason
         for connection in self._connections:
             connection.hang_up()
@@ -248,7 +255,7 @@ class RemoteEngine:
                 connection.close()
 
     def _call(self, verb: str, *arguments: Any) -> Any:
-        command = {"verb": verb, "arguments": arguments, "seconds": self._step_seconds}
+        command = {"verb": verb, "arguments": packed(arguments), "seconds": self._step_seconds}
         with self._lock:
             if self.lost is not None:
                 raise EngineLost(self.lost, silent=True)
@@ -273,7 +280,7 @@ class RemoteEngine:
         faults = [reply["fault"] for reply in replies if "fault" in reply]
         exhausted = any(reply.get("exhausted") for reply in replies)
         if faults and len(self._connections) == 1 and not exhausted:
-            # As it would be in this process. One without memory is not worth keeping.
+            # As a fault in this process would be. A process without memory is given up.
             raise RuntimeError(f"{verb} failed in the engine's process:\n{faults[0]}")
         refusals = ["refusal" in reply for reply in replies]
         if faults or any(refusals) != all(refusals):

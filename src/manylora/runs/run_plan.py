@@ -23,7 +23,7 @@ from manylora.models.cache import FIRST_TOKENS, blocks
 from manylora.models.naming import namings
 from manylora.models.tokenizer import open_tokenizer
 from manylora.models.vocabulary import Vocabulary, read_vocabulary
-from manylora.processes.starting import check_split
+from manylora.processes.group import check_split
 from manylora.runs.data_order import DataOrder, total_steps
 from manylora.runs.evaluate import SAMPLE_CHUNK
 from manylora.runs.footprint import (

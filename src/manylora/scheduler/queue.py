@@ -47,7 +47,14 @@ TRAINING = (Call, OptimStep, ForwardBackward)
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A queued operation and the future that waits for it; `submitted` is the queue's clock."""
+    """A queued operation and the future that waits for it.
+
+    Attributes:
+        tokens: what a batch counts it for; 0 where it brings none.
+        submitted: when, by the queue's clock.
+        lane: its adapter's.
+        decoding: of a sample in the decode loop, the device's time that it has had.
+    """
 
     operation: Operation
     future: Future[Any]
@@ -78,8 +85,10 @@ class Pending:
 class Lane:
     """One adapter's operations, in order.
 
-    `kind` is the kind of turn that it waits for, if any; `decoding` counts samples of the living
-    weights that are in the loop.
+    Attributes:
+        waiting: those that have not started.
+        kind: the kind of turn that the first of them waits for, if any.
+        decoding: how many samples of the living weights are in the decode loop.
     """
 
     key: LaneKey
@@ -110,7 +119,7 @@ class Tenant:
 
 
 class OperationQueue:
-    """The one queue behind every door. Thread-safe."""
+    """The queue before an engine. Thread-safe."""
 
     def __init__(
         self,
@@ -205,7 +214,7 @@ class OperationQueue:
 
     @property
     def drained(self) -> bool:
-        """Closed, with nothing left to run."""
+        """Whether the queue is closed, with nothing left to run."""
         with self._changed:
             return self._closed and not self._operations
 
@@ -243,12 +252,12 @@ class OperationQueue:
             if not self._places_changed:
                 return []
             batch = self._fill(Sample)
-            # Who was left out by the limits of this batch may be in the next.
+            # What was left out by the limits of this batch may be in the next.
             self._places_changed = bool(batch)
             return batch
 
     def release(self, pending: Pending) -> None:
-        """A sample that was admitted is finished."""
+        """Give the places back of a sample that was admitted and is finished."""
         with self._changed:
             lane = pending.lane
             held = self._capped(pending.places)
@@ -308,7 +317,12 @@ class OperationQueue:
             self._tenants.pop(tenant.name, None)
 
     def _fill(self, kind: type) -> list[Pending]:
-        """A batch of one kind: whoever has had least, as long as something fits."""
+        """A batch of one kind: the tenant that has had least goes first, as long as something fits.
+
+        A lane that cannot go on is put aside, and with its last lane its tenant, so that the next
+        in turn is seen; both go back at the end with the tags that they had, so being passed over
+        costs no turn. `MISFITS` bounds how many are passed over, so the cost is the batch's.
+        """
         batch: list[Pending] = []
         aside: list[tuple[str, LaneKey]] = []
         adapters: dict[LaneKey, Lane] = {}
@@ -322,7 +336,7 @@ class OperationQueue:
             lane = self._lanes[key]
             alone = self.apart(lane.waiting[0].operation)
             if kind is Sample and alone and self.places != self._free_places:
-                break  # those who are in the loop end first, and nobody else joins them
+                break  # those that are in the loop end first, and no other joins them
             if self._fits(lane, kind, room, adapters) and not (alone and batch):
                 room -= self._take(lane, kind, batch)
                 adapters[key] = lane
@@ -395,6 +409,9 @@ class OperationQueue:
         return pending.tokens if wanted else 0
 
     def _capped(self, places: int) -> int:
-        """What a request counts for: one that is larger than all that a tenant may hold counts
-        for that, so that there is room beside it."""
+        """The places that a request counts for.
+
+        A request that is larger than all that a tenant may hold counts for that, so that there is
+        room beside it.
+        """
         return min(places, max(1, self.places * ALPHA // (ALPHA + 1)))

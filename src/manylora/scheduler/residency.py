@@ -12,7 +12,7 @@ class Residency:
     """Names with their sizes, in the order of their last use."""
 
     def __init__(self, *, max_count: int | None = None, max_bytes: int | None = None):
-        """`None` = no such limit. One thing may be held whatever its size."""
+        """Nothing is held yet. `None` is no such limit; one thing may be held whatever its size."""
         self.max_count = max_count
         self.max_bytes = max_bytes
         self.num_bytes = 0

@@ -1,12 +1,12 @@
-"""How training and sampling share the device: whoever has used it for less time goes next."""
+"""How training and sampling share the device: the one that has used it for less time goes next."""
 
 
 class DeviceShare:
     """The seconds that training and sampling have used.
 
-    Who comes back after not wanting the device gets no credit for that time, but still owes what
-    it had used beyond the other: a client that trains one long batch at a time, with a pause after
-    each, takes no more than one that never pauses.
+    The one that comes back after not wanting the device gets no credit for that time, but still
+    owes what it had used beyond the other: a client that trains one long batch at a time, with a
+    pause after each, takes no more than one that never pauses.
     """
 
     def __init__(self) -> None:
@@ -30,5 +30,5 @@ class DeviceShare:
         return training
 
     def charge(self, *, training: bool, seconds: float) -> None:
-        """It ran for so long."""
+        """Count the seconds for which training, or sampling, has run."""
         self._used["training" if training else "sampling"] += seconds

@@ -1,10 +1,10 @@
 """Whose turn it is: start-time fair queueing (https://doi.org/10.1109/90.649569).
 
-Each member has a tag, which grows by the cost of what it is served; the lowest tag is next. Who
-joins gets at least the tag of the last one served, so nobody saves up turns while away, and keeps
-a higher tag of its own, so nobody gets rid of what it owes by leaving. In the long run members are
-served equal costs, as by deficit round robin. But a newcomer is next at once whatever its size, and
-a turn costs O(log members), where deficits would have to be dealt to all of them.
+Each member has a tag, which grows by the cost of what it is served; the lowest tag is next. One
+that joins gets at least the tag of the last one served, so none saves up turns while away, and
+keeps a higher tag of its own, so none gets rid of what it owes by leaving. In the long run members
+are served equal costs, as by deficit round robin. But a newcomer is next at once whatever its size,
+and a turn costs O(log members), where deficits would have to be dealt to all of them.
 """
 
 import heapq
@@ -30,13 +30,13 @@ class Turns(Generic[Item]):
         return item in self._entry
 
     def join(self, item: Item) -> None:
-        """Want turns from now on."""
+        """Let a member want turns from now on."""
         if item not in self._entry:
             self._tags[item] = max(self._tags.get(item, 0.0), self._clock)
             self._push(item)
 
     def leave(self, item: Item) -> None:
-        """Want no more turns for now."""
+        """Let a member want no more turns for now."""
         self._entry.pop(item, None)
         if len(self._tags) > 2 * len(self._entry) + 64:
             self._tags = {
@@ -44,7 +44,7 @@ class Turns(Generic[Item]):
             }
 
     def first(self) -> Item | None:
-        """Whose turn it is, if anybody wants one."""
+        """The member whose turn it is; None if none wants one."""
         while self._heap:
             _, number, item = self._heap[0]
             if self._entry.get(item) == number:
@@ -57,12 +57,12 @@ class Turns(Generic[Item]):
         del self._entry[item]
 
     def put_back(self, item: Item) -> None:
-        """As if it had not been put aside."""
+        """Let one that was put aside want turns again, with the tag that it had."""
         self._tags.setdefault(item, self._clock)
         self._push(item)
 
     def charge(self, item: Item, cost: float) -> None:
-        """A member was served; if others have its tag, they are next."""
+        """Add the cost of what a member was served; others that have its tag are next."""
         start = self._tags[item]
         if item == self.first():
             self._clock = max(self._clock, start)

@@ -24,7 +24,7 @@ from manylora.types import (
 
 log = logging.getLogger("manylora.scheduler")
 
-# How long the decode loop turns before it is asked whether somebody else wants the device.
+# How long the decode loop turns before training is asked whether it wants the device.
 SLICE_SECONDS = 0.05
 _KINDS: dict[type, str] = {
     ForwardBackward: "forward_backward",
@@ -34,7 +34,10 @@ _KINDS: dict[type, str] = {
 
 
 class Runner(Protocol):
-    """What the worker needs of an engine: for each operation a result, or its adapter's error."""
+    """The verbs of an engine that the worker calls: they give a result, or an adapter's error.
+
+    `hosting.engine_protocol.EngineProtocol` adds the others; `hosting.Pager` is a runner, too.
+    """
 
     def forward_backward(
         self, works: Sequence[ForwardBackward]
@@ -49,7 +52,7 @@ class Runner(Protocol):
 
     def admit(self, samples: Sequence[Sample]) -> Sequence[ManyloraError | None]: ...
 
-    def decode(self, seconds: float) -> Sequence[tuple[Sample, SampleResult | ManyloraError]]: ...
+    def decode(self, seconds: float) -> list[tuple[Sample, SampleResult | ManyloraError]]: ...
 
     def cancel(self, sample: Sample) -> None: ...
 
@@ -116,7 +119,7 @@ class Worker:
         self._thread.start()
 
     def drop_samples(self) -> None:
-        """Finish none of the samples in the decode loop. Any thread, once the queue is closed."""
+        """Have no sample in the decode loop finished. Any thread, once the queue is closed."""
         self._dropping = True
 
     def join(self) -> None:
@@ -292,7 +295,7 @@ class Worker:
 
 
 def _costing(outcome: Any, device: DeviceTime) -> Any:
-    """The outcome, with what it cost if it is one that tells."""
+    """The outcome, with what it cost if it is a result that says so."""
     if isinstance(outcome, ForwardBackwardResult | OptimStepResult | SampleResult):
         return replace(outcome, device=device)
     return outcome

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from manylora.config import ServerFile
-from manylora.hosting import host_of
+from manylora.hosting import Host
 from manylora.hosting.engine_protocol import EngineProtocol
 from manylora.journal import Journal
 from manylora.scheduler import BatchReport
@@ -78,7 +78,7 @@ class Service:
             if parts is not None:
                 parts.covered.append((name, position))
 
-        host = host_of(
+        host = Host(
             engines, folder, token_budget=settings.token_budget, max_resident=settings.max_resident,
             before_save=promises.store_all, on_saved=saved, observe=self._observe,
             apart=self.breakages.is_suspect,

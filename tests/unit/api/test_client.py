@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import manylora.api.client as door_module
+import manylora.api.client as client_module
 from manylora.api import AdapterClient, AdapterHandle, Trainer
 from manylora.checkpoint import load_state, save_state
 from manylora.engine import Engine
@@ -37,16 +37,17 @@ def learn(handles: list[AdapterHandle], rounds: int = 4) -> list[list[float]]:
 
 def test_operations_without_numbers_are_paged_like_others(tiny: TinyBases, tmp_path: Path) -> None:
     engine = Engine(Opening(str(tiny("llama")), token_budget=64))
-    host = Host(engine, tmp_path / "data", token_budget=64, max_resident=1)
+    host = Host([engine], tmp_path / "data", token_budget=64, max_resident=1)
     # Held states go to disk at once: whatever comes back has been through a file.
-    host.pager.host_bytes = host.pager._held.max_bytes = 1
-    doors = [AdapterClient(host, tenant=f"tenant-{name}") for name in NAMES]
+    pager = host.units[0].pager
+    pager.host_bytes = pager._held.max_bytes = 1
+    clients = [AdapterClient(host, tenant=f"tenant-{name}") for name in NAMES]
     handles = [
-        door.create(name, rank=2 + n, seed=n)
-        for n, (door, name) in enumerate(zip(doors, NAMES, strict=True))
+        client.create(name, rank=2 + n, seed=n)
+        for n, (client, name) in enumerate(zip(clients, NAMES, strict=True))
     ]
     losses = learn(handles)
-    assert host.pager.counts()["disk"] >= 1
+    assert host.counts()["disk"] >= 1
     for name, handle in zip(NAMES, handles, strict=True):
         handle.save(tmp_path / name).result()
     host.close(cancel=False)
@@ -70,7 +71,7 @@ def test_training_does_not_wait_for_a_save_and_the_save_is_of_its_place(
         assert write.wait(60)
         save_state(*arguments, **named)
 
-    monkeypatch.setattr(door_module, "save_state", slow_save)
+    monkeypatch.setattr(client_module, "save_state", slow_save)
     with Trainer(tiny("llama"), token_budget=64) as trainer:
         handle = trainer.create("a", rank=2)
         learn([handle], 2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from manylora.engine import Engine
+from manylora.hosting.page import PageState
 from manylora.hosting.pager import Pager
 from manylora.lora.state import Floats
 from manylora.scheduler import Residency
@@ -110,6 +111,33 @@ def test_paged_adapters_equal_resident_ones(make: Make, host_bytes: int) -> None
         for mine, theirs in zip(vectors(tight, number), vectors(roomy, number), strict=True):
             assert np.array_equal(mine, theirs)
         assert tight.position(f"a{number}") == 8
+
+
+def test_a_page_goes_the_ways_of_its_table(make: Make) -> None:
+    """Seen to fail with a new adapter held when it is paged out, and with nothing trimmed."""
+    pager = make("tight", max_count=1, host_bytes=1)
+
+    def states() -> list[PageState]:
+        here = {name for name, page in pager._pages.items() if page.state.in_engine}
+        assert here == set(pager.engine.adapters)
+        return [page.state for page in pager._pages.values()]
+
+    for number in range(3):
+        pager.create(f"a{number}", spec(number))
+    assert states() == [PageState.UNMADE, PageState.UNMADE, PageState.NEW]
+    train(pager, [0, 1], range(1, 2), 1)
+    assert states() == [PageState.HELD, PageState.RESIDENT, PageState.UNMADE]
+    train(pager, [2], range(1, 2), 1)
+    assert states() == [PageState.ON_DISK, PageState.HELD, PageState.RESIDENT]
+    train(pager, [0], range(2, 3), 1)
+    assert states() == [PageState.RESIDENT, PageState.ON_DISK, PageState.HELD]
+    pager.replace("a0", pager.whole_state("a0"), 5)
+    assert states() == [PageState.HELD, PageState.ON_DISK, PageState.HELD]
+    pager.unload("a0")
+    pager.register("a3", spec(3), None)
+    pager.register("a4", spec(4), 7)
+    assert states()[2:] == [PageState.UNMADE, PageState.ON_DISK]
+    assert pager.position("a4") == 7
 
 
 def test_what_another_pager_saved_goes_on(make: Make) -> None:

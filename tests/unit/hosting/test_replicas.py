@@ -1,4 +1,4 @@
-"""Several engines behind one door give what one gives, wherever an adapter lives."""
+"""Several engines on one host give what one gives, wherever an adapter lives."""
 
 import threading
 from collections.abc import Iterator
@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from manylora.api import AdapterClient, AdapterHandle
-from manylora.hosting import AnyHost, host_of
-from manylora.hosting.replicas import Replicas
+from manylora.hosting import Host
 from manylora.processes import EngineGroup
 from manylora.types import AdapterNotFound, AdapterSpec, Datum, Opening, Sample, SamplingParams
 from manylora.types.mesh_shape import MeshShape
@@ -26,8 +25,8 @@ GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
 @contextmanager
 def opened(
     base: Path, mesh: str, folder: Path | None = None, max_resident: int | None = None
-) -> Iterator[AnyHost]:
-    """A mesh's engines in processes of their own, behind one door."""
+) -> Iterator[Host]:
+    """A mesh's engines in processes of their own, on one host."""
     opening = Opening(
         str(base),
         token_budget=64,
@@ -38,7 +37,7 @@ def opened(
     )
     group = EngineGroup(opening, step_seconds=60.0)
     try:
-        host = host_of(group.open(), folder, token_budget=64, max_resident=max_resident)
+        host = Host(group.open(), folder, token_budget=64, max_resident=max_resident)
         try:
             yield host
         finally:
@@ -51,10 +50,10 @@ def batch(seed: int) -> list[Datum]:
     return random_data(np.random.default_rng(seed), 2)
 
 
-def everything(host: AnyHost) -> list[Any]:
+def everything(host: Host) -> list[Any]:
     """Losses, steps and samples of adapters that come, train together, and go."""
-    door = AdapterClient(host)
-    handles = [door.create(name, rank=1 + n, seed=n) for n, name in enumerate(NAMES)]
+    client = AdapterClient(host)
+    handles = [client.create(name, rank=1 + n, seed=n) for n, name in enumerate(NAMES)]
     seen: list[Any] = []
     for number in range(3):
         seen += rounds(handles, number)
@@ -65,11 +64,11 @@ def everything(host: AnyHost) -> list[Any]:
     for one, other in zip(first, later, strict=True):
         assert one.result().sequences == other.result().sequences
         seen.append(one.result().sequences[0].tokens)
-    seen.append(door.sample([[5, 6, 7]], GREEDY).result().sequences[0].tokens)
+    seen.append(client.sample([[5, 6, 7]], GREEDY).result().sequences[0].tokens)
     for handle in handles:
         handle.unload().result()
     # The name is free, and what is left of it is its snapshot.
-    again = door.create("a", rank=2, seed=9)
+    again = client.create("a", rank=2, seed=9)
     seen += rounds([again], 0)
     seen.append(snapshots[0].sample([[5, 6, 7]], GREEDY).result().sequences[0].tokens)
     for snapshot in snapshots:
@@ -95,16 +94,15 @@ def test_any_number_of_engines_gives_what_one_gives(tiny: TinyBases, one: str, m
 
 def test_adapters_live_where_fewest_are_and_where_they_were_made(tiny: TinyBases) -> None:
     with opened(tiny("llama"), "replicas=2") as host:
-        assert isinstance(host, Replicas)
-        door = AdapterClient(host)
+        client = AdapterClient(host)
         for number, name in enumerate(NAMES[:4]):
-            door.create(name, rank=1, seed=number)
-        held = [set(one.engine.adapters) for one in host._hosts]
+            client.create(name, rank=1, seed=number)
+        held = [set(one.engine.adapters) for one in host.units]
         assert [len(names) for names in held] == [2, 2]
         for gone in held[0]:
-            door.adapters[gone].unload().result()
-        door.create("new", rank=1)
-        assert set(host._hosts[0].engine.adapters) == {"new"}
+            client.adapters[gone].unload().result()
+        client.create("new", rank=1)
+        assert set(host.units[0].engine.adapters) == {"new"}
         assert host.counts()["resident"] == 3
         assert host.resident("new").spec.rank == 1
 
@@ -113,13 +111,14 @@ def test_a_snapshot_is_made_where_its_adapter_lives_whoever_asked_for_it_before(
     tiny: TinyBases,
 ) -> None:
     with opened(tiny("llama"), "replicas=2") as host:
-        door = AdapterClient(host)
+        client = AdapterClient(host)
         for number, name in enumerate(NAMES[:3], 1):
-            door.create(name, rank=1)
+            client.create(name, rank=1)
             early = Sample(adapter=None, prompts=[[5]], params=GREEDY, snapshot=f"{name}@{number}")
             with pytest.raises(AdapterNotFound):
                 host.submit(early).result()
-            assert len(door.adapters[name].snapshot().sample([[5]], GREEDY).result().sequences) == 1
+            made = client.adapters[name].snapshot()
+            assert len(made.sample([[5]], GREEDY).result().sequences) == 1
             assert len(host.submit(early).result().sequences) == 1
 
 
@@ -141,12 +140,12 @@ def test_states_and_snapshots_on_disk_are_found_by_whichever_engine(
 ) -> None:
     specs = {name: AdapterSpec(rank=1 + n, seed=n) for n, name in enumerate(NAMES)}
 
-    def learn(host: AnyHost, seed: int) -> list[Any]:
-        door = AdapterClient(host)
-        handles = [AdapterHandle(door, name, spec, 0) for name, spec in specs.items()]
+    def learn(host: Host, seed: int) -> list[Any]:
+        client = AdapterClient(host)
+        handles = [AdapterHandle(client, name, spec, 0) for name, spec in specs.items()]
         return rounds(handles, seed)
 
-    def sampled(host: AnyHost) -> list[Any]:
+    def sampled(host: Host) -> list[Any]:
         asked = [
             host.submit(Sample(adapter=None, prompts=[[5, 6, 7]], params=GREEDY, snapshot=f"{n}@1"))
             for n in NAMES
@@ -159,7 +158,7 @@ def test_states_and_snapshots_on_disk_are_found_by_whichever_engine(
         learn(host, 0)
         for name in NAMES:
             made = f"{name}@1"
-            host.call(name, lambda p, n=name, s=made: p.snapshot(n, s, 0), makes=made).result()
+            host.snapshot(name, made).result()
         expected_samples = sampled(host)
         assert host.counts()["resident"] == 2
     with opened(tiny("llama"), after, tmp_path) as host:

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from manylora.engine import Engine
-from manylora.processes import EngineGroup, RemoteEngine, starting
+from manylora.processes import EngineGroup, RemoteEngine, start_group
+from manylora.processes import group as group_module
 from manylora.processes import remote_engine as remote
 from manylora.types import (
     AdamParams,
@@ -307,13 +308,13 @@ def test_a_tp_that_does_not_fit_starts_nothing(tmp_path: Path, monkeypatch, nest
     def never(*_: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(starting, "launch_here", never)
+    monkeypatch.setattr(group_module, "launch_here", never)
     sizes = {"num_attention_heads": 9, "num_key_value_heads": 3}
     # No weights lie there: they are not looked for.
     (tmp_path / "config.json").write_text(json.dumps({"text_config": sizes} if nested else sizes))
     opening = Opening(str(tmp_path), device="cpu", mesh=MeshShape(tp=2))
     with pytest.raises(Unsupported, match=r"9 query heads, 3 key-value heads.*one of 1, 3;"):
-        starting.start_group(opening, step_seconds=60.0)
+        start_group(opening, step_seconds=60.0)
 
 
 def until_gone(pids: list[int]) -> None:

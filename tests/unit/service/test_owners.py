@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from manylora.config import AdapterEntry, SftSettings
-from manylora.hosting import Host
 from manylora.service.contract import Ready
 from manylora.service.http_errors import NotFound
 from manylora.service.wire import messages as m
@@ -121,8 +120,7 @@ def test_a_used_number_stays_used_over_a_restart(tmp_path: Path, monkeypatch: py
             await place.data(4)  # waits for its turn
             await everything_is_still_used()
             host = place.hub.parts.host
-            assert isinstance(host, Host)
-            monkeypatch.setattr(host.pager, "save_all", lambda: None)  # as if killed
+            monkeypatch.setattr(host.units[0].pager, "save_all", lambda: None)  # as if killed
         async with place.open():
             await everything_is_still_used()
             await place.data(3)

@@ -12,7 +12,6 @@ import pytest
 
 from manylora.config import ServerFile
 from manylora.engine import Engine
-from manylora.hosting import Host
 from manylora.service.contract import Failed, Ready, Waiting
 from manylora.service.http_errors import Gone, NotFound
 from manylora.service.server import Service
@@ -257,8 +256,7 @@ def test_a_restart_repeats_a_gap_that_was_given_up(tmp_path: Path, monkeypatch: 
             journal = place.hub.parts.journal
             assert journal.lag()[0] >= 5  # nothing of it is in a state
             host = place.hub.parts.host
-            assert isinstance(host, Host)
-            monkeypatch.setattr(host.pager, "save_all", lambda: None)  # as if killed
+            monkeypatch.setattr(host.units[0].pager, "save_all", lambda: None)  # as if killed
         async with place.open():
             assert (await place.hub.models.require(WHO, place.model)).order.next_seq == 7
             after = [await place.result(f"{place.model}:{seq}") for seq in (5, 6)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from manylora.config import ServerFile
-from manylora.hosting import AnyHost
+from manylora.hosting import Host
 from manylora.hosting.state_files import write_peft, write_state
 from manylora.lora.state import AdapterState
 from manylora.service.http_errors import QuotaExceeded, missing
@@ -48,7 +48,7 @@ class Checkpoints:
 
     # -- making one (on the writer's thread) ---------------------------------------------------
 
-    def write(self, host: AnyHost, order: CheckpointOrder, state: AdapterState) -> CheckpointRow:
+    def write(self, host: Host, order: CheckpointOrder, state: AdapterState) -> CheckpointRow:
         """Write an adapter's state as a checkpoint. A request that comes again changes nothing.
 
         Raises:

@@ -12,7 +12,7 @@ from typing import Any
 
 from manylora.api import AdapterClient
 from manylora.checkpoint import newest_state
-from manylora.hosting import AnyHost
+from manylora.hosting import Host
 from manylora.runs.events import AdapterStarted, CheckpointSaved, EvalDone, Event, StepDone, finite
 from manylora.runs.metrics_file import NOT_KEPT, read_metrics
 from manylora.runs.outcome import Outcome
@@ -61,7 +61,7 @@ class LiveRun:
     def paths(self) -> AdapterPaths:
         return self.data.paths
 
-    async def train(self, host: AnyHost, preparing: Preparing, note: Note) -> Outcome:
+    async def train(self, host: Host, preparing: Preparing, note: Note) -> Outcome:
         """Train to the end, or to where it was asked to stop. Never raises.
 
         Args:

@@ -209,7 +209,7 @@ class OpenAdapters:
         self.give_up(model)
         await self._fed(model)
         host, id = self._parts.host, model.id
-        freed = host.call(id, lambda pager: pager.unload(id), tenant=model.tenant, last=True)
+        freed = host.unload(id, tenant=model.tenant)
         with suppress(Cancelled):
             await asyncio.wrap_future(freed)
         if self._parts.promises.closing:

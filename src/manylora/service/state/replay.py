@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from manylora.checkpoint import clean_strays
-from manylora.hosting import AnyHost
+from manylora.hosting import Host
 from manylora.journal import Damage, Record, Recovery
 from manylora.service.http_errors import Lost
 from manylora.service.state.hub import CREATION, TinkerHub
@@ -212,7 +212,7 @@ class Replay:
         self._parts.finished(record.request_id)
 
 
-def _remove_all_but(snapshots: set[Path], host: AnyHost) -> None:
+def _remove_all_but(snapshots: set[Path], host: Host) -> None:
     """Remove the snapshots of sessions that are over; a kill may have left some."""
     folder = host.snapshot_folder("x").parent
     clean_strays(folder)

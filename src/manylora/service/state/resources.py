@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from manylora.config import ServerFile
-from manylora.hosting import AnyHost
+from manylora.hosting import Host
 from manylora.journal import Journal, Record
 from manylora.service.http_errors import Backpressure
 from manylora.service.state.crash_suspects import CrashSuspects
@@ -70,7 +70,7 @@ class Resources:
     store: Store
     journal: Journal
     promises: Promises
-    host: AnyHost
+    host: Host
     breakages: CrashSuspects = field(default_factory=CrashSuspects)
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time

@@ -354,7 +354,7 @@ class Samplers:
 
     def _drop(self, snapshot: str) -> None:
         host = self._parts.host
-        host.call(None, lambda pager: pager.drop_snapshot(snapshot), drops=snapshot)
+        host.drop_snapshot(snapshot)
 
     def _begin(self, snapshot: str | None) -> None:
         if snapshot is not None:

@@ -164,10 +164,7 @@ class Operations:
             future = self._keep(row, order)
             return future, lambda kept: _json(SaveWeightsForSamplerReply(path=kept.path))
         sampler = sampler_id(row.session_id, request.sampling_session_seq_id or 0)
-        future = self._parts.host.call(
-            row.id, lambda pager: pager.snapshot(row.id, sampler, seq), tenant=row.tenant, seq=seq,
-            makes=sampler,
-        )  # fmt: skip
+        future = self._parts.host.snapshot(row.id, sampler, tenant=row.tenant, seq=seq)
 
         def encode(_: None) -> tuple[str, bytes]:
             if request.kind == "inflight":

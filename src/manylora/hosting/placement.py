@@ -1,0 +1,84 @@
+"""Which of several engines an adapter or a snapshot lives with."""
+
+import threading
+
+from manylora.scheduler import Operation
+from manylora.types import Sample
+
+
+class Placement:
+    """Where adapters and snapshots live, by the numbers of the engines. Thread-safe.
+
+    An adapter that is new goes where fewest are, and stays there; a snapshot is made where its
+    adapter lives. What belongs to neither goes to each engine in turn.
+    """
+
+    def __init__(self, num_engines: int):
+        """Nothing lives anywhere yet."""
+        self._lock = threading.Lock()
+        self._adapters, self._snapshots = _Homes(num_engines), _Homes(num_engines)
+        self._turn, self._num_engines = 0, num_engines
+
+    def of_operation(self, operation: Operation) -> int:
+        """The engine that is to run an operation."""
+        snapshot = operation.snapshot if isinstance(operation, Sample) else None
+        if snapshot is None:
+            return self.of_adapter(operation.adapter)
+        with self._lock:
+            if snapshot in self._snapshots.numbers or operation.adapter is None:
+                return self._number(self._snapshots, snapshot)
+            return self._number(self._adapters, operation.adapter)
+
+    def of_adapter(self, adapter: str | None) -> int:
+        """The engine with which an adapter lives; with None, the one whose turn it is."""
+        with self._lock:
+            return self._next() if adapter is None else self._number(self._adapters, adapter)
+
+    def forget_adapter(self, adapter: str) -> int:
+        """The engine with which an adapter has lived until now."""
+        with self._lock:
+            number = self._number(self._adapters, adapter)
+            self._adapters.remove(adapter)
+            return number
+
+    def add_snapshot(self, snapshot: str, adapter: str) -> int:
+        """The engine that is to make a snapshot of an adapter."""
+        with self._lock:
+            number = self._number(self._adapters, adapter)
+            self._snapshots.put(snapshot, number)
+            return number
+
+    def forget_snapshot(self, snapshot: str) -> int:
+        """The engine with which a snapshot has lived until now."""
+        with self._lock:
+            number = self._number(self._snapshots, snapshot)
+            self._snapshots.remove(snapshot)
+            return number
+
+    def _number(self, homes: "_Homes", name: str) -> int:
+        if name not in homes.numbers:
+            first, count = self._next(), self._num_engines
+            fewest = min(range(count), key=lambda i: (homes.counts[i], (i - first) % count))
+            homes.put(name, fewest)
+        return homes.numbers[name]
+
+    def _next(self) -> int:
+        self._turn = (self._turn + 1) % self._num_engines
+        return self._turn
+
+
+class _Homes:
+    """All adapters, or all snapshots: with which engine each lives, and how many it has."""
+
+    def __init__(self, num_engines: int):
+        self.numbers: dict[str, int] = {}
+        self.counts = [0] * num_engines
+
+    def put(self, name: str, number: int) -> None:
+        self.remove(name)
+        self.numbers[name] = number
+        self.counts[number] += 1
+
+    def remove(self, name: str) -> None:
+        if name in self.numbers:
+            self.counts[self.numbers.pop(name)] -= 1
