@@ -4,7 +4,7 @@ P parameters of an adapter.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from manylora.engine.microbatch import MicroBatch, build
 from manylora.engine.plan import Plan, make_plan
 from manylora.engine.results import Losses, Rows, found, gathered, results
 from manylora.engine.running import run, visit_every_block
-from manylora.engine.stepping import Due, step_alone, step_on_mesh
+from manylora.engine.stepping import Due, step_on_mesh
 from manylora.kernels import settle_functions, whole_products
 from manylora.lora.adapter import (
     TORCH_DTYPES,
@@ -62,8 +62,6 @@ from manylora.types import (
 )
 from manylora.types.memory import admit_adapter
 
-Result = TypeVar("Result")
-
 
 class Engine:
     """A base model and the adapters on it. One thread at a time; errors come back as values.
@@ -85,12 +83,14 @@ class Engine:
         if opening.threads is not None:
             torch.set_num_threads(opening.threads)
         settle_functions()
-        # One process is one process, whatever it is called.
-        self.mesh = mesh if mesh is not None and mesh.shape.size > 1 else None
         self.base: BaseModel = open_base(
-            opening.base, dtype=opening.dtype, device=opening.device,
-            quantization=opening.quantization, mesh=self.mesh,
-        )  # fmt: skip
+            opening.base,
+            dtype=opening.dtype,
+            device=opening.device,
+            quantization=opening.quantization,
+            mesh=mesh,
+        )
+        self.mesh = self.base.mesh
         if self.base.device.type == "cpu":
             keep_freed_memory()
         whole_products(self.base.device, self.base.dtype)  # found out now, not in the first step
@@ -154,7 +154,7 @@ class Engine:
     def _admit(self, name: str, spec: AdapterSpec, layout: Layout) -> None:
         if name in self.adapters:
             raise AdapterExists(f"an adapter named {name!r} exists already; choose another name")
-        if self.mesh is None:  # the ranks of a mesh must agree: there the control process decides
+        if self.mesh.world.size == 1:  # several must agree: there the control process decides
             admit_adapter(name, spec.rank, layout.num_params, spec.dtype, self.room_bytes)
 
     def base_weight(self, site: str) -> Floats:
@@ -176,8 +176,7 @@ class Engine:
 
     def state(self, name: str) -> AdapterState:
         """A detached copy of everything that training the adapter needs."""
-        adapter = self._adapter(name)
-        return adapter.state() if self.mesh is None else gathered_state(adapter, self.mesh)
+        return gathered_state(self._adapter(name), self.mesh)
 
     def snapshot(self, name: str, snapshot: str) -> None:
         """Freeze a copy of the adapter's weights under the name `snapshot`."""
@@ -186,11 +185,7 @@ class Engine:
     def snapshot_state(self, snapshot: str) -> AdapterState:
         """A snapshot as a state (fp32), for keeping it elsewhere."""
         weights = self.snapshots[snapshot]
-        if self.mesh is None:
-            vector_P = to_array(weights.weights_P)
-        else:
-            vector_P = gathered_weights(weights, self.mesh)
-        return AdapterState(weights.spec, weights.layout, vector_P)
+        return AdapterState(weights.spec, weights.layout, gathered_weights(weights, self.mesh))
 
     def install_snapshot(self, snapshot: str, state: AdapterState) -> None:
         """Bring a snapshot back that `snapshot_state` gave."""
@@ -259,10 +254,7 @@ class Engine:
             else:
                 due.append((step, adapter))
                 places.append(number)
-        if self.mesh is None:
-            stepped = step_alone(due)
-        else:
-            stepped = step_on_mesh(due, self.mesh, self.base.device)
+        stepped = step_on_mesh(due, self.mesh, self.base.device)
         for number, outcome in zip(places, stepped, strict=True):
             outcomes[number] = outcome
         return outcomes  # type: ignore[return-value]
@@ -317,11 +309,9 @@ class Engine:
                 build(batch, self.adapters, known, backward=backward, device=self.base.device),
                 backward=backward,
             )
-            for batch in plan.batches[self.index.place.dp_index]
+            for batch in plan.batches[self.mesh.dp.index]
         ]
-        pieces = found(rows, known)
-        if self.mesh is not None and self._ranks > 1:
-            pieces = gathered(pieces, plan, known, self.mesh.dp, self.base.device)
+        pieces = gathered(found(rows, known), plan, known, self.mesh.dp, self.base.device)
         for number, result in results(pieces, plan, known, runnable):
             outcomes[number] = self._finite(works[number], result)
 
@@ -347,7 +337,7 @@ class Engine:
     @property
     def _ranks(self) -> int:
         """Data-parallel ranks."""
-        return self.index.place.dp
+        return self.mesh.dp.size
 
     def _poison(self, work: ForwardBackward, error: Exception) -> None:
         adapter = self.adapters.get(work.adapter)

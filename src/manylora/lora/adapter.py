@@ -106,7 +106,7 @@ class Adapter:
         living_P = whole_P if dtype == torch.float32 else whole_P.to(dtype)
         self.weights = AdapterWeights(state.spec, part, living_P, sites)
         self.master_P = whole_P
-        if sites.place.dp > 1:
+        if sites.place["dp"].size > 1:
             # Of fp32 weights a view, of others a copy that does not keep the rest alive.
             own_P = whole_P[part.own]
             self.master_P = own_P if living_P is whole_P else own_P.clone()
@@ -156,7 +156,7 @@ class Adapter:
     def share_ranks(self) -> list[int]:
         """The dp ranks that hold what was accumulated, in the order of the shares."""
         home = self.home or 0
-        return [(home + share) % self.part.place.dp for share in range(self.shares)]
+        return [(home + share) % self.part.place["dp"].size for share in range(self.shares)]
 
     def require_moments(self) -> tuple[Tensor, Tensor]:
         """AdamW's two moments, made (as zeros) on first use."""
@@ -182,26 +182,6 @@ class Adapter:
         if self.weights.weights_P is not self.master_P:
             self.weights.weights_P.copy_(self.master_P)
 
-    def state(self) -> AdapterState:
-        """A detached copy, in numpy arrays, of everything that training needs to go on.
-
-        Of an adapter that one rank holds; see `gathering` for others. Gradients that must not be
-        used are left out, as the next step will be refused and drop them; that it will be is part
-        of the state.
-        """
-        grad_P = self.grad_P if self.has_usable_grad else None
-        return AdapterState(
-            spec=self.spec,
-            layout=self.layout,
-            weights=to_array(self.master_P),
-            exp_avg=_array_or_none(self.exp_avg_P),
-            exp_avg_sq=_array_or_none(self.exp_avg_sq_P),
-            grad=None if grad_P is None else to_array(grad_P)[None],
-            step=self.step,
-            draws=self.draws,
-            poison=self.poison,
-        )
-
     def num_bytes(self) -> int:
         """Bytes held by the adapter's vectors now."""
         vectors = [self.weights.weights_P, self.grad_P, self.exp_avg_P, self.exp_avg_sq_P]
@@ -211,7 +191,7 @@ class Adapter:
 
     def promised_bytes(self) -> int:
         """Bytes that the adapter does not hold yet, and will once it has stepped."""
-        count, dp = self.weights.weights_P.numel(), self.part.place.dp
+        count, dp = self.weights.weights_P.numel(), self.part.place["dp"].size
         return max(0, adapter_bytes(count, self.spec.dtype, dp) - self.num_bytes())
 
 
@@ -222,10 +202,6 @@ def _block(factors: tuple[Factor, ...], vector_P: Tensor, sites: SiteIndex) -> B
         bt_RN = factor.b_transposed(vector_P)
         members.append(SiteFactor(sites.output_of[factor.site], factor.rank, factor.scale, bt_RN))
     return Block(a_RK, tuple(members), [factor.rank for factor in factors])
-
-
-def _array_or_none(tensor: Tensor | None) -> Floats | None:
-    return None if tensor is None else to_array(tensor)
 
 
 def _a_rows(factors: tuple[Factor, ...], vector_P: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from manylora.types.errors import ConfigError, Unsupported
@@ -63,14 +63,19 @@ class MeshShape:
         return cls(**sizes)
 
     @property
+    def axes(self) -> dict[str, int]:
+        """Ranks along each axis of one replica's mesh; neighbouring ranks differ in the last."""
+        return {"dp": self.dp, "tp": self.tp}
+
+    @property
     def size(self) -> int:
         """Ranks of all replicas."""
-        return self.replicas * self.dp * self.tp
+        return self.replicas * math.prod(self.axes.values())
 
     @property
     def one(self) -> "MeshShape":
         """The mesh of one replica."""
-        return MeshShape(self.dp, self.tp)
+        return replace(self, replicas=1)
 
     def check_split(self, sizes: Mapping[str, Any], base: str) -> None:
         """Whether `tp` can split a base, by the sizes in its config alone.
@@ -99,5 +104,5 @@ class MeshShape:
         )
 
     def __str__(self) -> str:
-        replicas = f"replicas={self.replicas}," if self.replicas > 1 else ""
-        return f"{replicas}dp={self.dp},tp={self.tp}"
+        replicas = {"replicas": self.replicas} if self.replicas > 1 else {}
+        return ",".join(f"{axis}={size}" for axis, size in (replicas | self.axes).items())
