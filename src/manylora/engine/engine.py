@@ -95,14 +95,14 @@ class Engine:
             keep_freed_memory()
         whole_products(self.base.device, self.base.dtype)  # found out now, not in the first step
         self.token_budget = opening.token_budget
-        self.sites = tuple(site_of(found) for found in find_linears(self.base))
+        groups = wrap_linears(self.base.model, map(site_of, find_linears(self.base)))
+        self.sites = tuple(site for group in groups for site in group.sites)
         self.index = SiteIndex(self.sites, place_on(self.mesh))
-        wrap_linears(self.base.model, self.index)
         if opening.activation_checkpointing:
             checkpoint_activations(self.base)
         if self._ranks > 1:
             visit_every_block(self.base)
-        self.head_loss = HeadLoss(self.base.head, self.sites[-1].group)
+        self.head_loss = HeadLoss(self.base.head, groups[-1].number)
         self._memory = FreeMemory(self.base.device)
         self.adapters: dict[str, Adapter] = {}
         self.snapshots: dict[str, AdapterWeights] = {}

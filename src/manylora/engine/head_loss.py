@@ -19,7 +19,7 @@ from torch import Tensor
 from manylora.engine.head_chunks import chunk_rows
 from manylora.engine.head_rows import Chunk, HeadRows
 from manylora.engine.split_vocabulary import VocabularyPart
-from manylora.kernels import SegmentWork, product, shrink_expand, shrink_expand_backward
+from manylora.kernels import SegmentWork, low_rank_on, product
 from manylora.lora.routing import RoutingTable
 from manylora.losses.cross_entropy import cross_entropy
 from manylora.models import Head
@@ -94,6 +94,7 @@ class HeadLoss:
         words = head.vocab if self.part is None else self.part.longest
         capped = head.softcap is not None
         self.chunk_rows = chunk_rows(words, head.weight_VH.dtype, capped=capped)
+        self.low_rank = low_rank_on(head.weight_VH.device)
 
     @torch.no_grad()
     def __call__(
@@ -256,8 +257,8 @@ class HeadLoss:
         grad_cV = grad_cV.to(chunk.dtype)
         grad_cH = product(grad_cV, self.head.weight_VH)
         if chunk.work:
-            shrink_expand_backward(
-                chunk.h_cH, [grad_cV], grad_cH, chunk.sizes, chunk.work, chunk.shrunk
+            self.low_rank.shrink_expand_backward(
+                chunk.h_cH, [grad_cV], grad_cH, chunk.sizes, chunk.work, chunk.shrunk, None
             )
         return grad_cH
 
@@ -266,7 +267,9 @@ class HeadLoss:
     ) -> tuple[Tensor, list[Tensor]]:
         """Uncapped logits [c, V] with the adapters on the head, and what their backward needs."""
         raw_cV = product(h_cH, self.head.weight_VH.t(), self.head.bias_V)
-        return raw_cV, shrink_expand(h_cH, [raw_cV], sizes, work) if work else []
+        if not work:
+            return raw_cV, []
+        return raw_cV, self.low_rank.shrink_expand(h_cH, [raw_cV], sizes, work, None)
 
 
 def _losses(

@@ -6,6 +6,8 @@ P parameters of the adapter that this rank holds, R rank (summed over an input g
 K input features, N output features, S rows of a pending gradient.
 """
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -67,12 +69,11 @@ class SiteIndex:
     def __init__(self, sites: tuple[Site, ...], place: Place = ALONE):
         self.sites = sites
         self.place = place
-        self.members: dict[int, list[Site]] = {}
         self.output_of: dict[str, int] = {}
+        outputs = Counter[int]()
         for site in sites:
-            members = self.members.setdefault(site.group, [])
-            self.output_of[site.name] = len(members)
-            members.append(site)
+            self.output_of[site.name] = outputs[site.group]
+            outputs[site.group] += 1
 
 
 class Adapter:

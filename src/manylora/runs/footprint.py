@@ -194,7 +194,7 @@ def _activation_bytes(
         Site(f.name, f.in_features, f.out_features, f.group, f.is_head) for f in find_linears(base)
     )
     index = SiteIndex(sites)
-    wrap_linears(base.model, index)
+    wrap_linears(base.model, sites)
     if recomputed:
         try:
             checkpoint_activations(base)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from manylora.kernels import RowCounts, ladder, safe_for_functions, safe_packed, safe_plain
-from manylora.lora.linear import InputGroup, LoRALinear
+from manylora.lora.groups import Group, groups_of
 from manylora.models import BaseModel
 from manylora.models.stream import decode_multiple
 
@@ -80,7 +80,7 @@ class StepRows:
     def _settle(self, threads: int) -> FoundRows:
         base = self._base
         multiple = decode_multiple(base.dtype, base.vocab_size)
-        groups = _groups(base.model)
+        groups = groups_of(base.model)
         if not _alone(base) or not groups or not _only_known(base.model, _layers(groups)):
             return FoundRows(RowCounts((), multiple), RowCounts((), multiple), packed=False)
         head = groups[base.model.get_output_embeddings().group.number]
@@ -107,7 +107,7 @@ class _Trial:
     def __init__(
         self,
         base: BaseModel,
-        groups: Iterable[InputGroup],
+        groups: Iterable[Group],
         counts: tuple[int, ...],
         threads: int,
         multiple: int,
@@ -147,13 +147,7 @@ class _Trial:
         )
 
 
-def _groups(model: nn.Module) -> dict[int, InputGroup]:
-    """The input groups of a base by number; none before adapters' layers are put around its own."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    return {layer.group.number: layer.group for layer in layers}
-
-
-def _layers(groups: Mapping[int, InputGroup]) -> list[nn.Linear]:
+def _layers(groups: Mapping[int, Group]) -> list[nn.Linear]:
     return [layer for group in groups.values() for layer in group.layers]
 
 
@@ -171,7 +165,7 @@ def _only_known(model: nn.Module, layers: Iterable[nn.Module]) -> bool:
 
 def kept_twice_bytes(base: BaseModel) -> int:
     """Bytes that a base's weights will take once more from the first sampling on, at most."""
-    return twice_bytes(base.model, _layers(_groups(base.model))) if _alone(base) else 0
+    return twice_bytes(base.model, _layers(groups_of(base.model))) if _alone(base) else 0
 
 
 def twice_bytes(model: nn.Module, layers: Sequence[nn.Module], itemsize: int | None = None) -> int:
