@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import PeakBytes
 from manylora.engine import Engine
+from manylora.engine.engine import run
 from manylora.engine.microbatch import build
 from manylora.engine.plan import make_plan
 from manylora.engine.results import found, gathered
-from manylora.engine.running import run
 from manylora.lora.adapter import Adapter
 from manylora.losses import get_loss
 from manylora.parallel import Mesh

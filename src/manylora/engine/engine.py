@@ -1,6 +1,6 @@
 """The engine's verbs: one base, many adapters, one packed batch.
 
-P parameters of an adapter.
+P parameters of an adapter, T tokens of a packed batch, H hidden size.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from manylora.engine.admission import admit_work, cached_tokens
 from manylora.engine.checking import check
@@ -18,11 +18,9 @@ from manylora.engine.host_memory import FreeMemory, keep_freed_memory
 from manylora.engine.microbatch import MicroBatch, build
 from manylora.engine.plan import Plan, make_plan
 from manylora.engine.results import Losses, Rows, found, gathered, results
-from manylora.engine.running import run, visit_every_block
 from manylora.engine.stepping import Due, step_on_mesh
-from manylora.kernels import settle_functions, whole_products
+from manylora.kernels import DTYPES, settle_functions, whole_products
 from manylora.lora.adapter import (
-    TORCH_DTYPES,
     Adapter,
     AdapterWeights,
     SiteIndex,
@@ -33,11 +31,12 @@ from manylora.lora.gathering import gathered_state, gathered_weights
 from manylora.lora.init import fresh_state, named_seed
 from manylora.lora.layout import Layout, plan_layout
 from manylora.lora.linear import site_of, wrap_linears
+from manylora.lora.routing import RoutingTable, routing
 from manylora.lora.sharding import part_of, place_on
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState, Floats
 from manylora.losses import Loss, Settings
-from manylora.models import BaseModel, open_base
+from manylora.models import BaseModel, PackedStream, open_base, packed
 from manylora.models.base import checkpoint_activations
 from manylora.models.linears import find_linears
 from manylora.models.whole import whole_weight
@@ -131,7 +130,7 @@ class Engine:
     # -- adapters -------------------------------------------------------------------------------
 
     def create(self, name: str, spec: AdapterSpec) -> Adapter:
-        """A new adapter that changes nothing yet.
+        """Make a new adapter, which changes nothing yet.
 
         Raises:
             AdapterExists, TargetError, DoesNotFit
@@ -141,7 +140,7 @@ class Engine:
         return self.restore(name, fresh_state(spec, layout))
 
     def restore(self, name: str, state: AdapterState) -> Adapter:
-        """An adapter with the given state, whose layout must be this base's.
+        """Make an adapter with the given state, whose layout must be this base's.
 
         Raises:
             AdapterExists, DoesNotFit
@@ -158,7 +157,7 @@ class Engine:
             admit_adapter(name, spec.rank, layout.num_params, spec.dtype, self.room_bytes)
 
     def base_weight(self, site: str) -> Floats:
-        """A copy of the frozen weight [N, K] of a linear layer, in fp32."""
+        """Copy the frozen weight [N, K] of a linear layer, in fp32."""
         layer = self.base.model.get_submodule(site).base
         assert isinstance(layer, nn.Linear)
         return to_array(whole_weight(layer, self.base.mesh))
@@ -175,7 +174,7 @@ class Engine:
             adapter.poison = reason
 
     def state(self, name: str) -> AdapterState:
-        """A detached copy of everything that training the adapter needs."""
+        """Copy everything that training the adapter needs."""
         return gathered_state(self._adapter(name), self.mesh)
 
     def snapshot(self, name: str, snapshot: str) -> None:
@@ -183,13 +182,13 @@ class Engine:
         self.snapshots[snapshot] = self._adapter(name).weights.snapshot(self.index)
 
     def snapshot_state(self, snapshot: str) -> AdapterState:
-        """A snapshot as a state (fp32), for keeping it elsewhere."""
+        """A snapshot as a state (fp32), to be stored elsewhere."""
         weights = self.snapshots[snapshot]
         return AdapterState(weights.spec, weights.layout, gathered_weights(weights, self.mesh))
 
     def install_snapshot(self, snapshot: str, state: AdapterState) -> None:
         """Bring a snapshot back that `snapshot_state` gave."""
-        dtype = TORCH_DTYPES[state.spec.dtype]
+        dtype = DTYPES[state.spec.dtype]
         part = part_of(state.layout, self.sites, self.index.place)
         weights_P = to_tensor(part.take(state.weights), self.base.device, dtype)
         self.snapshots[snapshot] = AdapterWeights(state.spec, part, weights_P, self.index)
@@ -210,7 +209,7 @@ class Engine:
             NotFinite. After an error the adapter's pending gradients are refused by its next
             optimizer step; after an exception, those of every adapter of the call.
         """
-        outcomes: list[ForwardBackwardResult | ManyloraError | None] = [None] * len(works)
+        outcomes: dict[int, ForwardBackwardResult | ManyloraError] = {}
         losses: list[tuple[Loss, Settings] | None] = [None] * len(works)
         for number, work in enumerate(works):
             try:
@@ -229,7 +228,7 @@ class Engine:
             for work in works:
                 self._poison(work, error)
             raise
-        return outcomes  # type: ignore[return-value]
+        return [outcomes[number] for number in range(len(works))]
 
     def optim_step(self, steps: Sequence[OptimStep]) -> list[OptimStepResult | ManyloraError]:
         """Step the adapters that are due; each by its own norm, clip and hyper-parameters.
@@ -238,9 +237,8 @@ class Engine:
             For each its result, or: StepRefused, NotFinite (weights and moments unchanged, the
             gradient dropped), AdapterNotFound.
         """
-        outcomes: list[OptimStepResult | ManyloraError | None] = [None] * len(steps)
-        due: list[Due] = []
-        places: list[int] = []
+        outcomes: dict[int, OptimStepResult | ManyloraError] = {}
+        due: dict[int, Due] = {}
         for number, step in enumerate(steps):
             adapter = self.adapters.get(step.adapter)
             if adapter is None:
@@ -252,12 +250,10 @@ class Engine:
                 )
                 adapter.drop_grad()
             else:
-                due.append((step, adapter))
-                places.append(number)
-        stepped = step_on_mesh(due, self.mesh, self.base.device)
-        for number, outcome in zip(places, stepped, strict=True):
-            outcomes[number] = outcome
-        return outcomes  # type: ignore[return-value]
+                due[number] = step, adapter
+        stepped = step_on_mesh(list(due.values()), self.mesh, self.base.device)
+        outcomes.update(zip(due, stepped, strict=True))
+        return [outcomes[number] for number in range(len(steps))]
 
     # -- sampling -------------------------------------------------------------------------------
 
@@ -292,7 +288,7 @@ class Engine:
         self,
         works: Sequence[ForwardBackward],
         losses: Sequence[tuple[Loss, Settings] | None],
-        outcomes: list[ForwardBackwardResult | ManyloraError | None],
+        outcomes: dict[int, ForwardBackwardResult | ManyloraError],
         *,
         backward: bool,
     ) -> None:
@@ -319,7 +315,7 @@ class Engine:
         return run(self.base, self.head_loss, batch, backward=backward)
 
     def _plan(self, runnable: Sequence[tuple[int, ForwardBackward]], *, backward: bool) -> Plan:
-        """Who runs what. With `backward`, the adapters are told what they will have seen."""
+        """Say which rank runs what; with `backward`, tell the adapters what they will have seen."""
         adapters = {work.adapter: self.adapters[work.adapter] for _, work in runnable}
         plan = make_plan(
             runnable,
@@ -370,3 +366,31 @@ class Engine:
                 raise AdapterNotFound(f"no snapshot named {request.snapshot!r}")
             return self.snapshots[request.snapshot]
         return None if request.adapter is None else self._adapter(request.adapter).weights
+
+
+def run(base: BaseModel, head_loss: HeadLoss, batch: MicroBatch, *, backward: bool) -> Rows:
+    """Run one micro-batch; the gradients are added to those of its adapters."""
+    table = RoutingTable(batch.segments, training=backward)
+    stream = PackedStream(batch.lengths, batch.total)
+    with torch.set_grad_enabled(backward), routing(table), packed(stream):
+        hidden_TH = base.hidden(batch.tokens_T, batch.positions_T)
+        out = head_loss(hidden_TH.detach(), batch.head, table, backward=backward)
+        # Nothing to do below the head if only the head carries adapters.
+        if out.grad_TH is not None and hidden_TH.requires_grad:
+            hidden_TH.backward(out.grad_TH)
+        out.grad_TH = None  # the rest is kept until all micro-batches have been started
+    return Rows(batch, out)
+
+
+def visit_every_block(base: BaseModel) -> None:
+    """Have every backward go down to the first block, whichever adapters there are.
+
+    A backward otherwise ends where no adapter asks for more; with a base in shares, ranks with
+    other adapters, or none, would then gather its blocks less often than their neighbours.
+    """
+    base.model.get_input_embeddings().register_forward_hook(_ask_for_gradient)
+
+
+def _ask_for_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    # The embedding is frozen, so that its output is a leaf.
+    return output.requires_grad_() if torch.is_grad_enabled() else output

@@ -1,6 +1,6 @@
 """From hidden states to log-probabilities, losses and the hidden states' gradient, in chunks.
 
-The head runs on the rows that somebody asks for, and backwards on the trained ones alone (see
+The head runs on the rows that are asked for, and backwards on the trained ones alone (see
 `head_rows`). Logits exist for one chunk of them at a time, so the memory of the loss does not grow
 with the stream. The head is frozen: it has no weight gradient, and the gradient of the hidden
 states is made in the same pass. Under tensor parallelism a rank forms the logits of its own part of
@@ -31,9 +31,11 @@ class HeadOutput:
     """What the head gives back for a stream, in fp32 but for the gradient.
 
     Attributes:
-        logprobs_L: log p(target); loss_L: loss of each row, by its first target.
+        logprobs_L: log p(target) of each row, by its first target.
+        loss_L: loss of each row, by its first target.
         grad_TH: gradient of the sum of all losses by the hidden states; None without a backward.
-        more_logprobs_M, more_loss_M: of the targets beyond the first; None where there are none.
+        more_logprobs_M: of the targets beyond the first; None where there are none.
+        more_loss_M: of the same targets.
     """
 
     logprobs_L: Tensor
@@ -67,7 +69,7 @@ class _Softmax:
 
 @dataclass(slots=True)
 class _More:
-    """A chunk's targets beyond the first: where in its logits, and how they fared.
+    """A chunk's targets beyond the first: where they are in its logits, and what came of them.
 
     `mine_m` tells which lie in this rank's logits, None if all do.
     """
@@ -177,9 +179,7 @@ class HeadLoss:
         work = table.part(chunk.piece, chunk.within, self.group) if chunk.piece is not None else []
         raw_cV, shrunk = self._logits(h_cH, sizes, work)
         logits_cV = head.scaled_(raw_cV.float())
-        cap_cV = None
-        if head.softcap is not None:
-            cap_cV = (logits_cV / head.softcap).square_().neg_().add_(1.0)
+        cap_cV = head.cap_slope(logits_cV)
         # One exponential serves the normaliser, the log-probabilities and the gradient.
         max_c1 = logits_cV.amax(dim=1, keepdim=True)
         logits_cV = logits_cV.sub_(max_c1)

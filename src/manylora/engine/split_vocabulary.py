@@ -33,7 +33,8 @@ class Whole:
     Attributes:
         sum_c1: of the exponentials, relative to this rank's own maximum, as its exponentials are.
         log_c1: logarithm of the sum, relative to the whole maximum.
-        target_c1, more_m: the targets' logits, relative to the whole maximum.
+        target_c1: the targets' logits, relative to the whole maximum.
+        more_m: those of the targets beyond the first.
     """
 
     sum_c1: Tensor

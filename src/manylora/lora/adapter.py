@@ -11,15 +11,13 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from manylora.kernels import Block, SiteFactor
+from manylora.kernels import DTYPES, Block, SiteFactor
 from manylora.lora.layout import Factor, rows
 from manylora.lora.sharding import ALONE, Part, Place, part_of
 from manylora.lora.sites import Site
 from manylora.lora.state import AdapterState, Floats
 from manylora.types import AdapterSpec
 from manylora.types.memory import adapter_bytes
-
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def to_tensor(array: Floats, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -39,7 +37,8 @@ class AdapterWeights:
 
     Attributes:
         weights_P: the vector, in the adapter's dtype.
-        spec, layout: the adapter's settings, and where its factors lie in a state.
+        spec: the adapter's settings.
+        layout: where its factors lie in a state.
         part: what this rank holds, and where that lies in the vector.
         blocks: input group → its factors, views of the vector.
     """
@@ -86,10 +85,12 @@ class Adapter:
 
     Attributes:
         weights: the factors in the adapter's dtype, which the layers read.
-        layout: where they lie in a state. part: what this rank holds of them.
+        layout: where the factors lie in a state.
+        part: what this rank holds of them.
         master_P: fp32, what the optimizer updates.
         grad_P: fp32, summed over every call since the last step; None until first needed.
-        exp_avg_P, exp_avg_sq_P: fp32 moments; None before the first step.
+        exp_avg_P: fp32, the first moment; None before the first step.
+        exp_avg_sq_P: fp32, the second.
         step: optimizer steps made.
         draws: pieces of work seen, the position in the random stream of dropout.
         has_grad: whether anything was accumulated since the last step, on any rank.
@@ -100,7 +101,7 @@ class Adapter:
 
     def __init__(self, state: AdapterState, sites: SiteIndex, device: torch.device, home: int = 0):
         """`home` is where a pending gradient's first share goes."""
-        dtype = TORCH_DTYPES[state.spec.dtype]
+        dtype = DTYPES[state.spec.dtype]
         self.spec, self.layout = state.spec, state.layout
         self.part = part = part_of(state.layout, sites.sites, sites.place)
         whole_P = to_tensor(part.take(state.weights), device)

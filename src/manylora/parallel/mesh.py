@@ -32,7 +32,8 @@ class Axis:
 
     Attributes:
         name: `dp`, `tp`, or `world` for the whole mesh.
-        size, index: ranks, and this one's place among them.
+        size: ranks.
+        index: this one's place among them.
         group: None where there is one rank.
         traffic: counts what is sent.
     """

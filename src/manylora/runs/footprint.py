@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
+from manylora.engine.engine import run
 from manylora.engine.head_loss import HeadLoss
 from manylora.engine.microbatch import build
 from manylora.engine.plan import make_plan
-from manylora.engine.running import run
 from manylora.lora.adapter import Adapter, SiteIndex
 from manylora.lora.layout import plan_layout
 from manylora.lora.linear import wrap_linears

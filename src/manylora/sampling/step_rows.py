@@ -1,9 +1,9 @@
 """How many rows a step of decoding has: as few more than sequences as their bits allow.
 
-Found by trying, once for each base and number of threads (see `kernels.rows`). Two ways are open to
-a base's products: its weights once more in the order that products of few rows read, or as they
-are. What does not come from linear layers and elementwise functions, as experts do, is not tried;
-steps of such a base are filled up to multiples that hold for all.
+It is found by trying, once for each base and number of threads (see `kernels.row_counts`). Two ways
+are open to a base's products: its weights once more in the order that products of few rows read, or
+as they are. What does not come from linear layers and elementwise functions, as experts do, is not
+tried; steps of such a base are filled up to multiples that hold for all.
 
 K terms of each sum, N columns.
 """
@@ -34,7 +34,8 @@ class FoundRows:
     """The numbers of rows that a step may have.
 
     Attributes:
-        hidden: for the blocks; logits: for the head and the draw.
+        hidden: for the blocks.
+        logits: for the head and the draw.
         packed: whether products read the weights that are kept twice.
     """
 
@@ -174,7 +175,8 @@ def twice_bytes(model: nn.Module, layers: Sequence[nn.Module], itemsize: int | N
     By the model alone, whatever memory is free: the two ways need not have the same bits.
 
     Args:
-        layers: that tokens pass. itemsize: of their numbers; None = as they are.
+        layers: that tokens pass.
+        itemsize: bytes of their numbers; None = as they are.
     """
     if not all(type(layer) is nn.Linear for layer in layers) or not _only_known(model, layers):
         return 0
