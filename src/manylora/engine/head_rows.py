@@ -80,6 +80,11 @@ class Chunk:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    @property
+    def rows(self) -> slice:
+        """The rows among all of the head's."""
+        return slice(self.start, self.stop)
+
 
 @dataclass(slots=True)
 class HeadRows:
