@@ -115,10 +115,6 @@ class HeadRows:
     def total(self) -> int:
         return len(self.rows_L)
 
-    @property
-    def num_trained(self) -> int:
-        return self.trained[-1][1] if self.trained else 0
-
     def more_span(self, start: int, stop: int) -> Span:
         """Where the targets beyond the first of the rows [start, stop) lie in `more`."""
         if self.more is None:

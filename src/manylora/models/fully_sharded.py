@@ -20,7 +20,7 @@ from manylora.types import Unsupported
 
 
 class Shared:
-    """A module's parameters, gathered while somebody uses them.
+    """A module's parameters, gathered while something uses them.
 
     `sharded` is None where every rank holds them whole.
     """

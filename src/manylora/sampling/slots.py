@@ -40,10 +40,6 @@ class Slots:
         self.logprobs = np.zeros((count, 0), np.float32)
         self.stops = np.full((count, 1), NO_STOP, np.int64)
 
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
     def take(
         self, params: SamplingParams, prompt: int, limit: int, stops: Sequence[int], key: int
     ) -> int:
