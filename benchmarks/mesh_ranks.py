@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import PeakBytes
 from manylora.engine import Engine
+from manylora.engine.engine import run
 from manylora.engine.microbatch import build
 from manylora.engine.plan import make_plan
 from manylora.engine.results import found, gathered
-from manylora.engine.running import run
 from manylora.lora.adapter import Adapter
 from manylora.losses import get_loss
 from manylora.parallel import Mesh
@@ -172,10 +172,9 @@ def _sending(mesh: Mesh, engine: Engine, verb: Callable[[], Any]) -> dict[str, A
 def _bare(engine: Engine, work: ForwardBackward) -> Callable[[], list[Any]]:
     """Return a verb that runs the streams on the base alone, with the gradients adapters need."""
     mesh, device = engine.mesh, engine.base.device
-    ranks = engine.index.place.dp
     loss = (get_loss("cross_entropy"), get_loss("cross_entropy").settings({}))
     stand_in: Any = {work.adapter: type("Bare", (), {"weights": None})()}
-    plan = make_plan([(0, work)], BUDGET, draws={work.adapter: 0}, ranks=ranks)
+    plan = make_plan([(0, work)], BUDGET, draws={work.adapter: 0}, ranks=mesh.dp.size)
     first = [engine.base.model.get_submodule(s.name) for s in engine.sites if s.group == 0]
 
     def verb() -> list[Any]:
@@ -185,13 +184,12 @@ def _bare(engine: Engine, work: ForwardBackward) -> Callable[[], list[Any]]:
         ]
         batches = [
             build(pieces, stand_in, [loss], backward=False, device=device)
-            for pieces in plan.batches[engine.index.place.dp_index]
+            for pieces in plan.batches[mesh.dp.index]
         ]
         rows = [run(engine.base, engine.head_loss, batch, backward=True) for batch in batches]
         for hook in hooks:
             hook.remove()
-        own = found(rows, [loss])
-        return [own if mesh is None else gathered(own, plan, [loss], mesh.dp, device)]
+        return [gathered(found(rows, [loss]), plan, [loss], mesh.dp, device)]
 
     return verb
 

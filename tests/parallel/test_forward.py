@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manylora.engine import Engine
-from manylora.engine.running import visit_every_block
+from manylora.engine.engine import visit_every_block
 from manylora.lora.routing import RoutingTable, Segment, routing
 from manylora.models import PackedStream, packed
 from manylora.models.stream import padded_rows

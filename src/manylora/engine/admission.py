@@ -23,7 +23,8 @@ def kv_bytes(config: Any, itemsize: int, tp: int = 1) -> int:
     """Bytes of one token's keys and values in all layers, by a base's config.
 
     Args:
-        config: the text config. itemsize: bytes of a number of the base.
+        config: the text config.
+        itemsize: bytes of a number of the base.
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -31,8 +32,7 @@ def kv_bytes(config: Any, itemsize: int, tp: int = 1) -> int:
 
 
 def cached_tokens(base: BaseModel, free: int) -> int | None:
-    """Tokens that the decode cache has memory for on this machine; None = for all that it may
-    hold."""
+    """Tokens that the decode cache has memory for here; None = for all that it may hold."""
     if base.mesh.shape.size > 1:
         return None
     each = kv_bytes(base.model.config.get_text_config(), base.dtype.itemsize)
@@ -43,7 +43,7 @@ def cached_tokens(base: BaseModel, free: int) -> int | None:
 def admit_sample(
     sample: Sample, base: BaseModel, most_tokens: int | None, promised: int, memory: FreeMemory
 ) -> None:
-    """Whether one continuation fits the cache, and all answers the host's memory.
+    """Let a request be sampled, if a continuation fits the cache and all answers the host.
 
     Args:
         most_tokens: of a sequence, that there is memory for; None = it is not memory that bounds
@@ -71,21 +71,19 @@ def admit_sample(
     each = ANSWER_TOKEN_BYTES + TOPK_BYTES * max(0, sample.scoring.topk_sampled)
     needed = each * sum(limits) * sample.num_samples
     free = memory.beside(promised + needed)
-    admit(
-        "sampling, which on CPU keeps the base's weights twice,", promised, free,
-        f"a base whose linear layers take at most {bytes_text(free)} would fit",
-    )  # fmt: skip
+    fits = f"a base whose linear layers take at most {bytes_text(free)} would fit"
+    admit("sampling, which on CPU keeps the base's weights twice,", promised, free, fits)
     free -= promised
-    admit(
+    what = (
         f"num_samples={sample.num_samples:,} answers of up to {max(limits):,} tokens to "
-        f"{len(lengths):,} prompts", needed, free,
-        f"num_samples × max_tokens × prompts of at most {free // each:,} would fit",
-    )  # fmt: skip
+        f"{len(lengths):,} prompts"
+    )
+    fits = f"num_samples × max_tokens × prompts of at most {free // each:,} would fit"
+    admit(what, needed, free, fits)
 
 
 def admit_work(work: ForwardBackward, base: BaseModel, memory: FreeMemory) -> None:
-    """Whether an operation's longest datum can be run at all: what is certainly kept of it for the
-    backward has to fit.
+    """Let an operation run, if what is certainly kept of its longest datum fits.
 
     Args:
         memory: of the base's device.
@@ -100,7 +98,6 @@ def admit_work(work: ForwardBackward, base: BaseModel, memory: FreeMemory) -> No
     each = blocks * config.hidden_size * base.dtype.itemsize
     rows = max(len(datum) for datum in work.data)
     free = memory.beside(rows * each)
-    admit(
-        f"adapter {work.adapter!r}: a datum of {rows:,} tokens", rows * each, free,
-        f"one of at most {max(0, free) // each:,} tokens would fit",
-    )  # fmt: skip
+    what = f"adapter {work.adapter!r}: a datum of {rows:,} tokens"
+    fits = f"one of at most {max(0, free) // each:,} tokens would fit"
+    admit(what, rows * each, free, fits)

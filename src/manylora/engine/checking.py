@@ -1,4 +1,4 @@
-"""What is refused before anything runs."""
+"""Operations that cannot be run are refused before anything runs."""
 
 from manylora.losses import Loss, Settings, get_loss
 from manylora.models import BaseModel

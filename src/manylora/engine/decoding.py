@@ -132,11 +132,16 @@ class Decoder:
             admit_sample(sample, self.base, self._most_tokens, self.promised_bytes, self._memory)
             requests = [
                 Request(
-                    self._prompt(prompt), weights, sample.params, sample.num_samples,
-                    sample.scoring, sample.tenant, index,
+                    self._prompt(prompt),
+                    weights,
+                    sample.params,
+                    sample.num_samples,
+                    sample.scoring,
+                    sample.tenant,
+                    index,
                 )
                 for index, prompt in enumerate(sample.prompts)
-            ]  # fmt: skip
+            ]
             _check_candidates(sample, requests, self.base.vocab_size)
         except ManyloraError as error:
             return error

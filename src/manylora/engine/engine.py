@@ -1,14 +1,14 @@
 """The engine's verbs: one base, many adapters, one packed batch.
 
-P parameters of an adapter.
+P parameters of an adapter, T tokens of a packed batch, H hidden size.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from manylora.engine.admission import admit_work, cached_tokens
 from manylora.engine.checking import check
@@ -18,11 +18,9 @@ from manylora.engine.host_memory import FreeMemory, keep_freed_memory
 from manylora.engine.microbatch import MicroBatch, build
 from manylora.engine.plan import Plan, make_plan
 from manylora.engine.results import Losses, Rows, found, gathered, results
-from manylora.engine.running import run, visit_every_block
-from manylora.engine.stepping import Due, step_alone, step_on_mesh
-from manylora.kernels import settle_functions, whole_products
+from manylora.engine.stepping import Due, step_on_mesh
+from manylora.kernels import DTYPES, settle_functions, whole_products
 from manylora.lora.adapter import (
-    TORCH_DTYPES,
     Adapter,
     AdapterWeights,
     SiteIndex,
@@ -33,11 +31,12 @@ from manylora.lora.gathering import gathered_state, gathered_weights
 from manylora.lora.init import fresh_state, named_seed
 from manylora.lora.layout import Layout, plan_layout
 from manylora.lora.linear import site_of, wrap_linears
+from manylora.lora.routing import RoutingTable, routing
 from manylora.lora.sharding import part_of, place_on
 from manylora.lora.sites import resolve_targets
 from manylora.lora.state import AdapterState, Floats
 from manylora.losses import Loss, Settings
-from manylora.models import BaseModel, open_base
+from manylora.models import BaseModel, PackedStream, open_base, packed
 from manylora.models.base import checkpoint_activations
 from manylora.models.linears import find_linears
 from manylora.models.whole import whole_weight
@@ -62,8 +61,6 @@ from manylora.types import (
 )
 from manylora.types.memory import admit_adapter
 
-Result = TypeVar("Result")
-
 
 class Engine:
     """A base model and the adapters on it. One thread at a time; errors come back as values.
@@ -85,24 +82,26 @@ class Engine:
         if opening.threads is not None:
             torch.set_num_threads(opening.threads)
         settle_functions()
-        # One process is one process, whatever it is called.
-        self.mesh = mesh if mesh is not None and mesh.shape.size > 1 else None
         self.base: BaseModel = open_base(
-            opening.base, dtype=opening.dtype, device=opening.device,
-            quantization=opening.quantization, mesh=self.mesh,
-        )  # fmt: skip
+            opening.base,
+            dtype=opening.dtype,
+            device=opening.device,
+            quantization=opening.quantization,
+            mesh=mesh,
+        )
+        self.mesh = self.base.mesh
         if self.base.device.type == "cpu":
             keep_freed_memory()
         whole_products(self.base.device, self.base.dtype)  # found out now, not in the first step
         self.token_budget = opening.token_budget
-        self.sites = tuple(site_of(found) for found in find_linears(self.base))
+        groups = wrap_linears(self.base.model, map(site_of, find_linears(self.base)))
+        self.sites = tuple(site for group in groups for site in group.sites)
         self.index = SiteIndex(self.sites, place_on(self.mesh))
-        wrap_linears(self.base.model, self.index)
         if opening.activation_checkpointing:
             checkpoint_activations(self.base)
         if self._ranks > 1:
             visit_every_block(self.base)
-        self.head_loss = HeadLoss(self.base.head, self.sites[-1].group)
+        self.head_loss = HeadLoss(self.base.head, groups[-1].number)
         self._memory = FreeMemory(self.base.device)
         self.adapters: dict[str, Adapter] = {}
         self.snapshots: dict[str, AdapterWeights] = {}
@@ -131,7 +130,7 @@ class Engine:
     # -- adapters -------------------------------------------------------------------------------
 
     def create(self, name: str, spec: AdapterSpec) -> Adapter:
-        """A new adapter that changes nothing yet.
+        """Make a new adapter, which changes nothing yet.
 
         Raises:
             AdapterExists, TargetError, DoesNotFit
@@ -141,7 +140,7 @@ class Engine:
         return self.restore(name, fresh_state(spec, layout))
 
     def restore(self, name: str, state: AdapterState) -> Adapter:
-        """An adapter with the given state, whose layout must be this base's.
+        """Make an adapter with the given state, whose layout must be this base's.
 
         Raises:
             AdapterExists, DoesNotFit
@@ -154,11 +153,11 @@ class Engine:
     def _admit(self, name: str, spec: AdapterSpec, layout: Layout) -> None:
         if name in self.adapters:
             raise AdapterExists(f"an adapter named {name!r} exists already; choose another name")
-        if self.mesh is None:  # the ranks of a mesh must agree: there the control process decides
+        if self.mesh.world.size == 1:  # several must agree: there the control process decides
             admit_adapter(name, spec.rank, layout.num_params, spec.dtype, self.room_bytes)
 
     def base_weight(self, site: str) -> Floats:
-        """A copy of the frozen weight [N, K] of a linear layer, in fp32."""
+        """Copy the frozen weight [N, K] of a linear layer, in fp32."""
         layer = self.base.model.get_submodule(site).base
         assert isinstance(layer, nn.Linear)
         return to_array(whole_weight(layer, self.base.mesh))
@@ -175,26 +174,21 @@ class Engine:
             adapter.poison = reason
 
     def state(self, name: str) -> AdapterState:
-        """A detached copy of everything that training the adapter needs."""
-        adapter = self._adapter(name)
-        return adapter.state() if self.mesh is None else gathered_state(adapter, self.mesh)
+        """Copy everything that training the adapter needs."""
+        return gathered_state(self._adapter(name), self.mesh)
 
     def snapshot(self, name: str, snapshot: str) -> None:
         """Freeze a copy of the adapter's weights under the name `snapshot`."""
         self.snapshots[snapshot] = self._adapter(name).weights.snapshot(self.index)
 
     def snapshot_state(self, snapshot: str) -> AdapterState:
-        """A snapshot as a state (fp32), for keeping it elsewhere."""
+        """A snapshot as a state (fp32), to be stored elsewhere."""
         weights = self.snapshots[snapshot]
-        if self.mesh is None:
-            vector_P = to_array(weights.weights_P)
-        else:
-            vector_P = gathered_weights(weights, self.mesh)
-        return AdapterState(weights.spec, weights.layout, vector_P)
+        return AdapterState(weights.spec, weights.layout, gathered_weights(weights, self.mesh))
 
     def install_snapshot(self, snapshot: str, state: AdapterState) -> None:
         """Bring a snapshot back that `snapshot_state` gave."""
-        dtype = TORCH_DTYPES[state.spec.dtype]
+        dtype = DTYPES[state.spec.dtype]
         part = part_of(state.layout, self.sites, self.index.place)
         weights_P = to_tensor(part.take(state.weights), self.base.device, dtype)
         self.snapshots[snapshot] = AdapterWeights(state.spec, part, weights_P, self.index)
@@ -215,7 +209,7 @@ class Engine:
             NotFinite. After an error the adapter's pending gradients are refused by its next
             optimizer step; after an exception, those of every adapter of the call.
         """
-        outcomes: list[ForwardBackwardResult | ManyloraError | None] = [None] * len(works)
+        outcomes: dict[int, ForwardBackwardResult | ManyloraError] = {}
         losses: list[tuple[Loss, Settings] | None] = [None] * len(works)
         for number, work in enumerate(works):
             try:
@@ -234,7 +228,7 @@ class Engine:
             for work in works:
                 self._poison(work, error)
             raise
-        return outcomes  # type: ignore[return-value]
+        return [outcomes[number] for number in range(len(works))]
 
     def optim_step(self, steps: Sequence[OptimStep]) -> list[OptimStepResult | ManyloraError]:
         """Step the adapters that are due; each by its own norm, clip and hyper-parameters.
@@ -243,9 +237,8 @@ class Engine:
             For each its result, or: StepRefused, NotFinite (weights and moments unchanged, the
             gradient dropped), AdapterNotFound.
         """
-        outcomes: list[OptimStepResult | ManyloraError | None] = [None] * len(steps)
-        due: list[Due] = []
-        places: list[int] = []
+        outcomes: dict[int, OptimStepResult | ManyloraError] = {}
+        due: dict[int, Due] = {}
         for number, step in enumerate(steps):
             adapter = self.adapters.get(step.adapter)
             if adapter is None:
@@ -257,15 +250,10 @@ class Engine:
                 )
                 adapter.drop_grad()
             else:
-                due.append((step, adapter))
-                places.append(number)
-        if self.mesh is None:
-            stepped = step_alone(due)
-        else:
-            stepped = step_on_mesh(due, self.mesh, self.base.device)
-        for number, outcome in zip(places, stepped, strict=True):
-            outcomes[number] = outcome
-        return outcomes  # type: ignore[return-value]
+                due[number] = step, adapter
+        stepped = step_on_mesh(list(due.values()), self.mesh, self.base.device)
+        outcomes.update(zip(due, stepped, strict=True))
+        return [outcomes[number] for number in range(len(steps))]
 
     # -- sampling -------------------------------------------------------------------------------
 
@@ -300,7 +288,7 @@ class Engine:
         self,
         works: Sequence[ForwardBackward],
         losses: Sequence[tuple[Loss, Settings] | None],
-        outcomes: list[ForwardBackwardResult | ManyloraError | None],
+        outcomes: dict[int, ForwardBackwardResult | ManyloraError],
         *,
         backward: bool,
     ) -> None:
@@ -317,11 +305,9 @@ class Engine:
                 build(batch, self.adapters, known, backward=backward, device=self.base.device),
                 backward=backward,
             )
-            for batch in plan.batches[self.index.place.dp_index]
+            for batch in plan.batches[self.mesh.dp.index]
         ]
-        pieces = found(rows, known)
-        if self.mesh is not None and self._ranks > 1:
-            pieces = gathered(pieces, plan, known, self.mesh.dp, self.base.device)
+        pieces = gathered(found(rows, known), plan, known, self.mesh.dp, self.base.device)
         for number, result in results(pieces, plan, known, runnable):
             outcomes[number] = self._finite(works[number], result)
 
@@ -329,7 +315,7 @@ class Engine:
         return run(self.base, self.head_loss, batch, backward=backward)
 
     def _plan(self, runnable: Sequence[tuple[int, ForwardBackward]], *, backward: bool) -> Plan:
-        """Who runs what. With `backward`, the adapters are told what they will have seen."""
+        """Say which rank runs what; with `backward`, tell the adapters what they will have seen."""
         adapters = {work.adapter: self.adapters[work.adapter] for _, work in runnable}
         plan = make_plan(
             runnable,
@@ -347,7 +333,7 @@ class Engine:
     @property
     def _ranks(self) -> int:
         """Data-parallel ranks."""
-        return self.index.place.dp
+        return self.mesh.dp.size
 
     def _poison(self, work: ForwardBackward, error: Exception) -> None:
         adapter = self.adapters.get(work.adapter)
@@ -380,3 +366,31 @@ class Engine:
                 raise AdapterNotFound(f"no snapshot named {request.snapshot!r}")
             return self.snapshots[request.snapshot]
         return None if request.adapter is None else self._adapter(request.adapter).weights
+
+
+def run(base: BaseModel, head_loss: HeadLoss, batch: MicroBatch, *, backward: bool) -> Rows:
+    """Run one micro-batch; the gradients are added to those of its adapters."""
+    table = RoutingTable(batch.segments, training=backward)
+    stream = PackedStream(batch.lengths, batch.total)
+    with torch.set_grad_enabled(backward), routing(table), packed(stream):
+        hidden_TH = base.hidden(batch.tokens_T, batch.positions_T)
+        out = head_loss(hidden_TH.detach(), batch.head, table, backward=backward)
+        # Nothing to do below the head if only the head carries adapters.
+        if out.grad_TH is not None and hidden_TH.requires_grad:
+            hidden_TH.backward(out.grad_TH)
+        out.grad_TH = None  # the rest is kept until all micro-batches have been started
+    return Rows(batch, out)
+
+
+def visit_every_block(base: BaseModel) -> None:
+    """Have every backward go down to the first block, whichever adapters there are.
+
+    A backward otherwise ends where no adapter asks for more; with a base in shares, ranks with
+    other adapters, or none, would then gather its blocks less often than their neighbours.
+    """
+    base.model.get_input_embeddings().register_forward_hook(_ask_for_gradient)
+
+
+def _ask_for_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    # The embedding is frozen, so that its output is a leaf.
+    return output.requires_grad_() if torch.is_grad_enabled() else output

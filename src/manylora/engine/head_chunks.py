@@ -39,8 +39,3 @@ def chunk_rows(vocab: int, dtype: torch.dtype, *, capped: bool) -> int:
     most = MOST_BYTES // row_bytes(vocab, dtype, capped=capped)
     rows = min(max(CHUNK_ELEMENTS // vocab, FEW_ROWS), most)
     return max(ROW_MULTIPLE, rows // ROW_MULTIPLE * ROW_MULTIPLE)
-
-
-def chunk_bytes(vocab: int, dtype: torch.dtype, *, capped: bool) -> int:
-    """Bytes of a chunk's logits and of what is made of them."""
-    return chunk_rows(vocab, dtype, capped=capped) * row_bytes(vocab, dtype, capped=capped)

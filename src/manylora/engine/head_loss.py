@@ -1,6 +1,6 @@
 """From hidden states to log-probabilities, losses and the hidden states' gradient, in chunks.
 
-The head runs on the rows that somebody asks for, and backwards on the trained ones alone (see
+The head runs on the rows that are asked for, and backwards on the trained ones alone (see
 `head_rows`). Logits exist for one chunk of them at a time, so the memory of the loss does not grow
 with the stream. The head is frozen: it has no weight gradient, and the gradient of the hidden
 states is made in the same pass. Under tensor parallelism a rank forms the logits of its own part of
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from manylora.engine.head_chunks import chunk_rows
 from manylora.engine.head_rows import Chunk, HeadRows
-from manylora.engine.split_vocabulary import VocabularyPart
-from manylora.kernels import SegmentWork, product, shrink_expand, shrink_expand_backward
+from manylora.engine.split_vocabulary import Mine, Picked, VocabularyPart, WholeVocabulary
+from manylora.kernels import SegmentWork, low_rank_on, product
 from manylora.lora.routing import RoutingTable
 from manylora.losses.cross_entropy import cross_entropy
 from manylora.models import Head
@@ -31,9 +31,11 @@ class HeadOutput:
     """What the head gives back for a stream, in fp32 but for the gradient.
 
     Attributes:
-        logprobs_L: log p(target); loss_L: loss of each row, by its first target.
+        logprobs_L: log p(target) of each row, by its first target.
+        loss_L: loss of each row, by its first target.
         grad_TH: gradient of the sum of all losses by the hidden states; None without a backward.
-        more_logprobs_M, more_loss_M: of the targets beyond the first; None where there are none.
+        more_logprobs_M: of the targets beyond the first; None where there are none.
+        more_loss_M: of the same targets.
     """
 
     logprobs_L: Tensor
@@ -45,15 +47,24 @@ class HeadOutput:
 
 @dataclass(slots=True)
 class _Softmax:
-    """A chunk's forward: its input, what the adapters' backward needs, and exp(logits - max).
+    """A chunk's forward.
 
-    `cap_cV` is the derivative of the softcap, None where there is none. The targets are places in
-    this rank's logits; `mine_c1` tells which of them are its own, None if all are.
+    Attributes:
+        h_cH: its input.
+        mine: the targets, as places in this rank's logits.
+        sizes: rows of the chunk, and those that fill it up.
+        work: of an adapter on the head.
+        shrunk: what the adapter's backward needs.
+        dtype: of the head's products.
+        cap_cV: the derivative of the softcap, None where there is none.
+        exp_cV: exp(logits - max).
+        sum_c1: of the exponentials of the whole vocabulary.
+        logprobs: of the first targets [c], and of those beyond [m] if there are any.
+        more: the targets beyond the first; None where there are none.
     """
 
     h_cH: Tensor
-    targets_c1: Tensor
-    mine_c1: Tensor | None
+    mine: Mine
     sizes: list[int]
     work: list[SegmentWork]
     shrunk: list[Tensor]
@@ -61,26 +72,27 @@ class _Softmax:
     cap_cV: Tensor | None
     exp_cV: Tensor
     sum_c1: Tensor
-    logprobs_c: Tensor
+    logprobs: list[Tensor]
     more: "_More | None"
 
 
 @dataclass(slots=True)
 class _More:
-    """A chunk's targets beyond the first: where in its logits, and how they fared.
+    """A chunk's targets beyond the first.
 
-    `mine_m` tells which lie in this rank's logits, None if all do.
+    Attributes:
+        span: which of the stream's they are.
+        picked: their logits.
+        mine: their cells in this rank's logits, row by row.
+        weights_m: the weight of each.
+        weight_c1: the sum of each row's weights.
     """
 
-    start: int
-    stop: int
-    rows_m: Tensor
-    targets_m: Tensor
-    cells_m: Tensor
-    mine_m: Tensor | None
+    span: slice
+    picked: Picked
+    mine: Mine
     weights_m: Tensor
     weight_c1: Tensor
-    logprobs_m: Tensor
 
 
 class HeadLoss:
@@ -90,10 +102,11 @@ class HeadLoss:
         """`group` is the input group of the head's own site."""
         self.head = head
         self.group = group
-        self.part = None if head.axis is None else VocabularyPart(head.axis, head.vocab)
-        words = head.vocab if self.part is None else self.part.longest
+        vocab, axis = head.vocab, head.axis
+        self.part = WholeVocabulary(vocab) if axis is None else VocabularyPart(axis, vocab)
         capped = head.softcap is not None
-        self.chunk_rows = chunk_rows(words, head.weight_VH.dtype, capped=capped)
+        self.chunk_rows = chunk_rows(self.part.longest, head.weight_VH.dtype, capped=capped)
+        self.low_rank = low_rank_on(head.weight_VH.device)
 
     @torch.no_grad()
     def __call__(
@@ -118,8 +131,8 @@ class HeadLoss:
             out.more_loss_M = torch.empty_like(rows.more.weights_M)
         for chunk in chunks:
             self._chunk(hidden_TH, rows, inputs, table, chunk, out)
-        if self.part is not None and out.grad_TH is not None:
-            self.part.axis.sum_(out.grad_TH)
+        if out.grad_TH is not None:
+            self.part.sum_(out.grad_TH)
         return out
 
     def _sequence_inputs(
@@ -135,10 +148,9 @@ class HeadLoss:
             return {}
         logprobs_L = torch.zeros(rows.total, dtype=torch.float32, device=hidden_TH.device)
         for chunk in chunks:
-            start, stop = chunk.start, chunk.stop
-            if chunk.trained and any(share.within(start, stop) for share in shares):
-                logprobs_c = self._softmax(hidden_TH, rows, table, chunk).logprobs_c
-                logprobs_L[start:stop] = logprobs_c[: len(chunk)]
+            if chunk.trained and any(share.within(chunk.start, chunk.stop) for share in shares):
+                logprobs_c = self._softmax(hidden_TH, rows, table, chunk).logprobs[0]
+                logprobs_L[chunk.rows] = logprobs_c[: len(chunk)]
         return {
             name: make(logprobs_L, rows.inputs, rows.lengths)
             for share in shares
@@ -155,83 +167,49 @@ class HeadLoss:
         out: HeadOutput,
     ) -> None:
         """Fill in the chunk's part of `out`."""
-        start, stop = chunk.start, chunk.stop
         made = self._softmax(hidden_TH, rows, table, chunk)
-        loss_c, slope_c = _losses(rows, inputs_L, start, stop, made.logprobs_c)
-        out.logprobs_L[start:stop] = made.logprobs_c[: len(chunk)]
-        out.loss_L[start:stop] = loss_c[: len(chunk)]
-        slope_m = _more_losses(made.more, out)
+        logprobs_c = made.logprobs[0]
+        loss_c, slope_c = _losses(rows, inputs_L, chunk, logprobs_c)
+        out.logprobs_L[chunk.rows] = logprobs_c[: len(chunk)]
+        out.loss_L[chunk.rows] = loss_c[: len(chunk)]
+        slope_m = _more_losses(made, out)
         if out.grad_TH is not None and chunk.trained:
             grad_cH = self._gradient(made, slope_c, slope_m)[: len(chunk)]
-            out.grad_TH.index_copy_(0, rows.rows_L[start:stop], grad_cH)
+            out.grad_TH.index_copy_(0, rows.rows_L[chunk.rows], grad_cH)
 
     def _softmax(
         self, hidden_TH: Tensor, rows: HeadRows, table: RoutingTable, chunk: Chunk
     ) -> _Softmax:
         """The forward of a chunk."""
-        head, start, stop = self.head, chunk.start, chunk.stop
-        h_cH = _filled_up(hidden_TH.index_select(0, rows.rows_L[start:stop]))
-        targets_c1 = _padded(rows.targets_L, start, stop).unsqueeze(1)
+        h_cH = _filled_up(hidden_TH.index_select(0, rows.rows_L[chunk.rows]))
+        targets_c = _filled_up(rows.targets_L[chunk.rows])
         sizes = [len(chunk), len(h_cH) - len(chunk)]
         work = table.part(chunk.piece, chunk.within, self.group) if chunk.piece is not None else []
         raw_cV, shrunk = self._logits(h_cH, sizes, work)
-        logits_cV = head.scaled_(raw_cV.float())
-        cap_cV = None
-        if head.softcap is not None:
-            cap_cV = (logits_cV / head.softcap).square_().neg_().add_(1.0)
+        logits_cV = self.head.scaled_(raw_cV.float())
+        cap_cV = self.head.cap_slope(logits_cV)
         # One exponential serves the normaliser, the log-probabilities and the gradient.
         max_c1 = logits_cV.amax(dim=1, keepdim=True)
         logits_cV = logits_cV.sub_(max_c1)
-        mine = None if self.part is None else self.part.mine(targets_c1)
-        places_c1 = targets_c1 if mine is None else mine.place
-        target_c1 = logits_cV.gather(1, places_c1)
-        more = _gathered(rows, start, stop, logits_cV, self.part)
+        mine = self.part.mine(targets_c.unsqueeze(1))
+        first = Picked(targets_c, logits_cV.gather(1, mine.place).squeeze(1))
+        more = _more_targets(rows, chunk, logits_cV, self.part)
+        picked = [first] if more is None else [first, more.picked]
         exp_cV = logits_cV.exp_()
-        sum_c1 = exp_cV.sum(dim=1, keepdim=True)
-        if self.part is not None:
-            sum_c1, log_c1, target_c1 = self._completed(
-                self.part, max_c1, sum_c1, target_c1, targets_c1, more
-            )
-        else:
-            log_c1 = sum_c1.log()
-        logprobs_c = (target_c1 - log_c1).squeeze(1)
-        if more is not None:
-            more.logprobs_m -= log_c1.view(-1)[more.rows_m]
+        whole = self.part.whole(max_c1, exp_cV.sum(dim=1, keepdim=True), picked)
         return _Softmax(
             h_cH=h_cH,
-            targets_c1=places_c1,
-            mine_c1=None if mine is None else mine.inside,
+            mine=mine,
             sizes=sizes,
             work=work,
             shrunk=shrunk,
             dtype=raw_cV.dtype,
             cap_cV=cap_cV,
             exp_cV=exp_cV,
-            sum_c1=sum_c1,
-            logprobs_c=logprobs_c,
+            sum_c1=whole.sum_c1,
+            logprobs=whole.logprobs,
             more=more,
         )
-
-    @staticmethod
-    def _completed(
-        part: VocabularyPart,
-        max_c1: Tensor,
-        sum_c1: Tensor,
-        target_c1: Tensor,
-        targets_c1: Tensor,
-        more: _More | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum, its logarithm and the targets' logits of the whole vocabulary; and `more`'s."""
-        nothing = targets_c1.new_empty(0)
-        more_m, rows_m, targets_m = (
-            (max_c1.new_empty(0), nothing, nothing)
-            if more is None
-            else (more.logprobs_m, more.rows_m, more.targets_m)
-        )
-        whole = part.whole(max_c1, sum_c1, target_c1, targets_c1, more_m, rows_m, targets_m)
-        if more is not None:
-            more.logprobs_m = whole.more_m
-        return whole.sum_c1, whole.log_c1, whole.target_c1
 
     def _gradient(self, chunk: _Softmax, slope_c: Tensor, slope_m: Tensor | None) -> Tensor:
         """The gradient of the chunk's hidden states [c, H]; uses up `exp_cV`."""
@@ -242,22 +220,18 @@ class HeadLoss:
         if chunk.more is not None:
             total_c1 = slope_c1 - chunk.more.weight_c1 * factor
         grad_cV = chunk.exp_cV.mul_(-total_c1 / chunk.sum_c1)
-        if chunk.mine_c1 is not None:
-            slope_c1 = slope_c1 * chunk.mine_c1
-        grad_cV.scatter_add_(1, chunk.targets_c1, slope_c1)
+        grad_cV.scatter_add_(1, chunk.mine.place, chunk.mine.only(slope_c1))
         if chunk.more is not None and slope_m is not None:
-            slope_m = slope_m * factor
-            if chunk.more.mine_m is not None:
-                slope_m = slope_m * chunk.more.mine_m
+            mine = chunk.more.mine
             # One dimension is added up in order, also where a row names a token twice.
-            grad_cV.view(-1).scatter_add_(0, chunk.more.cells_m, slope_m)
+            grad_cV.view(-1).scatter_add_(0, mine.place, mine.only(slope_m * factor))
         if chunk.cap_cV is not None:
             grad_cV.mul_(chunk.cap_cV)
         grad_cV = grad_cV.to(chunk.dtype)
         grad_cH = product(grad_cV, self.head.weight_VH)
         if chunk.work:
-            shrink_expand_backward(
-                chunk.h_cH, [grad_cV], grad_cH, chunk.sizes, chunk.work, chunk.shrunk
+            self.low_rank.shrink_expand_backward(
+                chunk.h_cH, [grad_cV], grad_cH, chunk.sizes, chunk.work, chunk.shrunk, None
             )
         return grad_cH
 
@@ -266,71 +240,64 @@ class HeadLoss:
     ) -> tuple[Tensor, list[Tensor]]:
         """Uncapped logits [c, V] with the adapters on the head, and what their backward needs."""
         raw_cV = product(h_cH, self.head.weight_VH.t(), self.head.bias_V)
-        return raw_cV, shrink_expand(h_cH, [raw_cV], sizes, work) if work else []
+        if not work:
+            return raw_cV, []
+        return raw_cV, self.low_rank.shrink_expand(h_cH, [raw_cV], sizes, work, None)
 
 
 def _losses(
-    rows: HeadRows, inputs_L: Mapping[str, Tensor], start: int, stop: int, logprobs_c: Tensor
+    rows: HeadRows, inputs_L: Mapping[str, Tensor], chunk: Chunk, logprobs_c: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Loss and slope of each row under its own operation's loss."""
-    inputs = {name: _padded(value, start, stop) for name, value in inputs_L.items()}
+    inputs = {name: _filled_up(value[chunk.rows]) for name, value in inputs_L.items()}
     loss_c, slope_c = torch.zeros_like(logprobs_c), torch.zeros_like(logprobs_c)
     for share in rows.losses:
         own_loss_c, own_slope_c = share.loss.function(logprobs_c, inputs, share.settings)
         if share.rows_L is None:
             return own_loss_c, own_slope_c
-        rows_c = _padded(share.rows_L, start, stop)
+        rows_c = _filled_up(share.rows_L[chunk.rows])
         loss_c = torch.where(rows_c, own_loss_c, loss_c)
         slope_c = torch.where(rows_c, own_slope_c, slope_c)
     return loss_c, slope_c
 
 
-def _gathered(
-    rows: HeadRows, start: int, stop: int, logits_cV: Tensor, part: VocabularyPart | None
+def _more_targets(
+    rows: HeadRows, chunk: Chunk, logits_cV: Tensor, part: VocabularyPart | WholeVocabulary
 ) -> _More | None:
-    """The shifted logits of a chunk's targets beyond the first, as `logprobs_m` to be completed."""
+    """A chunk's targets beyond the first, and their shifted logits."""
     more = rows.more
-    first, last = rows.more_span(start, stop)
+    first, last = rows.more_span(chunk.start, chunk.stop)
     if more is None or first == last:
         return None
-    rows_c = torch.arange(stop - start, device=logits_cV.device)
-    rows_m = rows_c.repeat_interleave(more.counts_L[start:stop], output_size=last - first)
+    rows_c = torch.arange(len(chunk), device=logits_cV.device)
+    rows_m = rows_c.repeat_interleave(more.counts_L[chunk.rows], output_size=last - first)
     targets_m = more.targets_M[first:last]
-    mine = None if part is None else part.mine(targets_m)
-    cells_m = rows_m * logits_cV.shape[1] + (targets_m if mine is None else mine.place)
-    weight_c1 = _padded(more.weight_L, start, stop).unsqueeze(1)
-    weights_m = more.weights_M[first:last]
+    mine = part.mine(targets_m)
+    cells_m = rows_m * logits_cV.shape[1] + mine.place
     return _More(
-        first,
-        last,
-        rows_m,
-        targets_m,
-        cells_m,
-        None if mine is None else mine.inside,
-        weights_m,
-        weight_c1,
-        logits_cV.view(-1)[cells_m],
+        span=slice(first, last),
+        picked=Picked(targets_m, logits_cV.view(-1)[cells_m], rows_m),
+        mine=Mine(cells_m, mine.inside),
+        weights_m=more.weights_M[first:last],
+        weight_c1=_filled_up(more.weight_L[chunk.rows]).unsqueeze(1),
     )
 
 
-def _more_losses(more: _More | None, out: HeadOutput) -> Tensor | None:
+def _more_losses(made: _Softmax, out: HeadOutput) -> Tensor | None:
     """Fill in the chunk's share of `out`; the slope [m] of each target beyond the first."""
+    more = made.more
     if more is None or out.more_logprobs_M is None or out.more_loss_M is None:
         return None
+    logprobs_m = made.logprobs[1]
     # The only loss that takes several targets.
-    loss_m, slope_m = cross_entropy(more.logprobs_m, {"weights": more.weights_m}, {})
-    out.more_logprobs_M[more.start : more.stop] = more.logprobs_m
-    out.more_loss_M[more.start : more.stop] = loss_m
+    loss_m, slope_m = cross_entropy(logprobs_m, {"weights": more.weights_m}, {})
+    out.more_logprobs_M[more.span] = logprobs_m
+    out.more_loss_M[more.span] = loss_m
     return slope_m
 
 
-def _padded(tensor_L: Tensor, start: int, stop: int) -> Tensor:
-    """Rows [start, stop), filled up."""
-    return _filled_up(tensor_L[start:stop])
-
-
 def _filled_up(rows: Tensor) -> Tensor:
-    """With zero rows up to a safe number (see `ROW_MULTIPLE`)."""
+    """Rows with zeros behind them, up to a safe number of rows (see `ROW_MULTIPLE`)."""
     missing = padded_rows(len(rows)) - len(rows)
     if missing == 0:
         return rows

@@ -3,7 +3,7 @@
 First the trained ones (see `Loss.trained`), in the order of the stream; behind them, in that order
 too, those of which an operation wants to read the log-probabilities and nothing else. The head runs
 on the first as if the second were not there, so an operation's loss and gradient have the same bits
-whatever it wants to read; nobody asks for the rest, so it costs nothing.
+whatever it wants to read. The rest is not asked for and costs nothing.
 
 L rows of the head, N tokens of a datum, M targets beyond the first of each row.
 """
@@ -48,7 +48,8 @@ class MoreTargets:
     Attributes:
         ends: how many there are up to and including each row (on the host).
         counts_L: int64 [L], how many each row has.
-        targets_M: int64; weights_M: fp32.
+        targets_M: int64.
+        weights_M: fp32.
         weight_L: fp32 [L], the sum of each row's weights.
     """
 
@@ -79,6 +80,11 @@ class Chunk:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    @property
+    def rows(self) -> slice:
+        """The rows among all of the head's."""
+        return slice(self.start, self.stop)
+
 
 @dataclass(slots=True)
 class HeadRows:
@@ -86,7 +92,8 @@ class HeadRows:
 
     Attributes:
         rows_L: int64 [L], which row of the stream each is.
-        trained, read: of each piece its trained rows, and those that are only read, among the L.
+        trained: of each piece its trained rows, among the L.
+        read: of each piece those that are only read.
         lengths: of each datum its trained rows.
         targets_L: int64 [L].
         inputs: per-token inputs of the losses, fp32 [L]; zero where a row's loss has none.
@@ -107,10 +114,6 @@ class HeadRows:
     @property
     def total(self) -> int:
         return len(self.rows_L)
-
-    @property
-    def num_trained(self) -> int:
-        return self.trained[-1][1] if self.trained else 0
 
     def more_span(self, start: int, stop: int) -> Span:
         """Where the targets beyond the first of the rows [start, stop) lie in `more`."""

@@ -24,7 +24,8 @@ class MicroBatch:
     """A packed stream.
 
     Attributes:
-        pieces: in stream order; starts: first row of each.
+        pieces: in stream order.
+        starts: first row of each piece.
         lengths: tokens of each sequence.
         tokens_T, positions_T: int64 [T].
         segments: one per piece, and one for the padding.

@@ -2,7 +2,7 @@
 
 The one rule that makes every adapter's numbers its own: how an adapter's work is cut depends on
 that work alone. Pieces are then packed whole beside other adapters' pieces, in order, so each
-adapter's gradient is the same sum of the same products whoever its neighbours are.
+adapter's gradient is the same sum of the same products, whatever neighbours it has.
 
 Over several data-parallel ranks the rule goes on: an operation's pieces are dealt into shares, a
 function of that operation alone. Share s runs on rank (home + s) mod n. An adapter's home is

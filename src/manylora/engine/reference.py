@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from manylora.kernels import DTYPES
 from manylora.lora.state import AdapterState
-from manylora.models.base import DTYPES, resolve_base
+from manylora.models.base import resolve_base
 from manylora.types import AdamParams, Datum, Wanted
 
 
@@ -94,9 +95,11 @@ class ReferenceEngine:
         """Clip and step; returns the gradient's norm before clipping."""
         group = self.optimizer.param_groups[0]
         group.update(
-            lr=params.lr, betas=(params.beta1, params.beta2), eps=params.eps,
+            lr=params.lr,
+            betas=(params.beta1, params.beta2),
+            eps=params.eps,
             weight_decay=params.weight_decay,
-        )  # fmt: skip
+        )
         for parameter in group["params"]:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -1,11 +1,12 @@
-"""The softmax over a vocabulary of which each rank has a part of the logits.
+"""The softmax over a vocabulary, of which each rank has a part of the logits, or one process all.
 
-c rows of a chunk, m targets beyond the first of each row, r ranks, V tokens of this rank's part.
+c rows of a chunk, n targets of them, r ranks, V tokens of this rank's part.
 
 One small collective serves a chunk. Each rank forms the maximum, the sum of exponentials and the
 targets' logits of its own part; those of the whole follow from all ranks' three.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +17,38 @@ from manylora.parallel import Axis
 
 @dataclass(frozen=True, slots=True)
 class Mine:
-    """Targets as this rank sees them: places in its part, any place where they are another's."""
+    """Targets as this rank sees them.
+
+    Attributes:
+        place: where in the rank's logits; any place where a target is another rank's.
+        inside: which of the targets are this rank's; None if all are.
+    """
 
     place: Tensor
-    inside: Tensor
+    inside: Tensor | None = None
 
     def only(self, values: Tensor) -> Tensor:
         """The values of this rank's targets, zero for the others."""
-        return values * self.inside
+        return values if self.inside is None else values * self.inside
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """The logits of some targets of a chunk.
+
+    Attributes:
+        targets_n: the targets.
+        logits_n: relative to the maximum of this rank's logits, where the target is this rank's.
+        rows_n: the row of each; None = one target for every row.
+    """
+
+    targets_n: Tensor
+    logits_n: Tensor
+    rows_n: Tensor | None = None
+
+    def of_rows(self, values_c: Tensor) -> Tensor:
+        """The value [..., n] of each target's row, of values [..., c]."""
+        return values_c if self.rows_n is None else values_c[..., self.rows_n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +57,31 @@ class Whole:
 
     Attributes:
         sum_c1: of the exponentials, relative to this rank's own maximum, as its exponentials are.
-        log_c1: logarithm of the sum, relative to the whole maximum.
-        target_c1, more_m: the targets' logits, relative to the whole maximum.
+        logprobs: of the targets of each `Picked`.
     """
 
     sum_c1: Tensor
-    log_c1: Tensor
-    target_c1: Tensor
-    more_m: Tensor
+    logprobs: list[Tensor]
+
+
+class WholeVocabulary:
+    """All of the vocabulary, in one process."""
+
+    def __init__(self, vocab: int):
+        self.longest = vocab
+
+    def mine(self, targets: Tensor) -> Mine:
+        """Which of the targets lie in this part, and where."""
+        return Mine(targets)
+
+    def whole(self, max_c1: Tensor, sum_c1: Tensor, picked: Sequence[Picked]) -> Whole:
+        """Complete what was found; see `VocabularyPart.whole`."""
+        log_c = sum_c1.log().view(-1)
+        return Whole(sum_c1, [one.logits_n - one.of_rows(log_c) for one in picked])
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over the parts."""
+        return tensor
 
 
 class VocabularyPart:
@@ -55,42 +97,31 @@ class VocabularyPart:
         inside = (targets >= self.first) & (targets < self.last)
         return Mine((targets - self.first).clamp(0, self.last - self.first - 1), inside)
 
-    def whole(
-        self,
-        max_c1: Tensor,
-        sum_c1: Tensor,
-        target_c1: Tensor,
-        targets_c1: Tensor,
-        more_m: Tensor,
-        rows_m: Tensor,
-        targets_m: Tensor,
-    ) -> Whole:
+    def whole(self, max_c1: Tensor, sum_c1: Tensor, picked: Sequence[Picked]) -> Whole:
         """Complete what this rank has found.
 
         Args:
-            max_c1, sum_c1: of the part's logits, and of their exponentials relative to it.
-            target_c1, more_m: logits of the targets relative to the part's maximum, where the
-                target is this part's.
-            targets_c1, targets_m: the targets. rows_m: the rows of those beyond the first.
+            max_c1: the largest of the part's logits.
+            sum_c1: of the logits' exponentials relative to it.
+            picked: the targets.
         """
-        rows = len(max_c1)
-        own = torch.cat([max_c1.view(-1), sum_c1.view(-1), target_c1.view(-1), more_m])
-        all_r = self.axis.gather(own)
-        max_rc, sum_rc, target_rc, more_rm = all_r.split([rows, rows, rows, len(more_m)], dim=1)
+        lengths = [len(max_c1), len(sum_c1), *(len(one.logits_n) for one in picked)]
+        own = torch.cat([max_c1.view(-1), sum_c1.view(-1), *(one.logits_n for one in picked)])
+        max_rc, sum_rc, *found = self.axis.gather(own).split(lengths, dim=1)
         top_c = max_rc.amax(dim=0)
         factor_rc = (max_rc - top_c).exp()
         total_c = torch.zeros_like(top_c)
         for part_sum_c, factor_c in zip(sum_rc, factor_rc, strict=True):
             total_c += part_sum_c * factor_c
-        owner_1c = targets_c1.view(1, -1) // self.longest
-        target_1c = target_rc.gather(0, owner_1c) + max_rc.gather(0, owner_1c) - top_c
-        owner_1m = targets_m.view(1, -1) // self.longest
-        max_rm = max_rc[:, rows_m]
-        more_1m = more_rm.gather(0, owner_1m) + max_rm.gather(0, owner_1m) - top_c[rows_m]
-        own_factor_c = factor_rc[self.axis.index]
-        return Whole(
-            sum_c1=(total_c / own_factor_c).unsqueeze(1),
-            log_c1=total_c.log().unsqueeze(1),
-            target_c1=target_1c.view(-1, 1),
-            more_m=more_1m.view(-1),
-        )
+        log_c = total_c.log()
+        logprobs = []
+        for one, logits_rn in zip(picked, found, strict=True):
+            owner_1n = one.targets_n.view(1, -1) // self.longest
+            max_1n = one.of_rows(max_rc).gather(0, owner_1n)
+            logits_1n = logits_rn.gather(0, owner_1n) + max_1n - one.of_rows(top_c)
+            logprobs.append(logits_1n.view(-1) - one.of_rows(log_c))
+        return Whole((total_c / factor_rc[self.axis.index]).unsqueeze(1), logprobs)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over the parts, in place."""
+        return self.axis.sum_(tensor)

@@ -1,4 +1,4 @@
-"""Optimizer steps of the adapters that are due: in one process, and on a mesh."""
+"""Optimizer steps of the adapters that are due, on a mesh (of one rank, mostly)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from manylora.lora.adapter import Adapter
-from manylora.optim import PendingStep, adamw_step, clip_, gradient_norms, norms, publish, reduced
+from manylora.optim import PendingStep, adamw_step, clip_, norms, publish, reduced
 from manylora.parallel import Mesh
 from manylora.types import NotFinite, OptimStep, OptimStepResult
 
@@ -16,24 +16,10 @@ Due = tuple[OptimStep, Adapter]
 PASS_NUMBERS = 1 << 27
 
 
-def step_alone(due: Sequence[Due]) -> list[OptimStepResult | NotFinite]:
-    """Step each adapter by its own norm, clip and hyper-parameters."""
-    if not due:
-        return []
-    found = gradient_norms([adapter.require_grad() for _, adapter in due])
-    outcomes: list[OptimStepResult | NotFinite] = []
-    for (step, adapter), norm in zip(due, found, strict=True):
-        if np.isfinite(norm):
-            _update(step, adapter, adapter.require_grad(), norm)
-            adapter.publish()
-        outcomes.append(_close(step, adapter, norm))
-    return outcomes
-
-
 def step_on_mesh(
     due: Sequence[Due], mesh: Mesh, device: torch.device
 ) -> list[OptimStepResult | NotFinite]:
-    """The same on every rank of a mesh: each updates its slice of each adapter.
+    """Step each adapter by its own norm, clip and hyper-parameters; each rank updates its slice.
 
     As many adapters as fit share a pass, and its collectives.
     """
@@ -62,21 +48,24 @@ def _pass(
 ) -> list[OptimStepResult | NotFinite]:
     pending = [_pending(adapter) for _, adapter in due]
     slices = reduced(pending, mesh, device)
-    found = norms(pending, slices, mesh)
+    outcomes: list[OptimStepResult | NotFinite] = []
     stepped: list[Adapter] = []
+    # One process makes a norm when the loop comes to it, so that the step finds the gradient in
+    # cache.
+    found = norms(pending, slices, mesh)
     for (step, adapter), slice_C, norm in zip(due, slices, found, strict=True):
         # The same norm on every rank, so that all of them refuse or none.
         if np.isfinite(norm):
             _update(step, adapter, slice_C, norm)
+            if mesh.dp.size == 1:
+                adapter.publish()
             stepped.append(adapter)
-    if mesh.dp.size == 1:
-        for adapter in stepped:
-            adapter.publish()
-    elif stepped:
+        outcomes.append(_close(step, adapter, norm))
+    if mesh.dp.size > 1 and stepped:
         living = [adapter.weights.weights_P for adapter in stepped]
         sizes = [adapter.part.slice_size for adapter in stepped]
         publish([adapter.master_P for adapter in stepped], living, sizes, mesh.dp)
-    return [_close(step, adapter, norm) for (step, adapter), norm in zip(due, found, strict=True)]
+    return outcomes
 
 
 def _pending(adapter: Adapter) -> PendingStep:

@@ -1,12 +1,14 @@
 """Arithmetic on plain tensors: many adapters' low-rank terms, and the base's products beside them.
 
-Owns: `shrink_expand` and its backward, on row ranges; the same for single rows; products with
-frozen weights, whose rows have the same bits whatever the number of rows; finding out which numbers
-of rows those are; what the CPU's vendor library needs for that.
+Owns: `shrink_expand` and its backward on row ranges, for each kind of device; the same for single
+rows; products with frozen weights, whose rows have the same bits whatever the number of rows;
+finding out which numbers of rows those are; what the CPU's vendor library needs for that.
 Does not own: which token belongs to which adapter (lora), autograd.
-Talks to: nobody; `lora` and `engine` call it.
+Talks to: types below; `lora` and `engine` call it.
 """
 
+from manylora.kernels.by_device import LOWRANK, LowRank, low_rank_on
+from manylora.kernels.dtypes import DTYPES
 from manylora.kernels.frozen import (
     PRODUCTS_ADVICE,
     add_product,
@@ -29,9 +31,12 @@ from manylora.kernels.rowwise import RowBatch, add_by_row, row_batches
 from manylora.kernels.vendor import settle_functions
 
 __all__ = [
+    "DTYPES",
+    "LOWRANK",
     "PRODUCTS_ADVICE",
     "Block",
     "Columns",
+    "LowRank",
     "PackedWeight",
     "RowBatch",
     "RowCounts",
@@ -40,6 +45,7 @@ __all__ = [
     "add_by_row",
     "add_product",
     "ladder",
+    "low_rank_on",
     "product",
     "row_batches",
     "safe_for_functions",

@@ -59,7 +59,7 @@ def add_product(out_TN: Tensor, a_TK: Tensor, b_KN: Tensor) -> None:
 
 def whole_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether rows keep their bits when products are made as they come, in this process."""
-    # On other devices nobody is promised bits.
+    # On other devices no bits are promised.
     return device.type != "cpu" or _safe_rows(dtype, torch.get_num_threads()) == FEWEST_ROWS
 
 
@@ -99,6 +99,8 @@ def _run(multiply: Callable[[Tensor, Tensor], object], a_TK: Tensor, out_TN: Ten
         multiply(a_TK, out_TN)
         return
     safe = _safe_rows(a_TK.dtype, torch.get_num_threads())
+    # Products of `safe` rows and more give a row the same bits, so one product of all rows will
+    # do; without such a number every product has a block's rows, and so the same kernel.
     block = BLOCK_ROWS if safe is None else max(safe, len(a_TK))
     for start in range(0, len(a_TK), block):
         rows_tK, out_tN = a_TK[start : start + block], out_TN[start : start + block]
@@ -137,6 +139,7 @@ def _fewest_alike(dtype: torch.dtype, most: int) -> int | None:
     for terms, columns in TRIED_SIZES:
         a_TK = torch.randn(most, terms, generator=generator).to(dtype)
         b_NK = torch.randn(columns, terms, generator=generator).to(dtype)
+        # A forward reads the weight transposed, a backward as it lies: two kernels.
         for b_KN in (b_NK.t(), b_NK.t().contiguous()):
             whole_TN = a_TK @ b_KN
             for index, rows in enumerate(counts):

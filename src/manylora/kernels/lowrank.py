@@ -137,8 +137,10 @@ def shrink_expand_backward(
     Args:
         x_TK: the group's shared input, as in the forward.
         dys: gradient [T, N_j] of each output; None where nothing used the output.
-        dx_TK: the base's part of the input's gradient; None if nobody needs it.
-        sizes, work, columns: as in the forward.
+        dx_TK: the base's part of the input's gradient; None if it is not needed.
+        sizes: rows of each segment.
+        work: the segments that have an adapter on this group.
+        columns: None if x is the whole input.
         shrunk: what the forward returned.
     """
     xs = _segments(x_TK, sizes)

@@ -128,8 +128,9 @@ def _batched_is_safe(
     """Whether rows of a batched product have the bits of rows alone, whatever their number.
 
     Args:
-        members: output, rank and columns of each; widths: columns of each output.
-        threads: 0 on a device where nobody is promised bits.
+        members: output, rank and columns of each.
+        widths: columns of each output.
+        threads: 0 on a device where no bits are promised.
     """
     if not threads:
         return True

@@ -4,9 +4,9 @@ import torch
 
 # Elementwise functions that torch leaves to the library.
 FUNCTIONS = (
-    "acos", "asin", "atan", "cos", "erf", "erfc", "exp", "exp2", "expm1", "lgamma", "log",
-    "log10", "log1p", "log2", "sin", "sqrt", "tan", "tanh",
-)  # fmt: skip
+    *("acos", "asin", "atan", "cos", "erf", "erfc", "exp", "exp2", "expm1", "lgamma"),
+    *("log", "log10", "log1p", "log2", "sin", "sqrt", "tan", "tanh"),
+)
 
 
 def settle_functions() -> None:

@@ -6,18 +6,18 @@ P parameters of the adapter that this rank holds, R rank (summed over an input g
 K input features, N output features, S rows of a pending gradient.
 """
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
-from manylora.kernels import Block, SiteFactor
+from manylora.kernels import DTYPES, Block, SiteFactor
 from manylora.lora.layout import Factor, rows
 from manylora.lora.sharding import ALONE, Part, Place, part_of
 from manylora.lora.sites import Site
 from manylora.lora.state import AdapterState, Floats
 from manylora.types import AdapterSpec
 from manylora.types.memory import adapter_bytes
-
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def to_tensor(array: Floats, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,7 +37,8 @@ class AdapterWeights:
 
     Attributes:
         weights_P: the vector, in the adapter's dtype.
-        spec, layout: the adapter's settings, and where its factors lie in a state.
+        spec: the adapter's settings.
+        layout: where its factors lie in a state.
         part: what this rank holds, and where that lies in the vector.
         blocks: input group → its factors, views of the vector.
     """
@@ -67,12 +68,11 @@ class SiteIndex:
     def __init__(self, sites: tuple[Site, ...], place: Place = ALONE):
         self.sites = sites
         self.place = place
-        self.members: dict[int, list[Site]] = {}
         self.output_of: dict[str, int] = {}
+        outputs = Counter[int]()
         for site in sites:
-            members = self.members.setdefault(site.group, [])
-            self.output_of[site.name] = len(members)
-            members.append(site)
+            self.output_of[site.name] = outputs[site.group]
+            outputs[site.group] += 1
 
 
 class Adapter:
@@ -85,10 +85,12 @@ class Adapter:
 
     Attributes:
         weights: the factors in the adapter's dtype, which the layers read.
-        layout: where they lie in a state. part: what this rank holds of them.
+        layout: where the factors lie in a state.
+        part: what this rank holds of them.
         master_P: fp32, what the optimizer updates.
         grad_P: fp32, summed over every call since the last step; None until first needed.
-        exp_avg_P, exp_avg_sq_P: fp32 moments; None before the first step.
+        exp_avg_P: fp32, the first moment; None before the first step.
+        exp_avg_sq_P: fp32, the second.
         step: optimizer steps made.
         draws: pieces of work seen, the position in the random stream of dropout.
         has_grad: whether anything was accumulated since the last step, on any rank.
@@ -99,14 +101,14 @@ class Adapter:
 
     def __init__(self, state: AdapterState, sites: SiteIndex, device: torch.device, home: int = 0):
         """`home` is where a pending gradient's first share goes."""
-        dtype = TORCH_DTYPES[state.spec.dtype]
+        dtype = DTYPES[state.spec.dtype]
         self.spec, self.layout = state.spec, state.layout
         self.part = part = part_of(state.layout, sites.sites, sites.place)
         whole_P = to_tensor(part.take(state.weights), device)
         living_P = whole_P if dtype == torch.float32 else whole_P.to(dtype)
         self.weights = AdapterWeights(state.spec, part, living_P, sites)
         self.master_P = whole_P
-        if sites.place.dp > 1:
+        if sites.place["dp"].size > 1:
             # Of fp32 weights a view, of others a copy that does not keep the rest alive.
             own_P = whole_P[part.own]
             self.master_P = own_P if living_P is whole_P else own_P.clone()
@@ -156,7 +158,7 @@ class Adapter:
     def share_ranks(self) -> list[int]:
         """The dp ranks that hold what was accumulated, in the order of the shares."""
         home = self.home or 0
-        return [(home + share) % self.part.place.dp for share in range(self.shares)]
+        return [(home + share) % self.part.place["dp"].size for share in range(self.shares)]
 
     def require_moments(self) -> tuple[Tensor, Tensor]:
         """AdamW's two moments, made (as zeros) on first use."""
@@ -182,26 +184,6 @@ class Adapter:
         if self.weights.weights_P is not self.master_P:
             self.weights.weights_P.copy_(self.master_P)
 
-    def state(self) -> AdapterState:
-        """A detached copy, in numpy arrays, of everything that training needs to go on.
-
-        Of an adapter that one rank holds; see `gathering` for others. Gradients that must not be
-        used are left out, as the next step will be refused and drop them; that it will be is part
-        of the state.
-        """
-        grad_P = self.grad_P if self.has_usable_grad else None
-        return AdapterState(
-            spec=self.spec,
-            layout=self.layout,
-            weights=to_array(self.master_P),
-            exp_avg=_array_or_none(self.exp_avg_P),
-            exp_avg_sq=_array_or_none(self.exp_avg_sq_P),
-            grad=None if grad_P is None else to_array(grad_P)[None],
-            step=self.step,
-            draws=self.draws,
-            poison=self.poison,
-        )
-
     def num_bytes(self) -> int:
         """Bytes held by the adapter's vectors now."""
         vectors = [self.weights.weights_P, self.grad_P, self.exp_avg_P, self.exp_avg_sq_P]
@@ -211,7 +193,7 @@ class Adapter:
 
     def promised_bytes(self) -> int:
         """Bytes that the adapter does not hold yet, and will once it has stepped."""
-        count, dp = self.weights.weights_P.numel(), self.part.place.dp
+        count, dp = self.weights.weights_P.numel(), self.part.place["dp"].size
         return max(0, adapter_bytes(count, self.spec.dtype, dp) - self.num_bytes())
 
 
@@ -222,10 +204,6 @@ def _block(factors: tuple[Factor, ...], vector_P: Tensor, sites: SiteIndex) -> B
         bt_RN = factor.b_transposed(vector_P)
         members.append(SiteFactor(sites.output_of[factor.site], factor.rank, factor.scale, bt_RN))
     return Block(a_RK, tuple(members), [factor.rank for factor in factors])
-
-
-def _array_or_none(tensor: Tensor | None) -> Floats | None:
-    return None if tensor is None else to_array(tensor)
 
 
 def _a_rows(factors: tuple[Factor, ...], vector_P: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The whole of an adapter, out of the parts that the ranks of a mesh hold.
+"""The whole of an adapter, out of the parts that the ranks of a mesh (or one process) hold.
 
 Each function is a collective: every rank calls it, for the same adapter.
 
@@ -15,7 +15,11 @@ from manylora.parallel import Mesh
 
 
 def gathered_state(adapter: Adapter, mesh: Mesh) -> AdapterState:
-    """What `Adapter.state` gives, of an adapter that several ranks hold; the same on each."""
+    """A detached copy, in numpy arrays, of everything that training needs to go on.
+
+    It is the same on each rank. Gradients that must not be used are left out, as the next step will
+    be refused and drop them; that it will be is part of the state.
+    """
     part = adapter.part
     # fp32 weights are whole along dp; their slices are views of them.
     whole = adapter.spec.dtype == "fp32"
@@ -61,8 +65,9 @@ def _pending(adapter: Adapter, mesh: Mesh) -> Floats:
     if grad_L is None:
         grad_L = torch.zeros(0, device=adapter.master_P.device)
     grad_L = _padded(grad_L, adapter.part.longest)
-    # Only the shares that were used go on along tp.
-    terms = mesh.tp.gather(mesh.dp.gather(grad_L)[adapter.share_ranks()])
+    # Only the shares that were used go on along tp; no copy is made where all were.
+    terms, ranks = mesh.dp.gather(grad_L), adapter.share_ranks()
+    terms = mesh.tp.gather(terms if ranks == list(range(len(terms))) else terms[ranks])
     lanes = {
         (share, index): to_array(terms[index, share])
         for index in range(mesh.tp.size)

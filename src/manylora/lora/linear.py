@@ -13,24 +13,23 @@ the layers are split by columns, of the outputs where they are split by rows. Ba
 summed over the ranks together, once for each input group.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from manylora.kernels import (
     Columns,
+    LowRank,
     PackedWeight,
     add_by_row,
     add_product,
+    low_rank_on,
     product,
     row_batches,
-    shrink_expand,
-    shrink_expand_backward,
     write_product,
 )
-from manylora.lora.adapter import SiteIndex
+from manylora.lora.groups import Adapted, Group, GroupFunction, Saved
 from manylora.lora.routing import RoutingTable, current_table
 from manylora.lora.sites import Site
 from manylora.models.linears import FoundLinear
@@ -42,19 +41,22 @@ from manylora.types.mesh_shape import Split
 
 
 class InputGroup:
-    """The frozen linear layers that read one tensor."""
+    """The frozen linear layers that read one tensor; see `Group`."""
 
-    def __init__(self, number: int, layers: list[nn.Linear]):
+    def __init__(
+        self, number: int, sites: Sequence[Site], layers: Sequence[nn.Linear], low_rank: LowRank
+    ):
         self.number = number
+        self.sites = sites
         self.layers = layers
+        self.low_rank = low_rank
         # A leaf that makes autograd visit the group although neither its input nor any
         # registered parameter asks for a gradient, as in the first layer.
         self.anchor = torch.zeros((), requires_grad=True)
         self.split: Split = "whole"
         self.axis: Axis | None = None
         self.columns: Columns | None = None
-        # The layers' weights once more, for products of few rows.
-        self.packed: list[PackedWeight] = []
+        self.packed: Sequence[PackedWeight] = []
         if isinstance(layers[0], SplitLinear):
             self._split_over(layers[0])
 
@@ -66,48 +68,68 @@ class InputGroup:
         if layer.split == "row":
             self.columns = Columns(layer.axis.share(layer.whole_in)[0], layer.whole_in)
 
-    def outputs(self, x: Tensor, table: RoutingTable) -> list[Tensor | None]:
+    def outputs(self, x: Tensor, table: RoutingTable) -> Sequence[Tensor]:
         """The output of every member, base and adapters together."""
         if torch.is_grad_enabled():
             anchor = self.anchor if table.work(self.number) else None
-            ys = _GroupFunction.apply(x, anchor, self, table)
+            ys = GroupFunction.apply(x, anchor, self, table)
         else:
-            ys = self._products(x, table)[0]
+            ys = self.products(x, table)[0]
         if self.split == "row" and self.axis is not None:
             # Behind the function, whose products are the last that a block's backward reads: where
-            # blocks are run again, nobody waits for a sum that is not read. Its gradient is each
+            # blocks are run again, nothing waits for a sum that is not read. Its gradient is each
             # summand's, so autograd need not know of it.
             for y in ys:
                 self.axis.sum_(y.detach())
-        return list(ys)
+        return ys
 
     def pack(self) -> None:
         """Keep the layers' weights a second time, for products of few rows."""
         if not self.packed:
             self.packed = [PackedWeight(layer.weight, layer.bias) for layer in self.layers]
 
-    def _products(self, x: Tensor, table: RoutingTable) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    def products(self, x: Tensor, table: RoutingTable) -> tuple[tuple[Tensor, ...], Saved]:
+        """The members' outputs, or this rank's summands, and what `gradient` needs of them."""
         work = table.work(self.number)
         x_TK = x.reshape(-1, x.shape[-1])
         if table.packed:
             ys = [weight.product(x_TK) for weight in self.packed]
             outputs = tuple(y_TN.view(*x.shape[:-1], y_TN.shape[1]) for y_TN in ys)
         else:
-            # Not views, which autograd would not let anybody add to in their place.
+            # Not views, which autograd would not let anything add to in their place.
             outputs = tuple(x.new_empty(*x.shape[:-1], one.out_features) for one in self.layers)
             ys = [output.view(-1, output.shape[-1]) for output in outputs]
             for y_TN, layer in zip(ys, self.layers, strict=True):
                 write_product(y_TN, x_TK, layer.weight.t(), layer.bias)
         if not work:
-            return outputs, []
+            return outputs, ()
         if table.by_row:
             batches = table.row_batches.get(self.number)
             if batches is None:
                 batches = row_batches(x_TK, ys, table.sizes, work)
                 table.row_batches[self.number] = batches
             add_by_row(x_TK, ys, batches)
-            return outputs, []
-        return outputs, shrink_expand(x_TK, ys, table.sizes, work, self.columns)
+            return outputs, ()
+        shrunk = self.low_rank.shrink_expand(x_TK, ys, table.sizes, work, self.columns)
+        # Nothing but the low-rank gradients reads x again.
+        return outputs, (x, *shrunk)
+
+    def gradient(
+        self, dys: Sequence[Tensor | None], saved: Saved, table: RoutingTable, *, wanted: bool
+    ) -> Tensor | None:
+        """The input's gradient [T, K], if it is wanted; those of the factors are added up."""
+        flat = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        dx_TK = self._input_gradient(flat) if wanted else None
+        if saved:
+            x, *shrunk = saved
+            x_TK, work = x.view(-1, x.shape[-1]), table.work(self.number)
+            self.low_rank.shrink_expand_backward(
+                x_TK, flat, dx_TK, table.sizes, work, shrunk, self.columns
+            )
+        if dx_TK is not None and self.split == "column" and self.axis is not None:
+            # Each rank has some of the outputs.
+            self.axis.sum_(dx_TK)
+        return dx_TK
 
     def _input_gradient(self, flat: Sequence[Tensor | None]) -> Tensor | None:
         """The base's part of it: the members' products, always in the same order."""
@@ -120,17 +142,16 @@ class InputGroup:
         return dx_TK
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Adapted):
     """A frozen linear layer that adds, to each row, the term of that row's adapter.
 
     It holds no adapter weights: they are read from the routing table. Outside a stream it is
     the base layer.
     """
 
-    def __init__(self, base: nn.Linear, group: InputGroup, position: int):
-        super().__init__()
+    def __init__(self, base: nn.Linear, group: Group, position: int):
+        super().__init__(group)
         self.base = base
-        self.group = group
         self.position = position
 
     @property
@@ -145,75 +166,54 @@ class LoRALinear(nn.Module):
         table = current_table()
         if table is None:
             return self.base(x)
-        if len(self.group.layers) == 1:
-            output = self.group.outputs(x, table)[0]
-            assert output is not None
-            return output
-        waiting = table.pending.get(self.group.number)
-        if waiting is None or waiting[0] is not x or waiting[1][self.position] is None:
-            waiting = table.pending[self.group.number] = (x, self.group.outputs(x, table))
+        group, position = self.group, self.position
+        if len(group.sites) == 1:
+            return group.outputs(x, table)[0]
+        waiting = table.pending.get(group.number)
+        if waiting is None or waiting[0] is not x or position not in waiting[1]:
+            waiting = table.pending[group.number] = (x, dict(enumerate(group.outputs(x, table))))
         outputs = waiting[1]
-        output, outputs[self.position] = outputs[self.position], None
-        assert output is not None
-        if not any(o is not None for o in outputs):
-            del table.pending[self.group.number]
+        output = outputs.pop(position)
+        if not outputs:
+            del table.pending[group.number]
         return output
 
 
-class _GroupFunction(torch.autograd.Function):
-    """Base products and low-rank terms of one input group."""
-
-    @staticmethod
-    def forward(  # pyrefly: ignore[bad-override]
-        ctx: Any, x: Tensor, anchor: Tensor | None, group: InputGroup, table: RoutingTable
-    ) -> tuple[Tensor, ...]:
-        ys, shrunk = group._products(x, table)
-        ctx.group, ctx.table = group, table
-        ctx.set_materialize_grads(False)
-        # Nothing but the low-rank gradients reads x again.
-        ctx.save_for_backward(*((x, *shrunk) if shrunk else ()))
-        ctx.in_shape = x.shape
-        return ys
-
-    @staticmethod
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        group, table = ctx.group, ctx.table
-        flat = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        dx_TK = group._input_gradient(flat) if ctx.needs_input_grad[0] else None
-        work = table.work(group.number)
-        if work:
-            x, *shrunk = ctx.saved_tensors
-            x_TK = x.view(-1, x.shape[-1])
-            shrink_expand_backward(x_TK, flat, dx_TK, table.sizes, work, shrunk, group.columns)
-        if dx_TK is not None and group.split == "column" and group.axis is not None:
-            # Each rank has some of the outputs.
-            group.axis.sum_(dx_TK)
-        return (None if dx_TK is None else dx_TK.view(ctx.in_shape)), None, None, None
-
-
-def wrap_linears(model: nn.Module, sites: SiteIndex) -> None:
+def wrap_linears(model: nn.Module, sites: Iterable[Site]) -> list[Group]:
     """Put a `LoRALinear` around every site of `model`, once and for all.
 
     Adapters come and go without touching the wrapping.
 
+    Returns:
+        The input groups, in the order of their first sites.
+
     Raises:
         Unsupported: a site is not a plain `nn.Linear`.
     """
-    for number, members in sites.members.items():
-        layers = []
-        for site in members:
-            layer = model.get_submodule(site.name)
-            kind = plain_type(layer)
-            if not isinstance(layer, nn.Linear) or kind not in (nn.Linear, SplitLinear):
-                raise Unsupported(
-                    f"{site.name} is a {kind.__name__}; adapters need nn.Linear (of a base whose "
-                    "files are quantised, open the original with a `quantization`)"
-                )
-            layers.append(layer)
-        group = InputGroup(number, layers)
+    grouped: dict[int, list[Site]] = {}
+    for site in sites:
+        grouped.setdefault(site.group, []).append(site)
+    low_rank = low_rank_on(next(model.parameters()).device)
+    groups: list[Group] = []
+    for number, members in grouped.items():
+        layers = [_plain_linear(model, site) for site in members]
+        group = InputGroup(number, members, layers, low_rank)
         for position, (site, layer) in enumerate(zip(members, layers, strict=True)):
             parent, _, leaf = site.name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, LoRALinear(layer, group, position))
+        groups.append(group)
+    return groups
+
+
+def _plain_linear(model: nn.Module, site: Site) -> nn.Linear:
+    layer = model.get_submodule(site.name)
+    kind = plain_type(layer)
+    if not isinstance(layer, nn.Linear) or kind not in (nn.Linear, SplitLinear):
+        raise Unsupported(
+            f"{site.name} is a {kind.__name__}; adapters need nn.Linear (of a base whose "
+            "files are quantised, open the original with a `quantization`)"
+        )
+    return layer
 
 
 def site_of(found: FoundLinear) -> Site:

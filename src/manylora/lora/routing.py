@@ -39,7 +39,8 @@ class RoutingTable:
         by_row: each row's low-rank terms are products of its own, for decoding.
         packed: products of the base read the weights that are kept for few rows, for decoding.
         row_batches: of each input group, for `by_row`.
-        pending: outputs that an input group has computed for members not called yet.
+        pending: of an input group the input, and by position the outputs that it has computed for
+            members not called yet.
     """
 
     segments: Sequence[Segment]
@@ -48,7 +49,7 @@ class RoutingTable:
     packed: bool = False
     sizes: list[int] = field(init=False)
     row_batches: dict[int, list[RowBatch]] = field(default_factory=dict)
-    pending: dict[int, tuple[Tensor, list[Tensor | None]]] = field(default_factory=dict)
+    pending: dict[int, tuple[Tensor, dict[int, Tensor]]] = field(default_factory=dict)
     _work: dict[int, list[SegmentWork]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -15,35 +15,49 @@ P parameters of the adapter, L of them on this rank, S rows of a pending gradien
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from manylora.lora.layout import Factor, Layout, rows
 from manylora.lora.sites import Site
 from manylora.parallel import Mesh
+from manylora.parallel import share as share_of
 from manylora.types.data import Array
 from manylora.types.mesh_shape import Split
 
 
+class Coordinate(NamedTuple):
+    """The ranks of one axis of a mesh, and a rank's index among them."""
+
+    size: int = 1
+    index: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A rank's indices on the two axes, and the axes' sizes."""
+    """Where a rank stands in a mesh: its coordinate on each axis, by the axis's name.
 
-    dp: int = 1
-    dp_index: int = 0
-    tp: int = 1
-    tp_index: int = 0
+    An axis that is not named has one rank.
+    """
+
+    axes: Mapping[str, Coordinate] = field(default_factory=dict)
+
+    def __getitem__(self, axis: str) -> Coordinate:
+        return self.axes.get(axis, Coordinate())
+
+    def moved(self, axis: str, index: int) -> "Place":
+        """The place of the rank that has another index on one axis."""
+        return Place({**self.axes, axis: self[axis]._replace(index=index)})
 
 
 ALONE = Place()
 
 
-def place_on(mesh: Mesh | None) -> Place:
-    """This rank's place on a mesh; None = there is none."""
-    if mesh is None:
-        return ALONE
-    return Place(mesh.dp.size, mesh.dp.index, mesh.tp.size, mesh.tp.index)
+def place_on(mesh: Mesh) -> Place:
+    """This rank's place on a mesh."""
+    return Place({name: Coordinate(axis.size, axis.index) for name, axis in mesh.axes.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +86,18 @@ class Part:
     @property
     def slice_size(self) -> int:
         """Numbers of one dp slice; the last slices may be shorter."""
-        return -(-self.longest // self.place.dp)
+        return -(-self.longest // self.place["dp"].size)
 
     @property
     def own(self) -> slice:
         """This rank's dp slice of the local vector."""
         size, length = self.slice_size, self.local.num_params
-        start = min(self.place.dp_index * size, length)
+        start = min(self.place["dp"].index * size, length)
         return slice(start, min(start + size, length))
 
     def take(self, vector_P: Array) -> Array:
         """This rank's numbers [L] of a global vector: itself, or a copy."""
-        if self.place.tp == 1:
+        if self.place["tp"].size == 1:
             return vector_P
         local_L = np.empty(self.local.num_params, vector_P.dtype)
         for own, its in _views(self, local_L, vector_P):
@@ -98,18 +112,19 @@ class Part:
         Args:
             parts: [L] each, or longer.
         """
-        if self.place.tp == 1:
+        tp = self.place["tp"].size
+        if tp == 1:
             return parts[0]
         vector_P = np.empty(self.whole.num_params, parts[0].dtype)
         # Backwards, so that the first rank's whole factors are the last to be written.
-        for index in reversed(range(self.place.tp)):
+        for index in reversed(range(tp)):
             for own, its in _views(self._of(index), parts[index], vector_P):
                 its[...] = own
         return vector_P
 
     def shares(self, num_rows: int) -> int:
         """How many shares the rows of a pending gradient become here."""
-        return min(-(-num_rows // self.place.tp), self.place.dp)
+        return min(-(-num_rows // self.place["tp"].size), self.place["dp"].size)
 
     def pending(self, lanes: Mapping[tuple[int, int], Array]) -> Array:
         """A pending gradient [S, P] of all ranks' sums: its rows add up to the gradient.
@@ -120,10 +135,11 @@ class Part:
         Args:
             lanes: (share, tp index) → what is summed there, [L] or longer.
         """
-        tp = self.place.tp
+        tp = self.place["tp"].size
         shares = 1 + max(share for share, _ in lanes)
         if tp == 1:
-            return np.stack([lanes[share, 0] for share in range(shares)])
+            rows_L = [lanes[share, 0] for share in range(shares)]
+            return rows_L[0][None] if shares == 1 else np.stack(rows_L)
         grad_SP = np.zeros((shares * tp, self.whole.num_params), np.float32)
         for share in range(shares):
             parts = [lanes[share, index] for index in range(tp)]
@@ -145,16 +161,16 @@ class Part:
         On the mesh that it comes from, every term comes back to where it was. On another, the rows
         are dealt out in turn, the whole factors' terms over tp too.
         """
-        place, whole = self.place, self.num_whole
-        share = (place.dp_index - home) % place.dp
-        mine = [row for row in range(len(grad_SP)) if row // place.tp % place.dp == share]
+        dp, tp, whole = self.place["dp"], self.place["tp"], self.num_whole
+        own = (dp.index - home) % dp.size
+        mine = [row for row in range(len(grad_SP)) if row // tp.size % dp.size == own]
         if not mine:
             return None
         sum_L: Array | None = None
         for row in mine:
             row_L = self.take(grad_SP[row])
             once = [row_L[start:stop].copy() for start, stop in self.repeated]
-            if row % place.tp != place.tp_index:
+            if row % tp.size != tp.index:
                 row_L[:whole] = 0.0
             for (start, stop), numbers in zip(self.repeated, once, strict=True):
                 row_L[start:stop] = numbers
@@ -163,27 +179,21 @@ class Part:
         return sum_L
 
     def _of(self, tp_index: int) -> "Part":
-        return _part(self.whole, self.splits, replace(self.place, tp_index=tp_index))
+        return _part(self.whole, self.splits, self.place.moved("tp", tp_index))
 
 
 def part_of(layout: Layout, sites: Iterable[Site], place: Place) -> Part:
     """What the rank at `place` holds of an adapter."""
-    if place.tp == 1:
+    if place["tp"].size == 1:
         return Part(layout, layout, place, (), layout.num_params, layout.num_params)
     splits = {site.name: site.split for site in sites}
     return _part(layout, tuple(splits[factor.site] for factor in layout.factors), place)
 
 
-def share(count: int, size: int, index: int) -> tuple[int, int]:
-    """Where a rank's share of `count` features begins and ends, as the base is cut."""
-    length = -(-count // size)
-    return min(index * length, count), min((index + 1) * length, count)
-
-
 def _part(layout: Layout, splits: tuple[Split, ...], place: Place) -> Part:
-    local, num_whole = _laid_out(layout, splits, place.tp, place.tp_index)
+    local, num_whole = _laid_out(layout, splits, place)
     # The first rank's shares are the largest.
-    longest = _laid_out(layout, splits, place.tp, 0)[0].num_params
+    longest = _laid_out(layout, splits, place.moved("tp", 0))[0].num_params
     repeated = tuple(
         span
         for factor, split in zip(local.factors, splits, strict=True)
@@ -193,10 +203,11 @@ def _part(layout: Layout, splits: tuple[Split, ...], place: Place) -> Part:
     return Part(layout, local, place, splits, longest, num_whole, repeated)
 
 
-def _laid_out(layout: Layout, splits: Sequence[Split], tp: int, index: int) -> tuple[Layout, int]:
+def _laid_out(layout: Layout, splits: Sequence[Split], place: Place) -> tuple[Layout, int]:
     """A tp rank's layout, and how many numbers of it every rank has."""
     factors = [
-        _cut(factor, split, tp, index) for factor, split in zip(layout.factors, splits, strict=True)
+        _cut(factor, split, place["tp"])
+        for factor, split in zip(layout.factors, splits, strict=True)
     ]
     grouped: dict[int, list[int]] = {}
     for number, factor in enumerate(factors):
@@ -222,12 +233,12 @@ def _laid_out(layout: Layout, splits: Sequence[Split], tp: int, index: int) -> t
     return Layout(placed, offset), num_whole
 
 
-def _cut(factor: Factor, split: Split, tp: int, index: int) -> Factor:
+def _cut(factor: Factor, split: Split, tp: Coordinate) -> Factor:
     """The factor's size on one rank."""
     if split == "whole":
         return factor
     size = factor.out_features if split == "column" else factor.in_features
-    start, stop = share(size, tp, index)
+    start, stop = share_of(size, *tp)
     if split == "column":
         return replace(factor, out_features=stop - start)
     return replace(factor, in_features=stop - start)
@@ -242,12 +253,12 @@ def _spans(factor: Factor) -> list[tuple[int, int]]:
 
 def _views(part: Part, local_L: Array, vector_P: Array) -> Iterable[tuple[Array, Array]]:
     """Pairs of views: a factor in the local vector, and the same numbers in the global one."""
-    tp, index = part.place.tp, part.place.tp_index
+    tp = part.place["tp"]
     for own, its, split in zip(part.local.factors, part.whole.factors, part.splits, strict=True):
         for start, its_start, width, its_width, cut in (
             (own.a_start, its.a_start, own.in_features, its.in_features, split == "row"),
             (own.b_start, its.b_start, own.out_features, its.out_features, split == "column"),
         ):
-            first = share(its_width, tp, index)[0] if cut else 0
+            first = share_of(its_width, *tp)[0] if cut else 0
             its_RW = rows(vector_P, its_start, own.rank, its_width)
             yield rows(local_L, start, own.rank, width), its_RW[:, first : first + width]

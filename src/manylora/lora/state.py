@@ -24,7 +24,8 @@ class AdapterState:
         spec: the adapter's settings.
         layout: where each factor lies in the vectors.
         weights: fp32 [P], the master weights.
-        exp_avg, exp_avg_sq: fp32 [P], AdamW's moments; None before the first step.
+        exp_avg: fp32 [P], AdamW's first moment; None before the first step.
+        exp_avg_sq: fp32 [P], the second.
         grad: fp32 [S, P], gradient accumulated since the last step, which is the sum of its rows
             (see `sharding.Part.pending`); None when there is none.
         step: optimizer steps made.

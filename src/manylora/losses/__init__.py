@@ -2,7 +2,7 @@
 
 Owns: the formulas, their inputs and settings, and their derivatives.
 Does not own: how log-probabilities are computed, sums over tokens, clients' normalisation.
-Talks to: nobody; the engine calls it.
+Talks to: types below; the engine calls it.
 """
 
 from manylora.losses.registry import Loss, Settings, get_loss, loss_names

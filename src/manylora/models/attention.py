@@ -164,6 +164,7 @@ def _softcapped(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float
 ) -> Tensor:
     """Attention with capped scores; `mask` is True where a key may be seen."""
+    # As `Head.scaled_` caps logits, but to the bits of transformers' attention, and for autograd.
     scores = softcap * torch.tanh((q @ k.transpose(-1, -2)) * (scale / softcap))
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return torch.softmax(scores.float(), dim=-1).to(q.dtype) @ v
@@ -346,10 +347,8 @@ def _varlen(
     longest = max([*stream.lengths, stream.num_padding])
     left = -1 if window is None else window - 1
     q_THD, k_THD, v_THD = (t[0].transpose(0, 1) for t in (query, key, value))
-    out_THD = varlen_attn(
-        q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, longest, longest,
-        scale=scale, window_size=(left, 0),
-    )  # fmt: skip
+    both = cu_seqlens, cu_seqlens, longest, longest
+    out_THD = varlen_attn(q_THD, k_THD, v_THD, *both, scale=scale, window_size=(left, 0))
     assert isinstance(out_THD, Tensor)
     return out_THD.unsqueeze(0)
 

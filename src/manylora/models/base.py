@@ -22,7 +22,6 @@ from manylora.parallel import Axis, Mesh
 from manylora.types import Unsupported
 from manylora.types.weight_forms import Quantization
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEEDLING = "seedling"
 
 
@@ -74,6 +73,12 @@ class Head:
             raw_TV.div_(self.softcap).tanh_().mul_(self.softcap)
         return raw_TV
 
+    def cap_slope(self, logits_TV: Tensor) -> Tensor | None:
+        """The derivative of the softcap at logits of `scaled_`; None where there is no softcap."""
+        if self.softcap is None:
+            return None
+        return (logits_TV / self.softcap).square_().neg_().add_(1.0)
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """While this is open the weight may be read; every rank opens it at the same point."""
@@ -88,7 +93,8 @@ class BaseModel:
     Attributes:
         name: as the user gave it; written into exported adapters.
         folder: where its files are; the name itself for a hub id.
-        model: the whole causal LM. backbone: all of it but the head.
+        model: the whole causal LM.
+        backbone: all of the model but the head.
         tokenizer: None if the folder has none.
         context_length: longest sequence.
         eos_token_ids: tokens that end an answer: the model's and the tokenizer's.

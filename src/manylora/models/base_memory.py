@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from manylora.models.base import DTYPES
+from manylora.kernels import DTYPES
 from manylora.models.quantized import BITS, BLOCK
 from manylora.types.machine import free_host_bytes, freed_heap_bytes
 from manylora.types.memory import admit, bytes_text
@@ -69,11 +69,12 @@ def admit_base(
     numbers = sum(parameter.numel() for parameter in model.parameters())
     free = free_bytes(device)
     told = str(found).removeprefix("torch.") if quantization is None else quantization
-    admit(
-        f"base {name!r} ({numbers:,} parameters in {told})", needed, free,
+    what = f"base {name!r} ({numbers:,} parameters in {told})"
+    fits = (
         f"one of {bytes_text(free)} would fit: fewer bits (quantization: nf4), more processes "
-        "(mesh), or a smaller base",
-    )  # fmt: skip
+        "(mesh), or a smaller base"
+    )
+    admit(what, needed, free, fits)
 
 
 def _quantized_numbers(model: Any) -> int:

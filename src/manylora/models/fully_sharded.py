@@ -20,7 +20,7 @@ from manylora.types import Unsupported
 
 
 class Shared:
-    """A module's parameters, gathered while somebody uses them.
+    """A module's parameters, gathered while something uses them.
 
     `sharded` is None where every rank holds them whole.
     """
@@ -36,7 +36,7 @@ class Shared:
         self._users += 1
 
     def leave(self) -> None:
-        """Drop what was gathered once nobody uses it."""
+        """Drop what was gathered once nothing uses it."""
         self._users -= 1
         if self._sharded is not None and not self._users:
             self._sharded.reshard()
@@ -82,16 +82,16 @@ def share_out(model: Any, mesh: Mesh) -> Shared:
             f"{type(model).__name__} does not name its blocks (`_no_split_modules`), so it cannot "
             "be shared out over dp; use dp=1"
         )
-    units = [Unit(embedding, head)] if tied else [Unit(embedding), Unit(head)]
+    units: list[Any] = [Unit(embedding, head)] if tied else [Unit(embedding), Unit(head)]
     gather = CountedGather(mesh.traffic)
     for module in (*units, *blocks):
         _shard(fully_shard(module, mesh=along, reshard_after_forward=True), gather)
     rest = {p for p in model.parameters() if not hasattr(p, "to_local")}
     units_own = {p for unit in units for p in unit.parameters()}
     fully_shard(model.base_model, mesh=along, ignored_params=rest | units_own)
-    embedding_table = Shared(units[0])  # type: ignore[arg-type]
+    embedding_table = Shared(units[0])
     _gather_for_lookups(embedding, embedding_table)
-    return embedding_table if tied else Shared(units[1])  # type: ignore[arg-type]
+    return embedding_table if tied else Shared(units[1])
 
 
 def forget_forward(backbone: nn.Module) -> None:

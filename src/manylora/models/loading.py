@@ -8,10 +8,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as hub_logging
 
+from manylora.kernels import DTYPES
 from manylora.models import attention
 from manylora.models.agreement import check_agreement
 from manylora.models.base import (
-    DTYPES,
     BaseModel,
     find_backbone,
     find_head,
@@ -138,13 +138,13 @@ def _open_whole(name: str, folder: str, dtype: str, place: torch.device) -> Open
     return OpenedPart(model, Shared(), fingerprint(model))
 
 
-def _silence_dropout(model: nn.Module) -> None:
+def _silence_dropout(model: Any) -> None:
     # The base is frozen: its own dropout must not act when a block runs in training mode.
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+            module.attention_dropout = 0.0
 
 
 def _context_length(config: Any) -> int:

@@ -136,8 +136,10 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def kept(layer: nn.Linear) -> tuple[WholeWeight, Any]:
-    """What makes a quantised layer's weight, and the module whose `original0` and `original1` are
-    its codes and scales."""
+    """What makes a quantised layer's weight, and the module that holds its codes and scales.
+
+    They are the module's `original0` and `original1`.
+    """
     parametrization: Any = layer.parametrizations
     return parametrization.weight[0], parametrization.weight
 
@@ -169,8 +171,9 @@ def conversions() -> Any:
     Its import would load machine code from a model hub where the package `kernels` is installed,
     for products that are not used here; it is told that there is no such package.
     """
-    before = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]
+    modules: dict[str, Any] = sys.modules
+    before = modules.get("kernels")
+    modules["kernels"] = None
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_of_the_kernel)
     try:
         from bitsandbytes import functional
@@ -180,9 +183,9 @@ def conversions() -> Any:
         ) from error
     finally:
         if before is None:
-            del sys.modules["kernels"]
+            del modules["kernels"]
         else:
-            sys.modules["kernels"] = before
+            modules["kernels"] = before
     return functional
 
 

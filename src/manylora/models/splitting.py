@@ -34,7 +34,8 @@ class SplitLinear(nn.Linear):
     Attributes:
         split: which way.
         axis: the ranks that have the other parts.
-        whole_in, whole_out: K and N of the whole layer.
+        whole_in: K of the whole layer.
+        whole_out: N of the whole layer.
     """
 
     def __init__(self, whole: nn.Linear, split: Split, axis: Axis):

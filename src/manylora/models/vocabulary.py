@@ -15,8 +15,8 @@ class Vocabulary:
 
     Attributes:
         size: rows of its embedding; None = the files do not say.
-        ends: tokens that end an answer by the model's own files. named_in: the file that names
-            them; "" = none does.
+        ends: tokens that end an answer by the model's own files.
+        named_in: the file that names them; "" = none does.
     """
 
     size: int | None

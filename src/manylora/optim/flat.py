@@ -8,12 +8,13 @@ are added up, each slice by itself, so that fewer bytes are sent than if the sli
 n adapters, L numbers of one adapter's vector on this rank, C of one dp slice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from manylora.optim.adamw import gradient_norms
 from manylora.parallel import Axis, Mesh
 
 
@@ -23,7 +24,8 @@ class PendingStep:
 
     Attributes:
         grad_L: fp32; None where this rank has no term of it.
-        length: L. slice_size: C.
+        length: L.
+        slice_size: C.
         ranks: the dp ranks that hold its shares, in the order of the shares.
         num_whole: numbers at the front of which every tp rank has a term.
         repeated: ranges of these that are complete on every tp rank.
@@ -58,8 +60,10 @@ def reduced(due: Sequence[PendingStep], mesh: Mesh, device: torch.device) -> lis
     return slices
 
 
-def norms(due: Sequence[PendingStep], slices: Sequence[Tensor], mesh: Mesh) -> list[float]:
+def norms(due: Sequence[PendingStep], slices: Sequence[Tensor], mesh: Mesh) -> Iterable[float]:
     """L2 norm of each summed gradient, the same on every rank; every number counts once."""
+    if mesh.world.size == 1:
+        return gradient_norms(slices)
     parts = []
     for pending, slice_C in zip(due, slices, strict=True):
         start = mesh.dp.index * pending.slice_size

@@ -32,7 +32,8 @@ class Axis:
 
     Attributes:
         name: `dp`, `tp`, or `world` for the whole mesh.
-        size, index: ranks, and this one's place among them.
+        size: ranks.
+        index: this one's place among them.
         group: None where there is one rank.
         traffic: counts what is sent.
     """
@@ -120,7 +121,10 @@ class Mesh:
     Attributes:
         shape: ranks along each axis.
         world_rank: this rank's number, dp index · tp + tp index; the leader's is 0.
-        dp, tp, world: the axes, and all ranks as one.
+        axes: by name.
+        dp: the axis along which tokens are dealt out.
+        tp: the axis along which matrices are split.
+        world: all ranks as one axis.
         device_mesh: torch's own, for `fully_shard`; None where there is one rank.
         traffic: what this rank has sent along all axes.
     """
@@ -130,9 +134,12 @@ class Mesh:
         self.world_rank = world_rank
         self.device_mesh = device_mesh
         self.traffic = Traffic()
-        dp_index, tp_index = divmod(world_rank, shape.tp)
-        self.dp = self._axis("dp", shape.dp, dp_index)
-        self.tp = self._axis("tp", shape.tp, tp_index)
+        self.axes: dict[str, Axis] = {}
+        rest = world_rank
+        for name, size in reversed(shape.axes.items()):
+            rest, index = divmod(rest, size)
+            self.axes[name] = self._axis(name, size, index)
+        self.dp, self.tp = self.axes["dp"], self.axes["tp"]
         everyone = dist.group.WORLD if shape.size > 1 else None
         self.world = Axis("world", shape.size, world_rank, everyone, self.traffic)
 
@@ -156,7 +163,8 @@ class Mesh:
         if shape.size == 1:
             return cls(shape, 0, None)
         kind = torch.device(device).type
-        device_mesh = init_device_mesh(kind, (shape.dp, shape.tp), mesh_dim_names=("dp", "tp"))
+        names, sizes = zip(*shape.axes.items(), strict=True)
+        device_mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
         return cls(shape, dist.get_rank(), device_mesh)
 
     @property

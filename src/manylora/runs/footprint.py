@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
+from manylora.engine.engine import run
 from manylora.engine.head_loss import HeadLoss
 from manylora.engine.microbatch import build
 from manylora.engine.plan import make_plan
-from manylora.engine.running import run
 from manylora.lora.adapter import Adapter, SiteIndex
 from manylora.lora.layout import plan_layout
 from manylora.lora.linear import wrap_linears
@@ -194,7 +194,7 @@ def _activation_bytes(
         Site(f.name, f.in_features, f.out_features, f.group, f.is_head) for f in find_linears(base)
     )
     index = SiteIndex(sites)
-    wrap_linears(base.model, index)
+    wrap_linears(base.model, sites)
     if recomputed:
         try:
             checkpoint_activations(base)

@@ -327,7 +327,7 @@ class DecodeLoop:
             else:
                 segments.append(Segment(1, weights))
         segments.append(Segment(rows.holding(len(sequences)) - len(sequences), None))
-        # On other devices nobody is promised bits, and longer products are faster.
+        # On other devices no bits are promised, and longer products are faster.
         by_row = self._base.device.type == "cpu"
         packed = self.step_rows().packed
         return RoutingTable(segments, training=False, by_row=by_row, packed=packed)

@@ -17,10 +17,15 @@ class Slots:
     """Arrays of `count` slots.
 
     Attributes:
-        prompt, generated, limit: tokens of the prompt, made so far, to be made at most.
+        prompt: tokens of the prompt.
+        generated: tokens made so far.
+        limit: tokens to be made at most.
         key: where the random stream begins.
-        temperature, top_k, top_p: as in `SamplingParams`.
-        tokens, logprobs: [slot, number of the new token].
+        temperature: as in `SamplingParams`.
+        top_k: as there.
+        top_p: as there.
+        tokens: [slot, number of the new token].
+        logprobs: of the tokens.
         stops: [slot, any], filled up with NO_STOP.
     """
 
@@ -34,10 +39,6 @@ class Slots:
         self.tokens = np.zeros((count, 0), np.int64)
         self.logprobs = np.zeros((count, 0), np.float32)
         self.stops = np.full((count, 1), NO_STOP, np.int64)
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
 
     def take(
         self, params: SamplingParams, prompt: int, limit: int, stops: Sequence[int], key: int

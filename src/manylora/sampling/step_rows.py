@@ -1,9 +1,9 @@
 """How many rows a step of decoding has: as few more than sequences as their bits allow.
 
-Found by trying, once for each base and number of threads (see `kernels.rows`). Two ways are open to
-a base's products: its weights once more in the order that products of few rows read, or as they
-are. What does not come from linear layers and elementwise functions, as experts do, is not tried;
-steps of such a base are filled up to multiples that hold for all.
+It is found by trying, once for each base and number of threads (see `kernels.row_counts`). Two ways
+are open to a base's products: its weights once more in the order that products of few rows read, or
+as they are. What does not come from linear layers and elementwise functions, as experts do, is not
+tried; steps of such a base are filled up to multiples that hold for all.
 
 K terms of each sum, N columns.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from manylora.kernels import RowCounts, ladder, safe_for_functions, safe_packed, safe_plain
-from manylora.lora.linear import InputGroup, LoRALinear
+from manylora.lora.groups import Group, groups_of
 from manylora.models import BaseModel
 from manylora.models.stream import decode_multiple
 
@@ -34,7 +34,8 @@ class FoundRows:
     """The numbers of rows that a step may have.
 
     Attributes:
-        hidden: for the blocks; logits: for the head and the draw.
+        hidden: for the blocks.
+        logits: for the head and the draw.
         packed: whether products read the weights that are kept twice.
     """
 
@@ -80,7 +81,7 @@ class StepRows:
     def _settle(self, threads: int) -> FoundRows:
         base = self._base
         multiple = decode_multiple(base.dtype, base.vocab_size)
-        groups = _groups(base.model)
+        groups = groups_of(base.model)
         if not _alone(base) or not groups or not _only_known(base.model, _layers(groups)):
             return FoundRows(RowCounts((), multiple), RowCounts((), multiple), packed=False)
         head = groups[base.model.get_output_embeddings().group.number]
@@ -107,7 +108,7 @@ class _Trial:
     def __init__(
         self,
         base: BaseModel,
-        groups: Iterable[InputGroup],
+        groups: Iterable[Group],
         counts: tuple[int, ...],
         threads: int,
         multiple: int,
@@ -147,13 +148,7 @@ class _Trial:
         )
 
 
-def _groups(model: nn.Module) -> dict[int, InputGroup]:
-    """The input groups of a base by number; none before adapters' layers are put around its own."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    return {layer.group.number: layer.group for layer in layers}
-
-
-def _layers(groups: Mapping[int, InputGroup]) -> list[nn.Linear]:
+def _layers(groups: Mapping[int, Group]) -> list[nn.Linear]:
     return [layer for group in groups.values() for layer in group.layers]
 
 
@@ -171,7 +166,7 @@ def _only_known(model: nn.Module, layers: Iterable[nn.Module]) -> bool:
 
 def kept_twice_bytes(base: BaseModel) -> int:
     """Bytes that a base's weights will take once more from the first sampling on, at most."""
-    return twice_bytes(base.model, _layers(_groups(base.model))) if _alone(base) else 0
+    return twice_bytes(base.model, _layers(groups_of(base.model))) if _alone(base) else 0
 
 
 def twice_bytes(model: nn.Module, layers: Sequence[nn.Module], itemsize: int | None = None) -> int:
@@ -180,7 +175,8 @@ def twice_bytes(model: nn.Module, layers: Sequence[nn.Module], itemsize: int | N
     By the model alone, whatever memory is free: the two ways need not have the same bits.
 
     Args:
-        layers: that tokens pass. itemsize: of their numbers; None = as they are.
+        layers: that tokens pass.
+        itemsize: bytes of their numbers; None = as they are.
     """
     if not all(type(layer) is nn.Linear for layer in layers) or not _only_known(model, layers):
         return 0

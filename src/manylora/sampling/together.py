@@ -99,7 +99,7 @@ class LoopsTogether:
         for row in rows:
             length = int(row[:8].copy().view(np.int64)[0])
             for number, answer in from_bytes(row[8 : 8 + length].tobytes()):
-                # A request that was cancelled meanwhile is nobody's.
+                # A request that was cancelled meanwhile is missing here.
                 request = self._numbered.get(number)
                 if request is not None:
                     self._forget(request)

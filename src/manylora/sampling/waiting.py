@@ -5,7 +5,7 @@ stall those that are being continued. Where a prompt is cut depends on the promp
 numbers do not depend on its neighbours. Tenants take turns, chunk by chunk.
 
 Room is dealt by dynamic thresholds (https://doi.org/10.1109/90.664262): a tenant may hold at most
-`ALPHA` times what would still be free, so that whoever comes next finds room at once.
+`ALPHA` times what would still be free, so that the next request finds room at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Prompt:
         opened: continuations that have been given room.
         source: one of them that is still there; the next copies its beginning.
         done: those that have ended, by number.
-        dropped: nobody waits for it any more.
+        dropped: no client waits for it any more.
     """
 
     request: Request
@@ -74,7 +74,8 @@ class Sequence:
 
     Attributes:
         number: which of its prompt's.
-        slot, extent: its place in the arrays and in the cache.
+        slot: its place in the arrays.
+        extent: its place in the cache.
         topk: of each new token, if asked.
     """
 

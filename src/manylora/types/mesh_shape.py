@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from manylora.types.errors import ConfigError, Unsupported
@@ -65,14 +65,19 @@ class MeshShape:
         return cls(**sizes)
 
     @property
+    def axes(self) -> dict[str, int]:
+        """Each axis of one replica's mesh has so many ranks; neighbouring ranks differ in the last."""
+        return {"dp": self.dp, "tp": self.tp}
+
+    @property
     def size(self) -> int:
         """All replicas together have this many ranks."""
-        return self.replicas * self.dp * self.tp
+        return self.replicas * math.prod(self.axes.values())
 
     @property
     def one(self) -> "MeshShape":
         """The mesh of one replica has this shape."""
-        return MeshShape(self.dp, self.tp)
+        return replace(self, replicas=1)
 
     def check_split(self, sizes: Mapping[str, Any], base: str) -> None:
         """Refuse a base that `tp` cannot split, judged by the sizes in its config alone.
@@ -101,5 +106,5 @@ class MeshShape:
         )
 
     def __str__(self) -> str:
-        replicas = f"replicas={self.replicas}," if self.replicas > 1 else ""
-        return f"{replicas}dp={self.dp},tp={self.tp}"
+        replicas = {"replicas": self.replicas} if self.replicas > 1 else {}
+        return ",".join(f"{axis}={size}" for axis, size in (replicas | self.axes).items())

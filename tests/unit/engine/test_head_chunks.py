@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from manylora.engine.head_chunks import MOST_BYTES, chunk_bytes, chunk_rows
+from manylora.engine.head_chunks import MOST_BYTES, chunk_rows, row_bytes
 from manylora.models.stream import ROW_MULTIPLE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,5 +24,5 @@ def test_a_chunk_stays_below_its_bytes(vocab: int, dtype: torch.dtype, capped: b
     rows = chunk_rows(vocab, dtype, capped=capped)
     assert rows >= ROW_MULTIPLE and rows % ROW_MULTIPLE == 0
     # A chunk has 32 rows at least, whatever the vocabulary.
-    assert chunk_bytes(vocab, dtype, capped=capped) < MOST_BYTES or rows == ROW_MULTIPLE
+    assert rows * row_bytes(vocab, dtype, capped=capped) < MOST_BYTES or rows == ROW_MULTIPLE
     assert chunk_rows(vocab, dtype, capped=True) <= chunk_rows(vocab, dtype, capped=False)

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from manylora.lora.adapter import Adapter, SiteIndex, to_array
+from manylora.lora.gathering import gathered_state
 from manylora.lora.init import fresh_state
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.lora.state import AdapterState, Floats
+from manylora.parallel import Mesh
 from manylora.types import AdapterSpec
+from manylora.types.mesh_shape import MeshShape
 
 SITES = (Site("q", 8, 6, 0), Site("k", 8, 4, 0), Site("o", 6, 8, 1))
 CPU = torch.device("cpu")
@@ -31,10 +34,14 @@ def some_state(shares: int = 1, **settings) -> AdapterState:
     return AdapterState(spec, layout, vector(), vector(), vector() ** 2, vector(shares), 4, 9)
 
 
+def state_of(adapter: Adapter) -> AdapterState:
+    return gathered_state(adapter, Mesh.join(MeshShape(), CPU))
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_state_goes_in_and_comes_out_as_it_was(dtype):
     state = some_state(dtype=dtype)
-    found = Adapter(state, SiteIndex(SITES), CPU).state()
+    found = state_of(Adapter(state, SiteIndex(SITES), CPU))
     for name in VECTORS:
         one, other = getattr(found, name), getattr(state, name)
         assert one.dtype == np.float32 and one.shape == other.shape, name
@@ -47,10 +54,10 @@ def test_neither_side_follows_the_other():
     state = some_state()
     kept = {name: getattr(state, name).copy() for name in VECTORS}
     adapter = Adapter(state, SiteIndex(SITES), CPU)
-    given = adapter.state()
+    given = state_of(adapter)
     for name in VECTORS:
         getattr(state, name).fill(7)  # the caller's own
-        assert np.array_equal(getattr(adapter.state(), name), kept[name]), name
+        assert np.array_equal(getattr(state_of(adapter), name), kept[name]), name
     for tensor in (adapter.master_P, adapter.require_grad(), *adapter.require_moments()):
         tensor.fill_(5)
     for name in VECTORS:
@@ -63,7 +70,7 @@ def test_arrays_that_may_only_be_read_are_taken():
     state = some_state()
     for name in VECTORS:
         getattr(state, name).flags.writeable = False
-    found = Adapter(state, SiteIndex(SITES), CPU).state()
+    found = state_of(Adapter(state, SiteIndex(SITES), CPU))
     assert np.array_equal(found.weights, state.weights)
 
 
@@ -74,14 +81,14 @@ def test_shares_of_a_gradient_are_added_in_their_order():
     adapter = Adapter(state, SiteIndex(SITES), CPU)
     expected_P = (state.grad[0] + state.grad[1]) + state.grad[2]
     assert not np.array_equal(expected_P, state.grad[0] + (state.grad[1] + state.grad[2]))
-    found = adapter.state().grad
+    found = state_of(adapter).grad
     assert found is not None and found.shape == (1, state.layout.num_params)
     assert np.array_equal(found[0], expected_P)
     # The layers write into the same vector.
     member = adapter.weights.blocks[0].members[0]
     assert member.grad_bt_RN is not None
     member.grad_bt_RN.zero_()
-    again = adapter.state().grad
+    again = state_of(adapter).grad
     assert again is not None
     assert not state.layout.factors[0].b_transposed(again[0]).any()
 
@@ -91,7 +98,7 @@ def test_a_state_without_a_gradient_has_none():
     fresh = fresh_state(spec, plan_layout(spec, resolve_targets(spec, SITES)))
     adapter = Adapter(fresh, SiteIndex(SITES), CPU)
     assert (adapter.grad_P, adapter.exp_avg_P, adapter.has_grad) == (None, None, False)
-    found = adapter.state()
+    found = state_of(adapter)
     assert (found.grad, found.exp_avg, found.exp_avg_sq) == (None, None, None)
 
 

@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 def wrapped_block() -> Block:
     block = Block()
-    wrap_linears(block, SiteIndex(SITES))
+    wrap_linears(block, SITES)
     return block
 
 
@@ -119,4 +119,4 @@ def test_only_plain_linear_layers_are_wrapped():
     block = Block()
     setattr(block, "q", nn.Bilinear(2, 2, 2))  # noqa: B010 - of another type than declared
     with pytest.raises(Unsupported, match="q is a Bilinear"):
-        wrap_linears(block, SiteIndex(SITES))
+        wrap_linears(block, SITES)

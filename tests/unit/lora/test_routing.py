@@ -71,7 +71,7 @@ def test_one_table_at_a_time_and_none_after_an_error():
     table = RoutingTable([Segment(1, None)], training=False)
     with pytest.raises(RuntimeError, match="inside"), routing(table):
         assert current_table() is table
-        table.pending[0] = (torch.zeros(1), [])
+        table.pending[0] = (torch.zeros(1), {})
         with pytest.raises(AssertionError, match="already running"), routing(table):
             pass
         raise RuntimeError("inside")

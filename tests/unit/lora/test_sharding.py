@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora.lora.layout import plan_layout
-from manylora.lora.sharding import Part, Place, part_of, share
+from manylora.lora.sharding import Coordinate, Part, Place, part_of
 from manylora.lora.sites import Site, resolve_targets
-from manylora.parallel import share as cut_of_the_base
+from manylora.parallel import share
 from manylora.types import AdapterSpec
 from manylora.types.mesh_shape import Split
 
@@ -41,7 +42,10 @@ EXAMPLES = settings(derandomize=True, deadline=None, max_examples=60)
 
 def parts_of(spec: AdapterSpec, tp: int, dp: int = 1, dp_index: int = 0) -> list[Part]:
     layout = plan_layout(spec, resolve_targets(spec, SITES))
-    return [part_of(layout, SITES, Place(dp, dp_index, tp, index)) for index in range(tp)]
+    places = [
+        Place({"dp": Coordinate(dp, dp_index), "tp": Coordinate(tp, index)}) for index in range(tp)
+    ]
+    return [part_of(layout, SITES, place) for place in places]
 
 
 def random_P(count: int, seed: int = 0) -> np.ndarray:
@@ -121,8 +125,10 @@ def test_slices_cover_the_local_vector(spec: AdapterSpec, tp: int, dp: int):
 @EXAMPLES
 @given(st.integers(0, 50), st.integers(1, 6))
 def test_features_are_shared_as_the_base_is_cut(count: int, size: int):
+    ends = np.cumsum([0, *map(len, torch.arange(count).chunk(size))]).tolist()
+    ends += [count] * (size + 1 - len(ends))
     for index in range(size):
-        assert share(count, size, index) == cut_of_the_base(count, size, index)
+        assert share(count, size, index) == (ends[index], ends[index + 1])
 
 
 def lanes_of(
@@ -196,3 +202,9 @@ def test_one_process_holds_the_vector_itself():
     assert part.take(vector_P) is vector_P
     assert part.local is part.whole
     assert part.own == slice(0, len(vector_P))
+
+
+def test_an_axis_that_is_not_named_has_one_rank():
+    place = Place({"tp": Coordinate(4, 1)})
+    assert (place["tp"], place["dp"], place["ep"]) == ((4, 1), (1, 0), (1, 0))
+    assert (place.moved("tp", 3)["tp"], place["tp"]) == ((4, 3), (4, 1))

@@ -131,7 +131,7 @@ def empty(verbs: Decoder) -> bool:
     return (
         len(loop) == verbs.decoding == loop._cache.used_tokens == 0
         and loop._cache._free[0].tokens == loop._cache.max_tokens
-        and loop._slots.num_free == len(loop._slots.prompt)
+        and len(loop._slots._free) == len(loop._slots.prompt)
         and not loop._running
         and not loop._room._held
         and not loop._room._waiting

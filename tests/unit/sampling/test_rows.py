@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from manylora.engine import Engine
+from manylora.lora.groups import groups_of
 from manylora.sampling import DecodeLoop
 from manylora.sampling import step_rows as rows
 from manylora.types import AdapterSpec, Opening, Sample, SampleResult, SamplingParams
@@ -108,7 +109,7 @@ def test_one_number_that_differs_closes_the_way(folder, monkeypatch):
     found = engine.decoder.loop.step_rows()
     assert not found.packed
     assert "weights as they are" in found.told()
-    groups = rows._groups(engine.base.model)
+    groups = groups_of(engine.base.model)
     assert not any(group.packed for group in groups.values())
 
 

@@ -1,0 +1,49 @@
+"""The low-rank operation of each kind of device.
+
+A kernel for one kind stands here beside its twin, the plain loop, which serves all others.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from manylora.kernels.lowrank import Columns, SegmentWork, shrink_expand, shrink_expand_backward
+
+Columned = Columns | None
+Forward = Callable[
+    [Tensor, Sequence[Tensor], list[int], Sequence[SegmentWork], Columned], list[Tensor]
+]
+Backward = Callable[
+    [
+        Tensor,
+        Sequence[Tensor | None],
+        Tensor | None,
+        list[int],
+        Sequence[SegmentWork],
+        Sequence[Tensor],
+        Columned,
+    ],
+    None,
+]
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The two halves of the operation; `lowrank` describes their arguments."""
+
+    shrink_expand: Forward
+    shrink_expand_backward: Backward
+
+
+PLAIN = LowRank(shrink_expand, shrink_expand_backward)
+LOWRANK: Mapping[str, LowRank] = {"cpu": PLAIN, "cuda": PLAIN}
+
+
+def low_rank_on(device: torch.device) -> LowRank:
+    """What layers on `device` call; they look it up when they are built.
+
+    The plain loop serves devices that are not in the table, such as the meta device of a plan.
+    """
+    return LOWRANK.get(device.type, PLAIN)
