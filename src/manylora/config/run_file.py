@@ -4,8 +4,9 @@ An attribute's docstring is its description in the JSON schema.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeGuard
 
 from pydantic import Field, field_validator, model_validator
 
@@ -165,8 +166,43 @@ class OptimizerSettings(Settings):
         )
 
 
-class SftSettings(Settings):
+class KindSettings(Settings):
+    """What one kind of run asks for; the key that it stands under in an entry tells the kind."""
+
+    LENGTHS: ClassVar[tuple[str, ...]]
+    """Its settings that say how long an adapter trains; one of them is given."""
+    SOURCES: ClassVar[tuple[str, ...]]
+    """Its settings that name data."""
+
+    @property
+    def length(self) -> tuple[str, int]:
+        """Which setting says how long an adapter trains, and what it says."""
+        return next(
+            (name, value) for name in self.LENGTHS if (value := getattr(self, name)) is not None
+        )
+
+    @property
+    def known_steps(self) -> int:
+        """Optimizer steps as far as they are known before data are read; 0 = they are not."""
+        name, value = self.length
+        return value if name == "max_steps" else 0
+
+    def sources(self) -> dict[str, str]:
+        """The data that are named, by the setting that names them."""
+        named = {name: getattr(self, name) for name in self.SOURCES}
+        return {name: source for name, source in named.items() if source is not None}
+
+    def with_sources(self, change: Callable[[str], str]) -> Self:
+        """These settings with every data source changed."""
+        changed = {name: change(source) for name, source in self.sources().items()}
+        return self.model_copy(update=changed)
+
+
+class SftSettings(KindSettings):
     """Supervised fine-tuning: which data, how often."""
+
+    LENGTHS = ("epochs", "max_steps")
+    SOURCES = ("train", "eval")
 
     train: Text
     """A .jsonl, .csv or .parquet file, the first two also as .gz (relative to the run file's
@@ -251,6 +287,17 @@ class AdapterEntry(Settings):
                 ". nor -"
             )
         return value
+
+    @property
+    def kind(self) -> str:
+        """The key that tells how it is trained: the one whose settings are given."""
+        return next(name for name, value in self if isinstance(value, KindSettings))
+
+    @property
+    def kind_settings(self) -> KindSettings:
+        """The settings of its kind."""
+        settings: KindSettings = getattr(self, self.kind)
+        return settings
 
     def spec(self) -> AdapterSpec:
         """The adapter's settings as the engine takes them."""

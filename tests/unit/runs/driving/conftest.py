@@ -58,7 +58,7 @@ def door() -> FakeDoor:
 def train(run: RunFile, door: FakeDoor | None = None, **options: Any) -> int:
     """Train on the fake door."""
     fake = door or FakeDoor()
-    outside = Surroundings(open_door=lambda _: fake, newest_state=fake_newest_state)
+    outside = Surroundings(open_client=lambda _: fake, newest_state=fake_newest_state)
     options.setdefault("view", "plain")
     return train_run_file(run, outside=outside, **options)
 

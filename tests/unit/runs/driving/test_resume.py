@@ -184,7 +184,9 @@ def test_metrics_are_cut_back_to_the_state(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as file:
         for step in range(1, 6):
-            file.append(StepDone("a", step, 9, float("nan"), 0.1, 1.0, 8, 4, 0.1))
+            figures = {"loss": float("nan"), "lr": 0.1, "grad_norm": 1.0}
+            figures |= {"tokens": 8, "trained_tokens": 4}
+            file.append(StepDone("a", step, 9, figures, 0.1))
     assert read_metrics(path)[0]["loss"] is None
     with path.open("a") as torn:
         torn.write('{"step": 6, "lo')
