@@ -10,7 +10,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeGuard
 
 from pydantic import Field, field_validator, model_validator
 
-from manylora.config.opening_settings import opening_of
 from manylora.config.settings import (
     MOST_STEPS,
     Beta,
@@ -18,6 +17,7 @@ from manylora.config.settings import (
     Flag,
     MeshText,
     NotNegative,
+    OpeningSettings,
     Positive,
     Rank,
     Seconds,
@@ -27,7 +27,7 @@ from manylora.config.settings import (
     Tokens,
     problem,
 )
-from manylora.types import ALL_LINEAR, AdamParams, AdapterSpec, Opening
+from manylora.types import ALL_LINEAR, AdamParams, AdapterSpec
 from manylora.types.patterns import BadPattern, compiled, shown
 from manylora.types.weight_forms import Quantization
 
@@ -35,11 +35,12 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 # What names a file as well, though none that is read: nothing of the kind is asked of a hub.
-_OTHER_SUFFIXES = frozenset((
-    ".json", ".ndjson", ".tsv", ".txt", ".md", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz",
-    ".7z", ".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx", ".ods", ".yaml", ".yml", ".xml",
-    ".html", ".pkl", ".npy", ".npz", ".h5", ".db", ".sqlite", ".bin", ".safetensors",
-))  # fmt: skip
+_OTHER_SUFFIXES = frozenset(
+    {".json", ".ndjson", ".tsv", ".txt", ".md", ".yaml", ".yml", ".xml", ".html"}
+    | {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"}
+    | {".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx", ".ods", ".db", ".sqlite"}
+    | {".pkl", ".npy", ".npz", ".h5", ".bin", ".safetensors"}
+)
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
@@ -332,7 +333,7 @@ class TrackioSettings(Settings):
     """Project that the runs appear in."""
 
 
-class RunFile(Settings):
+class RunFile(OpeningSettings):
     """A run: one base model and the adapters that are trained on it together."""
 
     base: Text
@@ -392,10 +393,6 @@ class RunFile(Settings):
         if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
             return value
         raise problem(f"is {value!r}; write auto, cpu, cuda or cuda:N")
-
-    def opening(self) -> Opening:
-        """How the run's base is opened."""
-        return opening_of(self)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "RunFile":

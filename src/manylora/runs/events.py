@@ -194,7 +194,7 @@ class Listeners:
             try:
                 listener(event)
             except Exception as error:
-                # A closed terminal or a tracker's network must not cost anybody a step.
+                # A closed terminal or a tracker's network must not cost a step.
                 self._listeners.remove(listener)
                 log.warning("%s failed and is not asked again: %s", _name(listener), error)
 

@@ -16,7 +16,6 @@ from manylora.runs.sft import SFT_COLUMNS
 from manylora.runs.sft_data import Read, prepare_sft
 from manylora.runs.sft_plan import plan_sft
 
-
 # Reads the data of an entry and makes its course; see `plan_job` for the arguments.
 Prepare = Callable[[AdapterEntry, Any, Progress, Read | None, Between], Course]
 # Finds what an entry's course would do from a base's tokenizer and vocabulary, without its weights.

@@ -16,7 +16,7 @@ from manylora.runs.footprint import children_peak_bytes, peak_bytes
 from manylora.runs.kinds import plan_job
 from manylora.runs.outcome import error_dict
 from manylora.runs.stopping import Stopper
-from manylora.runs.train import Surroundings, quiet_loading
+from manylora.runs.train import Dependencies, quiet_loading
 from manylora.types import DataError, ManyloraError, NotFinite
 from manylora.types.mesh_shape import MeshShape
 
@@ -34,7 +34,8 @@ class AdapterTimes:
         steps: that were timed.
         step_seconds: of one of them, in the batches that it was part of.
         share_seconds: its own share of those, by tokens.
-        training_seconds, evaluation_seconds: of its whole run, its share.
+        training_seconds: its share in the steps of its whole run.
+        evaluation_seconds: its share in the evaluations of its whole run.
         error: what kept it from being measured; its other figures are 0 then.
     """
 
@@ -55,7 +56,8 @@ class Measured:
         others_peak: the most that another process of the mesh has taken; None = there are none, or
             they are on other machines.
         step_seconds: of a step of all adapters together.
-        training_seconds, evaluation_seconds: of the whole run, that the device will work.
+        training_seconds: the device's work in all steps of the run.
+        evaluation_seconds: the device's work in all its evaluations.
     """
 
     peak: int
@@ -75,7 +77,7 @@ def measure_run(
     tokens: Mapping[str, int],
     *,
     emit: Listener,
-    outside: Surroundings | None = None,
+    outside: Dependencies | None = None,
 ) -> Measured:
     """Make the first steps of every adapter, and an evaluation's first chunk, as the run would.
 
@@ -93,7 +95,7 @@ def measure_run(
     parts = [_Measuring(job, tokens[job.name], emit) for job in jobs]
     with Stopper() as stopper:
         emit(Phase("", f"opening {run.base}"))
-        with quiet_loading(), (outside or Surroundings()).open_client(run) as client:
+        with quiet_loading(), (outside or Dependencies()).open_client(run) as client:
             emit(Phase("", ""))
             if asyncio.run(_all(client, parts, stopper)):
                 raise KeyboardInterrupt
@@ -124,7 +126,7 @@ async def _all(client: Any, parts: Sequence["_Measuring"], stopper: Stopper) -> 
     """Take all adapters through each part of a run together, so that their batches merge as they
     will. Returns whether it was stopped."""
     stop = asyncio.Event()
-    stopper.heed(asyncio.get_running_loop(), lambda reason: stop.set())
+    stopper.watch(asyncio.get_running_loop(), lambda reason: stop.set())
     preparing = asyncio.Lock()
 
     async def prepare(part: "_Measuring") -> None:

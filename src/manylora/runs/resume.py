@@ -13,10 +13,10 @@ from manylora.types import ConfigError
 from manylora.types.files import tell_shortage_apart
 
 # Settings that change what is shown, or where files lie, but no weight.
-_FREE = {
-    "out", "mesh", "ray", "engine_address", "step_seconds",
-    "checkpoints", "report", "tensorboard", "wandb", "trackio",
-}  # fmt: skip
+_FREE = frozenset(
+    {"out", "mesh", "ray", "engine_address", "step_seconds"}
+    | {"checkpoints", "report", "tensorboard", "wandb", "trackio"}
+)
 _SHOWN = 8
 # Reading as many takes long enough to be worth telling.
 ANNOUNCED_BYTES = 2**30

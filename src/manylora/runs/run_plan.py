@@ -236,11 +236,15 @@ def list_sites(model: Any) -> list[Site]:
     naming = namings(model, linears.values())
     return [
         Site(
-            name, module.in_features, module.out_features, number,
-            is_head=module is head, naming=naming[name],
+            name,
+            module.in_features,
+            module.out_features,
+            number,
+            is_head=module is head,
+            naming=naming[name],
         )
         for number, (name, module) in enumerate(linears.items())
-    ]  # fmt: skip
+    ]
 
 
 def _plan_adapter(

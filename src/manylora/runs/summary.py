@@ -20,7 +20,7 @@ MOST_SHOWN = 8
 _STYLES = {"completed": "green", "failed": "bold red", "cancelled": "yellow"}
 
 
-def print_closing(event: RunEnded, console: Console, columns: Mapping[str, CourseColumns]) -> None:
+def print_summary(event: RunEnded, console: Console, columns: Mapping[str, CourseColumns]) -> None:
     """The table of adapters, the errors in full, and the paths.
 
     Args:

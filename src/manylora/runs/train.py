@@ -65,8 +65,8 @@ def newest_state(parent: Path) -> Path | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a run reaches for outside of this room; tests put small ones in their place."""
+class Dependencies:
+    """What a run takes from other rooms; tests put small ones in their place."""
 
     open_client: OpenClient = open_trainer
     newest_state: NewestState = newest_state
@@ -77,7 +77,7 @@ def train_run_file(
     *,
     overwrite: bool = False,
     view: ViewKind = "auto",
-    outside: Surroundings | None = None,
+    outside: Dependencies | None = None,
 ) -> int:
     """Train every adapter of a run file, or go on where an earlier attempt was interrupted.
 
@@ -93,7 +93,7 @@ def train_run_file(
         ConfigError: the folder holds another run, or a tracker's package is missing.
         BaseModelError: the base cannot be opened.
     """
-    return _Run(run, overwrite, view, outside or Surroundings()).go()
+    return _Run(run, overwrite, view, outside or Dependencies()).go()
 
 
 @dataclass(slots=True)
@@ -103,7 +103,7 @@ class _Run:
     run: RunFile
     overwrite: bool
     view_kind: ViewKind
-    outside: Surroundings
+    outside: Dependencies
     paths: RunPaths = field(init=False)
     emit: Listeners = field(default_factory=Listeners)
     jobs: list[Job] = field(init=False)
@@ -123,7 +123,7 @@ class _Run:
             stack.enter_context(held(self.paths))
             view = stack.enter_context(open_view(self.view_kind))
             self.emit.add(view)
-            stopper = stack.enter_context(Stopper(last_words=view.last_words))
+            stopper = stack.enter_context(Stopper(restore_terminal=view.restore_terminal))
             try:
                 self._begin(stack)
             except KeyboardInterrupt:
@@ -185,11 +185,11 @@ class _Run:
         """One task per adapter; none of them raises."""
         stop, preparing = asyncio.Event(), asyncio.Lock()
 
-        def wish(reason: str) -> None:
+        def ask(reason: str) -> None:
             stop.set()
             self.emit(Stopping(reason))
 
-        stopper.heed(asyncio.get_running_loop(), wish)
+        stopper.watch(asyncio.get_running_loop(), ask)
         runs = [
             AdapterRun(
                 client,

@@ -33,7 +33,7 @@ from manylora.runs.events import (
     Warned,
     event_dict,
 )
-from manylora.runs.summary import print_closing
+from manylora.runs.summary import print_summary
 
 PLAIN_SECONDS = 5.0
 PHASE_SECONDS = 2.0
@@ -51,7 +51,7 @@ class View(Protocol):
 
     def __call__(self, event: Event) -> None: ...
 
-    def last_words(self) -> None:
+    def restore_terminal(self) -> None:
         """Leave the terminal as it was; the process is about to end at once."""
 
 
@@ -78,7 +78,7 @@ class JsonView:
         self._out.write(json.dumps(event_dict(event), ensure_ascii=False) + "\n")
         self._out.flush()
 
-    def last_words(self) -> None:
+    def restore_terminal(self) -> None:
         """Nothing to tidy up."""
 
 
@@ -119,10 +119,10 @@ class PlainView:
             case Stopping():
                 self._say("", f"{event.reason}: saving every adapter; once more to exit at once")
             case RunEnded():
-                console = Console(file=self._out, width=closing_width(self._out))
-                print_closing(event, console, self._board.columns)
+                console = Console(file=self._out, width=summary_width(self._out))
+                print_summary(event, console, self._board.columns)
 
-    def last_words(self) -> None:
+    def restore_terminal(self) -> None:
         """Nothing to tidy up."""
 
     def _due(self, event: StepDone) -> bool:
@@ -152,7 +152,7 @@ class PlainView:
         self._progress.flush()
 
 
-def closing_width(out: TextIO) -> int | None:
+def summary_width(out: TextIO) -> int | None:
     """As wide as the terminal; in a file, wide enough for long names."""
     return None if out.isatty() else 120
 
@@ -202,10 +202,10 @@ class LiveView:
             self.live.console.print(Text(f"{event.adapter}: warning: {note}", style="yellow"))
         if isinstance(event, RunEnded):
             self.live.stop()
-            console = Console(file=self._out, width=closing_width(self._out))
-            print_closing(event, console, self._board.columns)
+            console = Console(file=self._out, width=summary_width(self._out))
+            print_summary(event, console, self._board.columns)
 
-    def last_words(self) -> None:
+    def restore_terminal(self) -> None:
         """Give the cursor back."""
         self._console.show_cursor(True)
 

@@ -27,7 +27,7 @@ from manylora.runs.events import (
     event_dict,
 )
 from manylora.runs.sft import SFT_COLUMNS
-from manylora.runs.summary import print_closing
+from manylora.runs.summary import print_summary
 from manylora.runs.view import LiveView, PlainView
 from tests.unit.runs.driving.conftest import summary, train
 
@@ -207,7 +207,7 @@ def test_the_plain_line_and_the_closing_table_round_a_share_alike():
     summary = {"adapters": {"a": entry}, "tokens": 0}
     out = io.StringIO()
     ended, console = RunEnded("nowhere", 0, summary), Console(file=out, width=120)
-    print_closing(ended, console, {"a": SFT_COLUMNS})
+    print_summary(ended, console, {"a": SFT_COLUMNS})
     assert "13% → 63%" in out.getvalue()
 
 
