@@ -55,6 +55,27 @@ class StopAsked(Exception):
     """The run was asked to stop; raised between operations, never across one."""
 
 
+async def read_data(
+    job: Job, client: Any, emit: Listener, check_stop: Callable[[], None]
+) -> Course:
+    """The course of a job, whose data are read in a thread.
+
+    Args:
+        check_stop: called between two pieces of the work; it raises to end it.
+    """
+    emit(Phase(job.name, "reading data", 0, 1))
+    loop = asyncio.get_running_loop()
+
+    def tick(text: str, done: int, total: int) -> None:
+        check_stop()
+        loop.call_soon_threadsafe(emit, Phase(job.name, text, done, total))
+
+    try:
+        return await asyncio.to_thread(job.prepare, client, tick)
+    except OSError as error:
+        raise DataError(f"{error.filename or 'data'}: {error.strerror or error}") from error
+
+
 class AdapterRun:
     """One adapter from its first step (or its newest checkpoint) to its end."""
 
@@ -136,17 +157,7 @@ class AdapterRun:
     async def _prepare(self) -> Course:
         async with self._preparing:
             self._check_stop()
-            self._tick("reading data", 0, 1)
-            loop = asyncio.get_running_loop()
-
-            def tick(text: str, done: int, total: int) -> None:
-                self._check_stop()
-                loop.call_soon_threadsafe(self._emit, Phase(self._job.name, text, done, total))
-
-            try:
-                return await asyncio.to_thread(self._job.prepare, self._client, tick)
-            except OSError as error:
-                raise DataError(f"{error.filename or 'data'}: {error.strerror or error}") from error
+            return await read_data(self._job, self._client, self._emit, self._check_stop)
 
     async def _open(self, course: Course) -> None:
         """Create the adapter, or restore its newest whole training state."""

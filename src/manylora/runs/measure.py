@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from manylora.config import RunFile
-from manylora.runs.adapter_run import Pending, StopAsked
+from manylora.runs.adapter_run import Pending, StopAsked, read_data
 from manylora.runs.course import Course, Job, StepFigures
 from manylora.runs.events import Listener, Phase
 from manylora.runs.footprint import children_peak_bytes, peak_bytes
@@ -17,7 +17,7 @@ from manylora.runs.kinds import plan_job
 from manylora.runs.outcome import error_dict
 from manylora.runs.stopping import Stopper
 from manylora.runs.train import Dependencies, quiet_loading
-from manylora.types import DataError, ManyloraError, NotFinite
+from manylora.types import ManyloraError, NotFinite
 from manylora.types.mesh_shape import MeshShape
 
 log = logging.getLogger(__name__)
@@ -183,17 +183,7 @@ class _Measuring:
 
     async def prepare(self, client: Any) -> None:
         """Read its data."""
-        loop = asyncio.get_running_loop()
-
-        def tick(text: str, done: int, total: int) -> None:
-            loop.call_soon_threadsafe(self._tick, text, done, total)
-            self._check_stop()
-
-        self._tick("reading data", 0, 1)
-        try:
-            self.course = await asyncio.to_thread(self.job.prepare, client, tick)
-        except OSError as error:
-            raise DataError(f"{error.filename or 'data'}: {error.strerror or error}") from error
+        self.course = await read_data(self.job, client, self.emit, self._check_stop)
 
     async def create(self, client: Any) -> None:
         """Make the adapter."""
