@@ -2,6 +2,6 @@
 
 Owns: commands, their options and what they print; exit codes; turning errors into messages.
 Does not own: training, sampling or files: each command calls one room and shows what it gives.
-Talks to: quickstart, runs, the Python door, checkpoint and config below; nobody imports it.
+Talks to: quickstart, runs, api, checkpoint and config below; no room imports it.
 `--help` does not import torch.
 """

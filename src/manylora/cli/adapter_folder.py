@@ -61,7 +61,7 @@ def find_adapter(folder: Path) -> AdapterFolder:
 
 
 def find_checkpoint(path: str, data_dir: Path, database: str | None) -> Path:
-    """The folder of a checkpoint in a server's data folder, whoever owns it.
+    """The folder of a checkpoint in a server's data folder, of any owner.
 
     Raises:
         CheckpointError: there is none. StoreError: the database cannot be read.

@@ -15,9 +15,9 @@ import click
 State = Literal["ok", "warn", "fail"]
 
 NEEDED = (
-    "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pydantic",
-    "PyYAML", "click", "rich", "tensorboard",
-)  # fmt: skip
+    *("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pydantic"),
+    *("PyYAML", "click", "rich", "tensorboard"),
+)
 OPTIONAL = {
     "bitsandbytes": "for `quantization:`",
     "peft": "tests compare with it",

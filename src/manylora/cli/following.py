@@ -12,6 +12,7 @@ import click
 
 from manylora.cli.server_client import Client, Refused, ServerUnreachable
 from manylora.config import AdapterEntry, RunFile, is_data_file
+from manylora.runs.columns import CourseColumns
 from manylora.runs.data_rows import row_of
 from manylora.runs.events import (
     AdapterEnded,
@@ -23,6 +24,7 @@ from manylora.runs.events import (
     RunStarted,
     StepDone,
 )
+from manylora.runs.kinds import kind_of
 from manylora.runs.sources import read_source
 from manylora.runs.view import open_view
 from manylora.types import DataError
@@ -57,6 +59,7 @@ class Following:
         self._client, self._run, self._folder = client, run, folder
         self._as_json = as_json
         self._followed: list[Followed] = []
+        self._columns = {entry.name: kind_of(entry).columns for entry in run.adapters}
         self._waiting = False
 
     def go(self, entries: Sequence[AdapterEntry]) -> int:
@@ -66,8 +69,8 @@ class Following:
             Refused, Unreachable: nothing could be submitted, or not be followed.
         """
         with open_view("json" if self._as_json else "auto") as view:
-            steps = {entry.name: entry.sft.max_steps or 0 for entry in entries}
-            view(RunStarted(self._client.url, self._run.base, steps))
+            steps = {entry.name: entry.kind_settings.known_steps for entry in entries}
+            view(RunStarted(self._client.url, self._run.base, steps, self._columns))
             for entry in entries:
                 self._followed.append(self._submit(entry, view))
             self._follow(view)
@@ -76,7 +79,7 @@ class Following:
                 view(RunEnded(self._client.url, code, self._summary()))
         if not self._as_json:
             for run in self._followed:
-                click.echo(_closing(run))
+                click.echo(_closing(run, self._columns[run.name]))
         return code
 
     def unfinished(self) -> Iterator[tuple[str, str]]:
@@ -102,12 +105,10 @@ class Following:
     def _request(self, entry: AdapterEntry) -> dict[str, Any]:
         adapter = entry.model_dump(mode="json")
         data: dict[str, str] = {}
-        for which in ("train", "eval"):
-            source = adapter["sft"][which]
-            if source is not None:
-                data[which] = _lines(source)
-                if is_data_file(source):
-                    adapter["sft"][which] = os.path.relpath(source, self._folder)
+        for which, source in entry.kind_settings.sources().items():
+            data[which] = _lines(source)
+            if is_data_file(source):
+                adapter[entry.kind][which] = os.path.relpath(source, self._folder)
         return {"adapter": adapter, "data": data, "base_model": self._run.base}
 
     def _follow(self, view: Listener) -> None:
@@ -142,7 +143,7 @@ class Following:
         self._tell_eval(run, "before", view)
         for row in info.get("metrics") or ():
             run.step = row["step"]
-            view(StepDone(adapter=name, steps=info["steps"], **row))
+            view(StepDone.of_row(name, info["steps"], row))
         self._tell_eval(run, "after", view)
         if run.ended and _once(run, "ended"):
             error = info.get("error")
@@ -153,8 +154,9 @@ class Following:
         figures = run.info.get(f"eval_{when}")
         if figures is not None and _once(run, when):
             step = 0 if when == "before" else run.info["step"]
-            loss, match = figures.get("loss"), figures.get("exact_match")
-            view(EvalDone(run.name, when, step, loss, match, figures.get("samples", 0)))
+            columns = self._columns[run.name].evaluation
+            told = {column.name: figures.get(column.name) for column in columns}
+            view(EvalDone(run.name, when, step, told))
 
     def _exit_code(self) -> int:
         statuses = {run.info["status"] for run in self._followed}
@@ -173,12 +175,13 @@ def _once(run: Followed, what: str) -> bool:
     return new
 
 
-def _closing(run: Followed) -> str:
+def _closing(run: Followed, columns: CourseColumns) -> str:
     info = run.info
     words = [run.name, str(info["status"])]
-    if info.get("last_loss") is not None:
+    first, last = (info.get(f"{end}_{columns.curve.name}") for end in ("first", "last"))
+    if last is not None:
         words.append(f"step {info['step']:,}/{info['steps']:,}")
-        words.append(f"loss {info['first_loss']:.3g} → {info['last_loss']:.3g}")
+        words.append(f"{columns.curve.label} {first:.3g} → {last:.3g}")
     if info.get("error"):
         words.append(f"{info['error']['type']}: {info['error']['message']}")
     return "  ".join([*words, *([info["path"]] if info.get("path") else [])])

@@ -21,7 +21,8 @@ class PrintedAnswer:
     Attributes:
         answer: its text, without special tokens.
         stop_reason: `stop` (a token that ends an answer) or `length`.
-        prompt_tokens, tokens: how many there were, of the prompt and of the answer.
+        prompt_tokens: number of the prompt's tokens.
+        tokens: number of the answer's tokens.
         token_ids: the answer's, the one that ended it included. logprobs: of each of them.
     """
 
@@ -108,16 +109,16 @@ def _answers(
     with Trainer(base, quantization=quantization) as trainer:
         tokenizer = trainer.tokenizer
         labels = distinct([adapter.label for adapter in adapters])
-        doors = {
+        sampled = {
             label: open_adapter(trainer, f"a{number}", adapter)
             for number, (label, adapter) in enumerate(zip(labels, adapters, strict=True))
         }
         asked = {
-            label: (door, as_trained(tokenizer, prompt, door, chat=chat))
-            for label, door in (doors or {base: trainer}).items()
+            label: (one, as_trained(tokenizer, prompt, one, chat=chat))
+            for label, one in (sampled or {base: trainer}).items()
         }
         # All are asked before any is waited for, so that they share one decode loop.
-        futures = {label: door.sample([tokens], params) for label, (door, tokens) in asked.items()}
+        futures = {label: one.sample([tokens], params) for label, (one, tokens) in asked.items()}
         return {
             label: answer_of(tokenizer, asked[label][1], future.result().sequences[0])
             for label, future in futures.items()
@@ -136,9 +137,9 @@ def answer_of(tokenizer: Any, prompt: Sequence[int], sequence: "SampledSequence"
     )
 
 
-def as_trained(tokenizer: Any, prompt: str, door: Any, *, chat: bool) -> list[int]:
-    """The prompt as the adapter (or the base) behind a door would have been trained on it."""
-    text_format = getattr(door, "text_format", None)
+def as_trained(tokenizer: Any, prompt: str, sampled: Any, *, chat: bool) -> list[int]:
+    """The prompt as an adapter (or a trainer for its base) would have been trained on it."""
+    text_format = getattr(sampled, "text_format", None)
     template = None if text_format is None else text_format.chat_template
     return prompt_tokens(tokenizer, prompt, chat=chat, chat_template=template)
 

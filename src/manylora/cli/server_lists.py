@@ -136,10 +136,8 @@ def runs() -> None:
 @AS_JSON
 def list_runs(url: str, key_file: Path | None, as_json: bool) -> None:
     """List runs, the newest first."""
-    titles = {
-        "id": "run", "name": "adapter", "status": "status", "step": "step", "steps": "of",
-        "last_loss": "loss", "path": "checkpoint",
-    }  # fmt: skip
+    titles = {"id": "run", "name": "adapter", "status": "status", "step": "step", "steps": "of"}
+    titles |= {"last_loss": "loss", "path": "checkpoint"}
     _print(_all(_client(url, key_file), "runs"), titles, as_json=as_json)
 
 

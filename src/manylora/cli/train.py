@@ -125,9 +125,9 @@ def plan_text(plan: "RunPlan", measured: "Measured | None" = None) -> str:
     context = f", context {plan.context_length}" if plan.context_length else ""
     head = f"base {plan.base}: {plan.architecture}, {plan.base_params:,} parameters{context}"
     titles = (
-        "adapter", "rank", "layers", "parameters", "memory", "examples", "eval", "batch", "steps",
-        "tokens", "longest",
-    )  # fmt: skip
+        *("adapter", "rank", "layers", "parameters", "memory", "examples", "eval", "batch"),
+        *("steps", "tokens", "longest"),
+    )
     rows = [
         (
             adapter.name,
@@ -182,9 +182,12 @@ def measured_lines(measured: "Measured") -> list[str]:
         for name, times in measured.adapters.items()
     ]
     whole = (
-        "all", "", f"{measured.step_seconds:.3g}", clock_text(measured.training_seconds),
+        "all",
+        "",
+        f"{measured.step_seconds:.3g}",
+        clock_text(measured.training_seconds),
         clock_text(measured.evaluation_seconds),
-    )  # fmt: skip
+    )
     others = measured.others_peak
     peak = f"measured peak of memory: {bytes_text(measured.peak)}" + (
         f"; of the other processes at most {bytes_text(others)}" if others else ""

@@ -128,9 +128,9 @@ def _read_text(file: Path) -> str:
 
 
 def _with_absolute_paths(run: RunFile, folder: Path) -> RunFile:
-    def source(text: str | None) -> str | None:
-        if text is None or is_data_file(text):
-            return None if text is None else str(_below(folder, text))
+    def source(text: str) -> str:
+        if is_data_file(text):
+            return str(_below(folder, text))
         if _below(folder, text).exists():
             raise ConfigError(
                 f"{text}: there is such a folder or file beside the run file, and its name does "
@@ -139,13 +139,11 @@ def _with_absolute_paths(run: RunFile, folder: Path) -> RunFile:
         return text
 
     def entry(adapter: AdapterEntry) -> AdapterEntry:
-        sft, lora = adapter.sft, adapter.lora
+        lora = adapter.lora
         start = None if lora.init_from is None else _below(folder, lora.init_from)
         return adapter.model_copy(
             update={
-                "sft": sft.model_copy(
-                    update={"train": source(sft.train), "eval": source(sft.eval)}
-                ),
+                adapter.kind: adapter.kind_settings.with_sources(source),
                 "lora": lora.model_copy(update={"init_from": start}),
             }
         )

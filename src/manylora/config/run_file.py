@@ -4,12 +4,12 @@ An attribute's docstring is its description in the JSON schema.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeGuard
 
 from pydantic import Field, field_validator, model_validator
 
-from manylora.config.opening_settings import opening_of
 from manylora.config.settings import (
     MOST_STEPS,
     Beta,
@@ -17,6 +17,7 @@ from manylora.config.settings import (
     Flag,
     MeshText,
     NotNegative,
+    OpeningSettings,
     Positive,
     Rank,
     Seconds,
@@ -26,7 +27,7 @@ from manylora.config.settings import (
     Tokens,
     problem,
 )
-from manylora.types import ALL_LINEAR, AdamParams, AdapterSpec, Opening
+from manylora.types import ALL_LINEAR, AdamParams, AdapterSpec
 from manylora.types.patterns import BadPattern, compiled, shown
 from manylora.types.weight_forms import Quantization
 
@@ -34,11 +35,12 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 # What names a file as well, though none that is read: nothing of the kind is asked of a hub.
-_OTHER_SUFFIXES = frozenset((
-    ".json", ".ndjson", ".tsv", ".txt", ".md", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz",
-    ".7z", ".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx", ".ods", ".yaml", ".yml", ".xml",
-    ".html", ".pkl", ".npy", ".npz", ".h5", ".db", ".sqlite", ".bin", ".safetensors",
-))  # fmt: skip
+_OTHER_SUFFIXES = frozenset(
+    {".json", ".ndjson", ".tsv", ".txt", ".md", ".yaml", ".yml", ".xml", ".html"}
+    | {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"}
+    | {".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx", ".ods", ".db", ".sqlite"}
+    | {".pkl", ".npy", ".npz", ".h5", ".bin", ".safetensors"}
+)
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
@@ -165,8 +167,43 @@ class OptimizerSettings(Settings):
         )
 
 
-class SftSettings(Settings):
+class KindSettings(Settings):
+    """What one kind of run asks for; the key that it stands under in an entry tells the kind."""
+
+    LENGTHS: ClassVar[tuple[str, ...]]
+    """Its settings that say how long an adapter trains; one of them is given."""
+    SOURCES: ClassVar[tuple[str, ...]]
+    """Its settings that name data."""
+
+    @property
+    def length(self) -> tuple[str, int]:
+        """Which setting says how long an adapter trains, and what it says."""
+        return next(
+            (name, value) for name in self.LENGTHS if (value := getattr(self, name)) is not None
+        )
+
+    @property
+    def known_steps(self) -> int:
+        """Optimizer steps as far as they are known before data are read; 0 = they are not."""
+        name, value = self.length
+        return value if name == "max_steps" else 0
+
+    def sources(self) -> dict[str, str]:
+        """The data that are named, by the setting that names them."""
+        named = {name: getattr(self, name) for name in self.SOURCES}
+        return {name: source for name, source in named.items() if source is not None}
+
+    def with_sources(self, change: Callable[[str], str]) -> Self:
+        """These settings with every data source changed."""
+        changed = {name: change(source) for name, source in self.sources().items()}
+        return self.model_copy(update=changed)
+
+
+class SftSettings(KindSettings):
     """Supervised fine-tuning: which data, how often."""
+
+    LENGTHS = ("epochs", "max_steps")
+    SOURCES = ("train", "eval")
 
     train: Text
     """A .jsonl, .csv or .parquet file, the first two also as .gz (relative to the run file's
@@ -252,6 +289,17 @@ class AdapterEntry(Settings):
             )
         return value
 
+    @property
+    def kind(self) -> str:
+        """The key that tells how it is trained: the one whose settings are given."""
+        return next(name for name, value in self if isinstance(value, KindSettings))
+
+    @property
+    def kind_settings(self) -> KindSettings:
+        """The settings of its kind."""
+        settings: KindSettings = getattr(self, self.kind)
+        return settings
+
     def spec(self) -> AdapterSpec:
         """The adapter's settings as the engine takes them."""
         lora = self.lora
@@ -285,7 +333,7 @@ class TrackioSettings(Settings):
     """Project that the runs appear in."""
 
 
-class RunFile(Settings):
+class RunFile(OpeningSettings):
     """A run: one base model and the adapters that are trained on it together."""
 
     base: Text
@@ -345,10 +393,6 @@ class RunFile(Settings):
         if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
             return value
         raise problem(f"is {value!r}; write auto, cpu, cuda or cuda:N")
-
-    def opening(self) -> Opening:
-        """How the run's base is opened."""
-        return opening_of(self)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "RunFile":

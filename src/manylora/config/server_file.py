@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from manylora.config.opening_settings import opening_of
 from manylora.config.settings import (
     MOST_SECONDS,
     Count,
     Flag,
     MeshText,
+    OpeningSettings,
     Rank,
     Seconds,
     Settings,
@@ -21,7 +21,6 @@ from manylora.config.settings import (
     Text,
     Tokens,
 )
-from manylora.types import Opening
 from manylora.types.weight_forms import Quantization
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -114,7 +113,7 @@ class Saving(Settings):
     """How long a snapshot for sampling outlives its last use."""
 
 
-class ServerFile(Settings):
+class ServerFile(OpeningSettings):
     """Everything that `manylora serve` can be told."""
 
     base: Text
@@ -182,7 +181,3 @@ class ServerFile(Settings):
     """What clients may hold of the server's end of the network."""
     saving: Saving = Saving()
     """When training states are written in the background."""
-
-    def opening(self) -> Opening:
-        """How the server's base is opened."""
-        return opening_of(self)

@@ -1,11 +1,13 @@
 """What run files and server files are written in: their kinds of values, with their limits."""
 
+from dataclasses import fields
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from manylora.types.mesh_shape import MeshShape
+from manylora.types.opening import Opening
 
 _YAML_11_WORDS = {"yes": True, "on": True, "no": False, "off": False}
 
@@ -51,3 +53,12 @@ class Settings(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+
+class OpeningSettings(Settings):
+    """A file that says how its base is opened: each setting of `Opening` has its name there too."""
+
+    def opening(self) -> Opening:
+        """How the base is opened."""
+        values = {field.name: getattr(self, field.name) for field in fields(Opening)}
+        return Opening(**values | {"mesh": MeshShape.parse(values["mesh"])})

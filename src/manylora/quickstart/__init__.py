@@ -3,5 +3,5 @@
 Owns: the word list (`words`), the tasks (`tasks`) with their examples and LoRA settings, and the
 command that writes them down as a run, trains it and shows the answers side by side (`run`).
 Does not own: training, files, or the base model `seedling` itself.
-Talks to: config, runs and the Python door; the command line starts it.
+Talks to: config, runs and api; the command line starts it.
 """

@@ -1,8 +1,8 @@
-"""Whole training runs as clients of the Python door: sft, later rl.
+"""Whole training runs as clients of the host: the life of a run, and the kinds of run.
 
 Owns: data sources, encoding and order; learning-rate schedules; the plan of a run; driving it;
 metrics and reports.
-Does not own: how an adapter is trained (engine, behind the Python door), what a run file may say
+Does not own: how an adapter is trained (engine, which api opens), what a run file may say
 (config).
-Talks to: the Python door and config below; cli and quickstart use it.
+Talks to: api and config below; cli and quickstart use it.
 """

@@ -3,9 +3,10 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from manylora.runs.columns import Column, CourseColumns
 from manylora.runs.events import (
     AdapterEnded,
     AdapterStarted,
@@ -71,15 +72,22 @@ class Pace:
 
 @dataclass(slots=True)
 class Row:
-    """One adapter as it stands."""
+    """One adapter as it stands.
+
+    Attributes:
+        curve: the figure by which people follow it.
+        first: that figure's first value here.
+        last: its last value.
+    """
 
     name: str
     tokens: Pace
     steps_done: Rate
     step: int = 0
     steps: int = 0
-    first_loss: float | None = None
-    loss: float | None = None
+    curve: Column | None = None
+    first: float | None = None
+    last: float | None = None
     status: str = "waiting"
     phase: str = ""
     done: int = 0
@@ -103,6 +111,7 @@ class Board:
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
         self.rows: dict[str, Row] = {}
+        self.columns: Mapping[str, CourseColumns] = {}
         self.tokens = Pace(clock)
         self.base = self.out = self.phase = ""
         self.stopping = ""
@@ -110,7 +119,7 @@ class Board:
     def __call__(self, event: Event) -> None:
         match event:
             case RunStarted():
-                self.base, self.out = event.base, event.out
+                self.base, self.out, self.columns = event.base, event.out, event.columns
                 for name, steps in event.adapters.items():
                     self.row(name).steps = steps
             case Phase(adapter=""):
@@ -136,18 +145,22 @@ class Board:
     def row(self, name: str) -> Row:
         """The row of an adapter, made on first use."""
         if name not in self.rows:
-            self.rows[name] = Row(name, Pace(self._clock), Rate(self._clock))
+            row = self.rows[name] = Row(name, Pace(self._clock), Rate(self._clock))
+            row.curve = self.columns[name].curve if name in self.columns else None
         return self.rows[name]
 
     def _step(self, event: StepDone) -> None:
         row = self.row(event.adapter)
-        row.step, row.steps, row.loss = event.step, event.steps, event.loss
-        row.first_loss = event.loss if row.first_loss is None else row.first_loss
+        row.step, row.steps = event.step, event.steps
+        if row.curve is not None:
+            row.last = event.figures[row.curve.name]
+            row.first = row.last if row.first is None else row.first
         row.status, row.phase = "training", ""
-        row.tokens.add(event.tokens, event.seconds)
+        tokens = event.figures["tokens"]
+        row.tokens.add(tokens, event.seconds)
         row.steps_done.add(1, event.seconds)
         # Of a run on a server only the first is told.
-        self.tokens.add(event.tokens, event.share_seconds or event.seconds)
+        self.tokens.add(tokens, event.share_seconds or event.seconds)
 
 
 def short(value: float | None) -> str:
@@ -162,6 +175,11 @@ def percent(share: float | None) -> str:
     """
     # Nine digits first: 57 of 200 is 28.5 %, and 28.499999999999996 in floating point.
     return "–" if share is None else f"{math.floor(round(share * 100, 9) + 0.5)}%"
+
+
+def shown(column: Column, value: float | None) -> str:
+    """A figure for people, in its unit."""
+    return percent(value) if column.unit == "share" else short(value)
 
 
 def printable(text: str) -> str:

@@ -22,12 +22,11 @@ def total_steps(
     size: int, batch_size: int, *, epochs: int | None = None, max_steps: int | None = None
 ) -> int:
     """Optimizer steps of a whole run, from exactly one of its two lengths."""
-    if (epochs is None) == (max_steps is None):
-        raise ValueError("give exactly one of epochs and max_steps")
-    if max_steps is not None:
+    if max_steps is not None and epochs is None:
         return max_steps
-    assert epochs is not None
-    return epochs * steps_per_epoch(size, batch_size)
+    if epochs is not None and max_steps is None:
+        return epochs * steps_per_epoch(size, batch_size)
+    raise ValueError("give exactly one of epochs and max_steps")
 
 
 def epoch_order(*, seed: int, epoch: int, size: int, shuffle: bool) -> Indices:
@@ -80,7 +79,7 @@ class DataOrder:
         return step // self.steps_per_epoch
 
     def batch_indices(self, step: int) -> Indices:
-        """The examples of a step, from 0. An epoch's last batch holds whatever is left."""
+        """The examples of a step, from 0. An epoch's last batch holds what is left."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         order = epoch_order(seed=self.seed, epoch=epoch, size=self.size, shuffle=self.shuffle)
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]

@@ -42,18 +42,18 @@ _CHANGES_MEANING = {
     **dict.fromkeys(
         ("image", "images", "audio", "audios", "video", "videos"), "only text can be trained"
     ),
-}  # fmt: skip
+}
 
 # What templates know of a message beside its role and content.
 _OF_A_MESSAGE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 # Arguments of `apply_chat_template` and of the rendering itself, which a row may not set: one of
 # them would even choose another template.
-_RESERVED = {
-    "self", "conversation", "conversations", "messages", "tools", "documents", "chat_template",
-    "compiled_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding",
-    "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
-    "tokenizer_kwargs", "processor_kwargs",
-}  # fmt: skip
+_RESERVED = frozenset(
+    {"self", "conversation", "conversations", "messages", "tools", "documents", "chat_template"}
+    | {"compiled_template", "add_generation_prompt", "continue_final_message", "tokenize"}
+    | {"padding", "truncation", "max_length", "return_tensors", "return_dict"}
+    | {"return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,28 +1,42 @@
-"""Measuring an adapter before and after training: mean loss and greedy answers."""
+"""Measuring an adapter before, during and after training: mean loss and greedy answers."""
 
 from asyncio import wrap_future
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from manylora.runs.job import EvalPrompt, EvalSet
+from manylora.runs.course import Progress, Spend
 from manylora.types import Datum, SamplingParams
 
 # Small enough that training of the other adapters goes on between two chunks, and that progress
 # moves; an adapter's chunks depend on its own data alone, so figures do not change with neighbours.
 FORWARD_CHUNK = 16
 SAMPLE_CHUNK = 16
+# Of an answer that is asked for before evaluations are timed.
+WARM_UP_TOKENS = 2
 
-Tick = Callable[[str, int, int], None]
-Spend = Callable[[float], None]
+
+@dataclass(frozen=True, slots=True)
+class EvalPrompt:
+    """A prompt whose greedy answer is shown before and after training.
+
+    Attributes:
+        text: the prompt as a person reads it.
+        tokens: the prompt as the model reads it.
+        expected: the answer that the data give; None = there is none to compare with.
+    """
+
+    text: str
+    tokens: list[int]
+    expected: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GreedyAnswer:
-    """A greedy continuation of an evaluation prompt."""
+    """A greedy continuation of an evaluation prompt, as samples.json holds it."""
 
     prompt: str
     expected: str | None
@@ -31,81 +45,107 @@ class GreedyAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class EvalResult:
-    """Figures of one evaluation.
+class EvalSet:
+    """Held-out data, measured by loss, and prompts whose answers are compared with expected ones.
 
     Attributes:
-        loss: mean per trained token; None = there were no data with a loss.
-        exact_match: share of answers equal to the expected ones, outer blanks apart.
-        samples: number of answers that `exact_match` is about.
+        max_tokens: longest answer.
+        stop: tokens that end an answer; None = the base's.
+        tokenizer: reads the answers.
     """
 
-    loss: float | None
-    exact_match: float | None
-    samples: int
+    data: Sequence[Datum] = ()
+    prompts: Sequence[EvalPrompt] = ()
+    max_tokens: int = 64
+    stop: tuple[int, ...] | None = None
+    tokenizer: Any = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As summary.json holds it."""
-        return asdict(self)
+    def __bool__(self) -> bool:
+        return bool(self.data or self.prompts)
 
+    async def run(
+        self, adapter: Any, tick: Progress, spend: Spend
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Measure the adapter as it is now; see `Evaluation.run`.
 
-async def evaluate(
-    adapter: Any, tokenizer: Any, evals: EvalSet, tick: Tick, spend: Spend
-) -> tuple[EvalResult, list[GreedyAnswer]]:
-    """Measure `adapter` as it is now.
+        The figures are `loss`, the mean per trained token (None = no data have one);
+        `exact_match`, the share of answers equal to the expected ones, outer blanks apart; and
+        `samples`, the number of answers that `exact_match` is about.
+        """
+        loss = await self._mean_loss(adapter, tick, spend) if self.data else None
+        answers = await self._answers(adapter, tick, spend) if self.prompts else []
+        judged = [answer.exact for answer in answers if answer.exact is not None]
+        match = sum(judged) / len(judged) if judged else None
+        figures = {"loss": loss, "exact_match": match, "samples": len(judged)}
+        return figures, [asdict(answer) for answer in answers]
 
-    Args:
-        tick: told what is being done and how far it is; it may raise to end the evaluation.
-        spend: told what each part cost, in seconds of the device.
-    """
-    loss = await mean_loss(adapter, evals.data, tick, spend) if evals.data else None
-    answers = await greedy_answers(adapter, tokenizer, evals, tick, spend) if evals.prompts else []
-    judged = [answer.exact for answer in answers if answer.exact is not None]
-    match = sum(judged) / len(judged) if judged else None
-    return EvalResult(loss, match, len(judged)), answers
+    async def warm_up(self, adapter: Any, tick: Progress) -> float:
+        """See `Evaluation.warm_up`."""
+        few = min(WARM_UP_TOKENS, self.max_tokens)
+        one = replace(self, data=self.data[:1], prompts=self.prompts[:1], max_tokens=few)
+        return sum(await one._seconds(adapter, tick))
 
+    async def estimate(self, adapter: Any, tick: Progress) -> float:
+        """See `Evaluation.estimate`: the first chunk of each kind is timed."""
+        chunk = replace(self, data=self.data[:FORWARD_CHUNK], prompts=self.prompts[:SAMPLE_CHUNK])
+        loss_seconds, answer_seconds = await chunk._seconds(adapter, tick)
+        seconds = 0.0
+        if self.data:
+            lengths = [len(datum) for datum in self.data]
+            seconds += loss_seconds * sum(lengths) / sum(lengths[:FORWARD_CHUNK])
+        if self.prompts:
+            asked = len(self.prompts)
+            seconds += answer_seconds * asked / min(asked, SAMPLE_CHUNK)
+        return seconds
 
-async def mean_loss(adapter: Any, data: Sequence[Datum], tick: Tick, spend: Spend) -> float | None:
-    """Mean loss per trained token; None when nothing is trained."""
-    chunks = [data[i : i + FORWARD_CHUNK] for i in range(0, len(data), FORWARD_CHUNK)]
-    weight = sum(float(np.sum(datum.loss_inputs["weights"])) for datum in data)
-    total, done = 0.0, 0
+    async def _seconds(self, adapter: Any, tick: Progress) -> tuple[float, float]:
+        """Device seconds of the losses and of the answers."""
+        loss: list[float] = []
+        answers: list[float] = []
+        if self.data:
+            await self._mean_loss(adapter, tick, loss.append)
+        if self.prompts:
+            await self._answers(adapter, tick, answers.append)
+        return sum(loss), sum(answers)
 
-    def add(result: Any) -> None:
-        nonlocal total, done
-        total += result.loss
-        spend(result.device.share)
-        done += FORWARD_CHUNK
-        tick("evaluating", min(done, len(data)), len(data))
+    async def _mean_loss(self, adapter: Any, tick: Progress, spend: Spend) -> float | None:
+        """Mean loss per trained token; None when nothing is trained."""
+        data = self.data
+        chunks = [data[i : i + FORWARD_CHUNK] for i in range(0, len(data), FORWARD_CHUNK)]
+        weight = sum(float(np.sum(datum.loss_inputs["weights"])) for datum in data)
+        total, done = 0.0, 0
 
-    tick("evaluating", 0, len(data))
-    await _pipelined(chunks, lambda part: adapter.forward(part, logprobs="trained"), add)
-    return total / weight if weight else None
+        def add(result: Any) -> None:
+            nonlocal total, done
+            total += result.loss
+            spend(result.device.share)
+            done += FORWARD_CHUNK
+            tick("evaluating", min(done, len(data)), len(data))
 
+        tick("evaluating", 0, len(data))
+        await _pipelined(chunks, lambda part: adapter.forward(part, logprobs="trained"), add)
+        return total / weight if weight else None
 
-async def greedy_answers(
-    adapter: Any, tokenizer: Any, evals: EvalSet, tick: Tick, spend: Spend
-) -> list[GreedyAnswer]:
-    """Continue every prompt greedily."""
-    prompts = evals.prompts
-    params = SamplingParams(max_tokens=evals.max_tokens, temperature=0.0, stop=evals.stop)
-    chunks = [prompts[i : i + SAMPLE_CHUNK] for i in range(0, len(prompts), SAMPLE_CHUNK)]
-    sequences: list[Any] = []
+    async def _answers(self, adapter: Any, tick: Progress, spend: Spend) -> list[GreedyAnswer]:
+        """Continue every prompt greedily."""
+        prompts = self.prompts
+        params = SamplingParams(max_tokens=self.max_tokens, temperature=0.0, stop=self.stop)
+        chunks = [prompts[i : i + SAMPLE_CHUNK] for i in range(0, len(prompts), SAMPLE_CHUNK)]
+        sequences: list[Any] = []
 
-    def add(result: Any) -> None:
-        sequences.extend(result.sequences)
-        spend(result.device.share)
-        tick("sampling", len(sequences), len(prompts))
+        def add(result: Any) -> None:
+            sequences.extend(result.sequences)
+            spend(result.device.share)
+            tick("sampling", len(sequences), len(prompts))
 
-    tick("sampling", 0, len(prompts))
-    await _pipelined(chunks, lambda part: adapter.sample([p.tokens for p in part], params), add)
-    return [_answer(p, s, tokenizer) for p, s in zip(prompts, sequences, strict=True)]
+        tick("sampling", 0, len(prompts))
+        await _pipelined(chunks, lambda part: adapter.sample([p.tokens for p in part], params), add)
+        return [self._answer(p, s) for p, s in zip(prompts, sequences, strict=True)]
 
-
-def _answer(prompt: EvalPrompt, sequence: Any, tokenizer: Any) -> GreedyAnswer:
-    text = tokenizer.decode(list(sequence.tokens), skip_special_tokens=True)
-    exact = None if prompt.expected is None else text.strip() == prompt.expected.strip()
-    return GreedyAnswer(prompt.text, prompt.expected, text, exact)
+    def _answer(self, prompt: EvalPrompt, sequence: Any) -> GreedyAnswer:
+        text = self.tokenizer.decode(list(sequence.tokens), skip_special_tokens=True)
+        exact = None if prompt.expected is None else text.strip() == prompt.expected.strip()
+        return GreedyAnswer(prompt.text, prompt.expected, text, exact)
 
 
 async def _pipelined(
@@ -124,10 +164,10 @@ async def _pipelined(
         await settle(pending)
 
 
-async def settle(pending: deque[Awaitable[Any]]) -> None:
+async def settle(pending: Iterable[Awaitable[Any]]) -> None:
     """Wait for what is still in flight, so that nothing ends unnoticed."""
-    while pending:
+    for one in pending:
         try:
-            await pending.popleft()
+            await one
         except Exception:  # the first error is the one that is reported
             continue

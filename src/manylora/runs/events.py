@@ -1,4 +1,4 @@
-"""What a run tells whoever is looking: the live view, the trackers, a machine.
+"""What a run tells its listeners: the live view, the trackers, a program that reads JSON.
 
 Events go one way. A listener never changes a run, and one that raises is not asked again.
 """
@@ -7,9 +7,11 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from manylora.runs.columns import CourseColumns
 
 Status = Literal["completed", "failed", "cancelled"]
 
@@ -18,11 +20,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """The run file was accepted; `adapters` maps each name to its number of steps."""
+    """The run file was accepted.
+
+    Attributes:
+        adapters: each adapter's number of steps.
+        columns: what the figures of each adapter are; programs are not told.
+    """
 
     out: str
     base: str
     adapters: dict[str, int]
+    columns: Mapping[str, CourseColumns] = field(default_factory=dict, metadata={"told": False})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +40,8 @@ class Phase:
     Attributes:
         adapter: "" = the whole run's.
         text: "" = it is over.
-        done, total: how far it is; total 0 = not known, and it may well be long.
+        done: how far it is.
+        total: how far it goes; 0 = not known, and it may well be long.
     """
 
     adapter: str
@@ -56,23 +65,27 @@ class StepDone:
     """One optimizer step; also one line of metrics.jsonl.
 
     Attributes:
-        loss: mean over the trained tokens of the batch.
-        grad_norm: L2 norm before clipping.
-        tokens: positions that the model read; trained_tokens: those with a weight.
-        seconds: of the device, in the batches that the step was part of.
+        figures: the course's own, in the order of its columns.
+        seconds: the device's time in the batches that the step was part of.
         share_seconds: the step's own share of those, by tokens.
     """
 
     adapter: str
     step: int
     steps: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    trained_tokens: int
+    figures: Mapping[str, Any]
     seconds: float
     share_seconds: float = 0.0
+
+    def row(self) -> dict[str, Any]:
+        """The step as a line of metrics.jsonl."""
+        return {"step": self.step, **finite(self.figures), "seconds": finite(self.seconds)}
+
+    @classmethod
+    def of_row(cls, adapter: str, steps: int, row: Mapping[str, Any]) -> Self:
+        """The step that a line of metrics.jsonl tells of."""
+        figures = {name: value for name, value in row.items() if name not in ("step", "seconds")}
+        return cls(adapter, row["step"], steps, figures, row["seconds"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +103,7 @@ class EvalDone:
     adapter: str
     when: str
     step: int
-    loss: float | None
-    exact_match: float | None
-    samples: int
+    figures: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +160,19 @@ Listener = Callable[[Event], None]
 def event_dict(event: Event) -> dict[str, Any]:
     """The event as JSON can hold it: `{"event": "step_done", …}`, no NaN."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(event).__name__).lower()
-    return {"event": name, **finite(dataclasses.asdict(event))}
+    told: dict[str, Any] = {"event": name}
+    for one in dataclasses.fields(event):
+        value = getattr(event, one.name)
+        if one.metadata.get("told", True):
+            told |= value if one.name == "figures" else {one.name: value}
+    return finite(told)
 
 
 def finite(value: Any) -> Any:
     """The value with every NaN and infinity, at any depth, replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
@@ -178,7 +194,7 @@ class Listeners:
             try:
                 listener(event)
             except Exception as error:
-                # A closed terminal or a tracker's network must not cost anybody a step.
+                # A closed terminal or a tracker's network must not cost a step.
                 self._listeners.remove(listener)
                 log.warning("%s failed and is not asked again: %s", _name(listener), error)
 

@@ -257,10 +257,20 @@ def _base(model: Any, meta: torch.device) -> BaseModel:
     layer = model.get_output_embeddings()
     name = next(n for n, module in model.named_modules() if module is layer)
     return BaseModel(
-        name="", folder="", model=model, backbone=model.base_model, head=Head(layer, None, name),
-        tokenizer=None, context_length=1 << 30, eos_token_ids=(), vocab_size=layer.out_features,
-        device=meta, dtype=layer.weight.dtype, fingerprint="", mesh=Mesh.join(MeshShape(), meta),
-    )  # fmt: skip
+        name="",
+        folder="",
+        model=model,
+        backbone=model.base_model,
+        head=Head(layer, None, name),
+        tokenizer=None,
+        context_length=1 << 30,
+        eos_token_ids=(),
+        vocab_size=layer.out_features,
+        device=meta,
+        dtype=layer.weight.dtype,
+        fingerprint="",
+        mesh=Mesh.join(MeshShape(), meta),
+    )
 
 
 def _adapter(spec: AdapterSpec, sites: tuple[Site, ...], index: SiteIndex) -> Adapter:

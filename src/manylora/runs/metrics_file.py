@@ -2,16 +2,12 @@
 
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from manylora.runs.events import StepDone, finite
+from manylora.runs.events import StepDone
 from manylora.runs.run_folder import write_text
-
-# Known from where the file lies, or of no use to whoever reads one adapter's file.
-NOT_KEPT = frozenset({"adapter", "steps", "share_seconds"})
 
 
 class MetricsFile:
@@ -23,8 +19,7 @@ class MetricsFile:
 
     def append(self, step: StepDone) -> None:
         """Write one line."""
-        row = {k: v for k, v in asdict(step).items() if k not in NOT_KEPT}
-        self._file.write(json.dumps(finite(row)) + "\n")
+        self._file.write(json.dumps(step.row()) + "\n")
         self._file.flush()
 
     def sync(self) -> None:

@@ -6,10 +6,11 @@ because `<` is written as an escape.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from manylora.runs.columns import CourseColumns
 from manylora.runs.metrics_file import read_metrics
 from manylora.runs.run_folder import RunPaths, read_json, write_text
 
@@ -17,15 +18,18 @@ from manylora.runs.run_folder import RunPaths, read_json, write_text
 MAX_POINTS = 1500
 MAX_TEXT = 4000
 _PLACE = "{{ DATA }}"
-_COLUMNS = ("step", "loss", "lr", "grad_norm")
 
 
-def write_report(paths: RunPaths) -> None:
-    """Write the page from what the run left on disk."""
+def write_report(paths: RunPaths, columns: Mapping[str, CourseColumns]) -> None:
+    """Write the page from what the run left on disk.
+
+    Args:
+        columns: what the figures of each adapter are.
+    """
     template = resources.files("manylora.runs").joinpath("report_template.html")
     page = template.read_text(encoding="utf-8")
     head, _, tail = page.partition(_PLACE)
-    write_text(paths.report, f"{head}{script_json(report_data(paths))}{tail}")
+    write_text(paths.report, f"{head}{script_json(report_data(paths, columns))}{tail}")
 
 
 def script_json(value: Any) -> str:
@@ -40,41 +44,44 @@ def script_json(value: Any) -> str:
     )
 
 
-def report_data(paths: RunPaths) -> dict[str, Any]:
+def report_data(paths: RunPaths, columns: Mapping[str, CourseColumns]) -> dict[str, Any]:
     """Everything that the page shows."""
     summary = read_json(paths.summary) or {"status": "running", "adapters": {}}
     return {
         "title": paths.root.resolve().name,
         "summary": summary,
         "run_yaml": paths.run_yaml.read_text(encoding="utf-8") if paths.run_yaml.exists() else "",
-        "series": {name: _series(paths, name) for name in summary["adapters"]},
+        "series": {name: _series(paths, name, columns[name]) for name in summary["adapters"]},
         "samples": {name: _samples(paths, name) for name in summary["adapters"]},
     }
 
 
-def _series(paths: RunPaths, name: str) -> dict[str, list[Any]]:
-    rows = thinned(read_metrics(paths.adapter(name).metrics))
-    return {column: [row.get(column) for row in rows] for column in _COLUMNS}
+def _series(paths: RunPaths, name: str, columns: CourseColumns) -> dict[str, list[Any]]:
+    rows = thinned(read_metrics(paths.adapter(name).metrics), columns.curve.name)
+    charted = ("step", *(column.name for column in columns.step if column.charted))
+    return {column: [row.get(column) for row in rows] for column in charted}
 
 
-def thinned(rows: Sequence[dict[str, Any]], most: int = MAX_POINTS) -> list[dict[str, Any]]:
-    """At most about `most` rows; every bucket keeps its lowest and its highest loss."""
+def thinned(
+    rows: Sequence[dict[str, Any]], curve: str, most: int = MAX_POINTS
+) -> list[dict[str, Any]]:
+    """At most about `most` rows; every bucket keeps the curve's lowest and highest value."""
     if len(rows) <= most:
         return list(rows)
+
+    def value(row: dict[str, Any]) -> float:
+        return float(row[curve])
+
     size = -(-2 * len(rows) // most)
     kept: dict[int, dict[str, Any]] = {}
     for start in range(0, len(rows), size):
-        bucket = [row for row in rows[start : start + size] if row.get("loss") is not None]
-        for row in (min(bucket, key=_loss), max(bucket, key=_loss)) if bucket else ():
+        bucket = [row for row in rows[start : start + size] if row.get(curve) is not None]
+        for row in (min(bucket, key=value), max(bucket, key=value)) if bucket else ():
             kept[row["step"]] = row
     # Where the curve begins and ends is what the table says too.
     for row in (rows[0], rows[-1]):
         kept[row["step"]] = row
     return [kept[step] for step in sorted(kept)]
-
-
-def _loss(row: dict[str, Any]) -> float:
-    return float(row["loss"])
 
 
 def _samples(paths: RunPaths, name: str) -> list[dict[str, Any]]:

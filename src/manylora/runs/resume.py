@@ -7,18 +7,16 @@ from typing import Any
 
 import yaml
 
-from manylora.config import AdapterEntry, RunFile, is_data_file, load_run_file, resolved_yaml
+from manylora.config import RunFile, is_data_file, load_run_file, resolved_yaml
 from manylora.runs.run_folder import AdapterPaths, RunPaths, read_json, write_json, write_text
 from manylora.types import ConfigError
 from manylora.types.files import tell_shortage_apart
 
 # Settings that change what is shown, or where files lie, but no weight.
-_FREE = {
-    "out", "mesh", "ray", "engine_address", "step_seconds",
-    "checkpoints", "report", "tensorboard", "wandb", "trackio",
-}  # fmt: skip
-# How long a run is; one that is finished may be made longer.
-_LENGTHS = ("epochs", "max_steps")
+_FREE = frozenset(
+    {"out", "mesh", "ray", "engine_address", "step_seconds"}
+    | {"checkpoints", "report", "tensorboard", "wandb", "trackio"}
+)
 _SHOWN = 8
 # Reading as many takes long enough to be worth telling.
 ANNOUNCED_BYTES = 2**30
@@ -72,16 +70,13 @@ def data_hashes(run: RunFile, hashing: Hashing = lambda _: None) -> Inputs:
         return known[source]
 
     return {
-        entry.name: {source: digest(source) for source in _sources(entry)} for entry in run.adapters
+        entry.name: {source: digest(source) for source in entry.kind_settings.sources().values()}
+        for entry in run.adapters
     }
 
 
 def _files(paths: RunPaths) -> tuple[Path, ...]:
     return (paths.run_yaml, paths.inputs, paths.summary, paths.report)
-
-
-def _sources(entry: AdapterEntry) -> list[str]:
-    return [source for source in (entry.sft.train, entry.sft.eval) if source is not None]
 
 
 def _size(source: str) -> int:
@@ -155,30 +150,29 @@ def _comparable(run: RunFile) -> dict[str, Any]:
     data = run.model_dump(mode="json")
     # By name: their order in the file changes nothing.
     adapters = {entry["name"]: entry for entry in data.pop("adapters")}
-    for entry in adapters.values():
-        for length in _LENGTHS:
-            del entry["sft"][length]
-        del entry["checkpoints"]
+    for entry in run.adapters:
+        compared = adapters[entry.name]
+        # How long it is; a run that is finished may be made longer.
+        for length in entry.kind_settings.LENGTHS:
+            del compared[entry.kind][length]
+        del compared["checkpoints"]
     return {"adapters": adapters, **{k: v for k, v in data.items() if k not in _FREE}}
-
-
-def _length(entry: AdapterEntry) -> tuple[str, int]:
-    """Which of its settings says how long an adapter trains, and what it says."""
-    name = next(name for name in _LENGTHS if getattr(entry.sft, name) is not None)
-    return name, int(getattr(entry.sft, name))
 
 
 def _changed_lengths(before: RunFile, now: RunFile, paths: RunPaths) -> Iterator[str]:
     """Lengths that cannot be changed any more, and why."""
-    old = {entry.name: entry for entry in before.adapters}
+    old = {entry.name: entry.kind_settings.length for entry in before.adapters}
     for entry in now.adapters:
-        if entry.name not in old or _length(old[entry.name]) == _length(entry):
+        length = entry.kind_settings.length
+        if old.get(entry.name, length) == length:
             continue
-        (was, count), (name, wanted) = _length(old[entry.name]), _length(entry)
+        (was, count), (name, wanted) = old[entry.name], length
         made = _steps_made(paths.adapter(entry.name))
         if made is None:
             continue  # nothing is trained yet
-        change = f"adapters.{entry.name}.sft.{name}: {was} {count:,} there, {wanted:,} here; "
+        change = (
+            f"adapters.{entry.name}.{entry.kind}.{name}: {was} {count:,} there, {wanted:,} here; "
+        )
         optimizer = entry.optimizer
         if name == was and wanted < count:
             yield f"{change}a run can be made longer, not shorter"
@@ -196,9 +190,9 @@ def _changed_lengths(before: RunFile, now: RunFile, paths: RunPaths) -> Iterator
 def _reopen(before: RunFile, now: RunFile, paths: RunPaths) -> None:
     """Have finished adapters go on that are longer now. Before run.yaml says so: a run that is
     killed in between is asked again."""
-    old = {entry.name: _length(entry) for entry in before.adapters}
+    old = {entry.name: entry.kind_settings.length for entry in before.adapters}
     for entry in now.adapters:
-        if old[entry.name] != _length(entry):
+        if old[entry.name] != entry.kind_settings.length:
             paths.adapter(entry.name).result.unlink(missing_ok=True)
 
 

@@ -14,7 +14,7 @@ from manylora.types import ConfigError
 try:
     import fcntl
 except ImportError:  # not a POSIX system: two runs into one folder are not noticed there
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 
 @dataclass(frozen=True, slots=True)

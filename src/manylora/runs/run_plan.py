@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,7 +23,7 @@ from manylora.models.naming import namings
 from manylora.models.tokenizer import open_tokenizer
 from manylora.models.vocabulary import Vocabulary, read_vocabulary
 from manylora.processes.group import check_split
-from manylora.runs.data_order import DataOrder, total_steps
+from manylora.runs.course import refuse_unwritable
 from manylora.runs.evaluate import SAMPLE_CHUNK
 from manylora.runs.footprint import (
     OPENING_BYTES,
@@ -33,9 +32,9 @@ from manylora.runs.footprint import (
     activation_bytes,
     process_bytes,
 )
+from manylora.runs.kinds import kind_of
 from manylora.runs.outcome import error_dict
-from manylora.runs.prepare import EXTRA_TOKENS, ends_notes, entry_encoder, refuse_unwritable
-from manylora.runs.sources import read_source
+from manylora.runs.sft_data import EXTRA_TOKENS
 from manylora.sampling.loop import MAX_CACHED_TOKENS
 from manylora.sampling.step_rows import twice_bytes
 from manylora.types import BaseModelError, ConfigError, DataError, Datum, ManyloraError
@@ -128,7 +127,7 @@ def plan_run(run: RunFile, *, apart: bool = False) -> RunPlan:
     if tokenizer is None:
         raise DataError("the base's folder has no tokenizer, so text cannot be read")
     sites, vocabulary = list_sites(model), read_vocabulary(folder)
-    planned: list[tuple[AdapterPlan, list[Datum]]] = []
+    planned: list[tuple[AdapterPlan, Sequence[Datum]]] = []
     faults: dict[str, ManyloraError] = {}
     for entry in run.adapters:
         try:
@@ -154,7 +153,7 @@ def plan_run(run: RunFile, *, apart: bool = False) -> RunPlan:
 
 
 def _memory(
-    run: RunFile, config: Any, model: Any, planned: Sequence[tuple[AdapterPlan, list[Datum]]]
+    run: RunFile, config: Any, model: Any, planned: Sequence[tuple[AdapterPlan, Sequence[Datum]]]
 ) -> MemoryPlan:
     mesh = MeshShape.parse(run.mesh)
     named = opened_dtype(config, run.dtype)
@@ -237,16 +236,20 @@ def list_sites(model: Any) -> list[Site]:
     naming = namings(model, linears.values())
     return [
         Site(
-            name, module.in_features, module.out_features, number,
-            is_head=module is head, naming=naming[name],
+            name,
+            module.in_features,
+            module.out_features,
+            number,
+            is_head=module is head,
+            naming=naming[name],
         )
         for number, (name, module) in enumerate(linears.items())
-    ]  # fmt: skip
+    ]
 
 
 def _plan_adapter(
     entry: AdapterEntry, sites: Sequence[Site], tokenizer: Any, vocabulary: Vocabulary
-) -> tuple[AdapterPlan, list[Datum]]:
+) -> tuple[AdapterPlan, Sequence[Datum]]:
     """What its run would be, and the data of its heaviest step."""
     spec = entry.spec()
     try:
@@ -254,17 +257,7 @@ def _plan_adapter(
     except ConfigError as error:
         raise type(error)(f"adapter {entry.name}: {error}") from error
     refuse_unwritable(entry, sites)
-    notes = ends_notes(entry, tokenizer, vocabulary)
-    train = _encoded(entry, entry.sft.train, tokenizer, vocabulary, notes)
-    held_out: list[Datum] = []
-    if entry.sft.eval:
-        held_out = _encoded(entry, entry.sft.eval, tokenizer, vocabulary, notes)
-    steps = total_steps(
-        len(train),
-        entry.sft.batch_size,
-        epochs=entry.sft.epochs,
-        max_steps=entry.sft.max_steps,
-    )
+    planned = kind_of(entry).plan(entry, tokenizer, vocabulary)
     ranks = [factor.rank for factor in layout.factors]
     plan = AdapterPlan(
         name=entry.name,
@@ -272,50 +265,12 @@ def _plan_adapter(
         num_targets=len(layout.factors),
         num_params=layout.num_params,
         num_bytes=adapter_bytes(layout.num_params, entry.lora.dtype),
-        num_examples=len(train),
-        num_eval_examples=len(held_out),
-        batch_size=entry.sft.batch_size,
-        steps=steps,
-        num_tokens=_count_tokens(entry, train, steps),
-        longest=max(map(len, [*train, *held_out])),
-        notes=tuple(dict.fromkeys(notes)),
+        num_examples=planned.num_examples,
+        num_eval_examples=planned.num_eval_examples,
+        batch_size=planned.batch_size,
+        steps=planned.steps,
+        num_tokens=planned.num_tokens,
+        longest=planned.longest,
+        notes=planned.notes,
     )
-    return plan, _heaviest(entry, train, steps)
-
-
-def _heaviest(entry: AdapterEntry, train: Sequence[Datum], steps: int) -> list[Datum]:
-    order = _order(entry, train)
-    batches = (order.batch_indices(step) for step in range(min(steps, order.steps_per_epoch)))
-    chosen = max(batches, key=lambda indices: sum(len(train[i]) for i in indices))
-    return [train[i] for i in chosen]
-
-
-def _order(entry: AdapterEntry, train: Sequence[Datum]) -> DataOrder:
-    return DataOrder(
-        size=len(train),
-        batch_size=entry.sft.batch_size,
-        seed=entry.seed,
-        shuffle=entry.sft.shuffle,
-    )
-
-
-def _encoded(
-    entry: AdapterEntry, source: str, tokenizer: Any, vocabulary: Vocabulary, notes: list[str]
-) -> list[Datum]:
-    try:
-        encoded = entry_encoder(entry, tokenizer, vocabulary).encode(read_source(source))
-        notes += encoded.notes
-        return encoded.data
-    except ManyloraError as error:
-        raise type(error)(f"adapter {entry.name}: {error}") from error
-
-
-def _count_tokens(entry: AdapterEntry, train: Sequence[Datum], steps: int) -> int:
-    lengths = np.array([len(datum) for datum in train])
-    order = _order(entry, train)
-    whole_epochs = steps // order.steps_per_epoch
-    begun = range(whole_epochs * order.steps_per_epoch, steps)
-    tokens = whole_epochs * lengths.sum() + sum(
-        lengths[order.batch_indices(step)].sum() for step in begun
-    )
-    return int(tokens)
+    return plan, planned.heaviest

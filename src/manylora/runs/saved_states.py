@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from manylora.runs.columns import CourseColumns
 from manylora.runs.events import CheckpointSaved, Listener
 from manylora.runs.run_folder import AdapterPaths
 
@@ -35,10 +36,18 @@ class States:
         saved_step: of the newest one that is whole.
     """
 
-    def __init__(self, name: str, paths: AdapterPaths, keep: int | None, emit: Listener) -> None:
+    def __init__(
+        self,
+        name: str,
+        paths: AdapterPaths,
+        keep: int | None,
+        columns: CourseColumns,
+        emit: Listener,
+    ) -> None:
         """`keep`: how many of the newest stay; None = all."""
         self.saved_step = 0
         self._name, self._paths, self._keep, self._emit = name, paths, keep, emit
+        self._columns = columns
         self._saving: _Saving | None = None
 
     @property
@@ -75,7 +84,8 @@ class States:
 
     async def drop_old(self, evaluations: Sequence[Mapping[str, Any]]) -> None:
         """See `drop_old_states`."""
-        await asyncio.to_thread(drop_old_states, self._paths.checkpoints, self._keep, evaluations)
+        folder = self._paths.checkpoints
+        await asyncio.to_thread(drop_old_states, folder, self._keep, evaluations, self._columns)
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -84,11 +94,13 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(found[1]) for name in names if (found := _STATE.fullmatch(name)))
 
 
-def best_step(steps: Sequence[int], evaluations: Sequence[Mapping[str, Any]]) -> int | None:
-    """Of these steps the one with the lowest loss on the evaluation data, or where nothing has a
-    loss, with the most exact answers; of equals the latest. None if none was evaluated."""
+def best_step(
+    steps: Sequence[int], evaluations: Sequence[Mapping[str, Any]], columns: CourseColumns
+) -> int | None:
+    """Of these steps the one whose evaluation was the best (see `CourseColumns.evaluation`); of
+    equals the latest. None if none was evaluated."""
     judged = [
-        (_badness(evaluation), -evaluation["step"])
+        (columns.badness(evaluation), -evaluation["step"])
         for evaluation in evaluations
         if evaluation["step"] in steps
     ]
@@ -96,7 +108,10 @@ def best_step(steps: Sequence[int], evaluations: Sequence[Mapping[str, Any]]) ->
 
 
 def drop_old_states(
-    folder: Path, keep: int | None, evaluations: Sequence[Mapping[str, Any]]
+    folder: Path,
+    keep: int | None,
+    evaluations: Sequence[Mapping[str, Any]],
+    columns: CourseColumns,
 ) -> list[int]:
     """Delete all training states but the `keep` newest ones and the best one.
 
@@ -108,7 +123,7 @@ def drop_old_states(
     steps = saved_steps(folder)
     if keep is None:
         return steps
-    staying = {*steps[-keep:], best_step(steps, evaluations)}
+    staying = {*steps[-keep:], best_step(steps, evaluations, columns)}
     for step in steps:
         if step not in staying:
             try:
@@ -116,8 +131,3 @@ def drop_old_states(
             except OSError as error:
                 log.warning("an old training state stays: %s", error)
     return [step for step in steps if step in staying]
-
-
-def _badness(evaluation: Mapping[str, Any]) -> tuple[float, float]:
-    loss, exact = evaluation.get("loss"), evaluation.get("exact_match")
-    return float("inf") if loss is None else loss, 0.0 if exact is None else -exact

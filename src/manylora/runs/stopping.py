@@ -17,16 +17,16 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Stopper:
     """Signal handlers for as long as a run lasts.
 
-    Before the loop is there (hashing, opening the base) nothing has been trained, so the signal
-    is an ordinary KeyboardInterrupt. From then on it is a wish, which adapters look at between
+    Before there is an event loop (hashing, opening the base) nothing has been trained, so the
+    signal is an ordinary KeyboardInterrupt. From then on it only asks: adapters look at it between
     operations.
     """
 
-    def __init__(self, *, last_words: Callable[[], None] = lambda: None) -> None:
-        self._last_words = last_words
+    def __init__(self, *, restore_terminal: Callable[[], None] = lambda: None) -> None:
+        self._restore_terminal = restore_terminal
         self._before: dict[int, Any] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._wish: Callable[[str], None] | None = None
+        self._stop: Callable[[str], None] | None = None
         self._asked_at: float | None = None
 
     def __enter__(self) -> Self:
@@ -44,24 +44,24 @@ class Stopper:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def heed(self, loop: asyncio.AbstractEventLoop, wish: Callable[[str], None]) -> None:
-        """From now on a signal calls `wish(name of the signal)` within the loop; one that came
+    def watch(self, loop: asyncio.AbstractEventLoop, stop: Callable[[str], None]) -> None:
+        """From now on a signal calls `stop(name of the signal)` within the loop; one that came
         between two loops does so now."""
-        self._loop, self._wish = loop, wish
+        self._loop, self._stop = loop, stop
         if self._asked_at is not None:
-            loop.call_soon(wish, "the signal before")
+            loop.call_soon(stop, "the signal before")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._asked_at is not None:
-            # Launchers pass on a Ctrl-C that the terminal has already sent to everybody.
+            # Launchers pass on a Ctrl-C that the terminal has already sent to every process.
             if now - self._asked_at < ECHO_SECONDS:
                 return
-            self._last_words()
+            self._restore_terminal()
             os._exit(EXIT_INTERRUPTED)
         self._asked_at = now
-        if self._loop is None or self._wish is None:
+        if self._loop is None or self._stop is None:
             raise KeyboardInterrupt
         if self._loop.is_closed():
             return  # training is over, and what is left to write is short
-        self._loop.call_soon_threadsafe(self._wish, signal.Signals(number).name)
+        self._loop.call_soon_threadsafe(self._stop, signal.Signals(number).name)

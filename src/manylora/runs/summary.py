@@ -1,6 +1,7 @@
 """What a run says in the end: a table, where things are, and what to try next."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from manylora.runs.board import clock_text, percent, printable, short
+from manylora.runs.board import clock_text, printable, shown
+from manylora.runs.columns import CourseColumns
 from manylora.runs.events import RunEnded
 from manylora.runs.run_folder import read_json
 
@@ -18,23 +20,26 @@ MOST_SHOWN = 8
 _STYLES = {"completed": "green", "failed": "bold red", "cancelled": "yellow"}
 
 
-def print_closing(event: RunEnded, console: Console) -> None:
-    """The table of adapters, the errors in full, and the paths."""
+def print_summary(event: RunEnded, console: Console, columns: Mapping[str, CourseColumns]) -> None:
+    """The table of adapters, the errors in full, and the paths.
+
+    Args:
+        columns: what the figures of each adapter are.
+    """
     adapters: dict[str, dict[str, Any]] = event.summary["adapters"]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("adapter", "status"):
         table.add_column(name, no_wrap=True)
-    for name in ("steps", "loss", "eval loss", "exact match"):
+    changes = {name: _changes(entry, columns[name]) for name, entry in adapters.items()}
+    labels = list(dict.fromkeys(label for found in changes.values() for label in found))
+    for name in ("steps", *labels):
         table.add_column(name, justify="right", no_wrap=True)
     for name, entry in adapters.items():
-        before, after = entry["eval_before"] or {}, entry["eval_after"] or {}
         table.add_row(
             name,
             Text(entry["status"], style=_STYLES.get(entry["status"], "")),
             f"{entry['steps']:,}/{entry['total_steps']:,}",
-            _change(short(entry["first_loss"]), short(entry["last_loss"])),
-            _change(short(before.get("loss")), short(after.get("loss"))),
-            _change(percent(before.get("exact_match")), percent(after.get("exact_match"))),
+            *(changes[name].get(label, "–") for label in labels),
         )
     console.print(table)
     for name, entry in adapters.items():
@@ -44,6 +49,14 @@ def print_closing(event: RunEnded, console: Console) -> None:
             console.print(Text(text, style="red"))
     _print_rate(event.summary, console)
     _print_paths(event, console)
+
+
+def _changes(entry: Mapping[str, Any], columns: CourseColumns) -> dict[str, str]:
+    """An adapter's figures at first and at last, each under its label."""
+    before, after = entry["eval_before"] or {}, entry["eval_after"] or {}
+    ends = [(c, entry[f"first_{c.name}"], entry[f"last_{c.name}"]) for c in columns.ends()]
+    ends += [(c, before.get(c.name), after.get(c.name)) for c in columns.evaluation if c.label]
+    return {c.label: _change(shown(c, first), shown(c, last)) for c, first, last in ends}
 
 
 def _change(before: str, after: str) -> str:

@@ -5,12 +5,14 @@ A tracker is a listener; if it fails in the middle of a run, the run goes on wit
 
 import importlib
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from types import ModuleType
 from typing import Any, Protocol
 
 from manylora.config import RunFile
-from manylora.runs.events import AdapterEnded, AdapterStarted, EvalDone, Event, StepDone
+from manylora.runs.columns import CourseColumns
+from manylora.runs.events import AdapterEnded, AdapterStarted, EvalDone, Event, RunStarted, StepDone
 from manylora.runs.run_folder import RunPaths
 from manylora.types import ConfigError
 
@@ -57,18 +59,15 @@ def _package(name: str) -> ModuleType:
         ) from error
 
 
-def scalars(event: StepDone | EvalDone) -> dict[str, float]:
+def scalars(event: StepDone | EvalDone, columns: CourseColumns) -> dict[str, float]:
     """The figures of an event by the names that trackers show."""
+    figures = event.figures
     if isinstance(event, EvalDone):
-        found = {"eval/loss": event.loss, "eval/exact_match": event.exact_match}
+        found = {f"eval/{one.name}": figures[one.name] for one in columns.evaluation if one.tracked}
         return {name: value for name, value in found.items() if value is not None}
-    return {
-        "train/loss": event.loss,
-        "train/lr": event.lr,
-        "train/grad_norm": event.grad_norm,
-        "train/tokens": float(event.tokens),
-        "train/tokens_per_second": event.tokens / event.seconds if event.seconds else 0.0,
-    }
+    train = {f"train/{one.name}": float(figures[one.name]) for one in columns.step if one.tracked}
+    speed = figures["tokens"] / event.seconds if event.seconds else 0.0
+    return {**train, "train/tokens_per_second": speed}
 
 
 class TensorBoard:
@@ -84,15 +83,18 @@ class TensorBoard:
             ) from error
         self._make, self._paths = SummaryWriter, paths
         self._writers: dict[str, Any] = {}
+        self._columns: Mapping[str, CourseColumns] = {}
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, AdapterStarted):
+        if isinstance(event, RunStarted):
+            self._columns = event.columns
+        elif isinstance(event, AdapterStarted):
             folder = self._paths.adapter(event.adapter).tensorboard
             # The viewer is to forget what an earlier attempt logged after the checkpoint.
             purge = event.step + 1 if event.step else 0
             self._writers[event.adapter] = self._make(str(folder), purge_step=purge, flush_secs=10)
         elif isinstance(event, StepDone | EvalDone) and event.adapter in self._writers:
-            for name, value in scalars(event).items():
+            for name, value in scalars(event, self._columns[event.adapter]).items():
                 self._writers[event.adapter].add_scalar(name, value, event.step)
         elif isinstance(event, AdapterEnded) and event.adapter in self._writers:
             self._writers.pop(event.adapter).close()
@@ -114,16 +116,20 @@ class RunPerAdapter:
         self._package, self._settings = package, settings
         self._configs = {entry.name: entry.model_dump(mode="json") for entry in run.adapters}
         self._runs: dict[str, Any] = {}
+        self._columns: Mapping[str, CourseColumns] = {}
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, AdapterStarted):
+        if isinstance(event, RunStarted):
+            self._columns = event.columns
+        elif isinstance(event, AdapterStarted):
             # They greet on stdout, which may be for machines.
             with redirect_stdout(sys.stderr):
                 self._runs[event.adapter] = self._package.init(
                     name=event.adapter, config=self._configs.get(event.adapter), **self._settings
                 )
         elif isinstance(event, StepDone | EvalDone) and event.adapter in self._runs:
-            self._runs[event.adapter].log(scalars(event), step=event.step)
+            figures = scalars(event, self._columns[event.adapter])
+            self._runs[event.adapter].log(figures, step=event.step)
         elif isinstance(event, AdapterEnded) and event.adapter in self._runs:
             self._finish(event.adapter)
 

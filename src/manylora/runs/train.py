@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from manylora.config import RunFile
+from manylora.runs.adapter_run import AdapterRun, NewestState
+from manylora.runs.columns import CourseColumns
+from manylora.runs.course import Job
 from manylora.runs.events import Listeners, Phase, RunEnded, RunStarted, Stopping
 from manylora.runs.hardware import hardware, versions
-from manylora.runs.job import Job
+from manylora.runs.kinds import plan_job
 from manylora.runs.outcome import Outcome
-from manylora.runs.prepare import plan_job
 from manylora.runs.report import write_report
 from manylora.runs.resume import claim
 from manylora.runs.run_folder import RunPaths, held, is_completed, read_json, write_json
-from manylora.runs.sft import AdapterRun, NewestState
 from manylora.runs.stopping import EXIT_INTERRUPTED, Stopper
 from manylora.runs.trackers import open_trackers
 from manylora.runs.view import open_view
@@ -27,7 +28,7 @@ from manylora.types import ConfigError, SaveFailed
 from manylora.types.mesh_shape import MeshShape
 
 ViewKind = Literal["auto", "plain", "json"]
-OpenDoor = Callable[[RunFile], AbstractContextManager[Any]]
+OpenClient = Callable[[RunFile], AbstractContextManager[Any]]
 
 EXIT_FAILED = 1
 # Engines that may be lost in a row without a step between them.
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def open_trainer(run: RunFile) -> AbstractContextManager[Any]:
-    """The Python door on the run file's base."""
+    """A trainer on the run file's base."""
     from manylora.api import Trainer
     from manylora.processes.external_start import Meeting, started_by_others
 
@@ -64,10 +65,10 @@ def newest_state(parent: Path) -> Path | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a run reaches for outside of this room; tests put small ones in their place."""
+class Dependencies:
+    """What a run takes from other rooms; tests put small ones in their place."""
 
-    open_door: OpenDoor = open_trainer
+    open_client: OpenClient = open_trainer
     newest_state: NewestState = newest_state
 
 
@@ -76,7 +77,7 @@ def train_run_file(
     *,
     overwrite: bool = False,
     view: ViewKind = "auto",
-    outside: Surroundings | None = None,
+    outside: Dependencies | None = None,
 ) -> int:
     """Train every adapter of a run file, or go on where an earlier attempt was interrupted.
 
@@ -92,7 +93,7 @@ def train_run_file(
         ConfigError: the folder holds another run, or a tracker's package is missing.
         BaseModelError: the base cannot be opened.
     """
-    return _Run(run, overwrite, view, outside or Surroundings()).go()
+    return _Run(run, overwrite, view, outside or Dependencies()).go()
 
 
 @dataclass(slots=True)
@@ -102,7 +103,7 @@ class _Run:
     run: RunFile
     overwrite: bool
     view_kind: ViewKind
-    outside: Surroundings
+    outside: Dependencies
     paths: RunPaths = field(init=False)
     emit: Listeners = field(default_factory=Listeners)
     jobs: list[Job] = field(init=False)
@@ -115,14 +116,14 @@ class _Run:
     def __post_init__(self) -> None:
         self.paths = RunPaths(self.run.out)
         self.jobs = [plan_job(entry, keep=self.run.checkpoints.keep) for entry in self.run.adapters]
-        self.outcomes = {job.name: Outcome(total_steps=job.steps) for job in self.jobs}
+        self.outcomes = {job.name: Outcome(job.columns, total_steps=job.steps) for job in self.jobs}
 
     def go(self) -> int:
         with ExitStack() as stack:
             stack.enter_context(held(self.paths))
             view = stack.enter_context(open_view(self.view_kind))
             self.emit.add(view)
-            stopper = stack.enter_context(Stopper(last_words=view.last_words))
+            stopper = stack.enter_context(Stopper(restore_terminal=view.restore_terminal))
             try:
                 self._begin(stack)
             except KeyboardInterrupt:
@@ -147,7 +148,10 @@ class _Run:
             self.emit.add(tracker)
             stack.callback(tracker.close)
         steps = {job.name: job.steps for job in self.jobs}
-        self.emit(RunStarted(str(self.paths.root), self.run.base, steps))
+        self.emit(RunStarted(str(self.paths.root), self.run.base, steps, self._columns()))
+
+    def _columns(self) -> dict[str, CourseColumns]:
+        return {job.name: job.columns for job in self.jobs}
 
     def _train(self, stopper: Stopper) -> None:
         self.nothing_to_do = all(is_completed(self.paths.adapter(j.name)) for j in self.jobs)
@@ -155,40 +159,40 @@ class _Run:
             asyncio.run(self._all(None, stopper))  # each says that it is; no base is needed
             return
         self.emit(Phase("", f"opening {self.run.base}"))
-        with quiet_loading(), self.outside.open_door(self.run) as door:
+        with quiet_loading(), self.outside.open_client(self.run) as client:
             self.emit(Phase("", ""))
             begun = time.perf_counter()
             try:
-                self._train_on(door, stopper)
+                self._train_on(client, stopper)
             finally:
                 self.seconds = time.perf_counter() - begun
 
-    def _train_on(self, door: Any, stopper: Stopper) -> None:
+    def _train_on(self, client: Any, stopper: Stopper) -> None:
         """Train to the end; when the engine is lost, go on from the newest states with another."""
         losses, reached = 0, -1
         while True:
-            asyncio.run(self._all(door, stopper, patient=losses < MOST_LOSSES))
+            asyncio.run(self._all(client, stopper, patient=losses < MOST_LOSSES))
             if all(outcome.status for outcome in self.outcomes.values()):
                 return
             steps = sum(outcome.steps for outcome in self.outcomes.values())
             losses, reached = (losses + 1 if steps <= reached else 1), max(steps, reached)
             log.error("the engine was lost; going on from the newest training states")
             self.emit(Phase("", f"opening {self.run.base} again"))
-            door.reopen()
+            client.reopen()
             self.emit(Phase("", ""))
 
-    async def _all(self, door: Any, stopper: Stopper, *, patient: bool = False) -> None:
+    async def _all(self, client: Any, stopper: Stopper, *, patient: bool = False) -> None:
         """One task per adapter; none of them raises."""
         stop, preparing = asyncio.Event(), asyncio.Lock()
 
-        def wish(reason: str) -> None:
+        def ask(reason: str) -> None:
             stop.set()
             self.emit(Stopping(reason))
 
-        stopper.heed(asyncio.get_running_loop(), wish)
+        stopper.watch(asyncio.get_running_loop(), ask)
         runs = [
             AdapterRun(
-                door,
+                client,
                 job,
                 self.paths.adapter(job.name),
                 emit=self.emit,
@@ -212,7 +216,7 @@ class _Run:
     def _cancel_all(self) -> None:
         """Interrupted before any adapter was opened."""
         for job in self.jobs:
-            outcome = Outcome.earlier(self.paths.adapter(job.name))
+            outcome = Outcome.earlier(self.paths.adapter(job.name), job.columns)
             outcome.total_steps = outcome.total_steps or job.steps
             outcome.status = outcome.status or "cancelled"
             self.outcomes[job.name] = outcome
@@ -222,7 +226,7 @@ class _Run:
         if self.run.report:
             self.emit(Phase("", "writing report.html", 0, 1))
             try:
-                write_report(self.paths)
+                write_report(self.paths, self._columns())
             except OSError as error:
                 log.error("report.html: %s", error)
         code = _exit_code(self.outcomes.values())

@@ -18,7 +18,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from manylora.runs.board import Board, Clock, Row, clock_text, percent, printable, rate, short
+from manylora.runs.board import Board, Clock, Row, clock_text, printable, rate, shown
+from manylora.runs.columns import Column, CourseColumns
 from manylora.runs.events import (
     AdapterEnded,
     AdapterStarted,
@@ -32,7 +33,7 @@ from manylora.runs.events import (
     Warned,
     event_dict,
 )
-from manylora.runs.summary import print_closing
+from manylora.runs.summary import print_summary
 
 PLAIN_SECONDS = 5.0
 PHASE_SECONDS = 2.0
@@ -50,7 +51,7 @@ class View(Protocol):
 
     def __call__(self, event: Event) -> None: ...
 
-    def last_words(self) -> None:
+    def restore_terminal(self) -> None:
         """Leave the terminal as it was; the process is about to end at once."""
 
 
@@ -77,7 +78,7 @@ class JsonView:
         self._out.write(json.dumps(event_dict(event), ensure_ascii=False) + "\n")
         self._out.flush()
 
-    def last_words(self) -> None:
+    def restore_terminal(self) -> None:
         """Nothing to tidy up."""
 
 
@@ -109,7 +110,8 @@ class PlainView:
             case Warned():
                 self._say(event.adapter, f"warning: {event.text}")
             case EvalDone():
-                self._say(event.adapter, eval_text(event))
+                columns = self._board.columns[event.adapter]
+                self._say(event.adapter, eval_text(event, columns))
             case AdapterEnded():
                 again = " before; nothing to do" if event.skipped else ""
                 error = f": {event.error}" if event.error else f" at step {event.step:,}"
@@ -117,9 +119,10 @@ class PlainView:
             case Stopping():
                 self._say("", f"{event.reason}: saving every adapter; once more to exit at once")
             case RunEnded():
-                print_closing(event, Console(file=self._out, width=closing_width(self._out)))
+                console = Console(file=self._out, width=summary_width(self._out))
+                print_summary(event, console, self._board.columns)
 
-    def last_words(self) -> None:
+    def restore_terminal(self) -> None:
         """Nothing to tidy up."""
 
     def _due(self, event: StepDone) -> bool:
@@ -149,26 +152,28 @@ class PlainView:
         self._progress.flush()
 
 
-def closing_width(out: TextIO) -> int | None:
+def summary_width(out: TextIO) -> int | None:
     """As wide as the terminal; in a file, wide enough for long names."""
     return None if out.isatty() else 120
 
 
 def step_text(row: Row) -> str:
     """A step as one plain line."""
+    curve = f"{row.curve.label} {shown(row.curve, row.last)}  " if row.curve else ""
     return (
-        f"step {row.step:>{len(str(row.steps))}}/{row.steps}  loss {short(row.loss)}  "
+        f"step {row.step:>{len(str(row.steps))}}/{row.steps}  {curve}"
         f"{rate(row.tokens.per_second())} tokens/s  eta {clock_text(row.eta())}"
     )
 
 
-def eval_text(event: EvalDone) -> str:
+def eval_text(event: EvalDone, columns: CourseColumns) -> str:
     """An evaluation as one plain line."""
     parts = [f"step {event.step:,}" if event.when == "during" else f"{event.when} training"]
-    if event.loss is not None:
-        parts.append(f"eval loss {short(event.loss)}")
-    if event.exact_match is not None:
-        parts.append(f"exact match {percent(event.exact_match)} of {event.samples}")
+    for column in columns.evaluation:
+        value = event.figures[column.name]
+        if column.label and value is not None:
+            cases = f" of {event.figures[column.counted_by]}" if column.counted_by else ""
+            parts.append(f"{column.label} {shown(column, value)}{cases}")
     return "  ".join(parts)
 
 
@@ -197,9 +202,10 @@ class LiveView:
             self.live.console.print(Text(f"{event.adapter}: warning: {note}", style="yellow"))
         if isinstance(event, RunEnded):
             self.live.stop()
-            print_closing(event, Console(file=self._out, width=closing_width(self._out)))
+            console = Console(file=self._out, width=summary_width(self._out))
+            print_summary(event, console, self._board.columns)
 
-    def last_words(self) -> None:
+    def restore_terminal(self) -> None:
         """Give the cursor back."""
         self._console.show_cursor(True)
 
@@ -247,7 +253,8 @@ class LiveView:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, expand=False)
         table.add_column("adapter", no_wrap=True, max_width=28, overflow="ellipsis")
         table.add_column("", width=18)
-        for name in ("step", "loss", "tokens/s", "eta"):
+        curves = " / ".join(dict.fromkeys(row.curve.label for row in rows if row.curve))
+        for name in ("step", curves, "tokens/s", "eta"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("status", no_wrap=True, max_width=40, overflow="ellipsis")
         for row in rows:
@@ -256,7 +263,7 @@ class LiveView:
                 row.name,
                 ProgressBar(total=max(row.steps, 1), completed=row.step, width=18),
                 f"{row.step:,}/{row.steps:,}" if row.steps else "–",
-                loss_text(row),
+                curve_text(row),
                 rate(row.tokens.per_second()) if running else "–",
                 clock_text(row.eta()) if running else "–",
                 Text(status_text(row), style=STYLES.get(row.status, "")),
@@ -264,10 +271,12 @@ class LiveView:
         return table
 
 
-def loss_text(row: Row) -> Text:
-    """The loss now; green when it is below the first."""
-    better = row.loss is not None and row.first_loss is not None and row.loss < row.first_loss
-    return Text(short(row.loss), style="green" if better else "")
+def curve_text(row: Row) -> Text:
+    """The figure by which people follow an adapter; green when it is better than at first."""
+    if row.curve is None:
+        return Text(shown(Column(""), None))
+    better = row.curve.badness(row.last) < row.curve.badness(row.first)
+    return Text(shown(row.curve, row.last), style="green" if better else "")
 
 
 def status_text(row: Row) -> str:

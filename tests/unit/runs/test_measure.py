@@ -14,7 +14,7 @@ from manylora.cli.main import main
 from manylora.config import RunFile
 from manylora.runs.events import Event, Phase
 from manylora.runs.measure import STEPS, Measured, measure_run
-from manylora.runs.train import Surroundings
+from manylora.runs.train import Dependencies
 from tests.unit.runs.driving.conftest import write_lines
 from tests.unit.runs.driving.fake_door import FakeAdapter, FakeDoor
 
@@ -47,7 +47,7 @@ def measured(
     tokens = {entry.name: 2 * LENGTH * (entry.sft.max_steps or 0) for entry in run.adapters}
     told = [] if events is None else events
     return measure_run(
-        run, tokens, emit=told.append, outside=Surroundings(open_door=lambda _: fake)
+        run, tokens, emit=told.append, outside=Dependencies(open_client=lambda _: fake)
     )
 
 
@@ -129,7 +129,7 @@ def test_the_time_of_a_run_follows_from_its_steps_and_chunks(run_data):
 def test_passes_cost_by_tokens_and_updates_by_steps(run_data):
     run = RunFile.model_validate(run_data)
     tokens = {"a": 50 * 2 * LENGTH * 3, "b": 20 * 2 * LENGTH}  # a's later steps are longer
-    outside = Surroundings(open_door=lambda _: FakeDoor())
+    outside = Dependencies(open_client=lambda _: FakeDoor())
     told = measure_run(run, tokens, emit=lambda _: None, outside=outside)
     assert told.adapters["a"].training_seconds == pytest.approx(50 * (3 * PASS + UPDATE))
 

@@ -1,4 +1,4 @@
-"""One submitted run while it trains: the run of `runs.sft`, what it says, and its place on disk."""
+"""One submitted run while it trains: its adapter's run, what it says, and its place on disk."""
 
 import asyncio
 import logging
@@ -6,19 +6,19 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from manylora.api import AdapterClient
 from manylora.checkpoint import newest_state
 from manylora.hosting import Host
-from manylora.runs.events import AdapterStarted, CheckpointSaved, EvalDone, Event, StepDone, finite
-from manylora.runs.metrics_file import NOT_KEPT, read_metrics
+from manylora.runs.adapter_run import AdapterRun, StopAsked
+from manylora.runs.events import AdapterStarted, CheckpointSaved, EvalDone, Event, StepDone
+from manylora.runs.kinds import plan_job
+from manylora.runs.metrics_file import read_metrics
 from manylora.runs.outcome import Outcome
-from manylora.runs.prepare import plan_job
 from manylora.runs.run_folder import AdapterPaths
-from manylora.runs.sft import AdapterRun, StopAsked
 from manylora.service.state.data_preparation import Preparing
 from manylora.service.state.run_data import RunData
 from manylora.store import RunRow
@@ -103,11 +103,11 @@ class LiveRun:
         def listen(event: Event) -> None:
             match event:
                 case StepDone():
-                    self.rows.append(_row(asdict(event)))
+                    self.rows.append(event.row())
                     return
                 case AdapterStarted():
                     self.started = True
-                    self.rows.extend(map(_row, read_metrics(self.paths.metrics)[-MOST_ROWS:]))
+                    self.rows.extend(read_metrics(self.paths.metrics)[-MOST_ROWS:])
                 case CheckpointSaved():
                     loop.run_in_executor(None, forget_older, Path(event.path))
                 case EvalDone():
@@ -128,9 +128,5 @@ def forget_older(newest: Path) -> None:
 
 def metrics_after(paths: AdapterPaths, step: int) -> list[dict[str, Any]]:
     """Figures of a run that is over: the last ones, of the steps after that one."""
-    rows = [_row(row) for row in read_metrics(paths.metrics) if row["step"] > step]
+    rows = [row for row in read_metrics(paths.metrics) if row["step"] > step]
     return rows[-MOST_ROWS:]
-
-
-def _row(figures: dict[str, Any]) -> dict[str, Any]:
-    return {k: finite(v) for k, v in figures.items() if k not in NOT_KEPT}

@@ -81,7 +81,7 @@ def accept(
         return {
             which: _stamp(find(roots, name)) for which, name in names.items() if name is not None
         }
-    if (entry.sft.eval is None) != (data.eval is None):
+    if (_named(entry, "eval") is None) != (data.eval is None):
         raise DataError("sft.eval and data.eval go together: name the data and send them")
     try:
         for which, text in (("train", data.train), ("eval", data.eval)):
@@ -146,7 +146,7 @@ def check_size(entry: AdapterEntry, max_rank: int) -> None:
 
 
 def _named(entry: AdapterEntry, which: Which) -> str | None:
-    return entry.sft.train if which == "train" else entry.sft.eval
+    return entry.kind_settings.sources().get(which)
 
 
 def _uploaded(paths: AdapterPaths, which: Which) -> Path:

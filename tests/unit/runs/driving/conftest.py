@@ -9,7 +9,7 @@ import pytest
 
 from manylora.config import RunFile
 from manylora.runs.run_folder import RunPaths
-from manylora.runs.train import Surroundings, train_run_file
+from manylora.runs.train import Dependencies, train_run_file
 from tests.unit.runs.driving.fake_door import FakeDoor, fake_newest_state
 
 Train = Callable[..., int]
@@ -58,7 +58,7 @@ def door() -> FakeDoor:
 def train(run: RunFile, door: FakeDoor | None = None, **options: Any) -> int:
     """Train on the fake door."""
     fake = door or FakeDoor()
-    outside = Surroundings(open_door=lambda _: fake, newest_state=fake_newest_state)
+    outside = Dependencies(open_client=lambda _: fake, newest_state=fake_newest_state)
     options.setdefault("view", "plain")
     return train_run_file(run, outside=outside, **options)
 

@@ -9,14 +9,17 @@ import pytest
 from manylora.config import AdapterEntry
 from manylora.lora.sites import Site
 from manylora.models.vocabulary import Vocabulary
-from manylora.runs.job import Prepared, mean_weights
-from manylora.runs.prepare import MAX_SAMPLES, prepare_sft, refuse_unwritable
+from manylora.runs.course import refuse_unwritable
+from manylora.runs.sft import SftCourse, mean_weights
+from manylora.runs.sft_data import MAX_SAMPLES, prepare_sft
 from manylora.types import DataError, DatumTooLong, Unsupported, causal_datum
 from tests.unit.runs.driving.conftest import write_lines
 from tests.unit.runs.driving.fake_door import FakeDoor, FakeTokenizer
 
 
-def prepared(tmp_path: Path, rows: list[Any], door: FakeDoor | None = None, **sft: Any) -> Prepared:
+def prepared(
+    tmp_path: Path, rows: list[Any], door: FakeDoor | None = None, **sft: Any
+) -> SftCourse:
     data = write_lines(tmp_path / "rows.jsonl", rows)
     entry = AdapterEntry.model_validate(
         {"name": "a", "sft": {"train": str(data), "eval": str(data), "batch_size": 2, **sft}}

@@ -10,6 +10,7 @@ import pytest
 from manylora.config import RunFile
 from manylora.runs.report import report_data, script_json, thinned, write_report
 from manylora.runs.run_folder import RunPaths, read_json, write_json
+from manylora.runs.sft import SFT_COLUMNS
 from tests.unit.runs.driving.conftest import metrics, summary, train
 
 HOSTILE = "</script><script>alert(1)</script><!-- <script> & \u2028 ${x} `"
@@ -63,7 +64,7 @@ def test_hostile_text_stays_text(run_file: RunFile):
     answer = {"prompt": HOSTILE, "expected": HOSTILE, "answer": HOSTILE, "exact": True}
     write_json(paths.adapter("alpha").samples, {"before": [answer], "after": [answer]})
     paths.run_yaml.write_text(HOSTILE)
-    write_report(paths)
+    write_report(paths, {entry.name: SFT_COLUMNS for entry in run_file.adapters})
     page = page_of(run_file)
     assert len(page.scripts) == 2  # the data and the program; none of the sample's
     data = data_of(page)
@@ -81,18 +82,18 @@ def test_long_curves_keep_their_extremes():
     rows = [{"step": i, "loss": 1.0 + (i % 7)} for i in range(1, 10_001)]
     rows[4321]["loss"], rows[1234]["loss"] = 99.0, -5.0
     rows[77]["loss"] = None  # type: ignore[assignment]
-    kept = thinned(rows, 500)
+    kept = thinned(rows, "loss", 500)
     assert len(kept) <= 502
     assert kept[0] is rows[0] and kept[-1] is rows[-1]
     assert rows[4321] in kept and rows[1234] in kept
     assert [row["step"] for row in kept] == sorted(row["step"] for row in kept)
-    assert thinned(rows[:500], 500) == rows[:500]
+    assert thinned(rows[:500], "loss", 500) == rows[:500]
 
 
 def test_a_run_that_has_hardly_begun_has_a_page_too(run_file: RunFile):
     paths = RunPaths(run_file.out)
-    write_report(paths)
-    assert report_data(paths)["summary"]["adapters"] == {}
+    write_report(paths, {})
+    assert report_data(paths, {})["summary"]["adapters"] == {}
     assert read_json(paths.summary) is None
 
 

@@ -17,7 +17,7 @@ from manylora.runs.metrics_file import MetricsFile, cut_back, read_metrics
 from manylora.runs.run_folder import RunPaths, held
 from manylora.types import ConfigError
 from tests.unit.runs.driving.conftest import final_weights, metrics, summary, train
-from tests.unit.runs.driving.fake_door import FakeDoor
+from tests.unit.runs.driving.fake_door import FakeAdapter, FakeDoor
 
 NAMES = ("alpha", "beta", "gamma")
 VOLATILE = ("seconds",)
@@ -70,6 +70,23 @@ def test_a_signal_saves_every_adapter_and_the_run_goes_on_from_there(
         done_again = door.submitted.count((name, "optim_step"))
         assert done_again == len(metrics(run_file, name)) - steps
     same_as_undisturbed(run_file, run_data, tmp_path)
+
+
+def test_a_run_that_is_stopped_in_its_first_evaluation_is_cancelled(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch
+):
+    forward = FakeAdapter.forward
+
+    def stopping(self: FakeAdapter, *data: Any, **options: Any) -> Any:
+        monkeypatch.setattr(FakeAdapter, "forward", forward)
+        os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, *data, **options)
+
+    monkeypatch.setattr(FakeAdapter, "forward", stopping)
+    assert train(run_file) == 130
+    told = summary(run_file)["adapters"].values()
+    assert {(entry["status"], entry["steps"]) for entry in told} == {("cancelled", 0)}
+    assert all(entry["error"] is None for entry in told)
 
 
 def test_signal_handlers_are_put_back(run_file: RunFile):
@@ -184,7 +201,9 @@ def test_metrics_are_cut_back_to_the_state(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as file:
         for step in range(1, 6):
-            file.append(StepDone("a", step, 9, float("nan"), 0.1, 1.0, 8, 4, 0.1))
+            figures = {"loss": float("nan"), "lr": 0.1, "grad_norm": 1.0}
+            figures |= {"tokens": 8, "trained_tokens": 4}
+            file.append(StepDone("a", step, 9, figures, 0.1))
     assert read_metrics(path)[0]["loss"] is None
     with path.open("a") as torn:
         torn.write('{"step": 6, "lo')

@@ -9,6 +9,7 @@ import pytest
 from manylora.config import RunFile
 from manylora.runs.run_folder import RunPaths
 from manylora.runs.saved_states import best_step, drop_old_states, saved_steps
+from manylora.runs.sft import SFT_COLUMNS
 from tests.unit.runs.driving.conftest import final_weights, metrics, summary, train
 from tests.unit.runs.driving.fake_door import FakeDoor
 
@@ -23,12 +24,12 @@ def evaluated(step: int, loss: float | None, exact: float | None = None) -> dict
 
 def test_the_best_has_the_lowest_loss_and_of_equals_the_latest():
     rows = [evaluated(2, 3.0), evaluated(4, 1.0), evaluated(6, 1.0), evaluated(7, 0.5)]
-    assert best_step([2, 4, 6], rows) == 6
-    assert best_step([2, 4, 6, 7], rows) == 7
-    assert best_step([1, 3], rows) is None
+    assert best_step([2, 4, 6], rows, SFT_COLUMNS) == 6
+    assert best_step([2, 4, 6, 7], rows, SFT_COLUMNS) == 7
+    assert best_step([1, 3], rows, SFT_COLUMNS) is None
     answers = [evaluated(2, None, 0.5), evaluated(4, None, 0.75), evaluated(6, None, 0.25)]
-    assert best_step([2, 4, 6], answers) == 4
-    assert best_step([2, 4], [evaluated(2, None), evaluated(4, 9.0)]) == 4
+    assert best_step([2, 4, 6], answers, SFT_COLUMNS) == 4
+    assert best_step([2, 4], [evaluated(2, None), evaluated(4, 9.0)], SFT_COLUMNS) == 4
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_the_newest_and_the_best_stay(tmp_path: Path, keep: int | None, left: li
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     rows = [evaluated(3, 2.0), evaluated(6, 1.0), evaluated(7, 0.0), evaluated(9, 1.5)]
-    assert drop_old_states(tmp_path, keep, rows) == left == saved_steps(tmp_path)
+    assert drop_old_states(tmp_path, keep, rows, SFT_COLUMNS) == left == saved_steps(tmp_path)
     assert (tmp_path / "other" / "file").exists() and (tmp_path / "step-x").exists()
 
 
@@ -54,7 +55,7 @@ def test_a_state_that_cannot_be_deleted_stays_and_is_told(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("manylora.runs.saved_states.shutil.rmtree", refuse)
-    drop_old_states(tmp_path, 1, [])
+    drop_old_states(tmp_path, 1, [], SFT_COLUMNS)
     assert saved_steps(tmp_path) == [1, 2]
     assert "Permission denied" in caplog.text
 

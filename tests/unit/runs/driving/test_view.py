@@ -26,7 +26,8 @@ from manylora.runs.events import (
     Stopping,
     event_dict,
 )
-from manylora.runs.summary import print_closing
+from manylora.runs.sft import SFT_COLUMNS
+from manylora.runs.summary import print_summary
 from manylora.runs.view import LiveView, PlainView
 from tests.unit.runs.driving.conftest import summary, train
 
@@ -39,7 +40,8 @@ class Clock:
 
 
 def step(number: int, *, steps: int = 1000, loss: float = 2.0, adapter: str = "a") -> StepDone:
-    return StepDone(adapter, number, steps, loss, 1e-4, 0.5, 100, 40, 0.5)
+    figures = {"loss": loss, "lr": 1e-4, "grad_norm": 0.5, "tokens": 100, "trained_tokens": 40}
+    return StepDone(adapter, number, steps, figures, 0.5)
 
 
 def plain() -> tuple[PlainView, io.StringIO, Clock]:
@@ -49,7 +51,7 @@ def plain() -> tuple[PlainView, io.StringIO, Clock]:
 
 def test_plain_lines_are_few_however_many_steps_there_are():
     view, progress, clock = plain()
-    view(RunStarted("out", "base", {"a": 1000}))
+    view(RunStarted("out", "base", {"a": 1000}, {"a": SFT_COLUMNS}))
     view(AdapterStarted("a", 0, 1000, 64))
     for number in range(1, 1001):
         clock.now += 0.1  # 100 seconds in all
@@ -118,7 +120,7 @@ def rendered(view: LiveView) -> str:
 def test_the_live_table_shows_progress_and_fits_the_screen():
     view = LiveView(Console(file=io.StringIO(), width=110, height=12), io.StringIO())
     names = [f"adapter-{i}" for i in range(30)]
-    view(RunStarted("out", "the-base", dict.fromkeys(names, 10)))
+    view(RunStarted("out", "the-base", dict.fromkeys(names, 10), dict.fromkeys(names, SFT_COLUMNS)))
     view(AdapterStarted("adapter-29", 0, 10, 64))
     view(step(3, steps=10, loss=2.5, adapter="adapter-29"))
     view(AdapterEnded("adapter-0", "failed", 1, "NotFinite: [bold]boom[/bold]"))
@@ -194,7 +196,8 @@ def test_shares_are_rounded_as_people_round():
 
 def test_the_plain_line_and_the_closing_table_round_a_share_alike():
     view, progress, _ = plain()
-    view(EvalDone("a", "after", 8, 1.0, 0.625, 8))
+    view(RunStarted("out", "base", {"a": 8}, {"a": SFT_COLUMNS}))
+    view(EvalDone("a", "after", 8, {"loss": 1.0, "exact_match": 0.625, "samples": 8}))
     assert "exact match 63% of 8" in progress.getvalue()
     entry = {
         "status": "completed", "steps": 8, "total_steps": 8, "first_loss": 2.0, "last_loss": 1.0,
@@ -203,7 +206,8 @@ def test_the_plain_line_and_the_closing_table_round_a_share_alike():
     }  # fmt: skip
     summary = {"adapters": {"a": entry}, "tokens": 0}
     out = io.StringIO()
-    print_closing(RunEnded("nowhere", 0, summary), Console(file=out, width=120))
+    ended, console = RunEnded("nowhere", 0, summary), Console(file=out, width=120)
+    print_summary(ended, console, {"a": SFT_COLUMNS})
     assert "13% → 63%" in out.getvalue()
 
 

@@ -1,18 +1,18 @@
-"""From a run file's entry to what the loop of an adapter needs."""
+"""The data of supervised fine-tuning: from an adapter's entry to its batches and evaluation."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from manylora.checkpoint.peft_config import refuse_lost
 from manylora.config import MOST_STEPS, AdapterEntry
-from manylora.lora.sites import Site, resolve_targets
+from manylora.runs.course import Progress, refuse_unwritable
 from manylora.runs.data_order import DataOrder, total_steps
 from manylora.runs.data_rows import Example
 from manylora.runs.encode import Between, Encoded, Encoder, nothing
-from manylora.runs.job import EvalPrompt, EvalSet, Job, Prepared, Progress
+from manylora.runs.evaluate import EvalPrompt, EvalSet
 from manylora.runs.schedule import scheduled_lr
+from manylora.runs.sft import SftCourse
 from manylora.runs.sources import Source, read_source
 from manylora.types import AdamParams, DataError, Datum, DatumTooLong, TextFormat
 
@@ -27,50 +27,17 @@ EXTRA_TOKENS, MAX_ANSWER_TOKENS = 8, 256
 # Tokenising as many takes long enough to be worth a line in a log.
 ANNOUNCED_EXAMPLES = 5000
 
-
 # Reads the training or the evaluation data of an adapter.
 Read = Callable[[Literal["train", "eval"]], Source]
 
 
-def plan_job(
-    entry: AdapterEntry,
-    *,
-    name: str | None = None,
-    read: Read | None = None,
-    between: Between = nothing,
-    keep: int | None = None,
-) -> Job:
-    """The job of one adapter; its data are read later, by `prepare`.
-
-    Args:
-        name: of the adapter at the door; by default the entry's.
-        read: where its data come from, if not from what the entry names.
-        between: called every few examples while they are tokenised.
-        keep: how many of the newest training states stay, if the entry does not say; None = all.
-    """
-
-    def prepare(door: Any, progress: Progress) -> Prepared:
-        return prepare_sft(entry, door, progress, read, between)
-
-    return Job(
-        name=entry.name if name is None else name,
-        spec=entry.spec(),
-        prepare=prepare,
-        steps=entry.sft.max_steps or 0,
-        save_every=entry.save_every,
-        eval_every=entry.sft.eval_every,
-        keep=keep if entry.checkpoints is None else entry.checkpoints.keep,
-        init_from=entry.lora.init_from,
-    )
-
-
 def prepare_sft(
     entry: AdapterEntry,
-    door: Any,
+    client: Any,
     progress: Progress,
     read: Read | None = None,
     between: Between = nothing,
-) -> Prepared:
+) -> SftCourse:
     """Read and tokenise everything, so that a bad line is found before the first step.
 
     Args:
@@ -82,18 +49,12 @@ def prepare_sft(
         Unsupported: its layers cannot be written as PEFT's files.
     """
     sft = entry.sft
-
-    def read_named(which: Literal["train", "eval"]) -> Source:
-        named = sft.train if which == "train" else sft.eval
-        assert named is not None
-        return read_source(named)
-
-    read = read or read_named
-    if door.tokenizer is None:
+    read = read or (lambda which: read_source(sft.sources()[which]))
+    if client.tokenizer is None:
         raise DataError("the base's folder has no tokenizer, so text cannot be read")
-    refuse_unwritable(entry, door.sites)
-    encoder = entry_encoder(entry, door.tokenizer, door.vocabulary, between)
-    trained = _encoded(encoder, read("train"), door, progress, "training data")
+    refuse_unwritable(entry, client.sites)
+    encoder = entry_encoder(entry, client.tokenizer, client.vocabulary, between)
+    trained = _encoded(encoder, read("train"), client, progress, "training data")
     data = trained.data
     order = DataOrder(
         size=len(data), batch_size=sft.batch_size, seed=entry.seed, shuffle=sft.shuffle
@@ -111,22 +72,15 @@ def prepare_sft(
     def adam(step: int) -> AdamParams:
         return entry.optimizer.adam_params(scheduled_lr(entry.optimizer, step - 1, steps))
 
-    notes = [*ends_notes(entry, door.tokenizer, door.vocabulary), *trained.notes]
+    notes = [*ends_notes(entry, client.tokenizer, client.vocabulary), *trained.notes]
     text_format = TextFormat(encoder.stops(trained), entry.chat_template)
     evals = EvalSet()
     if sft.eval is not None:
         source = read("eval")
-        held_out = _encoded(encoder, source, door, progress, "evaluation data")
+        held_out = _encoded(encoder, source, client, progress, "evaluation data")
         notes += [note for note in held_out.notes if note not in notes]
-        evals = eval_set(source, held_out, door.tokenizer, text_format.stop)
-    return Prepared(steps, batch, adam, evals, text_format, notes)
-
-
-def refuse_unwritable(entry: AdapterEntry, sites: Sequence[Site]) -> None:
-    """Refuse at the start what could not be written at the end. Raises Unsupported."""
-    if any(site.naming == "lost" for site in sites):
-        names = [target.site.name for target in resolve_targets(entry.spec(), sites)]
-        refuse_lost(names, sites, f"adapter {entry.name!r}")
+        evals = eval_set(source, held_out, client.tokenizer, text_format.stop)
+    return SftCourse(steps, batch, adam, evals, sft.eval_every, text_format, notes)
 
 
 def entry_encoder(
@@ -157,11 +111,13 @@ def ends_notes(entry: AdapterEntry, tokenizer: Any, vocabulary: "Vocabulary") ->
     ]
 
 
-def _encoded(encoder: Encoder, source: Source, door: Any, progress: Progress, what: str) -> Encoded:
+def _encoded(
+    encoder: Encoder, source: Source, client: Any, progress: Progress, what: str
+) -> Encoded:
     short = len(source) < ANNOUNCED_EXAMPLES
     progress(f"tokenising {what} ({len(source):,} examples)", 0, 1 if short else 0)
     encoded = encoder.encode(source)
-    limit = door.context_length
+    limit = client.context_length
     for number, datum in zip(encoded.owners, encoded.data, strict=True):
         example = source.examples[number]
         # One token more was tokenised; the last one is only ever predicted.
@@ -196,7 +152,7 @@ def eval_set(source: Source, encoded: Encoded, tokenizer: Any, stop: tuple[int, 
             prompts.append(EvalPrompt(_prompt_text(example), prompt, expected))
             longest = max(longest, end - start)
     max_tokens = min(longest + EXTRA_TOKENS, MAX_ANSWER_TOKENS)
-    return EvalSet(encoded.data, prompts, max_tokens, stop)
+    return EvalSet(encoded.data, prompts, max_tokens, stop, tokenizer)
 
 
 def _last_answer(datum: Datum) -> tuple[int, int]:

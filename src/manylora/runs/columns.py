@@ -1,0 +1,86 @@
+"""The figures of a kind of run: their names, how people read them, and what a summary has of them.
+
+A course declares its figures once. Events, metrics.jsonl, result.json, the live table, trackers and
+the report take them from the declaration and know none by name, except `tokens`, which every course
+counts and of which all rates are.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One figure of every step, or of every evaluation.
+
+    Attributes:
+        name: its key in metrics.jsonl, events and result.json.
+        label: what people read; "" = tables do not show it.
+        unit: a number, or a share between 0 and 1, which people read in percent.
+        better: which of two values is the better one; "" = neither.
+        total: what the summary says of all steps: their sum, or as `first_NAME` and `last_NAME`
+            both ends of the curve; "" = nothing.
+        tracked: whether trackers show it.
+        charted: whether the report draws it.
+        checked: whether a step fails where it is not a finite number.
+        counted_by: the figure that says how many cases it is about; "" = none.
+    """
+
+    name: str
+    label: str = ""
+    unit: Literal["number", "share"] = "number"
+    better: Literal["lower", "higher", ""] = ""
+    total: Literal["ends", "sum", ""] = ""
+    tracked: bool = True
+    charted: bool = False
+    checked: bool = False
+    counted_by: str = ""
+
+    def badness(self, value: float | None) -> float:
+        """A number that is the smaller, the better the value is; infinite where there is none."""
+        if value is None:
+            return math.inf
+        return -value if self.better == "higher" else value
+
+
+@dataclass(frozen=True, slots=True)
+class CourseColumns:
+    """All figures of a kind of run.
+
+    Attributes:
+        step: figures of a step, in the order of metrics.jsonl; one of them is `tokens`, the
+            positions that the model read. The first one of which one value is better than another
+            is the curve by which people follow the run.
+        evaluation: figures of an evaluation; those of which one value is better than another say
+            which training state is the best, the first of them before the second.
+    """
+
+    step: tuple[Column, ...]
+    evaluation: tuple[Column, ...] = ()
+
+    @property
+    def curve(self) -> Column:
+        """The figure by which people follow a run."""
+        return next(column for column in self.step if column.better)
+
+    def ends(self) -> Iterator[Column]:
+        """The figures of which a summary has the first and the last value."""
+        return (column for column in self.step if column.total == "ends")
+
+    def sums(self) -> Iterator[Column]:
+        """The figures of which a summary has the sum."""
+        return (column for column in self.step if column.total == "sum")
+
+    def badness(self, evaluation: Mapping[str, Any]) -> tuple[float, ...]:
+        """A key that is the smaller, the better an evaluation went."""
+        judged = (column for column in self.evaluation if column.better)
+        return tuple(column.badness(evaluation.get(column.name)) for column in judged)
+
+    def not_finite(self, figures: Mapping[str, Any]) -> str:
+        """A step's checked figures as text where one of them is not finite; "" where all are."""
+        checked = {column.label: figures[column.name] for column in self.step if column.checked}
+        if all(map(math.isfinite, checked.values())):
+            return ""
+        return ", ".join(f"{label} {value}" for label, value in checked.items())
