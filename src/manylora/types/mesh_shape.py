@@ -66,7 +66,7 @@ class MeshShape:
 
     @property
     def axes(self) -> dict[str, int]:
-        """Each axis of one replica's mesh has so many ranks; neighbouring ranks differ in the last."""
+        """Each axis of one replica's mesh has its size; neighbouring ranks differ in the last."""
         return {"dp": self.dp, "tp": self.tp}
 
     @property
