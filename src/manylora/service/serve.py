@@ -145,10 +145,10 @@ async def _serve(
     service = Service(settings, store, limits, metrics.observe)
     local, connections = is_loopback(settings.host), listener.connections
     app = build_app(
-        hub,  # pyrefly: ignore[bad-argument-type]
+        hub,
         authenticator=StoreAuthenticator(store.keys, local=local),
         local_only=not keyed,
-        settings=_door_settings(settings, limits, connections),
+        settings=_context_settings(settings, limits, connections),
         signing_secret=signing_secret(Path(settings.data_dir)),
         metrics=lambda: metrics.text(service.hub),
         names=_names(settings, keyed=keyed),
@@ -220,7 +220,7 @@ def _names(settings: ServerFile, *, keyed: bool) -> Names:
     return Names(allowed=frozenset(host_of(name) for name in [*allowed, *own]), public_url=url)
 
 
-def _door_settings(
+def _context_settings(
     settings: ServerFile, limits: WireLimits, connections: OpenConnections
 ) -> ContextSettings:
     return ContextSettings(

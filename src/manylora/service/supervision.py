@@ -51,7 +51,7 @@ async def keep_up(
             waiting.cancel()
             return
         lived = asyncio.get_running_loop().time() - began
-        steady = lived >= STEADY_SECONDS or service.breakages.completed
+        steady = lived >= STEADY_SECONDS or service.suspects.completed
         failures = 0 if steady else failures + 1
         log.error("the engine was lost: %s\n%s", lost.reason, group.stacks())
         if failures == MOST_FAILURES or not announced:

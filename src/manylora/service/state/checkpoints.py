@@ -14,9 +14,9 @@ from manylora.hosting import AnyHost
 from manylora.hosting.state_files import write_peft, write_state
 from manylora.lora.state import AdapterState
 from manylora.service.http_errors import QuotaExceeded, missing
-from manylora.service.state.listings import listed
+from manylora.service.state.listings import listed, weights_info
 from manylora.service.wire.paths import PathKind, TinkerPath
-from manylora.service.wire.replies import CheckpointList, Cursor
+from manylora.service.wire.replies import CheckpointList, Cursor, WeightsInfo
 from manylora.store import CheckpointRow, Store
 from manylora.types import CheckpointExists, DataError, SaveFailed
 
@@ -135,6 +135,10 @@ class Checkpoints:
             SaveFailed
         """
         link_folder(self.folder_of(row), target)
+
+    async def info(self, tenant: str, path: TinkerPath) -> WeightsInfo:
+        """What a checkpoint that the tenant may read was trained on, and how. See `readable`."""
+        return weights_info(await self.readable(tenant, path, path.kind))
 
     async def external_files(self, tenant: str, path: TinkerPath) -> dict[str, Path]:
         """The files of an external checkpoint by name."""

@@ -65,11 +65,11 @@ class Metrics:
     def text(self, hub: "TinkerHub | None") -> str:
         """Everything, as of now."""
         if hub is not None:
-            parts = hub.parts
-            for place, count in parts.host.counts().items():
+            resources = hub.resources
+            for place, count in resources.host.counts().items():
                 self._held.labels(place).set(count)
-            self._waiting.set(len(parts.promises))
-            records, num_bytes = parts.journal.lag()
+            self._waiting.set(len(resources.promises))
+            records, num_bytes = resources.journal.lag()
             self._journal_records.set(records)
             self._journal_bytes.set(num_bytes)
         return generate_latest(self._registry).decode()
