@@ -158,11 +158,6 @@ class Journal:
         with self._changed:
             return self._needs.records, self._needs.bytes
 
-    def disk_bytes(self) -> int:
-        """What the segments take on the disk."""
-        with self._changed:
-            return sum(self._sizes.values())
-
     def lagging(self, limit_bytes: int) -> list[str]:
         """The streams to save first: those that need the oldest segments, so many of these that the
         journal has at most `limit_bytes` once they have gone."""

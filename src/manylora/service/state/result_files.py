@@ -159,26 +159,6 @@ class Results:
                 kept.drop(lambda result: result.created_at + self.ttl_seconds <= now)
         return sum(self._remove_if_over(path, now) for path in self._files())
 
-    def discard(self, prefix: str) -> int:
-        """Delete the results of requests whose names begin so. Reads every file's head."""
-        return self._discard(lambda about: about.request_id.startswith(prefix))
-
-    def discard_owner(self, owner: str) -> int:
-        """Delete a tenant's results. Reads every file's head."""
-        return self._discard(lambda about: about.owner == owner)
-
-    def _discard(self, unwanted: Callable[[Result], bool]) -> int:
-        with self._lock:
-            for kept in (self._recent, self._unwritten):
-                kept.drop(unwanted)
-        gone = 0
-        for path in self._files():
-            about = _read(path, body=False)
-            if about is not None and unwanted(about):
-                path.unlink(missing_ok=True)
-                gone += 1
-        return gone
-
     def _write(self, result: Result) -> None:
         partial = self._partial / str(next(self._number))
         path = self._path(result.request_id)
