@@ -87,11 +87,9 @@ class Archive(Protocol):
 
     def chunks(self) -> AsyncIterator[bytes]:
         """What it holds, once."""
-        ...
 
     def close(self) -> None:
         """Give its room back, read or not."""
-        ...
 
 
 class SessionsApi(Protocol):
@@ -99,15 +97,12 @@ class SessionsApi(Protocol):
 
     async def create(self, tenant: str, request: CreateSessionRequest) -> str:
         """A new session's id (no `/` in it)."""
-        ...
 
     async def require(self, tenant: str, session_id: str) -> object:
         """Keep a session alive. Raises `Gone` once it is over."""
-        ...
 
     async def finish(self, tenant: str, session_id: str, request: FinishSessionRequest) -> None:
         """End a session; the first reason stays."""
-        ...
 
 
 class TrainingApi(Protocol):
@@ -120,7 +115,6 @@ class TrainingApi(Protocol):
         self, tenant: str, request: CreateModelRequest, lora: LoraConfig
     ) -> Submitted:
         """Make an adapter; `lora` is the request's lora_config, which the route has seen to."""
-        ...
 
     async def load_weights(
         self, tenant: str, request: LoadWeightsRequest, path: TinkerPath
@@ -128,11 +122,9 @@ class TrainingApi(Protocol):
 
     async def forward_backward(self, tenant: str, outline: Outline) -> Submitted:
         """What is wrong with its tensors is found here too, and uses its number up."""
-        ...
 
     async def submit(self, tenant: str, request: Numbered) -> Submitted:
         """Take an operation whose message says all about it."""
-        ...
 
     async def refuse(self, tenant: str, model_id: str, seq_id: int, error: ManyloraError) -> None:
         """A numbered request was refused before it reached the hub: use its number up.
@@ -140,7 +132,6 @@ class TrainingApi(Protocol):
         The number counts as an operation that failed with `error`. Unknown models, and numbers
         that were used before, are nothing to speak of: no error.
         """
-        ...
 
 
 class SamplersApi(Protocol):
@@ -150,13 +141,11 @@ class SamplersApi(Protocol):
         self, tenant: str, request: CreateSamplingSessionRequest, path: TinkerPath | None
     ) -> str:
         """A sampling session's id; `path` is the request's model_path, taken apart."""
-        ...
 
     async def info(self, tenant: str, id: str) -> SamplerInfo: ...
 
     async def sample(self, tenant: str, submit: SampleSubmit) -> Submitted:
         """`Submitted.sample_sequence_ids` has one id for each of `submit.num_samples`."""
-        ...
 
 
 class RunsApi(Protocol):
@@ -168,7 +157,6 @@ class RunsApi(Protocol):
 
     async def get(self, tenant: str, id: str, after: int) -> Run:
         """A run, with figures of its steps after that one."""
-        ...
 
     async def cancel(self, tenant: str, id: str) -> Run: ...
 
@@ -194,7 +182,6 @@ class TrainingRunsApi(Protocol):
 
     async def checkpoints(self, tenant: str, model_id: str) -> CheckpointList:
         """All checkpoints of one training run, without a cursor."""
-        ...
 
 
 class CheckpointsApi(Protocol):
@@ -206,7 +193,6 @@ class CheckpointsApi(Protocol):
 
     async def set_ttl(self, tenant: str, path: TinkerPath, seconds: int | None) -> None:
         """Let a checkpoint expire that many seconds from now; None = never."""
-        ...
 
     async def set_public(self, tenant: str, path: TinkerPath, public: bool) -> None: ...
 
@@ -214,7 +200,6 @@ class CheckpointsApi(Protocol):
 
     async def external_files(self, tenant: str, path: TinkerPath) -> Mapping[str, Path]:
         """The files of an external checkpoint: name inside it → file on disk."""
-        ...
 
 
 class CopiesApi(Protocol):
@@ -224,7 +209,6 @@ class CopiesApi(Protocol):
         self, tenant: str, request: CopyWeightsRequest, path: TinkerPath, key: str | None
     ) -> TinkerPath:
         """Copy the checkpoint at `path`; the same `key` again gives the same copy."""
-        ...
 
 
 class ArchivesApi(Protocol):
@@ -232,7 +216,6 @@ class ArchivesApi(Protocol):
 
     async def open(self, tenant: str, path: TinkerPath) -> Archive:
         """A checkpoint's adapter as one tar of PEFT's files; the caller has to close it."""
-        ...
 
 
 class Hub(Protocol):
@@ -267,11 +250,9 @@ class Hub(Protocol):
 
     def ready(self) -> bool:
         """Whether the engine answers (for /readyz). Never blocks."""
-        ...
 
     async def capabilities(self, tenant: str) -> ServerCapabilities:
         """The base models by every name that they are served under."""
-        ...
 
     async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
         """A request's outcome, waiting at most `timeout` seconds for it.
@@ -280,4 +261,3 @@ class Hub(Protocol):
             NotFound: there never was such a request.
             Gone: its result's time to live has passed.
         """
-        ...

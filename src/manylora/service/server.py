@@ -142,7 +142,7 @@ class Service:
             resources = self.hub.resources
             resources.promises.closing = True
             await self.hub.runs.stop(_until(ending.drained))
-            while self._is_working() and _until(ending.drained):
+            while self._is_working(self.hub) and _until(ending.drained):
                 await asyncio.sleep(0.05)
             closing = asyncio.create_task(asyncio.to_thread(resources.host.close, cancel=True))
             if not (await asyncio.wait([closing], timeout=_until(ending.saved)))[0]:
@@ -156,14 +156,10 @@ class Service:
             await asyncio.to_thread(self._close_journal, resources)
         await asyncio.to_thread(self.store.close)
 
-    def _is_working(self) -> bool:
-        assert self.hub is not None
-        if self.hub.resources.host.losses():  # nothing that runs now will be finished
+    def _is_working(self, hub: TinkerHub) -> bool:
+        if hub.resources.host.losses():  # nothing that runs now will be finished
             return False
-        return (
-            any(adapter.running for adapter in self.hub.adapters)
-            or self.hub.samplers.num_running > 0
-        )
+        return any(one.running for one in hub.adapters) or hub.samplers.num_running > 0
 
     def _close_journal(self, resources: Resources) -> None:
         try:

@@ -117,9 +117,7 @@ class Checkpoints:
         Raises:
             NotFound: there is none. DataError: it is of another kind.
         """
-        row = await asyncio.to_thread(self._store.checkpoints.readable, tenant, str(path))
-        if row is None:
-            raise missing("checkpoint")
+        row = _there(await asyncio.to_thread(self._store.checkpoints.readable, tenant, str(path)))
         if row.kind not in kinds:
             raise DataError(f"{path} holds {row.kind}; here {' or '.join(kinds)} is needed")
         return row
@@ -150,10 +148,7 @@ class Checkpoints:
 
     async def get(self, tenant: str, path: TinkerPath) -> CheckpointRow:
         """The tenant's own checkpoint. Raises NotFound."""
-        row = await asyncio.to_thread(self._store.checkpoints.get, tenant, str(path))
-        if row is None:
-            raise missing("checkpoint")
-        return row
+        return _there(await asyncio.to_thread(self._store.checkpoints.get, tenant, str(path)))
 
     async def of_model(self, tenant: str, model_id: str) -> list[CheckpointRow]:
         """All checkpoints of one training run, oldest first."""
@@ -168,27 +163,19 @@ class Checkpoints:
         )
 
     async def delete(self, tenant: str, path: TinkerPath) -> None:
-        """Raises NotFound."""
-        row = await asyncio.to_thread(self._store.checkpoints.delete, tenant, str(path))
-        if row is None:
-            raise missing("checkpoint")
+        """Delete a checkpoint and its files. Raises NotFound."""
+        row = _there(await asyncio.to_thread(self._store.checkpoints.delete, tenant, str(path)))
         await asyncio.to_thread(self._remove, row)
 
     async def set_ttl(self, tenant: str, path: TinkerPath, seconds: int | None) -> None:
-        """Raises NotFound."""
-        changed = await asyncio.to_thread(
-            self._store.checkpoints.set_ttl, tenant, str(path), seconds
-        )
-        if changed is None:
-            raise missing("checkpoint")
+        """Let a checkpoint expire that many seconds from now; None = never. Raises NotFound."""
+        set_ttl = self._store.checkpoints.set_ttl
+        _there(await asyncio.to_thread(set_ttl, tenant, str(path), seconds))
 
     async def set_public(self, tenant: str, path: TinkerPath, public: bool) -> None:
-        """Raises NotFound."""
-        changed = await asyncio.to_thread(
-            self._store.checkpoints.set_public, tenant, str(path), public
-        )
-        if changed is None:
-            raise missing("checkpoint")
+        """Let other tenants read a checkpoint, or not any more. Raises NotFound."""
+        set_public = self._store.checkpoints.set_public
+        _there(await asyncio.to_thread(set_public, tenant, str(path), public))
 
     def remove_expired(self) -> int:
         """Delete what is past its time (any thread); how many."""
@@ -200,6 +187,13 @@ class Checkpoints:
 
     def _remove(self, row: CheckpointRow) -> None:
         shutil.rmtree(self.folder_of(row), ignore_errors=True)
+
+
+def _there(row: CheckpointRow | None) -> CheckpointRow:
+    """The row that was found. Raises NotFound: there was none."""
+    if row is None:
+        raise missing("checkpoint")
+    return row
 
 
 def link_folder(source: Path, target: Path) -> None:

@@ -141,7 +141,8 @@ class OpenAdapters:
             raise Backpressure(
                 f"{MOST_EARLY} operations of {model_id!r} wait for number {adapter.order.next_seq}"
             )
-        request = self._counted_in(tenant, request, len(body))
+        request = replace(request, body_bytes=len(body))
+        self._resources.count_in(request.held_by(tenant))
         try:
             if isinstance(request.content, Outline):
                 request = await self._prepared(adapter, request)
@@ -151,13 +152,13 @@ class OpenAdapters:
             )  # fmt: skip
             new = await self._resources.accept(record)
         except BaseException:
-            self._count_out(tenant, request)
+            self._resources.count_out(request.held_by(tenant))
             raise
         if new:
             adapter.order.remember(seq, digest)
             self.arrive(adapter, seq, request)
         else:
-            self._count_out(tenant, request)
+            self._resources.count_out(request.held_by(tenant))
         return reply
 
     async def refuse(self, tenant: str, model_id: str, seq: int, error: ManyloraError) -> None:
@@ -236,23 +237,6 @@ class OpenAdapters:
         self._open.pop(adapter.id, None)
 
     # -- inside ---------------------------------------------------
-
-    def _counted_in(
-        self, tenant: str, request: OperationRequest, body_bytes: int
-    ) -> OperationRequest:
-        """A request that has been counted as held. Raises TooLarge, Backpressure."""
-        self._resources.enter(tenant, request.tokens)
-        try:
-            self._resources.waiting.enter(tenant, body_bytes)
-        except BaseException:
-            self._resources.leave(tenant, request.tokens)
-            raise
-        return replace(request, body_bytes=body_bytes)
-
-    def _count_out(self, tenant: str, request: OperationRequest) -> None:
-        self._resources.leave(tenant, request.tokens)
-        self._resources.waiting.leave(tenant, request.body_bytes)
-        self._resources.decoded.leave(tenant, request.decoded_bytes)
 
     async def _prepared(self, adapter: OpenAdapter, request: OperationRequest) -> OperationRequest:
         """A forward_backward whose turn it is, decoded, if there is room; otherwise as it came.
@@ -352,7 +336,7 @@ class OpenAdapters:
     ) -> None:
         adapter.running -= 1
         adapter.touched = True
-        self._count_out(adapter.tenant, request)
+        self._resources.count_out(request.held_by(adapter.tenant))
         if error is None:
             self._resources.suspects.acquit_numbered(adapter.id, seq)
         snapshot = snapshot_made_by(adapter.row, request)

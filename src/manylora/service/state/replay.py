@@ -16,15 +16,13 @@ from manylora.service.state.hub import TinkerHub
 from manylora.service.state.open_adapter import OpenAdapter
 from manylora.service.state.open_adapters import FIRST_SEQ, GIVEN_UP, never_came
 from manylora.service.state.samplers import KIND as SAMPLE
-from manylora.service.state.training import creation_of
+from manylora.service.state.training import created, creation_of
 from manylora.service.state.wire_operations import Load, OperationRequest, adapter_spec
 from manylora.service.wire.messages import KINDS, REFUSED, LoadWeightsRequest
 from manylora.service.wire.outline import outline_of
 from manylora.service.wire.paths import TinkerPath
-from manylora.service.wire.replies import CreateModelReply, LoadWeightsReply
 from manylora.service.wire.sample_messages import read_sample
 from manylora.service.wire.wire_limits import WireLimits
-from manylora.store import ModelRow
 from manylora.types import DataError, ManyloraError
 from manylora.types.files import tell_shortage_apart
 
@@ -76,14 +74,10 @@ class Replay:
                     lambda pager, id=row.id, spec=spec, at=position: pager.register(id, spec, at),
                 )
             )
-            created = creation_of(row.id)
-            if await asyncio.to_thread(self._resources.promises.results.get, created) is None:
-                reply = _created(row)
-                promise = self._resources.promises.open(created, row.tenant, row.digest)
-                promise.durable.set_result(None)
-                self._resources.promises.settle(
-                    created, reply, lambda body: ("application/json", body)
-                )
+            request_id, promises = creation_of(row.id), self._resources.promises
+            if await asyncio.to_thread(promises.results.get, request_id) is None:
+                promises.open(request_id, row.tenant, row.digest).durable.set_result(None)
+                promises.settle(request_id, row, created)
 
     async def _operations(self, recovery: Recovery) -> int:
         by_adapter: dict[str, dict[int, Record]] = defaultdict(dict)
@@ -216,12 +210,6 @@ def _lost_words(seq: int) -> str:
 def _described(damage: Damage) -> str:
     what = "" if damage.lost is None else f"; {damage.lost.request_id} is lost"
     return f"{damage.segment} at byte {damage.offset}: {damage.reason}{what}"
-
-
-def _created(row: ModelRow) -> bytes:
-    if row.source_path is None:
-        return CreateModelReply(model_id=row.id).model_dump_json().encode()
-    return LoadWeightsReply(model_id=row.id, path=row.source_path).model_dump_json().encode()
 
 
 def saved_position(folder: Path) -> tuple[int | None, str | None]:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,22 @@ class Coming:
             self._waiting[name].append(call)
         else:
             call()
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRequest:
+    """What a request is counted as until it is done.
+
+    Attributes:
+        tokens: in flight.
+        body_bytes: of its body, as it came.
+        decoded_bytes: of the tensors that were made from it.
+    """
+
+    tenant: str
+    tokens: int
+    body_bytes: int
+    decoded_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -139,6 +156,29 @@ class Resources:
             self.in_flight[tenant] = left
         else:
             self.in_flight.pop(tenant, None)
+
+    def count_in(self, held: HeldRequest) -> None:
+        """Count a request as held, or nothing of it.
+
+        Raises:
+            TooLarge: it is more than can ever be held.
+            Backpressure: it does not fit now.
+        """
+        self.decoded.check(held.decoded_bytes)
+        with ExitStack() as undo:
+            self.enter(held.tenant, held.tokens)
+            undo.callback(self.leave, held.tenant, held.tokens)
+            self.waiting.enter(held.tenant, held.body_bytes)
+            undo.callback(self.waiting.leave, held.tenant, held.body_bytes)
+            if held.decoded_bytes:
+                self.decoded.enter(held.tenant, held.decoded_bytes)
+            undo.pop_all()
+
+    def count_out(self, held: HeldRequest) -> None:
+        """Count out a request that is done, or was not accepted after all."""
+        self.leave(held.tenant, held.tokens)
+        self.waiting.leave(held.tenant, held.body_bytes)
+        self.decoded.leave(held.tenant, held.decoded_bytes)
 
     async def accept(self, record: Record) -> bool:
         """Make a request durable and expect its outcome. Equal requests are accepted once.

@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ from manylora.service.contract import PROTOBUF_TYPE
 from manylora.service.http_errors import Lost, QuotaExceeded, missing
 from manylora.service.state.answer_ends import Ends
 from manylora.service.state.checkpoints import Checkpoints
-from manylora.service.state.resources import Resources
+from manylora.service.state.resources import HeldRequest, Resources
 from manylora.service.state.sessions import Sessions
 from manylora.service.state.wire_operations import sampler_id
 from manylora.service.wire.codec import digest_json
@@ -149,7 +149,8 @@ class Samplers:
             # Outcomes are looked up only where they cost nothing: a retry follows within minutes.
             if self._resources.promises.results.recent(request_id) is not None:
                 return reply
-            held = self._count_in(operation, submit)
+            held = _held_by(operation, submit)
+            self._resources.count_in(held)
             try:
                 submit, operation = await self._unpacked(submit, operation)
                 record = Record(
@@ -158,12 +159,12 @@ class Samplers:
                 )  # fmt: skip
                 new = await self._resources.accept(record)
             except BaseException:
-                self._count_out(held)
+                self._resources.count_out(held)
                 raise
             if new:
                 self._run(row, request_id, operation, submit, held)
             else:
-                self._count_out(held)
+                self._resources.count_out(held)
         return reply
 
     async def replay(self, tenant: str, submit: SampleSubmit, snapshot: str | None) -> None:
@@ -183,7 +184,7 @@ class Samplers:
         try:
             submit, operation = await self._unpacked(submit, operation)
         except BaseException:
-            self._count_out(held)
+            self._resources.count_out(held)
             raise
         self._run(row, request_id, operation, submit, held)
 
@@ -258,28 +259,6 @@ class Samplers:
                 "one that you have, or come again when old ones have been forgotten"
             )
 
-    def _count_in(self, operation: Sample, submit: SampleSubmit) -> "_HeldSampler":
-        """Count a request as held. Raises TooLarge, Backpressure."""
-        held, resources = _held_by(operation, submit), self._resources
-        resources.decoded.check(held.decoded_bytes)
-        resources.enter(held.tenant, held.tokens)
-        try:
-            resources.waiting.enter(held.tenant, held.body_bytes)
-            try:
-                resources.decoded.enter(held.tenant, held.decoded_bytes)
-            except BaseException:
-                resources.waiting.leave(held.tenant, held.body_bytes)
-                raise
-        except BaseException:
-            resources.leave(held.tenant, held.tokens)
-            raise
-        return held
-
-    def _count_out(self, held: "_HeldSampler") -> None:
-        self._resources.leave(held.tenant, held.tokens)
-        self._resources.waiting.leave(held.tenant, held.body_bytes)
-        self._resources.decoded.leave(held.tenant, held.decoded_bytes)
-
     async def _unpacked(
         self, submit: SampleSubmit, operation: Sample
     ) -> tuple[SampleSubmit, Sample]:
@@ -315,9 +294,8 @@ class Samplers:
         )  # fmt: skip
 
     async def _snapshot(self, row: SamplerRow) -> str | None:
-        if row.kind != "inflight":
+        if row.kind != "inflight" or row.model_id is None:
             return row.snapshot
-        assert row.model_id is not None
         if row.model_id not in self._published:
             rows = await asyncio.to_thread(
                 self._resources.store.samplers.of_model, row.tenant, row.model_id
@@ -337,7 +315,7 @@ class Samplers:
         request_id: str,
         operation: Sample,
         submit: SampleSubmit,
-        held: "_HeldSampler",
+        held: HeldRequest,
     ) -> None:
         resources, snapshot, wanted = self._resources, operation.snapshot, submit.wanted
         self._running[row.session_id] += 1
@@ -350,7 +328,7 @@ class Samplers:
             self._end(snapshot)
             if error is None:
                 resources.suspects.acquit(operation)
-            self._count_out(held)
+            self._resources.count_out(held)
             resources.finished(request_id)
 
         def submit_it() -> None:
@@ -390,23 +368,13 @@ class Samplers:
             self._rows.popitem(last=False)
 
 
-@dataclass(frozen=True, slots=True)
-class _HeldSampler:
-    """What a request is counted as."""
-
-    tenant: str
-    tokens: int
-    body_bytes: int
-    decoded_bytes: int
-
-
-def _held_by(operation: Sample, submit: SampleSubmit) -> _HeldSampler:
+def _held_by(operation: Sample, submit: SampleSubmit) -> HeldRequest:
     """What a request holds until it is done, with the tables that its answer will have."""
     scoring, length = submit.scoring, len(submit.prompt)
     answers = operation.num_samples * operation.params.max_tokens
     cells = length * scoring.topk_prompt + answers * scoring.topk_sampled
     size = submit.decoded_bytes + TABLE_BYTES * cells
-    return _HeldSampler(operation.tenant, operation.num_tokens, len(submit.body), size)
+    return HeldRequest(operation.tenant, operation.num_tokens, len(submit.body), size)
 
 
 def _seed_of(request_id: str) -> int:

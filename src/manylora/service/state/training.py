@@ -2,15 +2,21 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 
-from manylora.service.contract import JSON_TYPE
+from manylora.hosting import Pager
 from manylora.service.state.checkpoints import Checkpoints
 from manylora.service.state.open_adapters import OpenAdapters, seed_of
 from manylora.service.state.resources import Resources
 from manylora.service.state.samplers import Samplers
 from manylora.service.state.sessions import Sessions
 from manylora.service.state.submitted_runs import SubmittedRuns
-from manylora.service.state.wire_operations import Load, OperationRequest, adapter_spec
+from manylora.service.state.wire_operations import (
+    Load,
+    OperationRequest,
+    adapter_spec,
+    json_result,
+)
 from manylora.service.wire.codec import digest_json
 from manylora.service.wire.messages import (
     KIND_OF_MESSAGE,
@@ -24,7 +30,7 @@ from manylora.service.wire.messages import (
 )
 from manylora.service.wire.outline import Outline
 from manylora.service.wire.paths import TinkerPath
-from manylora.service.wire.replies import CreateModelReply, LoadWeightsReply, Reply, Submitted
+from manylora.service.wire.replies import CreateModelReply, LoadWeightsReply, Submitted
 from manylora.store import CheckpointRow, ModelRow
 from manylora.types import DataError, ManyloraError
 
@@ -72,14 +78,9 @@ class Training:
             "train_unembed": lora.train_unembed,
             "base_model": request.base_model,
         }
-        host, id = self._resources.host, slot.model_id
-        adapter = adapter_spec(spec, host.engine.sites)
+        adapter = adapter_spec(spec, self._resources.host.engine.sites)
         row = _new_row(tenant, slot, request, request.base_model, spec)
-        if await self._add(row):
-            made = host.call(id, lambda pager: pager.create(id, adapter), tenant=tenant)
-            reply = CreateModelReply(model_id=id)
-            self._resources.promises.follow(creation_of(id), made, lambda _: _json(reply))
-        return Submitted(request_id=creation_of(id), model_id=id)
+        return await self._open(row, lambda pager: pager.create(row.id, adapter))
 
     async def load_weights(
         self, tenant: str, request: LoadWeightsRequest, path: TinkerPath
@@ -115,14 +116,10 @@ class Training:
             )
         base = request.base_model or str(spec["base_model"])
         row = _new_row(tenant, slot, request, base, spec, str(path))
-        if await self._add(row):
-            registered = host.call(id, lambda pager: pager.register(id, adapter, 0), tenant=tenant)
-            reply = LoadWeightsReply(model_id=id, path=str(path))
-            self._resources.promises.follow(creation_of(id), registered, lambda _: _json(reply))
-        return Submitted(request_id=creation_of(id), model_id=id)
+        return await self._open(row, lambda pager: pager.register(id, adapter, 0))
 
-    async def _add(self, row: ModelRow) -> bool:
-        """Make an adapter's row durable and open it; False if it had been made before.
+    async def _open(self, row: ModelRow, make: Callable[[Pager], object]) -> Submitted:
+        """Make an adapter's row durable and open it, unless it had been made before.
 
         Raises:
             QuotaExceeded: the tenant has all that it may have.
@@ -130,13 +127,14 @@ class Training:
         """
         if not self._adapters.is_open(row.id):
             self._runs.check_room(row.tenant)
+        request_id, promises = creation_of(row.id), self._resources.promises
         kept = await asyncio.to_thread(self._resources.store.models.create, row)
-        if self._adapters.is_open(row.id) or kept.closed_at is not None:
-            return False
-        self._adapters.add(kept)
-        promise = self._resources.promises.open(creation_of(row.id), row.tenant, row.digest)
-        promise.durable.set_result(None)
-        return True
+        if not self._adapters.is_open(row.id) and kept.closed_at is None:
+            self._adapters.add(kept)
+            promises.open(request_id, row.tenant, row.digest).durable.set_result(None)
+            made = self._resources.host.call(row.id, make, tenant=row.tenant)
+            promises.follow(request_id, made, lambda _: created(row))
+        return Submitted(request_id=request_id, model_id=row.id)
 
     # -- operations ---------------------------------------------------
 
@@ -180,6 +178,13 @@ def creation_of(model_id: str) -> str:
     return f"{model_id}:{CREATION}"
 
 
+def created(row: ModelRow) -> tuple[str, bytes]:
+    """The result of the request that made an adapter."""
+    if row.source_path is None:
+        return json_result(CreateModelReply(model_id=row.id))
+    return json_result(LoadWeightsReply(model_id=row.id, path=row.source_path))
+
+
 def _new_row(
     tenant: str,
     slot: Slot,
@@ -202,7 +207,3 @@ def _new_row(
         user_metadata=dict(request.user_metadata or {}),
         source_path=source_path,
     )
-
-
-def _json(reply: Reply) -> tuple[str, bytes]:
-    return JSON_TYPE, reply.model_dump_json(exclude_none=True).encode()

@@ -12,7 +12,7 @@ from manylora.lora.sites import Site, resolve_targets
 from manylora.service.contract import JSON_TYPE, PROTOBUF_TYPE
 from manylora.service.state.checkpoints import CheckpointOrder, Checkpoints
 from manylora.service.state.promises import Encode
-from manylora.service.state.resources import Resources
+from manylora.service.state.resources import HeldRequest, Resources
 from manylora.service.wire import codec
 from manylora.service.wire.messages import (
     LoadWeightsRequest,
@@ -21,6 +21,7 @@ from manylora.service.wire.messages import (
     SaveWeightsExternalRequest,
     SaveWeightsForSamplerRequest,
     SaveWeightsRequest,
+    WireAdamParams,
 )
 from manylora.service.wire.paths import PathKind, TinkerPath
 from manylora.service.wire.pieces import ForwardBackwardSubmit
@@ -42,6 +43,8 @@ from manylora.types import (
     OptimStepResult,
 )
 
+# An operation that the queue has: its result to come, and how that is encoded.
+Queued = tuple[Future[Any], Encode]
 # LoRA's alpha is not on the wire; the hosted service and its recipes use 32.
 ALPHA = 32.0
 
@@ -54,9 +57,9 @@ class OperationRequest:
         kind: what the server knows of such operations.
         content: the decoded request, or the outline of one that is not decoded yet; for
             `REFUSED`, the error.
-        tokens: counted as held by the tenant until it is done.
-        body_bytes: counted as held until it is done.
-        decoded_bytes: counted as held until it is done.
+        tokens: see `HeldRequest`.
+        body_bytes: see `HeldRequest`.
+        decoded_bytes: see `HeldRequest`.
     """
 
     kind: OperationKind
@@ -64,6 +67,10 @@ class OperationRequest:
     tokens: int = 0
     body_bytes: int = 0
     decoded_bytes: int = 0
+
+    def held_by(self, tenant: str) -> HeldRequest:
+        """What it is counted as."""
+        return HeldRequest(tenant, self.tokens, self.body_bytes, self.decoded_bytes)
 
     @property
     def leaves_no_trace(self) -> bool:
@@ -89,9 +96,7 @@ class Operations:
         self._checkpoints = checkpoints
         self._published = published
 
-    def run(
-        self, row: ModelRow, seq: int, request: OperationRequest, *, replayed: bool
-    ) -> tuple[Future[Any], Encode]:
+    def run(self, row: ModelRow, seq: int, request: OperationRequest, *, replayed: bool) -> Queued:
         """Hand an operation to the queue.
 
         Args:
@@ -109,12 +114,12 @@ class Operations:
         except ManyloraError as error:
             return self._refused(row, seq, error)
 
-    def _handed_over(self, row: ModelRow, seq: int, content: object) -> tuple[Future[Any], Encode]:
+    def _handed_over(self, row: ModelRow, seq: int, content: object) -> Queued:
         match content:
             case ForwardBackwardSubmit():
                 return self._forward_backward(row, seq, content)
-            case OptimStepRequest():
-                return self._optim_step(row, seq, content)
+            case OptimStepRequest(adam_params=WireAdamParams() as adam):
+                return self._optim_step(row, seq, adam)
             case SaveWeightsRequest():
                 return self._save_weights(row, seq, content)
             case SaveWeightsForSamplerRequest():
@@ -133,9 +138,7 @@ class Operations:
 
     # -- training ---------------------------------------------------
 
-    def _forward_backward(
-        self, row: ModelRow, seq: int, submit: ForwardBackwardSubmit
-    ) -> tuple[Future[Any], Encode]:
+    def _forward_backward(self, row: ModelRow, seq: int, submit: ForwardBackwardSubmit) -> Queued:
         work = ForwardBackward(
             adapter=row.id, data=submit.data, loss=submit.loss, config=submit.config,
             backward=not submit.forward_only, tenant=row.tenant, seq=seq,
@@ -143,50 +146,45 @@ class Operations:
         future = self._resources.host.submit(work)
         return future, lambda result: (PROTOBUF_TYPE, codec.encode_forward_backward(result))
 
-    def _optim_step(
-        self, row: ModelRow, seq: int, request: OptimStepRequest
-    ) -> tuple[Future[Any], Encode]:
-        assert request.adam_params is not None, "routes refuse other optimizers"
-        params = codec.adam_params(request.adam_params)
+    def _optim_step(self, row: ModelRow, seq: int, adam: WireAdamParams) -> Queued:
+        params = codec.adam_params(adam)
         step = OptimStep(adapter=row.id, params=params, tenant=row.tenant, seq=seq)
 
         def encode(result: OptimStepResult) -> tuple[str, bytes]:
             # Recipes write these beside their own `step`, and go by that when they resume.
-            return _json(
+            return json_result(
                 OptimStepReply(metrics={"optim/step": result.step, "grad_norm": result.grad_norm})
             )
 
         return self._resources.host.submit(step), encode
 
-    def _refused(self, row: ModelRow, seq: int, error: ManyloraError) -> tuple[Future[Any], Encode]:
+    def _refused(self, row: ModelRow, seq: int, error: ManyloraError) -> Queued:
         def run(pager: Pager) -> None:
             with suppress(ManyloraError):  # an adapter that cannot be brought back has no gradient
                 pager.poison(row.id, str(error), seq)
             raise error
 
-        return self._call(row, seq, run), lambda _: _json(Reply())
+        return self._call(row, seq, run), lambda _: json_result(Reply())
 
     # -- saving and loading ---------------------------------------------------
 
-    def _save_weights(
-        self, row: ModelRow, seq: int, request: SaveWeightsRequest
-    ) -> tuple[Future[Any], Encode]:
+    def _save_weights(self, row: ModelRow, seq: int, request: SaveWeightsRequest) -> Queued:
         order = self._order(
             row, seq, "weights", request.path or f"seq-{seq:06d}", request.ttl_seconds,
             overwrite=request.overwrite, user_metadata=request.user_metadata,
         )  # fmt: skip
-        return self._keep(row, order), lambda kept: _json(SaveWeightsReply(path=kept.path))
+        return self._keep(row, order), lambda kept: json_result(SaveWeightsReply(path=kept.path))
 
     def _save_weights_for_sampler(
         self, row: ModelRow, seq: int, request: SaveWeightsForSamplerRequest
-    ) -> tuple[Future[Any], Encode]:
+    ) -> Queued:
         if request.path is not None:
             order = self._order(
                 row, seq, "sampler_weights", request.path, request.ttl_seconds,
                 user_metadata=request.user_metadata,
             )  # fmt: skip
             future = self._keep(row, order)
-            return future, lambda kept: _json(SaveWeightsForSamplerReply(path=kept.path))
+            return future, lambda kept: json_result(SaveWeightsForSamplerReply(path=kept.path))
         sampler = sampler_id(row.session_id, request.sampling_session_seq_id or 0)
         future = self._resources.host.call(
             row.id, lambda pager: pager.snapshot(row.id, sampler, seq), tenant=row.tenant, seq=seq,
@@ -196,21 +194,21 @@ class Operations:
         def encode(_: None) -> tuple[str, bytes]:
             if request.kind == "inflight":
                 self._published(row.id, sampler)
-            return _json(SaveWeightsForSamplerReply(sampling_session_id=sampler))
+            return json_result(SaveWeightsForSamplerReply(sampling_session_id=sampler))
 
         return future, encode
 
     def _save_weights_external(
         self, row: ModelRow, seq: int, request: SaveWeightsExternalRequest
-    ) -> tuple[Future[Any], Encode]:
+    ) -> Queued:
         order = self._order(row, seq, "external_weights", request.path, request.ttl_seconds)
 
         def encode(kept: CheckpointRow) -> tuple[str, bytes]:
-            return _json(SaveWeightsExternalReply(path=kept.path, size_bytes=kept.size_bytes))
+            return json_result(SaveWeightsExternalReply(path=kept.path, size_bytes=kept.size_bytes))
 
         return self._keep(row, order), encode
 
-    def _load_weights(self, row: ModelRow, seq: int, load: Load) -> tuple[Future[Any], Encode]:
+    def _load_weights(self, row: ModelRow, seq: int, load: Load) -> Queued:
         asked, checkpoint = load
         if seq != 1:
             raise DataError(
@@ -227,7 +225,7 @@ class Operations:
             pager.replace(row.id, replace(state, spec=spec), seq)
 
         reply = LoadWeightsReply(model_id=row.id, path=asked.path)
-        return self._call(row, seq, run), lambda _: _json(reply)
+        return self._call(row, seq, run), lambda _: json_result(reply)
 
     def keep_last(self, row: ModelRow) -> Future[CheckpointRow]:
         """The adapter's state after everything that was handed over, as checkpoint `last`."""
@@ -319,5 +317,6 @@ def _kind_of(site: Site) -> str:
     return "attn" if "attn" in path or "attention" in path else "mlp"
 
 
-def _json(reply: Reply) -> tuple[str, bytes]:
+def json_result(reply: Reply) -> tuple[str, bytes]:
+    """A result as it is stored: content type and body."""
     return JSON_TYPE, reply.model_dump_json(exclude_none=True).encode()
