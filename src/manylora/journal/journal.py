@@ -1,6 +1,6 @@
 """The journal: what was acknowledged since the last saved states, so that it can be made again.
 
-One log for everybody, in segments `NNNNNNNN.log`. Whoever appends gets a future; one thread writes
+One log for all streams, in segments `NNNNNNNN.log`. `append` gives a future; one thread writes
 what has come and flushes it once for all who wait (group commit). A segment goes when nothing in it
 is needed. Which records are covered is not written down: after a restart the owners of the streams
 say it again (`covered`, `forget`), from their saved states.
@@ -63,7 +63,7 @@ class Journal:
             flush: makes a descriptor's bytes durable.
 
         Raises:
-            StoreError: somebody else has this journal open.
+            StoreError: another process has this journal open.
             SaveFailed: the folder cannot be written.
         """
         self.folder = Path(folder)
@@ -315,7 +315,7 @@ class Journal:
         for number in numbers:
             path = self._path(number)
             try:
-                if number in self._damaged:  # somebody may want to look at it
+                if number in self._damaged:  # a person may want to look at it
                     path.rename(path.with_suffix(".damaged"))
                 else:
                     path.unlink()

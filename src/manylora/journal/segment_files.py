@@ -16,7 +16,7 @@ def flush_data(descriptor: int) -> None:
 
 
 def flush(path: Path) -> None:
-    """The same for a folder's list of names."""
+    """Make the system write a folder's list of names to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

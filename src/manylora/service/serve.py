@@ -76,8 +76,8 @@ class _Uvicorn(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer what is in hand, for a while, and close every connection.
 
-        Uvicorn waits for whoever does not read his answer or does not send the rest of his request,
-        and for a connection that came just as it closed the others.
+        Uvicorn waits for a client that does not read its answer or does not send the rest of its
+        request, and for a connection that came just as it closed the others.
         """
         cutting = asyncio.create_task(self._cut())
         await super().shutdown(sockets)

@@ -71,10 +71,10 @@ class EngineFailure:
         self._noted = asyncio.Event()
 
     def note(self, reason: str) -> None:
-        """It was; the first reason counts."""
+        """Note that the engine was lost; the first reason counts."""
         self.reason = self.reason or reason
         self._loop.call_soon_threadsafe(self._noted.set)
 
     async def wait(self) -> None:
-        """Return once it was."""
+        """Return once the engine was lost."""
         await self._noted.wait()

@@ -49,7 +49,7 @@ class TarArchive:
 
 
 class Archives:
-    """Makes archives of what `keeping` keeps."""
+    """The archives of a server's checkpoints, each made when it is asked for."""
 
     def __init__(self, resources: Resources, checkpoints: Checkpoints):
         """What a server that was killed left of its archives in the data directory is removed."""
@@ -60,7 +60,7 @@ class Archives:
         self._open = 0
 
     async def open(self, tenant: str, path: TinkerPath) -> TarArchive:
-        """The archive of a checkpoint that the tenant may read; whoever asks has to close it.
+        """The archive of a checkpoint that the tenant may read; the caller has to close it.
 
         Raises:
             NotFound: there is no such checkpoint. Backpressure: too many are open.

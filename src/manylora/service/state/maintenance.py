@@ -41,7 +41,7 @@ class Maintenance:
                 log.exception("a round of upkeep failed")
 
     async def round(self) -> None:
-        """Everything that is due."""
+        """Do everything that is due."""
         now = self._resources.clock()
         self._save_states(now)
         await self._cover()
@@ -91,8 +91,8 @@ class Maintenance:
         return waiting or self._hub.samplers.is_busy(session.id)
 
     async def _close(self, session: Session) -> None:
-        """End a silent session; what its models have learned since they were last saved is kept as
-        a checkpoint."""
+        """End a silent session; what its adapters have learned since they were last saved is kept
+        as a checkpoint."""
         log.info("session %s is silent; its models are saved and closed", session.id)
         try:
             for adapter in self._hub.adapters:

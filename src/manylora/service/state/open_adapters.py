@@ -1,7 +1,7 @@
-"""Models: one adapter each, with its client's operations in order.
+"""Open adapters, each with its client's operations in order.
 
-What an operation does is in `operations.py`; here is when: after every operation with a lower
-number, once, and for the tenant that owns the model.
+What an operation does is in `wire_operations.py`; here is when: after every operation with a lower
+number, once, and for the tenant that owns the adapter.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ log = logging.getLogger("manylora.service")
 # What is smaller, and becomes no larger, is decoded at once; the rest in so many threads.
 INLINE = 64 * 1024
 DECODERS = 4
-# Operations of one model that may wait for a gap in their numbers to fill.
+# Operations of one adapter that may wait for a gap in their numbers to fill.
 MOST_EARLY = 4096
 FIRST_SEQ = 1
 # The journal's word for operations that wait for one that will not come; `seq` is that one.
@@ -39,7 +39,7 @@ GIVEN_UP = "given_up"
 
 
 class OpenAdapters:
-    """The open models of a server."""
+    """The open adapters of a server."""
 
     def __init__(self, resources: Resources, checkpoints: Checkpoints, operations: Operations):
         self._resources = resources
@@ -52,13 +52,13 @@ class OpenAdapters:
         return iter(list(self._open.values()))
 
     def count(self, tenant: str) -> int:
-        """Open models of a tenant."""
+        """How many open adapters a tenant has."""
         return sum(m.tenant == tenant and not m.closing for m in self._open.values())
 
     def add(
         self, row: ModelRow, next_seq: int = FIRST_SEQ, *, restored: bool = False
     ) -> OpenAdapter:
-        """Open a model whose row is in the database."""
+        """Open an adapter whose row is in the database."""
         now = self._resources.clock()
         adapter = OpenAdapter(
             row, InOrder(next_seq), restored, steps=row.step, saved_at=now, arrived_at=now,
@@ -68,15 +68,15 @@ class OpenAdapters:
         return adapter
 
     def is_open(self, model_id: str) -> bool:
-        """Whether the model takes operations."""
+        """Whether the adapter takes operations."""
         return model_id in self._open
 
     def peek(self, model_id: str) -> OpenAdapter | None:
-        """The open model of that id, whoever owns it."""
+        """The open adapter of that id, of any tenant."""
         return self._open.get(model_id)
 
     async def require(self, tenant: str, model_id: str) -> OpenAdapter:
-        """The tenant's open model of that id.
+        """The tenant's open adapter of that id.
 
         Raises:
             NotFound: the tenant has none. Gone: it is closed.
@@ -127,8 +127,10 @@ class OpenAdapters:
         """Take an operation: durable when this returns, run when its turn comes.
 
         Raises:
-            NotFound, Gone: no such open model. DataError: its number was used for another request.
-            Backpressure: too much waits already. TooLarge: it is more than can ever wait.
+            NotFound, Gone: no such open adapter.
+            DataError: its number was used for another request.
+            Backpressure: too much waits already.
+            TooLarge: it is more than can ever wait.
             SaveFailed: it could not be made durable.
         """
         adapter = await self.require(tenant, model_id)
@@ -162,7 +164,7 @@ class OpenAdapters:
         return reply
 
     async def refuse(self, tenant: str, model_id: str, seq: int, error: ManyloraError) -> None:
-        """Use up the number of a request that was refused, if the tenant has such a model: later
+        """Use up the number of a request that was refused, if the tenant has such an adapter: later
         ones would wait for it."""
         adapter = self._open.get(model_id)
         if adapter is None or adapter.tenant != tenant or adapter.closing or seq < FIRST_SEQ:
@@ -202,7 +204,7 @@ class OpenAdapters:
             self.give_up(adapter)
 
     def save(self, adapter: OpenAdapter) -> None:
-        """Have the model's state written as of the operations that were handed over."""
+        """Have the adapter's state written as of the operations that were handed over."""
         adapter.unsaved_steps, adapter.touched, adapter.saved_at = 0, False, self._resources.clock()
         host, id = self._resources.host, adapter.id
         with suppress(Cancelled):  # the engine is gone, or the server stops: the journal has it
@@ -342,7 +344,7 @@ class OpenAdapters:
         snapshot = snapshot_made_by(adapter.row, request)
         if snapshot is not None:
             self._resources.coming.arrived(snapshot)
-        if adapter.fault is not None:  # it would fail again, so nobody needs to remember it
+        if adapter.fault is not None:  # it would fail again, so the journal need not remember it
             self._resources.covered.append((adapter.id, seq))
         elif isinstance(error, CheckpointDamaged) and request.kind.trains:
             self.set_fault(adapter, f"its state on disk is damaged ({error})")
@@ -357,7 +359,7 @@ class OpenAdapters:
             self.set_fault(adapter, f"an optimizer step broke off: {error}")
 
     def set_fault(self, adapter: OpenAdapter, fault: str) -> None:
-        """From now on every operation of the model fails with these words."""
+        """Have every operation of the adapter fail with these words from now on."""
         log.error("model %s can no longer be used: %s", adapter.id, fault)
         adapter.fault = (
             f"model {adapter.id!r} can no longer be used: {fault}; load a checkpoint of it"
@@ -373,5 +375,5 @@ def never_came(model_id: str, seq: int) -> DataError:
 
 
 def seed_of(model_id: str) -> int:
-    """A seed for a model whose client gave none; the same after a restart."""
+    """A seed for an adapter whose client gave none; the same after a restart."""
     return int.from_bytes(hashlib.sha256(model_id.encode()).digest()[:4], "big")

@@ -100,7 +100,7 @@ class Replay:
                 count += await self._of_adapter(adapter, by_adapter[model_id], lost[model_id])
             elif model_id in by_adapter:
                 self._resources.journal.forget(model_id)
-        # Their snapshots may be among what the models have to do again.
+        # Their snapshots may be among what the adapters have to do again.
         for record in samples:
             count += await self._sample(record)
         for record in (record for records in lost.values() for record in records.values()):
@@ -111,7 +111,7 @@ class Replay:
     async def _of_adapter(
         self, adapter: OpenAdapter, own: Mapping[int, Record], lost: Mapping[int, Record]
     ) -> int:
-        """A model's operations since its saved state; returns how many."""
+        """An adapter's operations since its saved state; returns how many."""
         self._resources.covered.append((adapter.id, adapter.order.next_seq - 1))
         missing, until, count = 0, 0, 0
         for seq, record in sorted({**lost, **own}.items()):

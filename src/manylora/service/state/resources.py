@@ -201,7 +201,7 @@ class Resources:
         except BaseException as error:
             promises.drop(request_id)
             promise.durable.set_exception(error)
-            promise.durable.exception()  # nobody may be waiting
+            promise.durable.exception()  # perhaps no request waits
             raise
         promise.durable.set_result(None)
         return True

@@ -104,7 +104,7 @@ class Results:
         self._write(result)
 
     def get(self, request_id: str) -> Result | None:
-        """As often as one likes, until its time is over. Raises TooManyFilesOpen."""
+        """A result, until its time is over; None = there is none. Raises TooManyFilesOpen."""
         found = self.recent(request_id)
         if found is None:
             found = _read(self._path(request_id))
@@ -129,7 +129,7 @@ class Results:
         """Make everything that was put so far durable.
 
         Raises:
-            SaveFailed: something is not. Whoever could make it again must stay able to.
+            SaveFailed: something is not. What can make it again must stay.
         """
         with self._flushing:
             with self._lock:
@@ -166,7 +166,7 @@ class Results:
             try:
                 partial.write_bytes(_encoded(result))
                 os.utime(partial, (result.created_at, result.created_at))
-                with self._lock:  # not while somebody finds the older one's time to be over
+                with self._lock:  # not while `sweep` finds the older one's time to be over
                     partial.rename(path)
                     self._unwritten.drop(lambda kept: kept.request_id == result.request_id)
                     self._remember(path)

@@ -3,7 +3,7 @@
 All of them live in one event loop on a thread of their own, because preparing batches and writing
 metrics is more than the requests' loop may be kept from its work. A run's own folder (`runs/<id>`
 in the data directory) is laid out as that of `manylora train`, which is what makes it go on exactly
-where it was after a crash; its end is a model with checkpoints, like anybody's.
+where it was after a crash; its end is a model with checkpoints, like any other.
 """
 
 import asyncio
