@@ -26,6 +26,7 @@ import manylora
 from manylora.config import ServerFile
 from manylora.engine import Engine
 from manylora.service.http.app import build_app
+from manylora.service.hub_proxy import HubProxy
 from manylora.service.server import Service
 from manylora.service.wire.wire_limits import WireLimits
 from manylora.store import Store
@@ -181,7 +182,9 @@ async def from_the_wire(folder: Path) -> None:
     way = Way()
     service = Service(settings, Store.in_folder(folder), WireLimits())
     hub = await service.start([Engine(Opening("seedling", threads=1))])
-    app = build_app(hub, authenticator=Keys())
+    proxy = HubProxy()
+    proxy.arrive(hub)
+    app = build_app(proxy, authenticator=Keys())
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://127.0.0.1", trust_env=False
     ) as client:

@@ -60,8 +60,8 @@ class Trainee:
         step = m.OptimStepRequest(model_id=self._model, seq_id=self._seq + 2, adam_params=adam)
         self._seq += 2
         ids = [
-            (await self._hub.forward_backward(WHO, outline)).request_id,
-            (await self._hub.optim_step(WHO, step)).request_id,
+            (await self._hub.training.forward_backward(WHO, outline)).request_id,
+            (await self._hub.training.submit(WHO, step)).request_id,
         ]
         for id in ids:
             outcome = await self._hub.outcome(WHO, id, 60.0)
@@ -69,16 +69,14 @@ class Trainee:
 
 
 async def _trainees(hub: TinkerHub, count: int, tokens: int) -> list[Trainee]:
-    session = await hub.create_session(WHO, m.CreateSessionRequest())
+    session = await hub.sessions.create(WHO, m.CreateSessionRequest())
     made = []
     for number in range(count):
+        lora = m.LoraConfig(rank=8, seed=number)
         request = m.CreateModelRequest(
-            session_id=session,
-            model_seq_id=number,
-            base_model="seedling",
-            lora_config=m.LoraConfig(rank=8, seed=number),
+            session_id=session, model_seq_id=number, base_model="seedling", lora_config=lora
         )
-        submitted = await hub.create_model(WHO, request)
+        submitted = await hub.training.create_model(WHO, request, lora)
         await hub.outcome(WHO, submitted.request_id, 60.0)
         assert submitted.model_id is not None
         made.append(Trainee(hub, submitted.model_id, number, tokens))
@@ -106,7 +104,7 @@ async def journal_cost(
 
 
 async def _cost(hub: TinkerHub, count: int, tokens: int, rounds: int, steps: int) -> dict[str, Any]:
-    real = hub.parts.journal
+    real = hub.resources.journal
     journals: dict[str, Any] = {"journal": real, "none": NullJournal(real)}
     trainees = await _trainees(hub, count, tokens)
     what = ("control", "wall", "writer", "engine")
@@ -114,7 +112,7 @@ async def _cost(hub: TinkerHub, count: int, tokens: int, rounds: int, steps: int
     for number in range(rounds + 1):
         # Who comes first changes from round to round.
         for name in list(journals)[:: 1 if number % 2 else -1]:
-            hub.parts.journal = journals[name]
+            hub.resources.journal = journals[name]
             before = _clocks(real)
             for _ in range(steps):
                 await asyncio.gather(*(trainee.step() for trainee in trainees))
@@ -122,7 +120,7 @@ async def _cost(hub: TinkerHub, count: int, tokens: int, rounds: int, steps: int
             if number:  # the first round warms up
                 for one, milliseconds in zip(what, spent, strict=True):
                     seen[name][one].append(milliseconds)
-    hub.parts.journal = real
+    hub.resources.journal = real
     whole = statistics.median(seen["none"]["control"]) + statistics.median(seen["none"]["engine"])
     pairs = zip(seen["journal"]["control"], seen["none"]["control"], strict=True)
     added = [a - b for a, b in pairs]

@@ -1,6 +1,6 @@
 """The journal: what was acknowledged since the last saved states, so that it can be made again.
 
-One log for everybody, in segments `NNNNNNNN.log`. Whoever appends gets a future; one thread writes
+One log for all streams, in segments `NNNNNNNN.log`. `append` gives a future; one thread writes
 what has come and flushes it once for all who wait (group commit). A segment goes when nothing in it
 is needed. Which records are covered is not written down: after a restart the owners of the streams
 say it again (`covered`, `forget`), from their saved states.
@@ -15,7 +15,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from manylora.journal.needs import Needs
 from manylora.journal.record_format import TORN, Found, Record, encode, read_segment
@@ -64,7 +63,7 @@ class Journal:
             flush: makes a descriptor's bytes durable.
 
         Raises:
-            StoreError: somebody else has this journal open.
+            StoreError: another process has this journal open.
             SaveFailed: the folder cannot be written.
         """
         self.folder = Path(folder)
@@ -158,11 +157,6 @@ class Journal:
         with self._changed:
             return self._needs.records, self._needs.bytes
 
-    def disk_bytes(self) -> int:
-        """What the segments take on the disk."""
-        with self._changed:
-            return sum(self._sizes.values())
-
     def lagging(self, limit_bytes: int) -> list[str]:
         """The streams to save first: those that need the oldest segments, so many of these that the
         journal has at most `limit_bytes` once they have gone."""
@@ -193,12 +187,7 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     # --- the writing thread ---------------------------------------------------------------------
@@ -326,7 +315,7 @@ class Journal:
         for number in numbers:
             path = self._path(number)
             try:
-                if number in self._damaged:  # somebody may want to look at it
+                if number in self._damaged:  # a person may want to look at it
                     path.rename(path.with_suffix(".damaged"))
                 else:
                     path.unlink()

@@ -5,7 +5,7 @@ a header (JSON: what it is) and a body (bytes: what the client sent). So a damag
 before it leads astray, and a damaged body still says whose it was.
 
 The magic occurs nowhere else: where a body contains its first seven bytes, a zero is put behind
-them. So whoever looks for the next record after damage finds real ones only, never one that a
+them. So a reader that looks for the next record after damage finds real ones only, never one that a
 client hid in its data.
 """
 
@@ -37,10 +37,12 @@ class Record:
     """One thing that was acknowledged.
 
     Attributes:
-        stream: what it belongs to (an adapter, a sampler); seq: its number there.
+        stream: what it belongs to (an adapter, a sampler).
+        seq: its number there.
         kind: what to do with it.
         tenant, request_id, digest: whose it is, and what tells a repeated request from another.
-        body: what the client sent; meta: what else there is to know (JSON).
+        body: what the client sent.
+        meta: what else is known of it (JSON).
     """
 
     stream: str

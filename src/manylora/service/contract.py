@@ -1,4 +1,4 @@
-"""What the routes ask of the rest of the server: one protocol, and the outcomes of a request.
+"""What the routes ask of the rest of the server: the torch-free wall between bytes and state.
 
 Every method takes the tenant first and sees only that tenant's things: an id of another tenant
 raises exactly what a missing id raises (`errors.NotFound`, with the same words). Methods raise
@@ -19,10 +19,8 @@ from manylora.service.wire.messages import (
     CreateSessionRequest,
     FinishSessionRequest,
     LoadWeightsRequest,
-    OptimStepRequest,
-    SaveWeightsExternalRequest,
-    SaveWeightsForSamplerRequest,
-    SaveWeightsRequest,
+    LoraConfig,
+    Numbered,
 )
 from manylora.service.wire.outline import Outline
 from manylora.service.wire.paths import TinkerPath
@@ -89,65 +87,44 @@ class Archive(Protocol):
 
     def chunks(self) -> AsyncIterator[bytes]:
         """What it holds, once."""
-        ...
 
     def close(self) -> None:
         """Give its room back, read or not."""
-        ...
 
 
-class Hub(Protocol):
-    """State behind the routes."""
+class SessionsApi(Protocol):
+    """Client processes that say that they live."""
 
-    def ready(self) -> bool:
-        """Whether the engine answers (for /readyz). Never blocks."""
-        ...
-
-    async def capabilities(self, tenant: str) -> ServerCapabilities:
-        """The base models by every name that they are served under."""
-        ...
-
-    # --- sessions
-
-    async def create_session(self, tenant: str, request: CreateSessionRequest) -> str:
+    async def create(self, tenant: str, request: CreateSessionRequest) -> str:
         """A new session's id (no `/` in it)."""
-        ...
 
-    async def heartbeat(self, tenant: str, session_id: str) -> None:
+    async def require(self, tenant: str, session_id: str) -> object:
         """Keep a session alive. Raises `Gone` once it is over."""
-        ...
 
-    async def finish_session(
-        self, tenant: str, session_id: str, request: FinishSessionRequest
-    ) -> None:
+    async def finish(self, tenant: str, session_id: str, request: FinishSessionRequest) -> None:
         """End a session; the first reason stays."""
-        ...
 
-    # --- models and training: each answers once the request is durable, and the same for a repeat
 
-    async def create_model(self, tenant: str, request: CreateModelRequest) -> Submitted: ...
+class TrainingApi(Protocol):
+    """Adapters and their operations.
+
+    Each method answers once the request is durable, and gives the same answer to a repeated one.
+    """
+
+    async def create_model(
+        self, tenant: str, request: CreateModelRequest, lora: LoraConfig
+    ) -> Submitted:
+        """Make an adapter; `lora` is the request's lora_config, which the route has seen to."""
 
     async def load_weights(
         self, tenant: str, request: LoadWeightsRequest, path: TinkerPath
     ) -> Submitted: ...
 
-    async def model_info(self, tenant: str, model_id: str) -> ModelInfo: ...
-
     async def forward_backward(self, tenant: str, outline: Outline) -> Submitted:
         """What is wrong with its tensors is found here too, and uses its number up."""
-        ...
 
-    async def optim_step(self, tenant: str, request: OptimStepRequest) -> Submitted: ...
-
-    async def save_weights(self, tenant: str, request: SaveWeightsRequest) -> Submitted: ...
-
-    async def save_weights_for_sampler(
-        self, tenant: str, request: SaveWeightsForSamplerRequest
-    ) -> Submitted: ...
-
-    async def save_weights_external(
-        self, tenant: str, request: SaveWeightsExternalRequest
-    ) -> Submitted: ...
+    async def submit(self, tenant: str, request: Numbered) -> Submitted:
+        """Take an operation whose message says all about it."""
 
     async def refuse(self, tenant: str, model_id: str, seq_id: int, error: ManyloraError) -> None:
         """A numbered request was refused before it reached the hub: use its number up.
@@ -155,82 +132,132 @@ class Hub(Protocol):
         The number counts as an operation that failed with `error`. Unknown models, and numbers
         that were used before, are nothing to speak of: no error.
         """
-        ...
 
-    # --- sampling
 
-    async def create_sampling_session(
+class SamplersApi(Protocol):
+    """Sampling sessions, and requests for samples."""
+
+    async def create(
         self, tenant: str, request: CreateSamplingSessionRequest, path: TinkerPath | None
     ) -> str:
         """A sampling session's id; `path` is the request's model_path, taken apart."""
-        ...
 
-    async def sampler_info(self, tenant: str, sampling_session_id: str) -> SamplerInfo: ...
+    async def info(self, tenant: str, id: str) -> SamplerInfo: ...
 
     async def sample(self, tenant: str, submit: SampleSubmit) -> Submitted:
         """`Submitted.sample_sequence_ids` has one id for each of `submit.num_samples`."""
-        ...
 
-    # --- results
+
+class RunsApi(Protocol):
+    """Runs that the server trains by itself."""
+
+    async def submit(self, tenant: str, request: SubmitRunRequest) -> Run: ...
+
+    async def page(self, tenant: str, limit: int, offset: int) -> RunList: ...
+
+    async def get(self, tenant: str, id: str, after: int) -> Run:
+        """A run, with figures of its steps after that one."""
+
+    async def cancel(self, tenant: str, id: str) -> Run: ...
+
+
+class AdaptersApi(Protocol):
+    """The adapters that are open."""
+
+    async def page(self, tenant: str) -> AdapterList: ...
+
+    async def get(self, tenant: str, id: str) -> Adapter: ...
+
+    async def end(self, tenant: str, id: str) -> Adapter: ...
+
+
+class TrainingRunsApi(Protocol):
+    """Training runs, open or closed."""
+
+    async def model_info(self, tenant: str, model_id: str) -> ModelInfo: ...
+
+    async def get(self, tenant: str, model_id: str) -> TrainingRun: ...
+
+    async def page(self, tenant: str, limit: int, offset: int) -> TrainingRunList: ...
+
+    async def checkpoints(self, tenant: str, model_id: str) -> CheckpointList:
+        """All checkpoints of one training run, without a cursor."""
+
+
+class CheckpointsApi(Protocol):
+    """Checkpoints by their `tinker://` paths."""
+
+    async def page(self, tenant: str, limit: int, offset: int) -> CheckpointList: ...
+
+    async def delete(self, tenant: str, path: TinkerPath) -> None: ...
+
+    async def set_ttl(self, tenant: str, path: TinkerPath, seconds: int | None) -> None:
+        """Let a checkpoint expire that many seconds from now; None = never."""
+
+    async def set_public(self, tenant: str, path: TinkerPath, public: bool) -> None: ...
+
+    async def info(self, tenant: str, path: TinkerPath) -> WeightsInfo: ...
+
+    async def external_files(self, tenant: str, path: TinkerPath) -> Mapping[str, Path]:
+        """The files of an external checkpoint: name inside it → file on disk."""
+
+
+class CopiesApi(Protocol):
+    """Copies of checkpoints."""
+
+    async def make(
+        self, tenant: str, request: CopyWeightsRequest, path: TinkerPath, key: str | None
+    ) -> TinkerPath:
+        """Copy the checkpoint at `path`; the same `key` again gives the same copy."""
+
+
+class ArchivesApi(Protocol):
+    """Checkpoints as files to be downloaded."""
+
+    async def open(self, tenant: str, path: TinkerPath) -> Archive:
+        """A checkpoint's adapter as one tar of PEFT's files; the caller has to close it."""
+
+
+class Hub(Protocol):
+    """State behind the routes, one object for each kind of thing."""
+
+    @property
+    def sessions(self) -> SessionsApi: ...
+
+    @property
+    def training(self) -> TrainingApi: ...
+
+    @property
+    def samplers(self) -> SamplersApi: ...
+
+    @property
+    def runs(self) -> RunsApi: ...
+
+    @property
+    def adapters(self) -> AdaptersApi: ...
+
+    @property
+    def training_runs(self) -> TrainingRunsApi: ...
+
+    @property
+    def checkpoints(self) -> CheckpointsApi: ...
+
+    @property
+    def copies(self) -> CopiesApi: ...
+
+    @property
+    def archives(self) -> ArchivesApi: ...
+
+    def ready(self) -> bool:
+        """Whether the engine answers (for /readyz). Never blocks."""
+
+    async def capabilities(self, tenant: str) -> ServerCapabilities:
+        """The base models by every name that they are served under."""
 
     async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
         """A request's outcome, waiting at most `timeout` seconds for it.
 
         Raises:
-            NotFound: there never was such a request. Gone: its result's time to live has passed.
+            NotFound: there never was such a request.
+            Gone: its result's time to live has passed.
         """
-        ...
-
-    # --- runs that the server trains by itself, and open models
-
-    async def submit_run(self, tenant: str, request: SubmitRunRequest) -> Run: ...
-
-    async def runs(self, tenant: str, limit: int, offset: int) -> RunList: ...
-
-    async def run(self, tenant: str, run_id: str, after: int) -> Run:
-        """A run, with figures of its steps after that one."""
-        ...
-
-    async def cancel_run(self, tenant: str, run_id: str) -> Run: ...
-
-    async def adapters(self, tenant: str) -> AdapterList: ...
-
-    async def adapter(self, tenant: str, adapter_id: str) -> Adapter: ...
-
-    async def close_adapter(self, tenant: str, adapter_id: str) -> Adapter: ...
-
-    # --- checkpoints
-
-    async def training_run(self, tenant: str, model_id: str) -> TrainingRun: ...
-
-    async def training_runs(self, tenant: str, limit: int, offset: int) -> TrainingRunList: ...
-
-    async def checkpoints_of(self, tenant: str, model_id: str) -> CheckpointList:
-        """All checkpoints of one training run, without a cursor."""
-        ...
-
-    async def checkpoints(self, tenant: str, limit: int, offset: int) -> CheckpointList: ...
-
-    async def delete_checkpoint(self, tenant: str, path: TinkerPath) -> None: ...
-
-    async def set_ttl(self, tenant: str, path: TinkerPath, ttl_seconds: int | None) -> None:
-        """Let a checkpoint expire that many seconds from now; None = never."""
-        ...
-
-    async def set_public(self, tenant: str, path: TinkerPath, public: bool) -> None: ...
-
-    async def weights_info(self, tenant: str, path: TinkerPath) -> WeightsInfo: ...
-
-    async def copy_weights(
-        self, tenant: str, request: CopyWeightsRequest, path: TinkerPath, key: str | None
-    ) -> TinkerPath:
-        """Copy the checkpoint at `path`; the same `key` again gives the same copy."""
-        ...
-
-    async def archive(self, tenant: str, path: TinkerPath) -> Archive:
-        """A checkpoint's adapter as one tar of PEFT's files; whoever asks has to close it."""
-        ...
-
-    async def external_files(self, tenant: str, path: TinkerPath) -> Mapping[str, Path]:
-        """The files of an external checkpoint: name inside it → file on disk."""
-        ...

@@ -1,4 +1,4 @@
-"""Errors of the HTTP doors, and the one table from errors to what a client is told.
+"""Errors of the service, and the one table from errors to what a client is told.
 
 Why these numbers: the SDK raises at once on 400, 401, 403, 404, 413, 415 and 422, retries 408, 409,
 429 and 5xx for up to five minutes, and takes 410 for a result or session that is gone. So a name
@@ -97,7 +97,7 @@ class ErrorAnswer:
     category: Category
 
 
-# The first row that fits counts. Whatever is not here is nobody's fault but ours.
+# The first row that fits counts. What is not here is our own fault.
 _STATUS: tuple[tuple[type[ManyloraError], int, Category], ...] = (
     (Unauthenticated, 401, "user"),
     (NotFound, 404, "user"),

@@ -1,8 +1,8 @@
 """The hub while it is being made, or made again. No torch here."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from manylora.service.contract import Hub, Outcome, Waiting
 from manylora.service.http_errors import NotReady
@@ -14,26 +14,33 @@ START_SECONDS = 30.0
 class HubProxy:
     """A hub that comes and goes: requests wait a while for it instead of failing."""
 
-    def __init__(self) -> None:
-        self._arrival: asyncio.Future[Hub] = asyncio.get_running_loop().create_future()
+    def __init__(self, hub: Hub | None = None):
+        """`hub`: what answers from the beginning; None = requests wait for `arrive`."""
+        self._hub = hub
+        self._arrival: asyncio.Future[Hub] | None = None
+        self._closed = False
         self._inside = 0
         self._empty = asyncio.Event()
         self._empty.set()
 
     def arrive(self, hub: Hub) -> None:
         """From now on the hub answers."""
-        self._arrival.set_result(hub)
+        self._hub = hub
+        if self._arrival is not None:
+            self._arrival.set_result(hub)
+            self._arrival = None
 
     def depart(self) -> None:
         """From now on requests wait for the next hub; those that the last one has are its own."""
-        if self._arrival.done():
-            self._arrival = asyncio.get_running_loop().create_future()
+        self._hub = None
 
     def close(self) -> None:
-        """The server stops: nobody need wait for a hub any more."""
-        if not self._arrival.done():
+        """The server stops: no request waits for a hub any more."""
+        self._closed = True
+        if self._arrival is not None:
             self._arrival.set_exception(NotReady("the server is stopping"))
-            self._arrival.exception()  # perhaps nobody waits
+            self._arrival.exception()  # perhaps none waits any more
+            self._arrival = None
 
     async def settle(self) -> None:
         """Wait until the last hub has answered what it had begun to answer."""
@@ -41,29 +48,39 @@ class HubProxy:
 
     def ready(self) -> bool:
         """Whether the engine answers."""
-        there = self._arrival.done() and self._arrival.exception() is None
-        return there and self._arrival.result().ready()
+        return self._hub is not None and self._hub.ready()
 
-    async def outcome(self, *arguments: Any) -> Outcome:
-        """A poll is told to come again while there is no engine; see `contract.Hub`."""
+    @asynccontextmanager
+    async def entered(self) -> AsyncIterator[Hub]:
+        """The hub, which is not taken away from what runs inside.
+
+        Raises:
+            NotReady: none has come in time, or the server stops.
+        """
+        hub = await self._next_hub() if self._hub is None else self._hub
+        self._inside += 1
+        self._empty.clear()
         try:
-            return await self.__getattr__("outcome")(*arguments)
+            yield hub
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
+        """See `contract.Hub`; a poll is told to come again while there is no engine."""
+        try:
+            async with self.entered() as hub:
+                return await hub.outcome(tenant, request_id, timeout)
         except NotReady as error:
             return Waiting("paused_capacity", str(error))
 
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        async def when_there(*arguments: Any) -> Any:
-            try:
-                hub = await asyncio.wait_for(asyncio.shield(self._arrival), START_SECONDS)
-            except TimeoutError:
-                raise NotReady("the server is opening its base model") from None
-            self._inside += 1
-            self._empty.clear()
-            try:
-                return await getattr(hub, name)(*arguments)
-            finally:
-                self._inside -= 1
-                if not self._inside:
-                    self._empty.set()
-
-        return when_there
+    async def _next_hub(self) -> Hub:
+        if self._closed:
+            raise NotReady("the server is stopping")
+        if self._arrival is None:
+            self._arrival = asyncio.get_running_loop().create_future()
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._arrival), START_SECONDS)
+        except TimeoutError:
+            raise NotReady("the server is opening its base model") from None

@@ -1,4 +1,4 @@
-"""The server's log: lines of JSON on stderr, and no more of a kind than somebody can read."""
+"""The server's log: lines of JSON on stderr, and no more of a kind than a person can read."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ class _Kind:
 
 
 class Sparing(logging.Filter):
-    """Lets only so many lines of a kind pass: whoever can cause a line could fill a disk.
+    """Lets only so many lines of a kind pass: a client that can cause a line could fill a disk.
 
     The kind of a record is its attribute `like`; None = it always passes. Without one, it is the
     logger's name and the message before anything is put into it.

@@ -1,4 +1,4 @@
-"""What a server keeps in its data folder, and that nobody else of this machine may read it."""
+"""What a server keeps in its data folder, and that no other user of this machine may read it."""
 
 import logging
 import os
@@ -44,7 +44,7 @@ def keep_private(folder: Path) -> None:
 
 
 def signing_secret(folder: Path) -> bytes:
-    """The key of download addresses; made once, readable by nobody else.
+    """The key of download addresses; made once, readable by no other user.
 
     Raises:
         SaveFailed: it cannot be written or read.

@@ -76,8 +76,8 @@ class _Uvicorn(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer what is in hand, for a while, and close every connection.
 
-        Uvicorn waits for whoever does not read his answer or does not send the rest of his request,
-        and for a connection that came just as it closed the others.
+        Uvicorn waits for a client that does not read its answer or does not send the rest of its
+        request, and for a connection that came just as it closed the others.
         """
         cutting = asyncio.create_task(self._cut())
         await super().shutdown(sockets)
@@ -145,10 +145,10 @@ async def _serve(
     service = Service(settings, store, limits, metrics.observe)
     local, connections = is_loopback(settings.host), listener.connections
     app = build_app(
-        hub,  # pyrefly: ignore[bad-argument-type]
+        hub,
         authenticator=StoreAuthenticator(store.keys, local=local),
         local_only=not keyed,
-        settings=_door_settings(settings, limits, connections),
+        settings=_context_settings(settings, limits, connections),
         signing_secret=signing_secret(Path(settings.data_dir)),
         metrics=lambda: metrics.text(service.hub),
         names=_names(settings, keyed=keyed),
@@ -220,7 +220,7 @@ def _names(settings: ServerFile, *, keyed: bool) -> Names:
     return Names(allowed=frozenset(host_of(name) for name in [*allowed, *own]), public_url=url)
 
 
-def _door_settings(
+def _context_settings(
     settings: ServerFile, limits: WireLimits, connections: OpenConnections
 ) -> ContextSettings:
     return ContextSettings(

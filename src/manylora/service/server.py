@@ -50,9 +50,9 @@ class Service:
         self._limits = limits
         self._observe = observe
         self._clock, self._wall = clock, wall
-        self.breakages = CrashSuspects()
+        self.suspects = CrashSuspects()
         self.hub: TinkerHub | None = None
-        self._upkeep: asyncio.Task[None] | None = None
+        self._maintenance: asyncio.Task[None] | None = None
 
     async def start(self, engines: Sequence[EngineProtocol]) -> TinkerHub:
         """Take up what was going on when the last server stopped, or the last engine was lost.
@@ -72,35 +72,35 @@ class Service:
         )
         journal, recovery = await asyncio.to_thread(_open_journal, folder / "journal")
         promises = Promises(results)
-        parts: Resources | None = None
+        resources: Resources | None = None
 
         def saved(name: str, position: int) -> None:
-            if parts is not None:
-                parts.covered.append((name, position))
+            if resources is not None:
+                resources.covered.append((name, position))
 
         host = Host(
             engines, folder, token_budget=settings.token_budget, max_resident=settings.max_resident,
             before_save=promises.store_all, on_saved=saved, observe=self._observe,
-            apart=self.breakages.is_suspect,
+            apart=self.suspects.is_suspect,
         )  # fmt: skip
-        parts = Resources(
-            settings, folder, self.store, journal, promises, host, self.breakages, self._clock,
+        resources = Resources(
+            settings, folder, self.store, journal, promises, host, self.suspects, self._clock,
             self._wall,
         )  # fmt: skip
-        self.hub = TinkerHub(parts)
+        self.hub = TinkerHub(resources)
         count = await Replay(self.hub, self._limits).run(recovery)
         if count:
             log.info("%d operations of the last server go on", count)
-        runs = await self.hub.submitted.resume()
+        runs = await self.hub.runs.resume()
         if runs:
             log.info("%d runs of the last server go on", runs)
-        self._upkeep = loop.create_task(Maintenance(self.hub).run())
+        self._maintenance = loop.create_task(Maintenance(self.hub).run())
         return self.hub
 
     def wake(self) -> None:
         """Let waiting polls go, so that connections can close."""
         if self.hub is not None:
-            self.hub.parts.promises.wake()
+            self.hub.resources.promises.wake()
 
     async def abandon(self) -> None:
         """Stop after the engine was lost, so that `start` can take everything up with another.
@@ -109,18 +109,18 @@ class Service:
         """
         if self.hub is None:
             return
-        parts, submitted, self.hub = self.hub.parts, self.hub.submitted, None
-        if self._upkeep is not None:
-            self._upkeep.cancel()
-        parts.promises.closing = True
-        await submitted.stop(0.0)
-        await asyncio.to_thread(parts.host.abandon)
-        self.breakages.note(parts.host.losses())
-        await asyncio.to_thread(submitted.close)
-        await asyncio.to_thread(parts.promises.close)
+        resources, runs, self.hub = self.hub.resources, self.hub.runs, None
+        if self._maintenance is not None:
+            self._maintenance.cancel()
+        resources.promises.closing = True
+        await runs.stop(0.0)
+        await asyncio.to_thread(resources.host.abandon)
+        self.suspects.note(resources.host.losses())
+        await asyncio.to_thread(runs.close)
+        await asyncio.to_thread(resources.promises.close)
         await asyncio.sleep(0)
-        await parts.settle()
-        await asyncio.to_thread(self._close_journal, parts)
+        await resources.settle()
+        await asyncio.to_thread(self._close_journal, resources)
 
     async def stop(
         self, ending: Ending | None = None, give_up: Callable[[], None] = lambda: None
@@ -136,41 +136,40 @@ class Service:
         if ending is None:
             ending = Ending(self.settings.drain_seconds)
             ending.ask()
-        if self._upkeep is not None:
-            self._upkeep.cancel()
+        if self._maintenance is not None:
+            self._maintenance.cancel()
         if self.hub is not None:
-            parts = self.hub.parts
-            parts.promises.closing = True
-            await self.hub.submitted.stop(_until(ending.drained))
-            while self._is_working() and _until(ending.drained):
+            resources = self.hub.resources
+            resources.promises.closing = True
+            await self.hub.runs.stop(_until(ending.drained))
+            while self._is_working(self.hub) and _until(ending.drained):
                 await asyncio.sleep(0.05)
-            closing = asyncio.create_task(asyncio.to_thread(parts.host.close, cancel=True))
+            closing = asyncio.create_task(asyncio.to_thread(resources.host.close, cancel=True))
             if not (await asyncio.wait([closing], timeout=_until(ending.saved)))[0]:
                 log.warning("the engine is ended in the midst of something; it will be done again")
                 give_up()
             await closing
-            await asyncio.to_thread(self.hub.submitted.close, _until(ending.saved))
-            await asyncio.to_thread(parts.promises.close)
+            await asyncio.to_thread(self.hub.runs.close, _until(ending.saved))
+            await asyncio.to_thread(resources.promises.close)
             await asyncio.sleep(0)  # what the last outcomes left for the loop to do
-            await parts.settle()
-            await asyncio.to_thread(self._close_journal, parts)
+            await resources.settle()
+            await asyncio.to_thread(self._close_journal, resources)
         await asyncio.to_thread(self.store.close)
 
-    def _is_working(self) -> bool:
-        assert self.hub is not None
-        if self.hub.parts.host.losses():  # nothing that runs now will be finished
+    def _is_working(self, hub: TinkerHub) -> bool:
+        if hub.resources.host.losses():  # nothing that runs now will be finished
             return False
-        return any(model.running for model in self.hub.models) or self.hub.samplers.num_running > 0
+        return any(one.running for one in hub.adapters) or hub.samplers.num_running > 0
 
-    def _close_journal(self, parts: Resources) -> None:
+    def _close_journal(self, resources: Resources) -> None:
         try:
-            parts.promises.results.flush()
-            while parts.covered:
-                parts.journal.covered(*parts.covered.popleft())
+            resources.promises.results.flush()
+            while resources.covered:
+                resources.journal.covered(*resources.covered.popleft())
         except SaveFailed as error:
             log.error("the journal keeps what it could let go: %s", error)
         finally:
-            parts.journal.close()
+            resources.journal.close()
 
 
 def _until(moment: float) -> float:

@@ -73,7 +73,7 @@ class Ending:
         status = self._requests.get()
         while (rest := self.over - time.monotonic()) > 0:
             time.sleep(min(rest, 0.2))
-        # Whoever reads the log may hang as well.
+        # What reads the log may hang as well.
         telling = threading.Thread(target=_tell, daemon=True)
         telling.start()
         telling.join(_WORD_SECONDS)

@@ -51,7 +51,7 @@ async def keep_up(
             waiting.cancel()
             return
         lived = asyncio.get_running_loop().time() - began
-        steady = lived >= STEADY_SECONDS or service.breakages.completed
+        steady = lived >= STEADY_SECONDS or service.suspects.completed
         failures = 0 if steady else failures + 1
         log.error("the engine was lost: %s\n%s", lost.reason, group.stacks())
         if failures == MOST_FAILURES or not announced:
@@ -71,10 +71,10 @@ class EngineFailure:
         self._noted = asyncio.Event()
 
     def note(self, reason: str) -> None:
-        """It was; the first reason counts."""
+        """Note that the engine was lost; the first reason counts."""
         self.reason = self.reason or reason
         self._loop.call_soon_threadsafe(self._noted.set)
 
     async def wait(self) -> None:
-        """Return once it was."""
+        """Return once the engine was lost."""
         await self._noted.wait()

@@ -29,7 +29,7 @@ class Keys:
         self._clock = clock
 
     def create(self, tenant: str) -> str:
-        """A new key of that tenant: the only time that anybody sees it.
+        """A new key of that tenant: the only time that it is shown.
 
         Raises:
             ConfigError: not a name for a tenant.
@@ -71,7 +71,7 @@ class Keys:
         return self._database.change(query)
 
     def lookup(self, key: str) -> str | None:
-        """The tenant whose key this is; None if it is nobody's or was revoked."""
+        """The tenant whose key this is; None if it is unknown or was revoked."""
         if not key.startswith(KEY_START) or not key.isascii() or len(key) > _LONGEST_KEY:
             return None
         query = select(Key.hash, Key.tenant).where(
@@ -85,7 +85,7 @@ class Keys:
         return found
 
     def any_keys(self) -> bool:
-        """Whether a key was ever made. Revoking the last one does not open the door again."""
+        """Whether a key was ever made. Revoking the last one changes nothing here."""
         query = select(Key.id).limit(1)
         return self._database.read(lambda session: session.scalar(query) is not None)
 

@@ -63,11 +63,11 @@ class CheckpointQueries:
         )
 
     def anybodys(self, path: str) -> CheckpointRow | None:
-        """Whoever owns it: for whoever may read the data folder anyway."""
+        """A checkpoint of any tenant, for a user who may read the data folder anyway."""
         return self._database.one(CheckpointTable, CheckpointTable.path == path, self._alive())
 
     def of_model(self, tenant: str, model_id: str) -> list[CheckpointRow]:
-        """In the order in which they were made."""
+        """A training run's checkpoints, in the order in which they were made."""
         where = [
             CheckpointTable.tenant == tenant,
             CheckpointTable.model_id == model_id,
@@ -109,7 +109,7 @@ class CheckpointQueries:
         return self._database.change(query) > 0
 
     def set_ttl(self, tenant: str, path: str, seconds: float | None) -> CheckpointRow | None:
-        """It goes so many seconds from now; None = never.
+        """Have a checkpoint expire so many seconds from now; None = never.
 
         Returns:
             the checkpoint; None if there is none.
@@ -120,7 +120,7 @@ class CheckpointQueries:
         return self.get(tenant, path)
 
     def set_public(self, tenant: str, path: str, public: bool) -> CheckpointRow | None:
-        """Whether others may read it.
+        """Say whether other tenants may read a checkpoint.
 
         Returns:
             the checkpoint; None if there is none.

@@ -123,10 +123,6 @@ class SamplerQueries:
     def get(self, tenant: str, id: str) -> SamplerRow | None:
         return self._database.one(Sampler, Sampler.id == id, Sampler.tenant == tenant)
 
-    def set_snapshot(self, id: str, snapshot: str | None) -> None:
-        """From now on it samples from these weights."""
-        self._database.change(update(Sampler).where(Sampler.id == id).values(snapshot=snapshot))
-
     def of_model(self, tenant: str, model_id: str) -> list[SamplerRow]:
         where = [Sampler.model_id == model_id, Sampler.tenant == tenant]
         return self._database.all(

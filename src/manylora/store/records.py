@@ -20,7 +20,7 @@ class Page(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class KeyRow:
-    """An API key, without what would let anybody in.
+    """An API key, without what would let a client in.
 
     Attributes:
         prefix: the first characters of the key, to tell one from another.
@@ -109,7 +109,7 @@ class CheckpointRow:
     Attributes:
         folder: where the files lie, relative to the data directory.
         expires_at: from then on the checkpoint is gone for its owner; None = never.
-        spec: rank and the like, so that nobody has to open the files.
+        spec: rank and the like, so that the files need not be opened.
         request_id: the request that made it.
         step: the optimizer step that it was made after.
     """

@@ -1,4 +1,4 @@
-"""What is over and of no use to anybody goes, and gives its room on the disk back."""
+"""What is over and of no more use goes, and gives its room on the disk back."""
 
 from collections.abc import Callable
 from typing import Any

@@ -31,5 +31,10 @@ def contents(folder: Path) -> list[Record]:
     return records
 
 
+def disk_bytes(journal: Journal) -> int:
+    """What a journal believes that its segments take on the disk."""
+    return sum(journal._sizes.values())
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != "lock")

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from manylora.service.contract import PROTOBUF_TYPE, Hub
 from manylora.service.http.app import build_app
 from manylora.service.http.context import ContextSettings
+from manylora.service.hub_proxy import HubProxy
 
 KEYS = {"tml-alice": "alice", "tml-bob": "bob"}
 QUICK = ContextSettings(poll_seconds=0.05, least_poll_seconds=0.05, whole_result=50)
@@ -28,7 +29,7 @@ class Keys:
 
 def application(hub: Hub, settings: ContextSettings = QUICK, **given: Any) -> FastAPI:
     given.setdefault("authenticator", Keys())
-    return build_app(hub, settings=settings, **given)
+    return build_app(HubProxy(hub), settings=settings, **given)
 
 
 class Client:

@@ -58,7 +58,12 @@ def test_a_process_that_hangs_is_broken_off(status: int) -> None:
 def test_who_waits_for_the_engine_is_let_go() -> None:
     async def scenario() -> None:
         hub = HubProxy()
-        waiting = asyncio.ensure_future(hub.capabilities("t"))
+
+        async def ask() -> None:
+            async with hub.entered() as entered:
+                await entered.capabilities("t")
+
+        waiting = asyncio.create_task(ask())
         polling = asyncio.create_task(hub.outcome("t", "r", 1.0))
         await asyncio.sleep(0)
         hub.close()
@@ -67,6 +72,6 @@ def test_who_waits_for_the_engine_is_let_go() -> None:
         assert isinstance(await polling, Waiting)
         assert not hub.ready()
         with pytest.raises(NotReady, match="stopping"):
-            await hub.capabilities("t")
+            await ask()
 
     asyncio.run(asyncio.wait_for(scenario(), 20.0))

@@ -65,7 +65,7 @@ def test_an_archive_is_fetched_by_the_address_that_its_owner_is_sent_to(hub):
     assert (answer.status_code, answer.content) == (200, b"arhiv")
     assert answer.headers["content-length"] == "5"
     assert answer.headers["content-type"] == "application/x-tar"
-    assert [archive.closed for archive in hub.archives] == [True]
+    assert [archive.closed for archive in hub.archives.opened] == [True]
     for bad in (address[:-2], address.replace("archives/", "archives/a")):
         assert stranger.get(bad).status_code == 404
     # A grant for one file is none for another, and neither way.

@@ -21,7 +21,7 @@ from manylora.service.wire.wire_limits import WireLimits
 from manylora.store import Store
 from manylora.types import Conflict, DataError
 from tests.unit.service import bodies
-from tests.unit.service.test_upkeep import WHO, Place
+from tests.unit.service.test_maintenance import WHO, Place
 
 STRANGER = "bob"
 NOBODYS = f"s{'0' * 24}:train:0:1"
@@ -69,13 +69,13 @@ def test_a_stranger_sees_no_run_that_goes_on(tmp_path: Path):
         entry = AdapterEntry(name="x", sft=SftSettings(train="x.jsonl", max_steps=3))
         data = Data(train='{"prompt": "a", "completion": "b"}\n')
         async with place.engine_held():
-            run = await hub.submit_run(WHO, SubmitRunRequest(adapter=entry, data=data))
-            for ask in (hub.run(STRANGER, run.id, 0), hub.cancel_run(STRANGER, run.id)):
+            run = await hub.runs.submit(WHO, SubmitRunRequest(adapter=entry, data=data))
+            for ask in (hub.runs.get(STRANGER, run.id, 0), hub.runs.cancel(STRANGER, run.id)):
                 with pytest.raises(NotFound):
                     await ask
-            assert (await hub.runs(STRANGER, 20, 0)).runs == []
+            assert (await hub.runs.page(STRANGER, 20, 0)).runs == []
         for _ in range(600):
-            now = await hub.run(WHO, run.id, 0)
+            now = await hub.runs.get(WHO, run.id, 0)
             if now.status == "completed":
                 break
             await asyncio.sleep(0.05)
@@ -87,7 +87,7 @@ def test_a_stranger_sees_no_run_that_goes_on(tmp_path: Path):
 async def send(place: Place, seq: int, datum: pb.Datum) -> str:
     message = bodies.request([datum], model_id=place.model, seq_id=seq)
     submit = outline_of(message.SerializeToString(), WireLimits())
-    return (await place.hub.forward_backward(WHO, submit)).request_id
+    return (await place.hub.training.forward_backward(WHO, submit)).request_id
 
 
 def test_a_used_number_stays_used_over_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -103,14 +103,14 @@ def test_a_used_number_stays_used_over_a_restart(tmp_path: Path, monkeypatch: py
             await place.step(1)
         assert await place.data(1) == f"{place.model}:1"
         assert await place.data(4) == f"{place.model}:4"
-        model = await place.hub.models.require(WHO, place.model)
+        model = await place.hub.adapters.require(WHO, place.model)
         assert (model.order.next_seq, model.order.num_early) == (3, 1)
+        lora = m.LoraConfig(rank=3, seed=1)
         changed = m.CreateModelRequest(
-            session_id=place.session, model_seq_id=0, base_model="seedling",
-            lora_config=m.LoraConfig(rank=3, seed=1),
-        )  # fmt: skip
+            session_id=place.session, model_seq_id=0, base_model="seedling", lora_config=lora
+        )
         with pytest.raises(Conflict):
-            await place.hub.create_model(WHO, changed)
+            await place.hub.training.create_model(WHO, changed, lora)
 
     async def whole() -> None:
         async with place.open():
@@ -119,7 +119,7 @@ def test_a_used_number_stays_used_over_a_restart(tmp_path: Path, monkeypatch: py
             await place.result(await place.data(2))
             await place.data(4)  # waits for its turn
             await everything_is_still_used()
-            host = place.hub.parts.host
+            host = place.hub.resources.host
             monkeypatch.setattr(host.units[0].pager, "save_all", lambda: None)  # as if killed
         async with place.open():
             await everything_is_still_used()
@@ -142,7 +142,7 @@ def test_so_does_that_of_a_sample(tmp_path: Path):
             "sampling_params": {"max_tokens": 2, "seed": 1},
         }
         submit = decode_sample(json.dumps(body).encode(), WireLimits())
-        return (await place.hub.sample(WHO, submit)).request_id
+        return (await place.hub.samplers.sample(WHO, submit)).request_id
 
     async def whole() -> None:
         async with place.open():
@@ -150,7 +150,7 @@ def test_so_does_that_of_a_sample(tmp_path: Path):
             save = m.SaveWeightsForSamplerRequest(
                 model_id=place.model, seq_id=2, sampling_session_seq_id=9
             )
-            await place.hub.save_weights_for_sampler(WHO, save)
+            await place.hub.training.submit(WHO, save)
             id = await sample([7, 8, 9])
             with pytest.raises(DataError, match="other contents"):
                 await sample([7, 8])
@@ -184,7 +184,7 @@ def test_no_id_can_be_guessed(tmp_path: Path):
 
         async def sessions() -> list[str]:
             random.seed(1)
-            return [await hub.create_session(WHO, m.CreateSessionRequest()) for _ in range(40)]
+            return [await hub.sessions.create(WHO, m.CreateSessionRequest()) for _ in range(40)]
 
         first, second = await sessions(), await sessions()
         unguessable([*first, *second], "s", 96)
@@ -194,7 +194,7 @@ def test_no_id_can_be_guessed(tmp_path: Path):
 
 def test_nor_that_of_a_run(tmp_path: Path):
     async def test(place: Place) -> None:
-        runs = place.hub.submitted
+        runs = place.hub.runs
         entry = AdapterEntry(name="x", sft=SftSettings(train="x.jsonl", max_steps=3))
         request = SubmitRunRequest(adapter=entry, data=Data(train="{}\n"))
         ids: list[str] = []

@@ -11,7 +11,7 @@ from manylora.config import AdapterEntry, SftSettings
 from manylora.runs.encode import Encoder
 from manylora.service.state.data_preparation import MOST_PAUSED, Preparing
 from manylora.service.wire.run_messages import Data, SubmitRunRequest
-from tests.unit.service.test_upkeep import Place
+from tests.unit.service.test_maintenance import Place
 
 
 def test_tenants_take_turns_and_ones_own_follow_each_other():
@@ -131,16 +131,19 @@ def test_one_tenants_data_do_not_keep_anothers_run_waiting(
     async def whole() -> None:
         place = Place(tmp_path / "data")
         async with place.open():
-            hub, preparing = place.hub, place.hub.submitted._preparing
-            runs = [("ann", await hub.submit_run("ann", request("ann", 5000)))]
+            hub, preparing = place.hub, place.hub.runs._preparing
+            runs = [("ann", await hub.runs.submit("ann", request("ann", 5000)))]
             while not pieces:
                 await asyncio.sleep(0.01)
-            runs.append(("bob", await hub.submit_run("bob", request("bob", 2))))
+            runs.append(("bob", await hub.runs.submit("bob", request("bob", 2))))
             while not preparing.others_wait:
                 await asyncio.sleep(0.01)
             in_line.set()
             for tenant, run in runs:
-                while (now := await hub.run(tenant, run.id, 0)).status in ("queued", "running"):
+                while (now := await hub.runs.get(tenant, run.id, 0)).status in (
+                    "queued",
+                    "running",
+                ):
                     await asyncio.sleep(0.05)
                 assert now.status == "completed", now.error
 
@@ -166,15 +169,15 @@ def test_a_run_that_is_cancelled_is_left_in_the_middle_of_tokenising(
         place = Place(tmp_path / "data")
         async with place.open():
             hub = place.hub
-            run = await hub.submit_run("ann", request("ann", 5000))
+            run = await hub.runs.submit("ann", request("ann", 5000))
             while not pieces:
                 await asyncio.sleep(0.01)
-            live = hub.submitted._live[run.id]
-            await hub.cancel_run("ann", run.id)
+            live = hub.runs._live[run.id]
+            await hub.runs.cancel("ann", run.id)
             while not live.stop.is_set():
                 await asyncio.sleep(0.01)
             asked.set()
-            while (now := await hub.run("ann", run.id, 0)).status == "cancelling":
+            while (now := await hub.runs.get("ann", run.id, 0)).status == "cancelling":
                 await asyncio.sleep(0.05)
             assert now.status == "cancelled", now.error
 

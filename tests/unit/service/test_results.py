@@ -114,19 +114,6 @@ def test_memory_keeps_the_latest_and_files_the_rest(make: Callable[..., Results]
     assert results.recent("huge") is None and results.get("huge") is not None
 
 
-def test_a_tenants_or_a_models_results_can_be_discarded(make: Callable[..., Results]):
-    results = make()
-    for owner, request_id in [("ann", "a:1"), ("ann", "a:2"), ("ann", "ab:1"), ("bob", "b:1")]:
-        put(results, request_id, owner=owner)
-    assert results.discard("a:") == 2
-    for reader in (results, make()):
-        there = [name for name in ("a:1", "a:2", "ab:1", "b:1") if reader.get(name)]
-        assert there == ["ab:1", "b:1"]
-    assert results.discard_owner("ann") == 1
-    for reader in (results, make()):
-        assert reader.get("ab:1") is None and reader.get("b:1") is not None
-
-
 def test_a_damaged_result_is_a_missing_one(
     make: Callable[..., Results], caplog: pytest.LogCaptureFixture
 ):

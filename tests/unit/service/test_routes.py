@@ -197,7 +197,7 @@ def test_what_the_hub_gets(hub, alice):
     alice.post("load_weights", load)
     message, path = hub.asked[-1][1]
     assert isinstance(message, messages.LoadWeightsRequest)
-    assert (message.creates, path) == (True, WEIGHTS)
+    assert (message.target, path) == (messages.Slot(SESSION, 1), WEIGHTS)
 
     alice.call("DELETE", PATH)
     assert hub.asked[-1] == ("alice", ("delete", WEIGHTS))

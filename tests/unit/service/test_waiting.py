@@ -19,7 +19,7 @@ from manylora.service.wire.sample_messages import read_sample
 from manylora.service.wire.wire_limits import WireLimits
 from manylora.types import Cancelled, DataError
 from tests.unit.service import bodies
-from tests.unit.service.test_upkeep import WHO, Place
+from tests.unit.service.test_maintenance import WHO, Place
 
 LIMITS = WireLimits()
 LENGTH, COLUMNS = 64, 1024
@@ -40,7 +40,7 @@ def expanding(place: Place, seq: int, length: int = LENGTH) -> Outline:
 
 
 async def send(place: Place, outline: Outline, tenant: str = WHO) -> str:
-    return (await place.hub.forward_backward(tenant, outline)).request_id
+    return (await place.hub.training.forward_backward(tenant, outline)).request_id
 
 
 def opened(
@@ -100,32 +100,32 @@ def test_behind_a_gap_it_stays_as_it_came(tmp_path: Path):
     """And when the gap fills, no more is decoded at once than may be, in order."""
 
     async def test(place: Place) -> None:
-        parts, each = place.hub.parts, expanding(place, 2).decoded_bytes
+        resources, each = place.hub.resources, expanding(place, 2).decoded_bytes
         assert each > 100 * len(expanding(place, 2).body)
         waiting = {seq: expanding(place, seq) for seq in (2, 3, 4, 6, 7, 8)}
         ids = [await send(place, outline) for outline in waiting.values()]
         ids.append(await place.step(5))
-        model = await place.hub.models.require(WHO, place.model)
+        model = await place.hub.adapters.require(WHO, place.model)
         for _, request in model.order.early():
-            assert request.kind == "optim_step" or isinstance(request.content, Outline)
-        assert parts.decoded.held(WHO) == 0
+            assert request.kind.name == "optim_step" or isinstance(request.content, Outline)
+        assert resources.decoded.held(WHO) == 0
         bodies_held = sum(len(outline.body) for outline in waiting.values())
-        assert bodies_held < parts.waiting.held(WHO) < bodies_held + 1000
-        most, take = 0, parts.decoded.take
+        assert bodies_held < resources.waiting.held(WHO) < bodies_held + 1000
+        most, take = 0, resources.decoded.take
 
         def watched(tenant: str, size: int) -> None:
             nonlocal most
             take(tenant, size)
-            most = max(most, parts.decoded.total)
+            most = max(most, resources.decoded.total)
 
-        parts.decoded.take = watched  # type: ignore[method-assign]
+        resources.decoded.take = watched  # type: ignore[method-assign]
         ids.append(await send(place, expanding(place, 1)))
         outcomes = [await place.result(id) for id in ids]
         assert all(isinstance(outcome, Ready) for outcome in outcomes)
         assert each <= most <= 2.5 * each
         assert model.order.next_seq == 9
         await asyncio.sleep(0.05)
-        assert (parts.decoded.total, parts.waiting.total, parts.in_flight) == (0, 0, {})
+        assert (resources.decoded.total, resources.waiting.total, resources.in_flight) == (0, 0, {})
         assert (model.running, model.feeding) == (0, None)
 
     quota = int(2.5 * (LENGTH * COLUMNS * 12 + 2000))
@@ -167,9 +167,9 @@ def test_after_a_restart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
                 await send(place, expanding(place, seq))
             assert decoded == []
         async with place.open():
-            parts = place.hub.parts
-            assert (decoded, parts.decoded.total) == ([], 0)
-            held = parts.waiting.held(WHO)
+            resources = place.hub.resources
+            assert (decoded, resources.decoded.total) == ([], 0)
+            held = resources.waiting.held(WHO)
             assert held == sum(len(expanding(place, seq).body) for seq in (2, 3, 4))
             await send(place, expanding(place, 1))
             for seq in (1, 2, 3, 4):
@@ -188,11 +188,11 @@ def wrong(place: Place, seq: int) -> Outline:
 
 def test_what_is_wrong_in_its_turn_is_refused_at_once_and_holds_nothing(tmp_path: Path):
     async def test(place: Place) -> None:
-        parts = place.hub.parts
+        resources = place.hub.resources
         with pytest.raises(DataError, match=r"data\[0\]"):
             await send(place, wrong(place, 1))
         assert isinstance(await place.result(f"{place.model}:1"), Failed)
-        assert parts.decoded.total == parts.waiting.total == 0 and not parts.in_flight
+        assert resources.decoded.total == resources.waiting.total == 0 and not resources.in_flight
         assert isinstance(await place.result(await place.data(2)), Ready)
 
     opened(tmp_path, test)
@@ -207,7 +207,7 @@ def test_what_is_wrong_behind_a_gap_fails_in_its_turn(tmp_path: Path):
         assert isinstance(outcome, Failed) and "data[0]" in outcome.error
         assert isinstance(await place.result(await place.step(3)), Failed)
         assert isinstance(await place.result(await place.data(4)), Ready)
-        assert place.hub.parts.decoded.total == 0
+        assert place.hub.resources.decoded.total == 0
 
     opened(tmp_path, test)
 
@@ -217,26 +217,26 @@ def test_what_is_wrong_behind_a_gap_fails_in_its_turn(tmp_path: Path):
 
 def test_owner_and_quota_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     async def test(place: Place) -> None:
-        parts = place.hub.parts
+        resources = place.hub.resources
         with monkeypatch.context() as patched:
             patched.setattr(Outline, "decode", lambda self: pytest.fail("it was decoded"))
             with pytest.raises(NotFound):
                 await send(place, expanding(place, 1), "bob")
             with pytest.raises(TooLarge, match=r"needs [\d,]+ bytes .* and 1,200,000 are allowed"):
                 await send(place, expanding(place, 1, 2 * LENGTH))
-            parts.decoded.take(WHO, 1_000_000)
+            resources.decoded.take(WHO, 1_000_000)
             second = await send(place, expanding(place, 2))  # taken, and decoded when there is room
             assert isinstance(await place.hub.outcome(WHO, second, 0.05), Waiting)
-            parts.waiting.take(WHO, 100_000_000)
+            resources.waiting.take(WHO, 100_000_000)
             with pytest.raises(Backpressure, match="bytes of requests"):
                 await send(place, expanding(place, 3))
-            parts.waiting.leave(WHO, 100_000_000)
-        parts.decoded.leave(WHO, 1_000_000)
+            resources.waiting.leave(WHO, 100_000_000)
+        resources.decoded.leave(WHO, 1_000_000)
         assert isinstance(await place.result(second), Ready)
         # The one that never fits has used its number up; the one that fits later has not.
         assert isinstance(await place.result(f"{place.model}:1"), Failed)
         assert isinstance(await place.result(await send(place, expanding(place, 3))), Ready)
-        assert not parts.in_flight and parts.waiting.total == parts.decoded.total == 0
+        assert not resources.in_flight and resources.waiting.total == resources.decoded.total == 0
 
     quotas = {"decoded_bytes": 1_200_000, "waiting_bytes": 100_000_000}
     opened(tmp_path, test, quotas=quotas)
@@ -259,20 +259,20 @@ def candidates(sampler: str, seq: int, columns: int):
 
 def test_a_samples_candidates_are_counted_before_they_are_unpacked(tmp_path: Path):
     async def test(place: Place) -> None:
-        parts, size = place.hub.parts, 3 * 8 + 2 * 1000 * 8
+        resources, size = place.hub.resources, 3 * 8 + 2 * 1000 * 8
         sampler = await place.ephemeral(1)
         assert candidates(sampler, 0, 1000).packed is not None
         async with place.engine_held():
-            ids = [(await place.hub.sample(WHO, candidates(sampler, 0, 1000))).request_id]
-            assert parts.decoded.held(WHO) == size
+            ids = [(await place.hub.samplers.sample(WHO, candidates(sampler, 0, 1000))).request_id]
+            assert resources.decoded.held(WHO) == size
             with pytest.raises(Backpressure):
-                await place.hub.sample(WHO, candidates(sampler, 1, 1000))
-            ids.append((await place.hub.sample(WHO, candidates(sampler, 2, 1))).request_id)
+                await place.hub.samplers.sample(WHO, candidates(sampler, 1, 1000))
+            ids.append((await place.hub.samplers.sample(WHO, candidates(sampler, 2, 1))).request_id)
             with pytest.raises(TooLarge, match="16,100 are allowed"):
-                await place.hub.sample(WHO, candidates(sampler, 3, 1024))
+                await place.hub.samplers.sample(WHO, candidates(sampler, 3, 1024))
         for id in ids:
             assert isinstance(await place.result(id), Ready)
-        assert parts.decoded.total == parts.waiting.total == 0 and not parts.in_flight
+        assert resources.decoded.total == resources.waiting.total == 0 and not resources.in_flight
 
     opened(tmp_path, test, quotas={"decoded_bytes": 16_100})
 

@@ -17,7 +17,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Lifespan, Scope
 
-from manylora.service.contract import Hub
 from manylora.service.http import (
     routes_checkpoints,
     routes_futures,
@@ -39,24 +38,14 @@ from manylora.service.http.host_check import HostCheck, Names
 from manylora.service.http.responses import answer_response, error_response
 from manylora.service.http.signing import Signer
 from manylora.service.http_errors import ErrorAnswer, Malformed, TooLarge
-from manylora.service.wire.messages import OptimStepRequest, RetrieveFutureRequest
-from manylora.service.wire.reading import complaints, peek_json_ids
+from manylora.service.hub_proxy import HubProxy
+from manylora.service.wire.messages import KINDS, OptimStepRequest, RetrieveFutureRequest
+from manylora.service.wire.reading import complaints
 from manylora.service.wire.replies import ErrorReply
-from manylora.service.wire.scan import peek_ids
 from manylora.types import ManyloraError
 
-# Numbered requests; a body of theirs that is too large uses its number up.
-_PROTOBUF_ROUTE = "/api/v1/forward_backward"
-_JSON_ROUTES = frozenset(
-    f"/api/v1/{name}"
-    for name in (
-        "optim_step",
-        "save_weights",
-        "save_weights_for_sampler",
-        "save_weights_external",
-        "load_weights",
-    )
-)
+# A body of these that is too large uses its number up.
+_KIND_AT = {f"{routes_training.router.prefix}/{name}": kind for name, kind in KINDS.items()}
 
 _ROUTERS = (
     routes_sessions.health,
@@ -117,7 +106,7 @@ class _Application(FastAPI):
 
 
 def build_app(
-    hub: Hub,
+    hub: HubProxy,
     *,
     authenticator: Authenticator,
     local_only: bool = False,
@@ -147,7 +136,7 @@ def build_app(
         redirect_slashes=False,
         responses=_REFUSALS,
     )
-    app.state.door = RequestContext(
+    app.state.context = RequestContext(
         hub,
         settings,
         Signer(secrets.token_bytes(32) if signing_secret is None else signing_secret),
@@ -177,13 +166,10 @@ def _number_used_up(app: FastAPI) -> Callable[[Scope, bytes, TooLarge], Any]:
     """The hook of BodyLimit: use up the number of a request whose body was too large."""
 
     async def refused(scope: Scope, prefix: bytes, error: TooLarge) -> None:
-        ids = None
-        if scope["path"] == _PROTOBUF_ROUTE:
-            ids = peek_ids(prefix)
-        elif scope["path"] in _JSON_ROUTES:
-            ids = peek_json_ids(prefix)
+        kind = _KIND_AT.get(scope["path"])
+        ids = None if kind is None else kind.peek(prefix)
         if ids is not None:
-            await app.state.door.hub.refuse(scope["state"]["tenant"], *ids, error)
+            await app.state.context.refuse(scope["state"]["tenant"], *ids, error)
 
     return refused
 

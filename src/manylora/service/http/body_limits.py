@@ -33,14 +33,14 @@ class BodyLimits:
     Attributes:
         ordinary: of every route that is not named.
         by_path: of the others.
-        without_key: of a request that nobody's key came with.
+        without_key: of a request without a key, or with an unknown one.
         prefix: how much of a refused body the hook gets.
         drained: how much of a refused body is read and thrown away before the connection is left
             to break.
         seconds: so long a body may take; a longer one must have `bytes_per_second` in every such
             span.
-        arriving, arriving_each: bytes of all bodies that are held at once: in all, and of one
-            tenant or address.
+        arriving: bytes of all bodies that are held at once.
+        arriving_each: of them, bytes of one tenant or address.
     """
 
     ordinary: int = 1 * MIB
@@ -154,7 +154,7 @@ class _Coming:
                     await self._next()
 
     async def rest(self) -> Message:
-        """`receive` of whoever answers without the body."""
+        """Receive what is left of the body, for an answer that does not need it."""
         if self._ended:
             return {"type": "http.request", "body": b"", "more_body": False}
         return await self._receive()

@@ -1,8 +1,8 @@
 """Every open connection, and who has to go when there are too many.
 
 A connection *waits* until it has sent a request that may be served, and after each answer. One that
-waits can be closed for a newcomer's sake, the one that has waited longest first: so whoever sends
-its request at once is served, however many others only hold connections open.
+waits can be closed for a newcomer's sake, the one that has waited longest first: so a client that
+sends its request at once is served, however many others only hold connections open.
 """
 
 import resource
@@ -89,14 +89,14 @@ class OpenConnections:
         self._addresses[line.address].waiting.pop(line.peer, None)
 
     def waits(self, line: Line) -> None:
-        """From now on it waits."""
+        """Note that a connection waits from now on."""
         if not line.gone:
             waiting = self._addresses[line.address].waiting
             waiting[line.peer] = line
             waiting.move_to_end(line.peer)
 
     def closed(self, line: Line) -> None:
-        """It is no more."""
+        """Forget a connection that is closed."""
         if line.gone:
             return
         line.gone = True

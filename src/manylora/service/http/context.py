@@ -5,7 +5,7 @@ that is refused here, before the hub saw it, uses its number up; later ones woul
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -21,8 +21,9 @@ from manylora.service.http.capacity import Capacity
 from manylora.service.http.responses import JSON_TYPE, json_response
 from manylora.service.http.signing import Signer
 from manylora.service.http_errors import WrongEncoding
-from manylora.service.wire.messages import LoadWeightsRequest, Numbered
-from manylora.service.wire.reading import peek_json_ids, read_json
+from manylora.service.hub_proxy import HubProxy
+from manylora.service.wire.messages import KIND_OF_MESSAGE
+from manylora.service.wire.reading import read_json
 from manylora.service.wire.wire_limits import WireLimits
 from manylora.types import ManyloraError
 
@@ -34,10 +35,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextSettings:
-    """How the door behaves.
+    """How requests are served.
 
     Attributes:
-        bodies, wire: limits on bytes and on content.
+        bodies: limits on bytes.
+        wire: limits on content.
         poll_seconds: how long retrieve_future holds a request whose result is not there. The SDK
             gives up after 45.
         least_poll_seconds: it never answers "not yet" sooner; the SDK asks again at once.
@@ -61,9 +63,9 @@ class ContextSettings:
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """The parts that routes share; `app.state.door`."""
+    """What routes share; `app.state.context`."""
 
-    hub: Hub
+    hub: HubProxy
     settings: ContextSettings
     signer: Signer
     readers: CapacityLimiter
@@ -88,45 +90,49 @@ class RequestContext:
         except ManyloraError as error:
             found = ids()
             if found is not None:
-                await self.hub.refuse(tenant, *found, error)
+                await self.refuse(tenant, *found, error)
             raise
+
+    async def refuse(self, tenant: str, model_id: str, seq_id: int, error: ManyloraError) -> None:
+        """Use up the number of a request that was refused; see `contract.TrainingApi`."""
+        async with self.hub.entered() as hub:
+            await hub.training.refuse(tenant, model_id, seq_id, error)
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, and through which door."""
+    """Who asks, and of which application."""
 
-    door: RequestContext
+    context: RequestContext
     tenant: str
     request_id: str
 
-    @property
-    def hub(self) -> Hub:
-        return self.door.hub
+    def hub(self) -> AbstractAsyncContextManager[Hub]:
+        """The hub, once it is there. See `HubProxy.entered`."""
+        return self.context.hub.entered()
 
 
-def get_door(request: Request) -> RequestContext:
-    """The door that the application was built with."""
-    return request.app.state.door
+def get_context(request: Request) -> RequestContext:
+    """The context that the application was built with."""
+    return request.app.state.context
 
 
 def _caller(request: Request) -> Caller:
-    return Caller(get_door(request), request.state.tenant, request.state.request_id)
+    return Caller(get_context(request), request.state.tenant, request.state.request_id)
 
 
 # FastAPI runs a dependency that is no coroutine in a thread.
-async def _find_door(request: Request) -> RequestContext:
-    return get_door(request)
+async def _find_context(request: Request) -> RequestContext:
+    return get_context(request)
 
 
 async def _find_caller(request: Request) -> Caller:
     return _caller(request)
 
 
-TheContext = Annotated[RequestContext, Depends(_find_door)]
+TheContext = Annotated[RequestContext, Depends(_find_context)]
 TheCaller = Annotated[Caller, Depends(_find_caller)]
 
-_NUMBERED = (Numbered, LoadWeightsRequest)
 _schemas: dict[str, type[BaseModel]] = {}
 
 
@@ -138,10 +144,11 @@ def json_body(model: type[M]) -> Any:
 def _json_reader(model: type[M]) -> Callable[[Request], Awaitable[M]]:
     async def read(request: Request) -> M:
         caller, body = _caller(request), await request.body()
-        if not issubclass(model, _NUMBERED):
-            return await _read(caller.door, request, model, body)
-        async with caller.door.using_up(caller.tenant, lambda: peek_json_ids(body)):
-            return await _read(caller.door, request, model, body)
+        kind = KIND_OF_MESSAGE.get(model)
+        if kind is None:
+            return await _read(caller.context, request, model, body)
+        async with caller.context.using_up(caller.tenant, lambda: kind.peek(body)):
+            return await _read(caller.context, request, model, body)
 
     return read
 
@@ -166,9 +173,9 @@ def straight(
     return Route(path, answer, methods=["POST"])
 
 
-async def _read(door: RequestContext, request: Request, model: type[M], body: bytes) -> M:
+async def _read(context: RequestContext, request: Request, model: type[M], body: bytes) -> M:
     check_type(request, JSON_TYPE)
-    return await door.read(lambda content: read_json(model, content), body)
+    return await context.read(lambda content: read_json(model, content), body)
 
 
 def check_type(request: Request, content_type: str) -> None:

@@ -86,59 +86,69 @@ async def training_runs(
     caller: TheCaller, limit: Limit = 20, offset: Offset = 0
 ) -> TrainingRunList:
     """The tenant's training runs, newest first."""
-    return await caller.hub.training_runs(caller.tenant, min(limit, MOST), offset)
+    async with caller.hub() as hub:
+        return await hub.training_runs.page(caller.tenant, min(limit, MOST), offset)
 
 
 @router.get("/training_runs/{model_id}")
 async def training_run(caller: TheCaller, model_id: Run) -> TrainingRun:
     """One training run."""
-    return await caller.hub.training_run(caller.tenant, model_id)
+    async with caller.hub() as hub:
+        return await hub.training_runs.get(caller.tenant, model_id)
 
 
 @router.get("/training_runs/{model_id}/checkpoints")
 async def checkpoints_of(caller: TheCaller, model_id: Run) -> CheckpointList:
     """The checkpoints of one training run."""
-    return await caller.hub.checkpoints_of(caller.tenant, model_id)
+    async with caller.hub() as hub:
+        return await hub.training_runs.checkpoints(caller.tenant, model_id)
 
 
 @router.get("/checkpoints")
 async def checkpoints(caller: TheCaller, limit: Limit = 100, offset: Offset = 0) -> CheckpointList:
     """The checkpoints of all the tenant's training runs, newest first."""
-    return await caller.hub.checkpoints(caller.tenant, min(limit, MOST), offset)
+    async with caller.hub() as hub:
+        return await hub.checkpoints.page(caller.tenant, min(limit, MOST), offset)
 
 
 @router.delete(ONE)
 async def delete_checkpoint(caller: TheCaller, path: Path) -> Empty:
     """Delete a checkpoint and its files."""
-    await caller.hub.delete_checkpoint(caller.tenant, path)
+    async with caller.hub() as hub:
+        await hub.checkpoints.delete(caller.tenant, path)
     return Empty()
 
 
 @router.put(f"{ONE}/ttl", openapi_extra=takes(TTLRequest))
 async def set_ttl(caller: TheCaller, path: Path, message: TTL) -> Empty:
     """Let a checkpoint expire, or never."""
-    await caller.hub.set_ttl(caller.tenant, path, message.ttl_seconds)
+    async with caller.hub() as hub:
+        await hub.checkpoints.set_ttl(caller.tenant, path, message.ttl_seconds)
     return Empty()
 
 
 @router.post(f"{ONE}/publish")
 async def publish(caller: TheCaller, path: Path) -> Empty:
     """Let every tenant of this server read a checkpoint."""
-    await caller.hub.set_public(caller.tenant, path, True)
+    async with caller.hub() as hub:
+        await hub.checkpoints.set_public(caller.tenant, path, True)
     return Empty()
 
 
 @router.delete(f"{ONE}/publish")
 async def unpublish(caller: TheCaller, path: Path) -> Empty:
     """Take publish back."""
-    await caller.hub.set_public(caller.tenant, path, False)
+    async with caller.hub() as hub:
+        await hub.checkpoints.set_public(caller.tenant, path, False)
     return Empty()
 
 
 @router.post("/weights_info", openapi_extra=takes(WeightsInfoRequest))
 async def weights_info(caller: TheCaller, message: Info) -> WeightsInfo:
     """What a checkpoint was trained on, and how."""
-    return await caller.hub.weights_info(caller.tenant, TinkerPath.parse(message.tinker_path))
+    path = TinkerPath.parse(message.tinker_path)
+    async with caller.hub() as hub:
+        return await hub.checkpoints.info(caller.tenant, path)
 
 
 @router.post("/copy_weights", openapi_extra=takes(CopyWeightsRequest))
@@ -148,16 +158,18 @@ async def copy_weights(caller: TheCaller, message: Copy, request: Request) -> Co
     if token is not None:
         raise Unsupported("weights_access_token is not supported; publish the checkpoint instead")
     path, key = TinkerPath.parse(message.source_path), request.headers.get("x-idempotency-key")
-    copy = await caller.hub.copy_weights(caller.tenant, message, path, key)
+    async with caller.hub() as hub:
+        copy = await hub.copies.make(caller.tenant, message, path, key)
     return CopyWeightsReply(tinker_path=str(copy))
 
 
 @router.get(f"{ONE}/archive", status_code=302, response_class=RedirectResponse)
 async def archive(caller: TheCaller, path: Path, request: Request) -> RedirectResponse:
     """The address of a checkpoint's archive; who has it needs no key."""
-    await caller.hub.weights_info(caller.tenant, path)  # it is there, and the caller may read it
-    expires = int(time.time()) + caller.door.settings.url_seconds
-    token = caller.door.signer.token(Grant(caller.tenant, path, ARCHIVE, expires))
+    async with caller.hub() as hub:
+        await hub.checkpoints.info(caller.tenant, path)  # it is there, and the caller may read it
+    expires = int(time.time()) + caller.context.settings.url_seconds
+    token = caller.context.signer.token(Grant(caller.tenant, path, ARCHIVE, expires))
     address = f"{request.state.base_url}{router.prefix}/archives/{token}"
     return RedirectResponse(address, 302, {"Expires": formatdate(expires, usegmt=True)})
 
@@ -167,13 +179,14 @@ async def archive(caller: TheCaller, path: Path, request: Request) -> RedirectRe
     response_class=Response,
     responses={200: {"content": {"application/x-tar": {}}}},
 )
-async def fetch_archive(door: TheContext, token: str, request: Request) -> Response:
+async def fetch_archive(context: TheContext, token: str, request: Request) -> Response:
     """A checkpoint's adapter as one tar of PEFT's files, by its signed address."""
-    grant = door.signer.grant(token)
+    grant = context.signer.grant(token)
     if grant.file != ARCHIVE:
         raise missing("file")
     request.state.stays()
-    archive = await door.hub.archive(grant.tenant, grant.path)
+    async with context.hub.entered() as hub:
+        archive = await hub.archives.open(grant.tenant, grant.path)
     return ArchiveResponse(archive, f"{grant.path.name}.tar")
 
 
@@ -184,11 +197,12 @@ async def external_weights_urls(
     """One address for each file of an external checkpoint; who has it needs no key."""
     if path.kind != "external_weights":
         raise missing("checkpoint")
-    files = await caller.hub.external_files(caller.tenant, path)
-    expires = int(time.time()) + caller.door.settings.url_seconds
+    async with caller.hub() as hub:
+        files = await hub.checkpoints.external_files(caller.tenant, path)
+    expires = int(time.time()) + caller.context.settings.url_seconds
     base = f"{request.state.base_url}{router.prefix}/external_weights"
     urls = {
-        name: f"{base}/{caller.door.signer.token(Grant(caller.tenant, path, name, expires))}"
+        name: f"{base}/{caller.context.signer.token(Grant(caller.tenant, path, name, expires))}"
         for name in files
     }
     return ExternalWeightsUrls(urls=urls, expires=datetime.fromtimestamp(expires, UTC))
@@ -199,15 +213,16 @@ async def external_weights_urls(
     response_class=Response,
     responses={200: {"content": {"application/octet-stream": {}}}},
 )
-async def download(door: TheContext, token: str, request: Request) -> FileResponse:
+async def download(context: TheContext, token: str, request: Request) -> FileResponse:
     """A file by its signed address."""
-    grant = door.signer.grant(token)
+    grant = context.signer.grant(token)
     request.state.stays()
-    files = await door.hub.external_files(grant.tenant, grant.path)
+    async with context.hub.entered() as hub:
+        files = await hub.checkpoints.external_files(grant.tenant, grant.path)
     file = files.get(grant.file)
     if file is None or not await to_thread.run_sync(file.is_file):
         raise missing("file")
-    return _Download(door.downloads, file)
+    return _Download(context.downloads, file)
 
 
 class _Download(FileResponse):

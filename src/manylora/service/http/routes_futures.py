@@ -31,8 +31,10 @@ async def retrieve_future(caller: TheCaller, message: Retrieve) -> Response:
     408 says "not yet", after a long wait: the SDK asks again at once. 404: no such promise.
     410: its result is gone.
     """
-    settings, started = caller.door.settings, time.monotonic()
-    outcome = await caller.hub.outcome(caller.tenant, message.request_id, settings.poll_seconds)
+    settings, started = caller.context.settings, time.monotonic()
+    outcome = await caller.context.hub.outcome(
+        caller.tenant, message.request_id, settings.poll_seconds
+    )
     match outcome:
         case Ready(content_type, body):
             if message.allow_metadata_only and len(body) > settings.whole_result:
@@ -45,7 +47,7 @@ async def retrieve_future(caller: TheCaller, message: Retrieve) -> Response:
 
 
 async def _not_yet(caller: Caller, request_id: str, waiting: Waiting, started: float) -> Response:
-    settings = caller.door.settings
+    settings = caller.context.settings
     least = min(settings.least_poll_seconds, settings.poll_seconds)
     await asyncio.sleep(max(0.0, least - (time.monotonic() - started)))
     reply = TryAgain(

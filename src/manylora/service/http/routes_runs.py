@@ -41,41 +41,48 @@ AdapterId = Annotated[str, Depends(_adapter_id)]
 @router.post("/runs", openapi_extra=takes(SubmitRunRequest))
 async def submit_run(caller: TheCaller, message: NewRun) -> Run:
     """Train an adapter beside everybody else's; it is durable when this answers."""
-    return await caller.hub.submit_run(caller.tenant, message)
+    async with caller.hub() as hub:
+        return await hub.runs.submit(caller.tenant, message)
 
 
 @router.get("/runs")
 async def runs(caller: TheCaller, limit: Limit = 20, offset: Offset = 0) -> RunList:
     """The tenant's runs, newest first."""
-    return await caller.hub.runs(caller.tenant, min(limit, MOST), offset)
+    async with caller.hub() as hub:
+        return await hub.runs.page(caller.tenant, min(limit, MOST), offset)
 
 
 @router.get("/runs/{run_id}")
 async def run(caller: TheCaller, run_id: RunId, after: After = 0) -> Run:
     """One run, with figures of its last steps (at most 1,000) after the one of that number."""
-    return await caller.hub.run(caller.tenant, run_id, after)
+    async with caller.hub() as hub:
+        return await hub.runs.get(caller.tenant, run_id, after)
 
 
 @router.delete("/runs/{run_id}")
 async def cancel_run(caller: TheCaller, run_id: RunId) -> Run:
     """Have a run end and keep what it has learned; one that is over stays as it is."""
-    return await caller.hub.cancel_run(caller.tenant, run_id)
+    async with caller.hub() as hub:
+        return await hub.runs.cancel(caller.tenant, run_id)
 
 
 @router.get("/adapters")
 async def adapters(caller: TheCaller) -> AdapterList:
     """The tenant's open models."""
-    return await caller.hub.adapters(caller.tenant)
+    async with caller.hub() as hub:
+        return await hub.adapters.page(caller.tenant)
 
 
 @router.get("/adapters/{adapter_id}")
 async def adapter(caller: TheCaller, adapter_id: AdapterId) -> Adapter:
     """One open model."""
-    return await caller.hub.adapter(caller.tenant, adapter_id)
+    async with caller.hub() as hub:
+        return await hub.adapters.get(caller.tenant, adapter_id)
 
 
 @router.delete("/adapters/{adapter_id}")
 async def close_adapter(caller: TheCaller, adapter_id: AdapterId) -> Adapter:
     """Close a model after what is queued for it; what it has learned since it was last saved is
     kept as its checkpoint `last`."""
-    return await caller.hub.close_adapter(caller.tenant, adapter_id)
+    async with caller.hub() as hub:
+        return await hub.adapters.end(caller.tenant, adapter_id)

@@ -24,7 +24,8 @@ async def create_sampling_session(
 ) -> CreateSamplingSessionReply:
     """A sampler of a checkpoint, or of a base model."""
     path = None if message.model_path is None else TinkerPath.parse(message.model_path)
-    sampler = await caller.hub.create_sampling_session(caller.tenant, message, path)
+    async with caller.hub() as hub:
+        sampler = await hub.samplers.create(caller.tenant, message, path)
     return CreateSamplingSessionReply(sampling_session_id=sampler)
 
 
@@ -33,13 +34,15 @@ async def get_sampler(caller: TheCaller, sampler_id: str) -> SamplerInfo:
     """What a sampler samples from."""
     if not is_identifier(sampler_id):
         raise missing("sampler")
-    return await caller.hub.sampler_info(caller.tenant, sampler_id)
+    async with caller.hub() as hub:
+        return await hub.samplers.info(caller.tenant, sampler_id)
 
 
 @router.post("/asample", openapi_extra=takes(SampleRequest))
 async def asample(caller: TheCaller, request: Request) -> Submitted:
     """Continue a prompt, and score it."""
     check_type(request, JSON_TYPE)
-    decode = partial(read_sample, limits=caller.door.settings.wire)
-    submit = await caller.door.read(decode, await request.body())
-    return await caller.hub.sample(caller.tenant, submit)
+    decode = partial(read_sample, limits=caller.context.settings.wire)
+    submit = await caller.context.read(decode, await request.body())
+    async with caller.hub() as hub:
+        return await hub.samplers.sample(caller.tenant, submit)

@@ -51,13 +51,15 @@ async def dynamic_config(message: Config) -> DynamicConfig:
 @router.post("/create_session", openapi_extra=takes(CreateSessionRequest))
 async def create_session(caller: TheCaller, message: NewSession) -> CreateSessionReply:
     """A new session."""
-    return CreateSessionReply(session_id=await caller.hub.create_session(caller.tenant, message))
+    async with caller.hub() as hub:
+        return CreateSessionReply(session_id=await hub.sessions.create(caller.tenant, message))
 
 
 @router.post("/session_heartbeat", openapi_extra=takes(SessionRequest))
 async def session_heartbeat(caller: TheCaller, message: Beat) -> HeartbeatReply:
     """Keep a session alive; 410 once it is over."""
-    await caller.hub.heartbeat(caller.tenant, message.session_id)
+    async with caller.hub() as hub:
+        await hub.sessions.require(caller.tenant, message.session_id)
     return HeartbeatReply()
 
 
@@ -66,7 +68,8 @@ async def finish_session(caller: TheCaller, session_id: str, message: Finish) ->
     """End a session; the first reason stays."""
     if not is_identifier(session_id):
         raise missing("session")
-    await caller.hub.finish_session(caller.tenant, session_id, message)
+    async with caller.hub() as hub:
+        await hub.sessions.finish(caller.tenant, session_id, message)
     return Empty()
 
 
@@ -79,7 +82,8 @@ async def telemetry(message: Events) -> TelemetryReply:
 @router.get("/get_server_capabilities")
 async def get_server_capabilities(caller: TheCaller) -> ServerCapabilities:
     """The base models by every name that they are served under."""
-    return await caller.hub.capabilities(caller.tenant)
+    async with caller.hub() as hub:
+        return await hub.capabilities(caller.tenant)
 
 
 @router.get("/healthz", tags=["health"])
@@ -90,7 +94,7 @@ async def healthz() -> Health:
 
 
 @health.get("/readyz", responses={503: {"model": Health}})
-async def readyz(door: TheContext) -> Response:
+async def readyz(context: TheContext) -> Response:
     """Whether the engine answers; 503 until then."""
-    ready = door.hub.ready()
+    ready = context.hub.ready()
     return json_response(Health(status="ok" if ready else "starting"), 200 if ready else 503)

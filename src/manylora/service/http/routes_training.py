@@ -10,11 +10,13 @@ from manylora.service.http.context import Caller, Routes, TheCaller, check_type,
 from manylora.service.http.responses import JSON_TYPE
 from manylora.service.wire.codec import adam_params
 from manylora.service.wire.messages import (
+    KINDS,
     CreateModelRequest,
     LoadWeightsRequest,
     ModelRequest,
     OptimizerConfig,
     OptimStepRequest,
+    OrderPlace,
     SaveWeightsExternalRequest,
     SaveWeightsForSamplerRequest,
     SaveWeightsRequest,
@@ -22,10 +24,11 @@ from manylora.service.wire.messages import (
 from manylora.service.wire.outline import outline_of
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.replies import ModelInfo, Submitted
-from manylora.service.wire.scan import peek_ids
 from manylora.types import Unsupported
 
 router = Routes(prefix="/api/v1", tags=["training"])
+
+_FORWARD_BACKWARD = KINDS["forward_backward"]
 
 NewModel = Annotated[CreateModelRequest, json_body(CreateModelRequest)]
 Load = Annotated[LoadWeightsRequest, json_body(LoadWeightsRequest)]
@@ -42,25 +45,29 @@ async def create_model(caller: TheCaller, message: NewModel) -> Submitted:
     _check_optimizer(message.optimizer_config)
     if message.lora_config is None:
         raise Unsupported("training all of a model's weights is not supported; give lora_config")
-    return await caller.hub.create_model(caller.tenant, message)
+    async with caller.hub() as hub:
+        return await hub.training.create_model(caller.tenant, message, message.lora_config)
 
 
 @router.post("/load_weights", openapi_extra=takes(LoadWeightsRequest))
 async def load_weights(caller: TheCaller, message: Load) -> Submitted:
     """A checkpoint's weights, as a new model or as the first request of one just made."""
-    async with _using_up(caller, message.model_id, message.seq_id):
+    target = message.target
+    async with _using_up(caller, target if isinstance(target, OrderPlace) else None):
         path = TinkerPath.parse(message.path)
         if message.optimizer_config is not None:
             _check_optimizer(message.optimizer_config)
         if message.weights_access_token is not None:
             raise Unsupported("weights_access_token is not supported")
-    return await caller.hub.load_weights(caller.tenant, message, path)
+    async with caller.hub() as hub:
+        return await hub.training.load_weights(caller.tenant, message, path)
 
 
 @router.post("/get_info", openapi_extra=takes(ModelRequest))
 async def get_info(caller: TheCaller, message: Model) -> ModelInfo:
     """What a model is."""
-    return await caller.hub.model_info(caller.tenant, message.model_id)
+    async with caller.hub() as hub:
+        return await hub.training_runs.model_info(caller.tenant, message.model_id)
 
 
 @router.post(
@@ -80,48 +87,50 @@ async def forward_backward(caller: TheCaller, request: Request) -> Submitted:
             "forward_backward in JSON is not supported; the SDK sends protobuf since 0.25.0"
         )
     check_type(request, PROTOBUF_TYPE)
-    limits = caller.door.settings.wire
-    async with caller.door.using_up(caller.tenant, lambda: peek_ids(body)):
-        outline = await caller.door.read(lambda body: outline_of(body, limits), body)
-    return await caller.hub.forward_backward(caller.tenant, outline)
+    limits = caller.context.settings.wire
+    async with caller.context.using_up(caller.tenant, lambda: _FORWARD_BACKWARD.peek(body)):
+        outline = await caller.context.read(lambda body: outline_of(body, limits), body)
+    async with caller.hub() as hub:
+        return await hub.training.forward_backward(caller.tenant, outline)
 
 
 @router.post("/optim_step", openapi_extra=takes(OptimStepRequest))
 async def optim_step(caller: TheCaller, message: Step) -> Submitted:
     """One optimizer step on the gradients since the last one."""
-    async with _using_up(caller, message.model_id, message.seq_id):
+    async with _using_up(caller, message.place):
         if message.optimizer_params is not None or message.adam_params is None:
             raise Unsupported("an optimizer other than adamw is not supported; give adam_params")
         adam_params(message.adam_params)  # out of range is refused now, not when its turn comes
-    return await caller.hub.optim_step(caller.tenant, message)
+    async with caller.hub() as hub:
+        return await hub.training.submit(caller.tenant, message)
 
 
 @router.post("/save_weights", openapi_extra=takes(SaveWeightsRequest))
 async def save_weights(caller: TheCaller, message: Save) -> Submitted:
     """A checkpoint to train on from."""
-    return await caller.hub.save_weights(caller.tenant, message)
+    async with caller.hub() as hub:
+        return await hub.training.submit(caller.tenant, message)
 
 
 @router.post("/save_weights_for_sampler", openapi_extra=takes(SaveWeightsForSamplerRequest))
 async def save_weights_for_sampler(caller: TheCaller, message: SaveForSampler) -> Submitted:
     """Frozen weights to sample from: under a name, or for one sampling session."""
-    return await caller.hub.save_weights_for_sampler(caller.tenant, message)
+    async with caller.hub() as hub:
+        return await hub.training.submit(caller.tenant, message)
 
 
 @router.post("/save_weights_external", openapi_extra=takes(SaveWeightsExternalRequest))
 async def save_weights_external(caller: TheCaller, message: SaveExternal) -> Submitted:
     """A checkpoint in PEFT's format, to be downloaded."""
-    async with _using_up(caller, message.model_id, message.seq_id):
+    async with _using_up(caller, message.place):
         if message.age_encryption_recipients:
             raise Unsupported("age_encryption_recipients is not supported; files are not encrypted")
-    return await caller.hub.save_weights_external(caller.tenant, message)
+    async with caller.hub() as hub:
+        return await hub.training.submit(caller.tenant, message)
 
 
-def _using_up(
-    caller: Caller, model_id: str | None, seq_id: int | None
-) -> AbstractAsyncContextManager[Any]:
-    ids = None if model_id is None or seq_id is None else (model_id, seq_id)
-    return caller.door.using_up(caller.tenant, lambda: ids)
+def _using_up(caller: Caller, place: OrderPlace | None) -> AbstractAsyncContextManager[Any]:
+    return caller.context.using_up(caller.tenant, lambda: place)
 
 
 def _check_optimizer(config: OptimizerConfig) -> None:

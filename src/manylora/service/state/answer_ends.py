@@ -34,7 +34,7 @@ class Ends:
         if row.snapshot not in self._kept:
             folder = self._folder_of(row.snapshot)
             if not await asyncio.to_thread(folder.exists):
-                return submit  # whoever samples from it will say that it is gone
+                return submit  # sampling from it will say that it is gone
             self._kept[row.snapshot] = (await asyncio.to_thread(recorded_format, folder)).stop
             while len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)

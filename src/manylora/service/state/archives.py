@@ -49,24 +49,24 @@ class TarArchive:
 
 
 class Archives:
-    """Makes archives of what `keeping` keeps."""
+    """The archives of a server's checkpoints, each made when it is asked for."""
 
-    def __init__(self, parts: Resources, keeping: Checkpoints):
+    def __init__(self, resources: Resources, checkpoints: Checkpoints):
         """What a server that was killed left of its archives in the data directory is removed."""
-        for scratch in parts.folder.glob(f"{SCRATCH}*"):
+        for scratch in resources.folder.glob(f"{SCRATCH}*"):
             shutil.rmtree(scratch, ignore_errors=True)
-        self._parts = parts
-        self._keeping = keeping
+        self._resources = resources
+        self._checkpoints = checkpoints
         self._open = 0
 
     async def open(self, tenant: str, path: TinkerPath) -> TarArchive:
-        """The archive of a checkpoint that the tenant may read; whoever asks has to close it.
+        """The archive of a checkpoint that the tenant may read; the caller has to close it.
 
         Raises:
             NotFound: there is no such checkpoint. Backpressure: too many are open.
             CheckpointDamaged, SaveFailed.
         """
-        row = await self._keeping.readable(tenant, path, path.kind)
+        row = await self._checkpoints.readable(tenant, path, path.kind)
         if self._open >= MOST_OPEN:
             raise Backpressure(f"{MOST_OPEN} archives are being fetched; try again")
         self._open += 1
@@ -81,14 +81,14 @@ class Archives:
         self._open -= 1
 
     def _packed(self, row: CheckpointRow) -> IO[bytes]:
-        folder, engine = self._keeping.folder_of(row), self._parts.host.engine
+        folder, engine = self._checkpoints.folder_of(row), self._resources.host.engine
         if row.kind == "external_weights":
-            return _pack(folder, self._parts.folder)
+            return _pack(folder, self._resources.folder)
         state = read_state(engine, folder, called=row.path).state
-        with tempfile.TemporaryDirectory(dir=self._parts.folder, prefix=SCRATCH) as scratch:
+        with tempfile.TemporaryDirectory(dir=self._resources.folder, prefix=SCRATCH) as scratch:
             peft = Path(scratch) / "peft"
             write_peft(engine, peft, state)
-            return _pack(peft, self._parts.folder)
+            return _pack(peft, self._resources.folder)
 
 
 def _pack(folder: Path, place: Path) -> IO[bytes]:

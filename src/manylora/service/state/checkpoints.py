@@ -14,9 +14,9 @@ from manylora.hosting import Host
 from manylora.hosting.state_files import write_peft, write_state
 from manylora.lora.state import AdapterState
 from manylora.service.http_errors import QuotaExceeded, missing
-from manylora.service.state.listings import listed
+from manylora.service.state.listings import listed, weights_info
 from manylora.service.wire.paths import PathKind, TinkerPath
-from manylora.service.wire.replies import CheckpointList, Cursor
+from manylora.service.wire.replies import CheckpointList, Cursor, WeightsInfo
 from manylora.store import CheckpointRow, Store
 from manylora.types import CheckpointExists, DataError, SaveFailed
 
@@ -117,9 +117,7 @@ class Checkpoints:
         Raises:
             NotFound: there is none. DataError: it is of another kind.
         """
-        row = await asyncio.to_thread(self._store.checkpoints.readable, tenant, str(path))
-        if row is None:
-            raise missing("checkpoint")
+        row = _there(await asyncio.to_thread(self._store.checkpoints.readable, tenant, str(path)))
         if row.kind not in kinds:
             raise DataError(f"{path} holds {row.kind}; here {' or '.join(kinds)} is needed")
         return row
@@ -136,6 +134,10 @@ class Checkpoints:
         """
         link_folder(self.folder_of(row), target)
 
+    async def info(self, tenant: str, path: TinkerPath) -> WeightsInfo:
+        """What a checkpoint that the tenant may read was trained on, and how. See `readable`."""
+        return weights_info(await self.readable(tenant, path, path.kind))
+
     async def external_files(self, tenant: str, path: TinkerPath) -> dict[str, Path]:
         """The files of an external checkpoint by name."""
         row = await self.readable(tenant, path, "external_weights")
@@ -146,10 +148,7 @@ class Checkpoints:
 
     async def get(self, tenant: str, path: TinkerPath) -> CheckpointRow:
         """The tenant's own checkpoint. Raises NotFound."""
-        row = await asyncio.to_thread(self._store.checkpoints.get, tenant, str(path))
-        if row is None:
-            raise missing("checkpoint")
-        return row
+        return _there(await asyncio.to_thread(self._store.checkpoints.get, tenant, str(path)))
 
     async def of_model(self, tenant: str, model_id: str) -> list[CheckpointRow]:
         """All checkpoints of one training run, oldest first."""
@@ -164,27 +163,19 @@ class Checkpoints:
         )
 
     async def delete(self, tenant: str, path: TinkerPath) -> None:
-        """Raises NotFound."""
-        row = await asyncio.to_thread(self._store.checkpoints.delete, tenant, str(path))
-        if row is None:
-            raise missing("checkpoint")
+        """Delete a checkpoint and its files. Raises NotFound."""
+        row = _there(await asyncio.to_thread(self._store.checkpoints.delete, tenant, str(path)))
         await asyncio.to_thread(self._remove, row)
 
     async def set_ttl(self, tenant: str, path: TinkerPath, seconds: int | None) -> None:
-        """Raises NotFound."""
-        changed = await asyncio.to_thread(
-            self._store.checkpoints.set_ttl, tenant, str(path), seconds
-        )
-        if changed is None:
-            raise missing("checkpoint")
+        """Let a checkpoint expire that many seconds from now; None = never. Raises NotFound."""
+        set_ttl = self._store.checkpoints.set_ttl
+        _there(await asyncio.to_thread(set_ttl, tenant, str(path), seconds))
 
     async def set_public(self, tenant: str, path: TinkerPath, public: bool) -> None:
-        """Raises NotFound."""
-        changed = await asyncio.to_thread(
-            self._store.checkpoints.set_public, tenant, str(path), public
-        )
-        if changed is None:
-            raise missing("checkpoint")
+        """Let other tenants read a checkpoint, or not any more. Raises NotFound."""
+        set_public = self._store.checkpoints.set_public
+        _there(await asyncio.to_thread(set_public, tenant, str(path), public))
 
     def remove_expired(self) -> int:
         """Delete what is past its time (any thread); how many."""
@@ -196,6 +187,13 @@ class Checkpoints:
 
     def _remove(self, row: CheckpointRow) -> None:
         shutil.rmtree(self.folder_of(row), ignore_errors=True)
+
+
+def _there(row: CheckpointRow | None) -> CheckpointRow:
+    """The row that was found. Raises NotFound: there was none."""
+    if row is None:
+        raise missing("checkpoint")
+    return row
 
 
 def link_folder(source: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from manylora.service.state.checkpoints import CheckpointOrder, Checkpoints
 from manylora.service.state.resources import Resources
 from manylora.service.state.sessions import Sessions
 from manylora.service.wire.codec import digest_json
-from manylora.service.wire.messages import CopyWeightsRequest
+from manylora.service.wire.messages import CopyWeightsRequest, Slot
 from manylora.service.wire.paths import TinkerPath
 from manylora.store import CheckpointRow, ModelRow, SessionRow
 
@@ -23,9 +23,9 @@ ID_BYTES = 12
 class Copies:
     """Makes copies, each once however often it is asked for."""
 
-    def __init__(self, parts: Resources, keeping: Checkpoints, sessions: Sessions):
-        self._parts = parts
-        self._keeping = keeping
+    def __init__(self, resources: Resources, checkpoints: Checkpoints, sessions: Sessions):
+        self._resources = resources
+        self._checkpoints = checkpoints
         self._sessions = sessions
 
     async def make(
@@ -43,20 +43,20 @@ class Copies:
             NotFound, Gone: no such checkpoint or session. Conflict: the number in the session was
             used for something else. QuotaExceeded. SaveFailed.
         """
-        source = await self._keeping.readable(tenant, path, path.kind)
+        source = await self._checkpoints.readable(tenant, path, path.kind)
         if request.session_id is not None and request.model_seq_id is not None:
             await self._sessions.require(tenant, request.session_id)
-            session_id, number, made = request.session_id, request.model_seq_id, None
+            slot, made = Slot(request.session_id, request.model_seq_id), None
         else:
             made = _session(tenant, key)
-            session_id, number = made.id, 0
-        row = _row(tenant, session_id, number, request, source)
+            slot = Slot(made.id, 0)
+        row = _row(tenant, slot, request, source)
         return await asyncio.to_thread(self._make, made, row, source, request.ttl_seconds)
 
     def _make(
         self, session: SessionRow | None, row: ModelRow, source: CheckpointRow, ttl: int | None
     ) -> TinkerPath:
-        store = self._parts.store
+        store = self._resources.store
         if session is not None and store.sessions.get(session.tenant, session.id) is None:
             store.sessions.create(session)
         store.models.create(row)
@@ -65,7 +65,7 @@ class Copies:
             path=copy, tenant=row.tenant, request_id=f"{row.id}:copy", seq=0, spec=source.spec,
             ttl_seconds=ttl, user_metadata=source.user_metadata,
         )  # fmt: skip
-        self._keeping.adopt(order, self._keeping.folder_of(source), source.step)
+        self._checkpoints.adopt(order, self._checkpoints.folder_of(source), source.step)
         return copy
 
 
@@ -79,14 +79,12 @@ def _session(tenant: str, key: str | None) -> SessionRow:
     )  # fmt: skip
 
 
-def _row(
-    tenant: str, session_id: str, number: int, request: CopyWeightsRequest, source: CheckpointRow
-) -> ModelRow:
+def _row(tenant: str, slot: Slot, request: CopyWeightsRequest, source: CheckpointRow) -> ModelRow:
     """A training run that is closed from its beginning."""
     now = time.time()
     return ModelRow(
-        id=f"{session_id}:train:{number}", tenant=tenant, session_id=session_id,
-        model_seq_id=number, base_model=str(source.spec["base_model"]), spec=dict(source.spec),
+        id=slot.model_id, tenant=tenant, session_id=slot.session_id,
+        model_seq_id=slot.number, base_model=str(source.spec["base_model"]), spec=dict(source.spec),
         digest=digest_json(request), created_at=now, last_request_at=now, source_path=source.path,
         step=source.step, closed_at=now,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from manylora.types import EngineLost, Sample
 
 # An operation is not run again once it was running this often when an engine was lost that said
 # why, or this often when one was that did not: the first is its doing, the second more likely
-# somebody's who kills processes.
+# that of a person who kills processes.
 MOST_LOSSES, MOST_SILENT_LOSSES = 3, 6
 _SPOKEN = MOST_SILENT_LOSSES // MOST_LOSSES
 
@@ -30,17 +30,17 @@ class CrashSuspects:
         self._blame: Counter[str] = Counter()
 
     def note(self, losses: Iterable[tuple[Operation, EngineLost]]) -> None:
-        """These were running when an engine was lost, and how it was."""
+        """Note what was running when an engine was lost, and how each was lost."""
         self.completed = 0
         for operation, loss in losses:
             self._blame[_key(operation)] += 1 if loss.silent else _SPOKEN
 
     def acquit(self, operation: Operation) -> None:
-        """It ran to its end. What was given up stays so."""
+        """Note that an operation ran to its end. What was given up stays so."""
         self._acquit(_key(operation))
 
     def acquit_numbered(self, adapter: str, seq: int) -> None:
-        """The same of an adapter's operation of that number."""
+        """Note that an adapter's operation of that number ran to its end."""
         self._acquit(_numbered(adapter, seq))
 
     def is_suspect(self, operation: Operation) -> bool:
@@ -52,7 +52,7 @@ class CrashSuspects:
         return self._blame[_key(operation)] >= MOST_SILENT_LOSSES
 
     def is_numbered_given_up(self, adapter: str, seq: int) -> bool:
-        """The same of an adapter's operation of that number."""
+        """Whether an adapter's operation of that number should not run again."""
         return self._blame[_numbered(adapter, seq)] >= MOST_SILENT_LOSSES
 
     def _acquit(self, key: str) -> None:

@@ -30,7 +30,7 @@ class Preparing:
 
     @property
     def others_wait(self) -> bool:
-        """Whether somebody else could go on. Any thread."""
+        """Whether another tenant's could go on. Any thread."""
         return bool(self._next) and len(self._paused) < MOST_PAUSED
 
     async def begin(self, tenant: str) -> None:
@@ -78,7 +78,7 @@ class Preparing:
             line = self._lines.get(tenant, deque())
             while turn is None and line:
                 turn = line.popleft()
-                if turn.done():  # whoever waited was cancelled
+                if turn.done():  # what waited was cancelled
                     turn = None
             if turn is not None and not turn.done():
                 self._busy = True

@@ -52,10 +52,6 @@ class InOrder(Generic[Item]):
         while len(self._digests) > REMEMBERED:
             self._digests.popitem(last=False)
 
-    def forget(self, seq: int) -> None:
-        """Take a number back whose request was not accepted after all."""
-        self._digests.pop(seq, None)
-
     def offer(self, seq: int, item: Item) -> list[tuple[int, Item]]:
         """Add an item; returns those whose turn it is now, in order."""
         self._early[seq] = item

@@ -10,8 +10,8 @@ from manylora.types import Cancelled
 class Ledger:
     """Bytes held, for each tenant and in all. On the event loop.
 
-    Whoever holds nothing is let in with one thing of any size up to the smaller bound, so nobody
-    waits for ever; what is larger than that is refused for good.
+    A tenant that holds nothing is let in with one thing of any size up to the smaller bound, so
+    none waits for ever; what is larger than that is refused for good.
     """
 
     def __init__(self, what: str, each: int, in_all: int):
@@ -24,7 +24,7 @@ class Ledger:
 
     @property
     def total(self) -> int:
-        """What everybody holds."""
+        """What all tenants hold."""
         return self._total
 
     def held(self, tenant: str) -> int:
@@ -41,7 +41,7 @@ class Ledger:
             )
 
     def fits(self, tenant: str, size: int) -> bool:
-        """Whether there is room now, and nobody waits for it."""
+        """Whether there is room now, and no earlier request waits for it."""
         first = any(self._fits_its_own(who, needed) for who, needed, _ in self._waiting)
         return not first and self._fits_its_own(tenant, size) and self._fits_in_all(size)
 
@@ -81,7 +81,7 @@ class Ledger:
 
     async def enter_in_turn(self, tenant: str, size: int) -> None:
         """Count in as soon as there is room; those who wait are let in in the order in which they
-        came, except that nobody waits for another tenant's own bound.
+        came, except that none waits for another tenant's own bound.
 
         Raises:
             Cancelled: the server stops.
@@ -96,7 +96,7 @@ class Ledger:
         await there
 
     def close(self) -> None:
-        """Let nobody in who waits: `enter_in_turn` raises Cancelled."""
+        """Refuse all that wait: `enter_in_turn` raises Cancelled."""
         self._closed = True
         while self._waiting:
             self._waiting.popleft()[2].set_exception(Cancelled("the server is stopping"))

@@ -79,9 +79,9 @@ class LiveRun:
             self.data.entry, name=self.row.id, between=between,
             read=lambda which: self.data.read(which, between),
         )  # fmt: skip
-        door = AdapterClient(host, tenant=self.row.tenant)
+        client = AdapterClient(host, tenant=self.row.tenant)
         run = AdapterRun(
-            door, job, self.paths, emit=self._listener(note), stop=self.stop,
+            client, job, self.paths, emit=self._listener(note), stop=self.stop,
             preparing=turn, newest_state=newest_state,
         )  # fmt: skip
         self._outcome = run.outcome

@@ -26,9 +26,9 @@ class Maintenance:
     def __init__(self, hub: TinkerHub, gap_seconds: float = GAP_SECONDS):
         """`gap_seconds`: how long operations wait for one that has not come."""
         self._hub = hub
-        self._parts = hub.parts
+        self._resources = hub.resources
         self._gap_seconds = gap_seconds
-        self._swept_at = hub.parts.clock() - SWEEP_SECONDS
+        self._swept_at = hub.resources.clock() - SWEEP_SECONDS
         self._closing: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -41,13 +41,13 @@ class Maintenance:
                 log.exception("a round of upkeep failed")
 
     async def round(self) -> None:
-        """Everything that is due."""
-        now = self._parts.clock()
+        """Do everything that is due."""
+        now = self._resources.clock()
         self._save_states(now)
         await self._cover()
-        for model in self._hub.models:
-            if model.order.num_early and now - model.arrived_at > self._gap_seconds:
-                await self._hub.models.close_gap(model)
+        for adapter in self._hub.adapters:
+            if adapter.order.num_early and now - adapter.arrived_at > self._gap_seconds:
+                await self._hub.adapters.close_gap(adapter)
         for session in self._silent():
             if session.id not in self._closing:
                 self._closing[session.id] = asyncio.create_task(self._close(session))
@@ -56,69 +56,69 @@ class Maintenance:
             await self._sweep()
 
     def _save_states(self, now: float) -> None:
-        every = self._parts.settings.saving.every_seconds
-        pinning = set(self._parts.journal.lagging(JOURNAL_BYTES))
-        for model in self._hub.models:
-            due = model.touched and now - model.saved_at > every
-            if (due or model.id in pinning) and model.fault is None and not model.closing:
-                self._hub.models.save(model)
+        every = self._resources.settings.saving.every_seconds
+        pinning = set(self._resources.journal.lagging(JOURNAL_BYTES))
+        for adapter in self._hub.adapters:
+            due = adapter.touched and now - adapter.saved_at > every
+            if (due or adapter.id in pinning) and adapter.fault is None and not adapter.closing:
+                self._hub.adapters.save(adapter)
 
     async def _cover(self) -> None:
         """Tell the journal what it need not keep, after the results that replace it are durable."""
-        covered = [self._parts.covered.popleft() for _ in range(len(self._parts.covered))]
+        covered = [self._resources.covered.popleft() for _ in range(len(self._resources.covered))]
         if not covered:
             return
 
         def work() -> None:
-            self._parts.promises.results.flush()
+            self._resources.promises.results.flush()
             for stream, seq in covered:
-                self._parts.journal.covered(stream, seq)
+                self._resources.journal.covered(stream, seq)
 
         try:
             await asyncio.to_thread(work)
         except ManyloraError:  # a full disk; the journal keeps it until there is room
-            self._parts.covered.extendleft(reversed(covered))
+            self._resources.covered.extendleft(reversed(covered))
             raise
 
     def _silent(self) -> list[Session]:
         """Sessions that have been silent for too long and have nothing queued."""
-        seconds = self._parts.settings.session_seconds
+        seconds = self._resources.settings.session_seconds
         return [s for s in self._hub.sessions.silent(seconds) if not self._is_busy(s)]
 
     def _is_busy(self, session: Session) -> bool:
-        own = (model for model in self._hub.models if model.row.session_id == session.id)
-        waiting = any(model.running or model.order.num_early for model in own)
+        own = (adapter for adapter in self._hub.adapters if adapter.row.session_id == session.id)
+        waiting = any(adapter.running or adapter.order.num_early for adapter in own)
         return waiting or self._hub.samplers.is_busy(session.id)
 
     async def _close(self, session: Session) -> None:
-        """End a silent session; what its models have learned since they were last saved is kept as
-        a checkpoint."""
+        """End a silent session; what its adapters have learned since they were last saved is kept
+        as a checkpoint."""
         log.info("session %s is silent; its models are saved and closed", session.id)
         try:
-            for model in self._hub.models:
-                if model.row.session_id == session.id and model.fault is None:
-                    await self._hub.keep_last(model)
+            for adapter in self._hub.adapters:
+                if adapter.row.session_id == session.id and adapter.fault is None:
+                    await self._hub.adapters.keep_last(adapter)
             if session not in self._silent():  # it came back meanwhile
                 return
             await self._hub.sessions.end(session, "silent")
-            await self._hub.close_models(session.tenant, session.id)
+            await self._hub.close_adapters(session.tenant, session.id)
         except ManyloraError as error:
             log.error("session %s could not be closed: %s", session.id, error)
         finally:
             self._closing.pop(session.id, None)
 
     async def _sweep(self) -> None:
-        saving, store = self._parts.settings.saving, self._parts.store
-        steps = {model.id: model.steps for model in self._hub.models}
+        saving, store = self._resources.settings.saving, self._resources.store
+        steps = {adapter.id: adapter.steps for adapter in self._hub.adapters}
 
         def work() -> None:
-            self._parts.promises.results.sweep()
-            self._hub.keeping.remove_expired()
+            self._resources.promises.results.sweep()
+            self._hub.checkpoints.remove_expired()
             store.tidying.forget(EMPTY_SECONDS, saving.session_hours * SECONDS_OF_AN_HOUR)
-            self._hub.submitted.forget_old()
+            self._hub.runs.forget_old()
             store.sessions.touch(self._hub.sessions.open_ids())
             store.models.set_steps(steps)
 
         await asyncio.to_thread(work)
-        self._parts.promises.let_go()
+        self._resources.promises.let_go()
         await self._hub.samplers.drop_unused(saving.snapshot_hours * SECONDS_OF_AN_HOUR)

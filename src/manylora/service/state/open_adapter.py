@@ -1,4 +1,4 @@
-"""One open model: what its client asked for, and how far that is."""
+"""One open adapter: what its client asked for, and how far that is."""
 
 import asyncio
 from collections import deque
@@ -33,14 +33,16 @@ class OpenAdapter:
 
     Attributes:
         order: its operations, by number.
-        due: those whose turn has come and of which one has still to be decoded; feeding: decodes
-            them, while there are any.
+        due: those whose turn has come and of which one has still to be decoded.
+        feeding: decodes them, while there are any.
         restored: an earlier server made it; whatever has been acknowledged is in `order`, unless
             it was lost.
         running: due or handed to the queue, without an outcome yet.
-        steps: optimizer steps made; unsaved_steps: of them, since its state was last asked for.
+        steps: optimizer steps made.
+        unsaved_steps: of them, since its state was last asked for.
         touched: whether anything has changed since then.
-        saved_at, arrived_at: when that was, and when the last operation arrived (`Parts.clock`).
+        saved_at: when that was (`Resources.clock`).
+        arrived_at: when the last operation arrived.
         fault: why it can no longer be used.
     """
 
@@ -67,5 +69,5 @@ class OpenAdapter:
         return self.row.tenant
 
     def info(self) -> Adapter:
-        """As its owner sees it."""
+        """The adapter as its owner sees it."""
         return adapter_info(self.row, step=self.steps, running=self.running, fault=self.fault)

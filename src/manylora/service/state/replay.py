@@ -12,35 +12,21 @@ from manylora.checkpoint import clean_strays
 from manylora.hosting import Host
 from manylora.journal import Damage, Record, Recovery
 from manylora.service.http_errors import Lost
-from manylora.service.state.hub import CREATION, TinkerHub
+from manylora.service.state.hub import TinkerHub
 from manylora.service.state.open_adapter import OpenAdapter
 from manylora.service.state.open_adapters import FIRST_SEQ, GIVEN_UP, never_came
 from manylora.service.state.samplers import KIND as SAMPLE
-from manylora.service.state.wire_operations import OperationRequest, adapter_spec
-from manylora.service.wire.messages import (
-    LoadWeightsRequest,
-    OptimStepRequest,
-    SaveWeightsExternalRequest,
-    SaveWeightsForSamplerRequest,
-    SaveWeightsRequest,
-)
+from manylora.service.state.training import created, creation_of
+from manylora.service.state.wire_operations import Load, OperationRequest, adapter_spec
+from manylora.service.wire.messages import KINDS, REFUSED, LoadWeightsRequest
 from manylora.service.wire.outline import outline_of
 from manylora.service.wire.paths import TinkerPath
-from manylora.service.wire.replies import CreateModelReply, LoadWeightsReply
 from manylora.service.wire.sample_messages import read_sample
 from manylora.service.wire.wire_limits import WireLimits
-from manylora.store import ModelRow
 from manylora.types import DataError, ManyloraError
 from manylora.types.files import tell_shortage_apart
 
 log = logging.getLogger("manylora.service")
-
-_MESSAGES = {
-    "optim_step": OptimStepRequest,
-    "save_weights": SaveWeightsRequest,
-    "save_weights_for_sampler": SaveWeightsForSamplerRequest,
-    "save_weights_external": SaveWeightsExternalRequest,
-}
 
 
 class Replay:
@@ -48,38 +34,38 @@ class Replay:
 
     def __init__(self, hub: TinkerHub, limits: WireLimits):
         self._hub = hub
-        self._parts = hub.parts
+        self._resources = hub.resources
         self._limits = limits
 
     async def run(self, recovery: Recovery) -> int:
         """Open what was open, and hand over what had not run; returns how many operations."""
-        store, hub = self._parts.store, self._hub
+        store, hub = self._resources.store, self._hub
         snapshots: set[Path] = set()
         for session in await asyncio.to_thread(store.sessions.open):
             hub.sessions.restore(session)
             snapshots |= await hub.samplers.restore(session.tenant, session.id)
-        await asyncio.to_thread(_remove_all_but, snapshots, self._parts.host)
-        await self._open_models()
+        await asyncio.to_thread(_remove_all_but, snapshots, self._resources.host)
+        await self._open_adapters()
         count = await self._operations(recovery)
-        for model in hub.models:
-            await self._check_end(model)
-        over = {m.row.session_id: m.tenant for m in hub.models}
+        for adapter in hub.adapters:
+            await self._check_end(adapter)
+        over = {m.row.session_id: m.tenant for m in hub.adapters}
         for session_id, tenant in over.items():
             if not hub.sessions.is_open(session_id):  # killed while it was closed
-                self._parts.in_background(hub.close_models(tenant, session_id))
+                self._resources.in_background(hub.close_adapters(tenant, session_id))
         return count
 
-    async def _open_models(self) -> None:
-        host, folder = self._parts.host, self._parts.host.state_folder("x").parent
+    async def _open_adapters(self) -> None:
+        host, folder = self._resources.host, self._resources.host.state_folder("x").parent
         await asyncio.to_thread(clean_strays, folder)
-        for row in await asyncio.to_thread(self._parts.store.models.open):
+        for row in await asyncio.to_thread(self._resources.store.models.open):
             position, fault = await asyncio.to_thread(saved_position, host.state_folder(row.id))
-            model = self._hub.models.add(row, (position or 0) + 1, restored=True)
+            adapter = self._hub.adapters.add(row, (position or 0) + 1, restored=True)
             if position is None and row.source_path is not None and fault is None:
                 fault = "its state on disk is gone"
             if fault is not None:
-                if model.fault is None:
-                    self._hub.models.set_fault(model, fault)
+                if adapter.fault is None:
+                    self._hub.adapters.set_fault(adapter, fault)
                 position = None
             spec = adapter_spec(row.spec, host.engine.sites)
             await asyncio.wrap_future(
@@ -88,35 +74,33 @@ class Replay:
                     lambda pager, id=row.id, spec=spec, at=position: pager.register(id, spec, at),
                 )
             )
-            created = f"{row.id}:{CREATION}"
-            if await asyncio.to_thread(self._parts.promises.results.get, created) is None:
-                reply = _created(row)
-                promise = self._parts.promises.open(created, row.tenant, row.digest)
-                promise.durable.set_result(None)
-                self._parts.promises.settle(created, reply, lambda body: ("application/json", body))
+            request_id, promises = creation_of(row.id), self._resources.promises
+            if await asyncio.to_thread(promises.results.get, request_id) is None:
+                promises.open(request_id, row.tenant, row.digest).durable.set_result(None)
+                promises.settle(request_id, row, created)
 
     async def _operations(self, recovery: Recovery) -> int:
-        by_model: dict[str, dict[int, Record]] = defaultdict(dict)
+        by_adapter: dict[str, dict[int, Record]] = defaultdict(dict)
         samples: list[Record] = []
         for record in recovery.records:
             if record.kind == SAMPLE:
                 samples.append(record)
             # One may be there twice; and what came after all was not given up.
-            elif record.kind != GIVEN_UP or record.seq not in by_model[record.stream]:
-                by_model[record.stream][record.seq] = record
+            elif record.kind != GIVEN_UP or record.seq not in by_adapter[record.stream]:
+                by_adapter[record.stream][record.seq] = record
         lost: dict[str, dict[int, Record]] = defaultdict(dict)
         for damage in recovery.damages:
             log.error("the journal is damaged: %s", _described(damage))
             if damage.lost is not None:
                 lost[damage.lost.stream][damage.lost.seq] = damage.lost
         count = 0
-        for model_id in {*by_model, *lost}:
-            model = self._hub.models.peek(model_id)
-            if model is not None:
-                count += await self._of_model(model, by_model[model_id], lost[model_id])
-            elif model_id in by_model:
-                self._parts.journal.forget(model_id)
-        # Their snapshots may be among what the models have to do again.
+        for model_id in {*by_adapter, *lost}:
+            adapter = self._hub.adapters.peek(model_id)
+            if adapter is not None:
+                count += await self._of_adapter(adapter, by_adapter[model_id], lost[model_id])
+            elif model_id in by_adapter:
+                self._resources.journal.forget(model_id)
+        # Their snapshots may be among what the adapters have to do again.
         for record in samples:
             count += await self._sample(record)
         for record in (record for records in lost.values() for record in records.values()):
@@ -124,92 +108,90 @@ class Replay:
                 await self._lose_sample(record)
         return count
 
-    async def _of_model(
-        self, model: OpenAdapter, own: Mapping[int, Record], lost: Mapping[int, Record]
+    async def _of_adapter(
+        self, adapter: OpenAdapter, own: Mapping[int, Record], lost: Mapping[int, Record]
     ) -> int:
-        """A model's operations since its saved state; returns how many."""
-        self._parts.covered.append((model.id, model.order.next_seq - 1))
+        """An adapter's operations since its saved state; returns how many."""
+        self._resources.covered.append((adapter.id, adapter.order.next_seq - 1))
         missing, until, count = 0, 0, 0
         for seq, record in sorted({**lost, **own}.items()):
             if until and seq >= until:
-                self._hub.models.give_up(model)
+                self._hub.adapters.give_up(adapter)
                 until = 0
             if record.kind == GIVEN_UP:
                 missing, until = seq, int(record.meta["until"])
                 continue
-            if seq < model.order.next_seq:
+            if seq < adapter.order.next_seq:
                 continue
             request = await self._decoded(record)
             if until:
-                request = OperationRequest("refused", never_came(model.id, missing))
+                request = OperationRequest(REFUSED, never_came(adapter.id, missing))
             if seq not in own:
-                self._hub.models.set_fault(model, _lost_words(seq))
-                request = OperationRequest("refused", Lost(_lost_words(seq)))
-            self._parts.waiting.take(model.tenant, request.body_bytes)
-            model.order.remember(seq, record.digest)
-            promise = self._parts.promises.open(record.request_id, record.tenant, record.digest)
+                self._hub.adapters.set_fault(adapter, _lost_words(seq))
+                request = OperationRequest(REFUSED, Lost(_lost_words(seq)))
+            self._resources.waiting.take(adapter.tenant, request.body_bytes)
+            adapter.order.remember(seq, record.digest)
+            promise = self._resources.promises.open(record.request_id, record.tenant, record.digest)
             promise.durable.set_result(None)
-            self._hub.models.arrive(model, seq, request, replayed=True)
+            self._hub.adapters.arrive(adapter, seq, request, replayed=True)
             count += 1
         if until:
-            self._hub.models.give_up(model)
+            self._hub.adapters.give_up(adapter)
         return count
 
-    async def _check_end(self, model: OpenAdapter) -> None:
+    async def _check_end(self, adapter: OpenAdapter) -> None:
         """An operation that has a result was there: if it is neither in the state nor in the
         journal, something was lost, and its client will not send it again."""
-        if model.fault is not None:
+        if adapter.fault is not None:
             return
-        seq, results = model.order.next_seq, self._parts.promises.results
-        stateless = seq == FIRST_SEQ and model.row.step > 0
-        if stateless or await asyncio.to_thread(results.get, f"{model.id}:{seq}") is not None:
-            self._hub.models.set_fault(model, _lost_words(seq))
-            self._hub.models.give_up(model)
+        seq, results = adapter.order.next_seq, self._resources.promises.results
+        stateless = seq == FIRST_SEQ and adapter.row.step > 0
+        if stateless or await asyncio.to_thread(results.get, f"{adapter.id}:{seq}") is not None:
+            self._hub.adapters.set_fault(adapter, _lost_words(seq))
+            self._hub.adapters.give_up(adapter)
 
     async def _sample(self, record: Record) -> bool:
-        known = await asyncio.to_thread(self._parts.promises.results.get, record.request_id)
+        known = await asyncio.to_thread(self._resources.promises.results.get, record.request_id)
         if known is not None:
-            self._parts.finished(record.request_id)
+            self._resources.finished(record.request_id)
             return False
-        promise = self._parts.promises.open(record.request_id, record.tenant, record.digest)
+        promise = self._resources.promises.open(record.request_id, record.tenant, record.digest)
         promise.durable.set_result(None)
         try:
             submit = await asyncio.to_thread(read_sample, record.body, self._limits)
             await self._hub.samplers.replay(record.tenant, submit, record.meta.get("snapshot"))
         except ManyloraError as error:
-            self._parts.promises.settle(record.request_id, error, lambda _: ("", b""))
-            self._parts.finished(record.request_id)
+            self._resources.promises.settle(record.request_id, error, lambda _: ("", b""))
+            self._resources.finished(record.request_id)
         return True
 
     async def _decoded(self, record: Record) -> OperationRequest:
-        if record.kind == "refused" or not record.body:
-            return OperationRequest("refused", DataError(record.body.decode()))
+        if record.kind == REFUSED.name or not record.body:
+            return OperationRequest(REFUSED, DataError(record.body.decode()))
+        kind = KINDS[record.kind]
         try:
-            if record.kind == "forward_backward":
+            if kind.message is None:
                 outline = await asyncio.to_thread(outline_of, record.body, self._limits)
-                return OperationRequest(record.kind, outline, body_bytes=len(record.body))
-            if record.kind == "load_weights":
-                asked = LoadWeightsRequest.model_validate_json(record.body)
-                path = TinkerPath.parse(asked.path)
-                checkpoint = await self._hub.keeping.readable(record.tenant, path, "weights")
-                return OperationRequest(record.kind, (asked, checkpoint))
-            return OperationRequest(
-                record.kind, _MESSAGES[record.kind].model_validate_json(record.body)
-            )
+                return OperationRequest(kind, outline, body_bytes=len(record.body))
+            message = kind.message.model_validate_json(record.body)
+            if isinstance(message, LoadWeightsRequest):
+                path = TinkerPath.parse(message.path)
+                checkpoint = await self._hub.checkpoints.readable(record.tenant, path, "weights")
+                return OperationRequest(kind, Load(message, checkpoint))
+            return OperationRequest(kind, message)
         except (ManyloraError, ValueError) as error:
-            return OperationRequest(
-                "refused", DataError(f"{record.request_id} cannot be repeated: {error}")
-            )
+            words = f"{record.request_id} cannot be repeated: {error}"
+            return OperationRequest(REFUSED, DataError(words))
 
     async def _lose_sample(self, record: Record) -> None:
         """Tell the client of a lost request, unless it has its result."""
-        promises = self._parts.promises
+        promises = self._resources.promises
         if await asyncio.to_thread(promises.results.get, record.request_id) is None:
             promise = promises.open(record.request_id, record.tenant, record.digest)
             promise.durable.set_result(None)
             words = f"request {record.request_id!r} was lost with a part of the journal"
             promises.settle(record.request_id, Lost(words), lambda _: ("", b""))
-        self._parts.finished(record.request_id)
+        self._resources.finished(record.request_id)
 
 
 def _remove_all_but(snapshots: set[Path], host: Host) -> None:
@@ -228,12 +210,6 @@ def _lost_words(seq: int) -> str:
 def _described(damage: Damage) -> str:
     what = "" if damage.lost is None else f"; {damage.lost.request_id} is lost"
     return f"{damage.segment} at byte {damage.offset}: {damage.reason}{what}"
-
-
-def _created(row: ModelRow) -> bytes:
-    if row.source_path is None:
-        return CreateModelReply(model_id=row.id).model_dump_json().encode()
-    return LoadWeightsReply(model_id=row.id, path=row.source_path).model_dump_json().encode()
 
 
 def saved_position(folder: Path) -> tuple[int | None, str | None]:

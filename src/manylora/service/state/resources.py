@@ -1,14 +1,14 @@
-"""What the parts of a running service share."""
+"""What the objects of a running service share."""
 
 import asyncio
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from manylora.config import ServerFile
 from manylora.hosting import Host
@@ -18,10 +18,9 @@ from manylora.service.state.crash_suspects import CrashSuspects
 from manylora.service.state.ledger import Ledger
 from manylora.service.state.promises import Promises
 from manylora.store import Store
+from manylora.types import DataError
 
 log = logging.getLogger("manylora.service")
-
-Result = TypeVar("Result")
 
 
 class Coming:
@@ -50,19 +49,36 @@ class Coming:
             call()
 
 
+@dataclass(frozen=True, slots=True)
+class HeldRequest:
+    """What a request is counted as until it is done.
+
+    Attributes:
+        tokens: in flight.
+        body_bytes: of its body, as it came.
+        decoded_bytes: of the tensors that were made from it.
+    """
+
+    tenant: str
+    tokens: int
+    body_bytes: int
+    decoded_bytes: int = 0
+
+
 @dataclass(slots=True)
 class Resources:
     """One server's settings and the things that it is made of.
 
     Attributes:
-        breakages: operations that have cost an engine.
-        clock: of silences and of what is due; monotonic. wall: unix seconds.
+        suspects: operations that were running when an engine was lost.
+        clock: of silences and of what is due; monotonic.
+        wall: unix seconds.
         coming: snapshots that accepted operations will make.
         in_flight: tenant → tokens of its requests that were accepted and are not done.
-        waiting: bytes of the bodies of accepted requests that are not done. decoded: bytes of the
-            tensors that were made from them.
-        covered: streams of the journal and up to which number they are needed no longer; the
-            upkeep tells the journal, once the results that replace them are durable.
+        waiting: bytes of the bodies of accepted requests that are not done.
+        decoded: bytes of the tensors that were made from them.
+        covered: streams of the journal and up to which number they are needed no longer;
+            `Maintenance` tells the journal, once the results that replace them are durable.
     """
 
     settings: ServerFile
@@ -71,7 +87,7 @@ class Resources:
     journal: Journal
     promises: Promises
     host: Host
-    breakages: CrashSuspects = field(default_factory=CrashSuspects)
+    suspects: CrashSuspects = field(default_factory=CrashSuspects)
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
     coming: Coming = field(default_factory=Coming)
@@ -91,6 +107,12 @@ class Resources:
         """Every name that clients may call the base by."""
         return [self.settings.base, *self.settings.aliases]
 
+    def check_base(self, name: str) -> None:
+        """Raises DataError: the server has another base."""
+        if name not in self.base_names:
+            names = " or ".join(self.base_names)
+            raise DataError(f"base_model is {name!r}; this server's is {names}")
+
     def enter(self, tenant: str, tokens: int) -> None:
         """Count a request's tokens in.
 
@@ -106,14 +128,14 @@ class Resources:
         self.in_flight[tenant] = held + tokens
 
     def in_background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run something that nobody has to wait for; what it raises is logged."""
+        """Run something that no request waits for; what it raises is logged."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
 
     async def settle(self) -> None:
-        """Wait for what runs in the background; nobody waits for room any more."""
+        """Wait for what runs in the background; none of it waits for room any more."""
         self.decoded.close()
         while self._tasks:
             await asyncio.wait(list(self._tasks))
@@ -134,6 +156,29 @@ class Resources:
             self.in_flight[tenant] = left
         else:
             self.in_flight.pop(tenant, None)
+
+    def count_in(self, held: HeldRequest) -> None:
+        """Count a request as held, or nothing of it.
+
+        Raises:
+            TooLarge: it is more than can ever be held.
+            Backpressure: it does not fit now.
+        """
+        self.decoded.check(held.decoded_bytes)
+        with ExitStack() as undo:
+            self.enter(held.tenant, held.tokens)
+            undo.callback(self.leave, held.tenant, held.tokens)
+            self.waiting.enter(held.tenant, held.body_bytes)
+            undo.callback(self.waiting.leave, held.tenant, held.body_bytes)
+            if held.decoded_bytes:
+                self.decoded.enter(held.tenant, held.decoded_bytes)
+            undo.pop_all()
+
+    def count_out(self, held: HeldRequest) -> None:
+        """Count out a request that is done, or was not accepted after all."""
+        self.leave(held.tenant, held.tokens)
+        self.waiting.leave(held.tenant, held.body_bytes)
+        self.decoded.leave(held.tenant, held.decoded_bytes)
 
     async def accept(self, record: Record) -> bool:
         """Make a request durable and expect its outcome. Equal requests are accepted once.
@@ -156,14 +201,7 @@ class Resources:
         except BaseException as error:
             promises.drop(request_id)
             promise.durable.set_exception(error)
-            promise.durable.exception()  # nobody may be waiting
+            promise.durable.exception()  # perhaps no request waits
             raise
         promise.durable.set_result(None)
         return True
-
-
-def done_with(value: Result) -> Future[Result]:
-    """A future that is done."""
-    future: Future[Result] = Future()
-    future.set_result(value)
-    return future

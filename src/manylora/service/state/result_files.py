@@ -104,7 +104,7 @@ class Results:
         self._write(result)
 
     def get(self, request_id: str) -> Result | None:
-        """As often as one likes, until its time is over. Raises TooManyFilesOpen."""
+        """A result, until its time is over; None = there is none. Raises TooManyFilesOpen."""
         found = self.recent(request_id)
         if found is None:
             found = _read(self._path(request_id))
@@ -129,7 +129,7 @@ class Results:
         """Make everything that was put so far durable.
 
         Raises:
-            SaveFailed: something is not. Whoever could make it again must stay able to.
+            SaveFailed: something is not. What can make it again must stay.
         """
         with self._flushing:
             with self._lock:
@@ -159,26 +159,6 @@ class Results:
                 kept.drop(lambda result: result.created_at + self.ttl_seconds <= now)
         return sum(self._remove_if_over(path, now) for path in self._files())
 
-    def discard(self, prefix: str) -> int:
-        """Delete the results of requests whose names begin so. Reads every file's head."""
-        return self._discard(lambda about: about.request_id.startswith(prefix))
-
-    def discard_owner(self, owner: str) -> int:
-        """Delete a tenant's results. Reads every file's head."""
-        return self._discard(lambda about: about.owner == owner)
-
-    def _discard(self, unwanted: Callable[[Result], bool]) -> int:
-        with self._lock:
-            for kept in (self._recent, self._unwritten):
-                kept.drop(unwanted)
-        gone = 0
-        for path in self._files():
-            about = _read(path, body=False)
-            if about is not None and unwanted(about):
-                path.unlink(missing_ok=True)
-                gone += 1
-        return gone
-
     def _write(self, result: Result) -> None:
         partial = self._partial / str(next(self._number))
         path = self._path(result.request_id)
@@ -186,7 +166,7 @@ class Results:
             try:
                 partial.write_bytes(_encoded(result))
                 os.utime(partial, (result.created_at, result.created_at))
-                with self._lock:  # not while somebody finds the older one's time to be over
+                with self._lock:  # not while `sweep` finds the older one's time to be over
                     partial.rename(path)
                     self._unwritten.drop(lambda kept: kept.request_id == result.request_id)
                     self._remember(path)

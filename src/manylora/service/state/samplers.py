@@ -7,23 +7,26 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from manylora.journal import Record
 from manylora.service.contract import PROTOBUF_TYPE
 from manylora.service.http_errors import Lost, QuotaExceeded, missing
 from manylora.service.state.answer_ends import Ends
 from manylora.service.state.checkpoints import Checkpoints
-from manylora.service.state.resources import Resources
+from manylora.service.state.resources import HeldRequest, Resources
+from manylora.service.state.sessions import Sessions
 from manylora.service.state.wire_operations import sampler_id
+from manylora.service.wire.codec import digest_json
 from manylora.service.wire.messages import CreateSamplingSessionRequest
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.pieces import SampleSubmit
 from manylora.service.wire.replies import SamplerInfo, Submitted
 from manylora.service.wire.sample_messages import check_answer_cells, encode_sample, unpack
 from manylora.service.wire.wire_limits import WireLimits
-from manylora.store import SamplerRow
+from manylora.store import ModelRow, SamplerRow
 from manylora.types import DataError, Sample, SampleResult
 
 KIND = "sample"
@@ -36,11 +39,12 @@ TABLE_BYTES = 12
 class Samplers:
     """The sampling sessions of a server."""
 
-    def __init__(self, parts: Resources, keeping: Checkpoints):
-        self._parts = parts
-        self._keeping = keeping
-        self._wall = parts.wall
-        self._ends = Ends(lambda snapshot: parts.host.snapshot_folder(snapshot))
+    def __init__(self, resources: Resources, checkpoints: Checkpoints, sessions: Sessions):
+        self._resources = resources
+        self._checkpoints = checkpoints
+        self._sessions = sessions
+        self._wall = resources.wall
+        self._ends = Ends(lambda snapshot: resources.host.snapshot_folder(snapshot))
         self._rows: OrderedDict[str, SamplerRow] = OrderedDict()
         # Model → snapshot that its `inflight` samplers use.
         self._published: dict[str, str] = {}
@@ -53,51 +57,56 @@ class Samplers:
         self._noted_at = 0.0
 
     async def create(
-        self,
-        tenant: str,
-        request: CreateSamplingSessionRequest,
-        path: TinkerPath | None,
-        digest: str,
+        self, tenant: str, request: CreateSamplingSessionRequest, path: TinkerPath | None
     ) -> str:
         """A sampling session on the bare base or on a checkpoint; its weights never change.
 
         Raises:
-            NotFound: no such checkpoint. DataError: another base, or a checkpoint for training.
+            NotFound, Gone: no such session or checkpoint.
+            DataError: another base, or a checkpoint for training.
             Conflict: the number was used for another request.
         """
-        names = self._parts.base_names
+        await self._sessions.require(tenant, request.session_id)
+        names = self._resources.base_names
         if path is None and request.base_model not in names:
             raise DataError(f"base_model is {request.base_model!r}; here is {' or '.join(names)}")
         await self._check_quota(tenant)
         id = sampler_id(request.session_id, request.sampling_session_seq_id)
         base, snapshot = request.base_model or names[0], None
         if path is not None:
-            checkpoint = await self._keeping.readable(tenant, path, "sampler_weights")
+            checkpoint = await self._checkpoints.readable(tenant, path, "sampler_weights")
             base = str(checkpoint.spec.get("base_model", names[0]))
             snapshot = id
-            folder = self._parts.host.snapshot_folder(snapshot)
-            await asyncio.to_thread(self._keeping.link, checkpoint, folder)
+            folder = self._resources.host.snapshot_folder(snapshot)
+            await asyncio.to_thread(self._checkpoints.link, checkpoint, folder)
         row = SamplerRow(
             id=id, tenant=tenant, session_id=request.session_id,
-            seq_id=request.sampling_session_seq_id, digest=digest,
+            seq_id=request.sampling_session_seq_id, digest=digest_json(request),
             kind="base" if path is None else "path", base_model=base, created_at=self._wall(),
             model_path=None if path is None else str(path), snapshot=snapshot,
         )  # fmt: skip
-        self._note(await asyncio.to_thread(self._parts.store.samplers.create, row))
+        self._note(await asyncio.to_thread(self._resources.store.samplers.create, row))
         return id
 
-    async def of_model(
-        self, tenant: str, session_id: str, model_id: str, base: str, seq: int, kind: str
+    async def of_adapter(
+        self, model: ModelRow, seq: int, kind: Literal["snapshot", "inflight"]
     ) -> None:
-        """A sampling session on a model's weights as they will be when its save has run."""
-        await self._check_quota(tenant)
-        id = sampler_id(session_id, seq)
+        """A sampling session on an adapter's weights as they will be when its save has run."""
+        await self._check_quota(model.tenant)
+        id = sampler_id(model.session_id, seq)
         row = SamplerRow(
-            id=id, tenant=tenant, session_id=session_id, seq_id=seq, digest=model_id,
-            kind="inflight" if kind == "inflight" else "snapshot", base_model=base,
-            created_at=self._wall(), model_id=model_id, snapshot=id,
-        )  # fmt: skip
-        self._note(await asyncio.to_thread(self._parts.store.samplers.create, row))
+            id=id,
+            tenant=model.tenant,
+            session_id=model.session_id,
+            seq_id=seq,
+            digest=model.id,
+            kind=kind,
+            base_model=model.base_model,
+            created_at=self._wall(),
+            model_id=model.id,
+            snapshot=id,
+        )
+        self._note(await asyncio.to_thread(self._resources.store.samplers.create, row))
         self._used_at.setdefault(id, self._wall())
 
     def publish(self, model_id: str, snapshot: str) -> None:
@@ -108,7 +117,7 @@ class Samplers:
         """The tenant's sampling session of that id. Raises NotFound."""
         row = self._rows.get(id)
         if row is None:
-            row = await asyncio.to_thread(self._parts.store.samplers.get, tenant, id)
+            row = await asyncio.to_thread(self._resources.store.samplers.get, tenant, id)
             if row is not None:
                 self._note(row)
         if row is None or row.tenant != tenant:
@@ -136,25 +145,26 @@ class Samplers:
         )
         submit = await self._ends.given(row, submit)
         operation = self._operation(row, request_id, submit, await self._snapshot(row))
-        if self._parts.promises.repeated(request_id, submit.digest) is None:
+        if self._resources.promises.repeated(request_id, submit.digest) is None:
             # Outcomes are looked up only where they cost nothing: a retry follows within minutes.
-            if self._parts.promises.results.recent(request_id) is not None:
+            if self._resources.promises.results.recent(request_id) is not None:
                 return reply
-            held = self._count_in(operation, submit)
+            held = _held_by(operation, submit)
+            self._resources.count_in(held)
             try:
                 submit, operation = await self._unpacked(submit, operation)
                 record = Record(
                     stream=request_id, seq=1, kind=KIND, tenant=tenant, request_id=request_id,
                     digest=submit.digest, body=submit.body, meta={"snapshot": operation.snapshot},
                 )  # fmt: skip
-                new = await self._parts.accept(record)
+                new = await self._resources.accept(record)
             except BaseException:
-                self._count_out(held)
+                self._resources.count_out(held)
                 raise
             if new:
                 self._run(row, request_id, operation, submit, held)
             else:
-                self._count_out(held)
+                self._resources.count_out(held)
         return reply
 
     async def replay(self, tenant: str, submit: SampleSubmit, snapshot: str | None) -> None:
@@ -167,20 +177,22 @@ class Samplers:
         request_id = f"{row.id}:{submit.seq_id}"
         submit = await self._ends.given(row, submit)
         operation = self._operation(row, request_id, submit, snapshot)
-        self._parts.enter(tenant, operation.num_tokens)
+        self._resources.enter(tenant, operation.num_tokens)
         held = _held_by(operation, submit)
-        self._parts.waiting.take(tenant, held.body_bytes)
-        self._parts.decoded.take(tenant, held.decoded_bytes)
+        self._resources.waiting.take(tenant, held.body_bytes)
+        self._resources.decoded.take(tenant, held.decoded_bytes)
         try:
             submit, operation = await self._unpacked(submit, operation)
         except BaseException:
-            self._count_out(held)
+            self._resources.count_out(held)
             raise
         self._run(row, request_id, operation, submit, held)
 
     async def forget_session(self, tenant: str, session_id: str) -> None:
         """Free the snapshots of a session that is over."""
-        rows = await asyncio.to_thread(self._parts.store.samplers.of_session, tenant, session_id)
+        rows = await asyncio.to_thread(
+            self._resources.store.samplers.of_session, tenant, session_id
+        )
         for row in rows:
             self._rows.pop(row.id, None)
             if row.snapshot is not None:
@@ -192,8 +204,10 @@ class Samplers:
     async def restore(self, tenant: str, session_id: str) -> set[Path]:
         """Take up the snapshots of a session that was open when the server stopped; returns their
         folders."""
-        rows = await asyncio.to_thread(self._parts.store.samplers.of_session, tenant, session_id)
-        folder_of = self._parts.host.snapshot_folder
+        rows = await asyncio.to_thread(
+            self._resources.store.samplers.of_session, tenant, session_id
+        )
+        folder_of = self._resources.host.snapshot_folder
 
         def last_uses() -> dict[str, float]:
             names = [row.snapshot for row in rows if row.kind != "path" and row.snapshot]
@@ -223,7 +237,7 @@ class Samplers:
         """A folder's time says when it was last used, for the next start."""
         for name, at in uses.items():
             with suppress(OSError):
-                os.utime(self._parts.host.snapshot_folder(name), (at, at))
+                os.utime(self._resources.host.snapshot_folder(name), (at, at))
 
     @property
     def num_running(self) -> int:
@@ -237,35 +251,13 @@ class Samplers:
     # -- inside ---------------------------------------------------
 
     async def _check_quota(self, tenant: str) -> None:
-        most = self._parts.settings.quotas.samplers
-        held = await asyncio.to_thread(self._parts.store.tidying.count_samplers, tenant)
+        most = self._resources.settings.quotas.samplers
+        held = await asyncio.to_thread(self._resources.store.tidying.count_samplers, tenant)
         if held >= most:
             raise QuotaExceeded(
                 f"you have {held:,} sampling sessions, and {most:,} are remembered: sample from "
                 "one that you have, or come again when old ones have been forgotten"
             )
-
-    def _count_in(self, operation: Sample, submit: SampleSubmit) -> "_HeldSampler":
-        """Count a request as held. Raises TooLarge, Backpressure."""
-        held, parts = _held_by(operation, submit), self._parts
-        parts.decoded.check(held.decoded_bytes)
-        parts.enter(held.tenant, held.tokens)
-        try:
-            parts.waiting.enter(held.tenant, held.body_bytes)
-            try:
-                parts.decoded.enter(held.tenant, held.decoded_bytes)
-            except BaseException:
-                parts.waiting.leave(held.tenant, held.body_bytes)
-                raise
-        except BaseException:
-            parts.leave(held.tenant, held.tokens)
-            raise
-        return held
-
-    def _count_out(self, held: "_HeldSampler") -> None:
-        self._parts.leave(held.tenant, held.tokens)
-        self._parts.waiting.leave(held.tenant, held.body_bytes)
-        self._parts.decoded.leave(held.tenant, held.decoded_bytes)
 
     async def _unpacked(
         self, submit: SampleSubmit, operation: Sample
@@ -279,7 +271,10 @@ class Samplers:
     def _operation(
         self, row: SamplerRow, request_id: str, submit: SampleSubmit, snapshot: str | None
     ) -> Sample:
-        limits, context = self._parts.settings.limits, self._parts.host.engine.base.context_length
+        limits, context = (
+            self._resources.settings.limits,
+            self._resources.host.engine.base.context_length,
+        )
         if submit.num_samples > limits.samples:
             raise DataError(f"num_samples is {submit.num_samples}; at most {limits.samples}")
         for name, k in (
@@ -299,12 +294,11 @@ class Samplers:
         )  # fmt: skip
 
     async def _snapshot(self, row: SamplerRow) -> str | None:
-        if row.kind != "inflight":
+        if row.kind != "inflight" or row.model_id is None:
             return row.snapshot
-        assert row.model_id is not None
         if row.model_id not in self._published:
             rows = await asyncio.to_thread(
-                self._parts.store.samplers.of_model, row.tenant, row.model_id
+                self._resources.store.samplers.of_model, row.tenant, row.model_id
             )
             saved = [r.snapshot for r in rows if r.kind == "inflight" and r.snapshot is not None]
             return next((name for name in reversed(saved) if self._exists(name)), saved[-1])
@@ -312,8 +306,8 @@ class Samplers:
 
     def _exists(self, snapshot: str) -> bool:
         """Whether it can be used, or will be there soon."""
-        folder = self._parts.host.snapshot_folder(snapshot)
-        return snapshot in self._parts.coming or folder.exists()
+        folder = self._resources.host.snapshot_folder(snapshot)
+        return snapshot in self._resources.coming or folder.exists()
 
     def _run(
         self,
@@ -321,9 +315,9 @@ class Samplers:
         request_id: str,
         operation: Sample,
         submit: SampleSubmit,
-        held: "_HeldSampler",
+        held: HeldRequest,
     ) -> None:
-        parts, snapshot, wanted = self._parts, operation.snapshot, submit.wanted
+        resources, snapshot, wanted = self._resources, operation.snapshot, submit.wanted
         self._running[row.session_id] += 1
         self._begin(snapshot)
 
@@ -333,27 +327,27 @@ class Samplers:
                 del self._running[row.session_id]
             self._end(snapshot)
             if error is None:
-                parts.breakages.acquit(operation)
-            self._count_out(held)
-            parts.finished(request_id)
+                resources.suspects.acquit(operation)
+            self._resources.count_out(held)
+            resources.finished(request_id)
 
         def submit_it() -> None:
             future: Future[SampleResult] = Future()
-            if parts.breakages.is_given_up(operation):
+            if resources.suspects.is_given_up(operation):
                 future.set_exception(Lost("the engine broke down each time this was running"))
             else:
-                future = parts.host.submit(operation)
-            parts.promises.follow(
+                future = resources.host.submit(operation)
+            resources.promises.follow(
                 request_id,
                 future,
                 lambda result: (PROTOBUF_TYPE, encode_sample(result, wanted)),
                 done,
             )
 
-        parts.coming.when_there(snapshot, submit_it)
+        resources.coming.when_there(snapshot, submit_it)
 
     def _drop(self, snapshot: str) -> None:
-        host = self._parts.host
+        host = self._resources.host
         host.drop_snapshot(snapshot)
 
     def _begin(self, snapshot: str | None) -> None:
@@ -374,23 +368,13 @@ class Samplers:
             self._rows.popitem(last=False)
 
 
-@dataclass(frozen=True, slots=True)
-class _HeldSampler:
-    """What a request is counted as."""
-
-    tenant: str
-    tokens: int
-    body_bytes: int
-    decoded_bytes: int
-
-
-def _held_by(operation: Sample, submit: SampleSubmit) -> _HeldSampler:
+def _held_by(operation: Sample, submit: SampleSubmit) -> HeldRequest:
     """What a request holds until it is done, with the tables that its answer will have."""
     scoring, length = submit.scoring, len(submit.prompt)
     answers = operation.num_samples * operation.params.max_tokens
     cells = length * scoring.topk_prompt + answers * scoring.topk_sampled
     size = submit.decoded_bytes + TABLE_BYTES * cells
-    return _HeldSampler(operation.tenant, operation.num_tokens, len(submit.body), size)
+    return HeldRequest(operation.tenant, operation.num_tokens, len(submit.body), size)
 
 
 def _seed_of(request_id: str) -> int:

@@ -23,9 +23,22 @@ class Session:
 class Sessions:
     """The open sessions of a server, with those that ended in the database."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic, most: int = 2000):
-        """`most`: that a tenant may have, open or over."""
+    def __init__(
+        self,
+        store: Store,
+        clock: Callable[[], float],
+        most: int,
+        finished: Callable[[Session], None],
+    ):
+        """Know no session yet.
+
+        Args:
+            clock: of silences; monotonic.
+            most: that a tenant may have, open or over.
+            finished: called with each session that its client has ended.
+        """
         self._most = most
+        self._finished = finished
         self._store = store
         self._clock = clock
         self._open: dict[str, Session] = {}
@@ -75,16 +88,14 @@ class Sessions:
             self._store.sessions.end, session.tenant, session.id, reason, detail
         )
 
-    async def finish(
-        self, tenant: str, session_id: str, request: FinishSessionRequest
-    ) -> Session | None:
-        """End a session by its client's word; None if it was over already."""
+    async def finish(self, tenant: str, session_id: str, request: FinishSessionRequest) -> None:
+        """End a session by its client's word, unless it is over already."""
         try:
             session = await self.require(tenant, session_id)
         except Gone:
-            return None
+            return
         await self.end(session, request.reason.type, request.detail or "")
-        return session
+        self._finished(session)
 
     def silent(self, seconds: float) -> Iterator[Session]:
         """Open sessions that were not heard of for so long."""

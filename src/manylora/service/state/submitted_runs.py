@@ -3,7 +3,7 @@
 All of them live in one event loop on a thread of their own, because preparing batches and writing
 metrics is more than the requests' loop may be kept from its work. A run's own folder (`runs/<id>`
 in the data directory) is laid out as that of `manylora train`, which is what makes it go on exactly
-where it was after a crash; its end is a model with checkpoints, like anybody's.
+where it was after a crash; its end is a model with checkpoints, like any other.
 """
 
 import asyncio
@@ -28,9 +28,11 @@ from manylora.service.state.checkpoints import CheckpointOrder, Checkpoints
 from manylora.service.state.data_preparation import MOST_PAUSED, Preparing
 from manylora.service.state.listings import run_info
 from manylora.service.state.live_run import LiveRun, metrics_after
+from manylora.service.state.open_adapters import OpenAdapters
 from manylora.service.state.resources import Resources
 from manylora.service.state.run_data import RunData, accept, check_size
 from manylora.service.state.wire_operations import row_spec
+from manylora.service.wire.messages import Slot
 from manylora.service.wire.paths import PathKind, TinkerPath
 from manylora.service.wire.replies import Cursor
 from manylora.service.wire.run_messages import ENDED, Data, Run, RunList, SubmitRunRequest
@@ -46,9 +48,9 @@ STATE_KINDS: tuple[PathKind, ...] = ("weights", "sampler_weights")
 class SubmittedRuns:
     """The runs of a server. Methods run on the requests' event loop unless they say else."""
 
-    def __init__(self, parts: Resources, keeping: Checkpoints):
-        self._parts, self._keeping = parts, keeping
-        self._store = parts.store
+    def __init__(self, resources: Resources, checkpoints: Checkpoints, adapters: OpenAdapters):
+        self._resources, self._checkpoints, self._adapters = resources, checkpoints, adapters
+        self._store = resources.store
         self._live: dict[str, LiveRun] = {}
         self._tasks: set[Future[None]] = set()
         self._preparing = Preparing()
@@ -67,6 +69,15 @@ class SubmittedRuns:
         """Runs of a tenant that are going on."""
         return sum(live.row.tenant == tenant for live in list(self._live.values()))
 
+    def check_room(self, tenant: str) -> None:
+        """Raises QuotaExceeded: the tenant has all the adapters that it may, in runs or open."""
+        quota = self._resources.settings.quotas.adapters
+        if self._adapters.count(tenant) + self.count(tenant) >= quota:
+            raise QuotaExceeded(
+                f"you have {quota} adapters open, which is all that you may: finish a session or a "
+                "run, or let one end"
+            )
+
     async def submit(self, tenant: str, request: SubmitRunRequest) -> Run:
         """Take a run: durable when this returns.
 
@@ -74,9 +85,12 @@ class SubmittedRuns:
             DataError, Unsupported, TooLarge: something that cannot be trained here.
             QuotaExceeded, SaveFailed.
         """
+        if request.base_model is not None:
+            self._resources.check_base(request.base_model)
+        self.check_room(tenant)
         if self._closing:
             raise NotReady("the server is stopping")
-        check_size(request.adapter, self._parts.settings.limits.rank)
+        check_size(request.adapter, self._resources.settings.limits.rank)
         await asyncio.to_thread(self._check_data, tenant, request.data)
         row, data = await asyncio.to_thread(self._accept, tenant, request)
         return run_info(self._start(row, data).row)
@@ -84,7 +98,7 @@ class SubmittedRuns:
     def forget_old(self) -> None:
         """Delete runs that are over, and their folders, beyond as many as are remembered. In a
         thread."""
-        for row in self._store.tidying.runs_beyond(self._parts.settings.quotas.runs):
+        for row in self._store.tidying.runs_beyond(self._resources.settings.quotas.runs):
             if row.id not in self._live:
                 shutil.rmtree(self._paths(row.id).root, ignore_errors=True)
                 self._store.runs.delete(row.tenant, row.id)
@@ -93,7 +107,7 @@ class SubmittedRuns:
         """Raises TooLarge, QuotaExceeded: the tenant's runs bring more data than they may."""
         texts = () if data is None else (data.train, data.eval or "")
         size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-        limit = self._parts.settings.quotas.run_data_bytes
+        limit = self._resources.settings.quotas.run_data_bytes
         if size > limit:
             raise TooLarge(f"the run's data have {size:,} bytes, and {limit:,} are allowed")
         held = sum(
@@ -141,7 +155,7 @@ class SubmittedRuns:
         rows = await asyncio.to_thread(self._store.runs.with_status, *GOING_ON)
         for row in rows:
             # Where paging had put the adapter; its run has a training state of its own.
-            folder = self._parts.host.state_folder(row.id)
+            folder = self._resources.host.state_folder(row.id)
             await asyncio.to_thread(shutil.rmtree, folder, True)
             try:
                 self._start(row, self._data(row))
@@ -180,7 +194,7 @@ class SubmittedRuns:
     # -- inside ---------------------------------------------------
 
     def _paths(self, id: str) -> AdapterPaths:
-        return AdapterPaths(self._parts.folder.resolve() / "runs" / id)
+        return AdapterPaths(self._resources.folder.resolve() / "runs" / id)
 
     async def _row(self, tenant: str, id: str) -> RunRow:
         row = await asyncio.to_thread(self._store.runs.get, tenant, id)
@@ -195,7 +209,7 @@ class SubmittedRuns:
     def _accept(self, tenant: str, request: SubmitRunRequest) -> tuple[RunRow, RunData]:
         id, now = f"run-{secrets.token_hex(8)}", time.time()
         paths, entry = self._paths(id), request.adapter
-        roots = self._parts.settings.data_roots
+        roots = self._resources.settings.data_roots
         try:
             stamps = accept(entry, request.data, paths, roots)
             config = {"adapter": entry.model_dump(mode="json"), "stamps": stamps}
@@ -213,7 +227,7 @@ class SubmittedRuns:
         config = json.loads(row.config)
         entry = AdapterEntry.model_validate_json(json.dumps(config["adapter"]))
         stamps = {which: (size, at) for which, (size, at) in config["stamps"].items()}
-        return RunData(entry, self._paths(row.id), self._parts.settings.data_roots, stamps)
+        return RunData(entry, self._paths(row.id), self._resources.settings.data_roots, stamps)
 
     def _start(self, row: RunRow, data: RunData) -> LiveRun:
         live = LiveRun(row, data, dict(row.progress), cancelled=row.status == "cancelling")
@@ -231,7 +245,7 @@ class SubmittedRuns:
     async def _train(self, live: LiveRun) -> None:
         """On the runs' loop: the whole of a run."""
         try:
-            outcome = await live.train(self._parts.host, self._preparing, self._note)
+            outcome = await live.train(self._resources.host, self._preparing, self._note)
             await asyncio.to_thread(self._conclude, live, outcome)
         except Exception:
             log.exception("run %s: its end could not be written down", live.row.id)
@@ -268,7 +282,7 @@ class SubmittedRuns:
         with live.lock:
             live.over = True
             self._update(live, status, figures, model_id)
-        self._parts.journal.forget(live.row.id)
+        self._resources.journal.forget(live.row.id)
         if model_id is not None or outcome.status != "completed":
             live.data.forget()
 
@@ -290,7 +304,7 @@ class SubmittedRuns:
         # Metrics may be ahead of the newest state.
         row, step = live.row, int(state.name.removeprefix("step-"))
         completed = outcome.status == "completed"
-        base, host = self._parts.settings.base, self._parts.host
+        base, host = self._resources.settings.base, self._resources.host
         spec = row_spec(live.data.entry.spec(), base, host.engine.sites)
         # A run has a session of its own that is over, and a model that takes no requests.
         self._store.sessions.create(
@@ -299,12 +313,21 @@ class SubmittedRuns:
                 last_seen_at=row.created_at, ended_at=row.created_at, end_reason="run",
             )
         )  # fmt: skip
+        slot = Slot(row.id, 0)
         model = ModelRow(
-            id=f"{row.id}:train:0", tenant=row.tenant, session_id=row.id, model_seq_id=0,
-            base_model=base, spec=spec, digest=row.id, created_at=row.created_at,
-            last_request_at=time.time(), closed_at=time.time(), step=step,
+            id=slot.model_id,
+            tenant=row.tenant,
+            session_id=slot.session_id,
+            model_seq_id=slot.number,
+            base_model=base,
+            spec=spec,
+            digest=row.id,
+            created_at=row.created_at,
+            last_request_at=time.time(),
+            closed_at=time.time(),
+            step=step,
             user_metadata={"run": row.name},
-        )  # fmt: skip
+        )
         self._store.models.create(model)
         name = "final" if completed else "last"
         folders: list[tuple[PathKind, Path]] = [(kind, state) for kind in STATE_KINDS]
@@ -315,7 +338,7 @@ class SubmittedRuns:
                 path=TinkerPath(model.id, kind, name), tenant=row.tenant,
                 request_id=f"{row.id}:{name}", seq=step, spec=spec,
             )  # fmt: skip
-            self._keeping.adopt(order, folder, step)
+            self._checkpoints.adopt(order, folder, step)
         return model.id
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from manylora.hosting import Pager
 from manylora.hosting.futures import flattened
@@ -12,14 +12,16 @@ from manylora.lora.sites import Site, resolve_targets
 from manylora.service.contract import JSON_TYPE, PROTOBUF_TYPE
 from manylora.service.state.checkpoints import CheckpointOrder, Checkpoints
 from manylora.service.state.promises import Encode
-from manylora.service.state.resources import Resources
+from manylora.service.state.resources import HeldRequest, Resources
 from manylora.service.wire import codec
 from manylora.service.wire.messages import (
     LoadWeightsRequest,
+    OperationKind,
     OptimStepRequest,
     SaveWeightsExternalRequest,
     SaveWeightsForSamplerRequest,
     SaveWeightsRequest,
+    WireAdamParams,
 )
 from manylora.service.wire.paths import PathKind, TinkerPath
 from manylora.service.wire.pieces import ForwardBackwardSubmit
@@ -41,6 +43,8 @@ from manylora.types import (
     OptimStepResult,
 )
 
+# An operation that the queue has: its result to come, and how that is encoded.
+Queued = tuple[Future[Any], Encode]
 # LoRA's alpha is not on the wire; the hosted service and its recipes use 32.
 ALPHA = 32.0
 
@@ -50,42 +54,49 @@ class OperationRequest:
     """One operation as it waits for its turn.
 
     Attributes:
-        kind: what to do; the key of `Operations.run`'s table, and the journal's word for it.
-        content: the decoded request, or the outline of one that is not decoded yet; for `refused`,
-            the error.
-        tokens, body_bytes, decoded_bytes: counted as held by the tenant until it is done.
+        kind: what the server knows of such operations.
+        content: the decoded request, or the outline of one that is not decoded yet; for
+            `REFUSED`, the error.
+        tokens: see `HeldRequest`.
+        body_bytes: see `HeldRequest`.
+        decoded_bytes: see `HeldRequest`.
     """
 
-    kind: str
+    kind: OperationKind
     content: Any
     tokens: int = 0
     body_bytes: int = 0
     decoded_bytes: int = 0
 
+    def held_by(self, tenant: str) -> HeldRequest:
+        """What it is counted as."""
+        return HeldRequest(tenant, self.tokens, self.body_bytes, self.decoded_bytes)
+
+    @property
+    def leaves_no_trace(self) -> bool:
+        """Whether it leaves the adapter as it was."""
+        return self.kind.leaves_no_trace(self.content)
+
+
+class Load(NamedTuple):
+    """A load into an adapter that is there: the request, and the checkpoint that it names."""
+
+    request: LoadWeightsRequest
+    checkpoint: CheckpointRow
+
 
 class Operations:
-    """The operations by their kind."""
+    """What the operations of each kind do."""
 
     def __init__(
-        self, parts: Resources, keeping: Checkpoints, published: Callable[[str, str], None]
+        self, resources: Resources, checkpoints: Checkpoints, published: Callable[[str, str], None]
     ):
         """`published`: told the model and the snapshot of each new `inflight` target."""
-        self._parts = parts
-        self._keeping = keeping
+        self._resources = resources
+        self._checkpoints = checkpoints
         self._published = published
-        self._kinds: Mapping[str, Callable[[ModelRow, int, Any], tuple[Future[Any], Encode]]] = {
-            "forward_backward": self._forward_backward,
-            "optim_step": self._optim_step,
-            "save_weights": self._save_weights,
-            "save_weights_for_sampler": self._save_weights_for_sampler,
-            "save_weights_external": self._save_weights_external,
-            "load_weights": self._load_weights,
-            "refused": self._refused,
-        }
 
-    def run(
-        self, row: ModelRow, seq: int, request: OperationRequest, *, replayed: bool
-    ) -> tuple[Future[Any], Encode]:
+    def run(self, row: ModelRow, seq: int, request: OperationRequest, *, replayed: bool) -> Queued:
         """Hand an operation to the queue.
 
         Args:
@@ -93,106 +104,115 @@ class Operations:
                 whose result is there, is passed over.
         """
         request_id = f"{row.id}:{seq}"
-        if replayed and leaves_no_trace(request):
-            result = self._parts.promises.results.get(request_id)
+        if replayed and request.leaves_no_trace:
+            result = self._resources.promises.results.get(request_id)
             if result is not None:
                 skipped = self._call(row, seq, lambda pager: pager.skip(row.id, seq))
                 return skipped, lambda _: (result.content_type, result.body)
         try:
-            return self._kinds[request.kind](row, seq, request.content)
+            return self._handed_over(row, seq, request.content)
         except ManyloraError as error:
             return self._refused(row, seq, error)
 
+    def _handed_over(self, row: ModelRow, seq: int, content: object) -> Queued:
+        match content:
+            case ForwardBackwardSubmit():
+                return self._forward_backward(row, seq, content)
+            case OptimStepRequest(adam_params=WireAdamParams() as adam):
+                return self._optim_step(row, seq, adam)
+            case SaveWeightsRequest():
+                return self._save_weights(row, seq, content)
+            case SaveWeightsForSamplerRequest():
+                return self._save_weights_for_sampler(row, seq, content)
+            case SaveWeightsExternalRequest():
+                return self._save_weights_external(row, seq, content)
+            case Load():
+                return self._load_weights(row, seq, content)
+            case ManyloraError():
+                return self._refused(row, seq, content)
+        raise TypeError(f"nothing is known of an operation with {type(content).__name__}")
+
     def is_known(self, request_id: str) -> bool:
         """Whether a request has a result."""
-        return self._parts.promises.results.get(request_id) is not None
+        return self._resources.promises.results.get(request_id) is not None
 
     # -- training ---------------------------------------------------
 
-    def _forward_backward(
-        self, row: ModelRow, seq: int, submit: ForwardBackwardSubmit
-    ) -> tuple[Future[Any], Encode]:
+    def _forward_backward(self, row: ModelRow, seq: int, submit: ForwardBackwardSubmit) -> Queued:
         work = ForwardBackward(
             adapter=row.id, data=submit.data, loss=submit.loss, config=submit.config,
             backward=not submit.forward_only, tenant=row.tenant, seq=seq,
         )  # fmt: skip
-        future = self._parts.host.submit(work)
+        future = self._resources.host.submit(work)
         return future, lambda result: (PROTOBUF_TYPE, codec.encode_forward_backward(result))
 
-    def _optim_step(
-        self, row: ModelRow, seq: int, request: OptimStepRequest
-    ) -> tuple[Future[Any], Encode]:
-        assert request.adam_params is not None, "routes refuse other optimizers"
-        params = codec.adam_params(request.adam_params)
+    def _optim_step(self, row: ModelRow, seq: int, adam: WireAdamParams) -> Queued:
+        params = codec.adam_params(adam)
         step = OptimStep(adapter=row.id, params=params, tenant=row.tenant, seq=seq)
 
         def encode(result: OptimStepResult) -> tuple[str, bytes]:
             # Recipes write these beside their own `step`, and go by that when they resume.
-            return _json(
+            return json_result(
                 OptimStepReply(metrics={"optim/step": result.step, "grad_norm": result.grad_norm})
             )
 
-        return self._parts.host.submit(step), encode
+        return self._resources.host.submit(step), encode
 
-    def _refused(self, row: ModelRow, seq: int, error: ManyloraError) -> tuple[Future[Any], Encode]:
+    def _refused(self, row: ModelRow, seq: int, error: ManyloraError) -> Queued:
         def run(pager: Pager) -> None:
             with suppress(ManyloraError):  # an adapter that cannot be brought back has no gradient
                 pager.poison(row.id, str(error), seq)
             raise error
 
-        return self._call(row, seq, run), lambda _: _json(Reply())
+        return self._call(row, seq, run), lambda _: json_result(Reply())
 
     # -- saving and loading ---------------------------------------------------
 
-    def _save_weights(
-        self, row: ModelRow, seq: int, request: SaveWeightsRequest
-    ) -> tuple[Future[Any], Encode]:
+    def _save_weights(self, row: ModelRow, seq: int, request: SaveWeightsRequest) -> Queued:
         order = self._order(
             row, seq, "weights", request.path or f"seq-{seq:06d}", request.ttl_seconds,
             overwrite=request.overwrite, user_metadata=request.user_metadata,
         )  # fmt: skip
-        return self._keep(row, order), lambda kept: _json(SaveWeightsReply(path=kept.path))
+        return self._keep(row, order), lambda kept: json_result(SaveWeightsReply(path=kept.path))
 
     def _save_weights_for_sampler(
         self, row: ModelRow, seq: int, request: SaveWeightsForSamplerRequest
-    ) -> tuple[Future[Any], Encode]:
+    ) -> Queued:
         if request.path is not None:
             order = self._order(
                 row, seq, "sampler_weights", request.path, request.ttl_seconds,
                 user_metadata=request.user_metadata,
             )  # fmt: skip
             future = self._keep(row, order)
-            return future, lambda kept: _json(SaveWeightsForSamplerReply(path=kept.path))
+            return future, lambda kept: json_result(SaveWeightsForSamplerReply(path=kept.path))
         sampler = sampler_id(row.session_id, request.sampling_session_seq_id or 0)
-        future = self._parts.host.snapshot(row.id, sampler, tenant=row.tenant, seq=seq)
+        future = self._resources.host.snapshot(row.id, sampler, tenant=row.tenant, seq=seq)
 
         def encode(_: None) -> tuple[str, bytes]:
             if request.kind == "inflight":
                 self._published(row.id, sampler)
-            return _json(SaveWeightsForSamplerReply(sampling_session_id=sampler))
+            return json_result(SaveWeightsForSamplerReply(sampling_session_id=sampler))
 
         return future, encode
 
     def _save_weights_external(
         self, row: ModelRow, seq: int, request: SaveWeightsExternalRequest
-    ) -> tuple[Future[Any], Encode]:
+    ) -> Queued:
         order = self._order(row, seq, "external_weights", request.path, request.ttl_seconds)
 
         def encode(kept: CheckpointRow) -> tuple[str, bytes]:
-            return _json(SaveWeightsExternalReply(path=kept.path, size_bytes=kept.size_bytes))
+            return json_result(SaveWeightsExternalReply(path=kept.path, size_bytes=kept.size_bytes))
 
         return self._keep(row, order), encode
 
-    def _load_weights(
-        self, row: ModelRow, seq: int, request: tuple[LoadWeightsRequest, CheckpointRow]
-    ) -> tuple[Future[Any], Encode]:
-        asked, checkpoint = request
+    def _load_weights(self, row: ModelRow, seq: int, load: Load) -> Queued:
+        asked, checkpoint = load
         if seq != 1:
             raise DataError(
                 "load_weights replaces a model that has done nothing yet; to go on from a "
                 "checkpoint, create a training client from it"
             )
-        folder, host = self._keeping.folder_of(checkpoint), self._parts.host
+        folder, host = self._checkpoints.folder_of(checkpoint), self._resources.host
         spec = adapter_spec(row.spec, host.engine.sites)
         # A seed has had its effect when an adapter is made; this one keeps its own.
         theirs = replace(spec, seed=int(checkpoint.spec["seed"]))
@@ -202,7 +222,7 @@ class Operations:
             pager.replace(row.id, replace(state, spec=spec), seq)
 
         reply = LoadWeightsReply(model_id=row.id, path=asked.path)
-        return self._call(row, seq, run), lambda _: _json(reply)
+        return self._call(row, seq, run), lambda _: json_result(reply)
 
     def keep_last(self, row: ModelRow) -> Future[CheckpointRow]:
         """The adapter's state after everything that was handed over, as checkpoint `last`."""
@@ -215,21 +235,21 @@ class Operations:
             )  # fmt: skip
             return self._write(pager, order)
 
-        return flattened(self._parts.host.call(row.id, run, tenant=row.tenant))
+        return flattened(self._resources.host.call(row.id, run, tenant=row.tenant))
 
     # -- inside ---------------------------------------------------
 
     def _call(self, row: ModelRow, seq: int, run: Callable[[Pager], Any]) -> Future[Any]:
-        return self._parts.host.call(row.id, run, tenant=row.tenant, seq=seq)
+        return self._resources.host.call(row.id, run, tenant=row.tenant, seq=seq)
 
     def _keep(self, row: ModelRow, order: CheckpointOrder) -> Future[CheckpointRow]:
         """Copy the adapter's state in its turn; write it while others go on."""
         return flattened(self._call(row, order.seq, lambda pager: self._write(pager, order)))
 
     def _write(self, pager: Pager, order: CheckpointOrder) -> Future[CheckpointRow]:
-        host, kind = self._parts.host, order.path.kind
+        host, kind = self._resources.host, order.path.kind
         state = pager.state(order.path.model_id, order.seq, moments=kind == "weights")
-        return pager.write(lambda: self._keeping.write(host, order, state), state)
+        return pager.write(lambda: self._checkpoints.write(host, order, state), state)
 
     def _order(
         self, row: ModelRow, seq: int, kind: PathKind, name: str, ttl_seconds: int | None, *,
@@ -249,9 +269,8 @@ def sampler_id(session_id: str, seq: int) -> str:
 
 def snapshot_made_by(row: ModelRow, request: OperationRequest) -> str | None:
     """The snapshot that an operation makes, if it makes one."""
-    if request.kind != "save_weights_for_sampler" or request.content.path is not None:
-        return None
-    return sampler_id(row.session_id, request.content.sampling_session_seq_id or 0)
+    number = request.kind.sampler(request.content)
+    return None if number is None else sampler_id(row.session_id, number)
 
 
 def adapter_spec(spec: Mapping[str, Any], sites: Sequence[Site]) -> AdapterSpec:
@@ -295,14 +314,6 @@ def _kind_of(site: Site) -> str:
     return "attn" if "attn" in path or "attention" in path else "mlp"
 
 
-def leaves_no_trace(request: OperationRequest) -> bool:
-    """Whether an operation leaves the adapter as it was."""
-    if request.kind == "forward_backward":
-        return bool(request.content.forward_only)
-    return request.kind in ("save_weights", "save_weights_external") or (
-        request.kind == "save_weights_for_sampler" and request.content.path is not None
-    )
-
-
-def _json(reply: Reply) -> tuple[str, bytes]:
+def json_result(reply: Reply) -> tuple[str, bytes]:
+    """A result as it is stored: content type and body."""
     return JSON_TYPE, reply.model_dump_json(exclude_none=True).encode()

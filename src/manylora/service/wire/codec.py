@@ -224,20 +224,6 @@ def digest_json(message: BaseModel) -> str:
     return _digest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
-def digest_protobuf(body: bytes) -> str:
-    """Digest of a forward_backward body; the order of its maps does not matter.
-
-    Raises:
-        DataError: it is none.
-    """
-    request = pb.ForwardBackwardRequest()
-    try:
-        request.ParseFromString(body)
-    except DecodeError:
-        raise DataError("the body is no ForwardBackwardRequest") from None
-    return digest_message(request)
-
-
 def digest_message(message: Message) -> str:
     """Digest of a protobuf message."""
     return _digest(message.SerializeToString(deterministic=True))

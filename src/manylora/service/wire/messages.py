@@ -6,7 +6,9 @@ images, encryption) has a field here, so that it can be refused by name.
 """
 
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +21,8 @@ from pydantic import (
 )
 
 from manylora.service.wire.paths import CHECKPOINT_NAME, IDENTIFIER, MAX_IDENTIFIER, MAX_NAME
+from manylora.service.wire.reading import peek_json_ids
+from manylora.service.wire.scan import peek_ids
 
 SECONDS_OF_AN_HOUR, SECONDS_OF_TEN_YEARS = 3600, 315_360_000
 
@@ -133,6 +137,25 @@ class LoraConfig(WireRequest):
     train_attn: bool = True
 
 
+class Slot(NamedTuple):
+    """A place for an adapter in a session: the session's id, and the adapter's number there."""
+
+    session_id: str
+    number: int
+
+    @property
+    def model_id(self) -> str:
+        """The adapter's id, which the SDK works out for itself when a load makes it."""
+        return f"{self.session_id}:train:{self.number}"
+
+
+class OrderPlace(NamedTuple):
+    """A place in an adapter's own order: the adapter's id, and the operation's number there."""
+
+    model_id: str
+    seq_id: int
+
+
 class CreateModelRequest(WireRequest):
     """POST create_model."""
 
@@ -155,6 +178,11 @@ class Numbered(WireRequest):
 
     model_id: Identifier
     seq_id: OrderNumber
+
+    @property
+    def place(self) -> OrderPlace:
+        """Its place in that order."""
+        return OrderPlace(self.model_id, self.seq_id)
 
 
 class WireAdamParams(WireRequest):
@@ -199,16 +227,18 @@ class LoadWeightsRequest(WireRequest):
 
     @model_validator(mode="after")
     def _one_address(self) -> "LoadWeightsRequest":
-        new = (self.session_id is not None, self.model_seq_id is not None)
-        old = (self.model_id is not None, self.seq_id is not None)
-        if (new, old) not in (((True, True), (False, False)), ((False, False), (True, True))):
+        numbers = (self.session_id, self.model_seq_id, self.model_id, self.seq_id)
+        given = tuple(number is not None for number in numbers)
+        if given not in ((True, True, False, False), (False, False, True, True)):
             raise ValueError("give session_id and model_seq_id, or model_id and seq_id")
         return self
 
     @property
-    def creates(self) -> bool:
-        """Whether the load makes a new model."""
-        return self.session_id is not None
+    def target(self) -> Slot | OrderPlace:
+        """The slot of the adapter that it makes, or its place among an adapter's operations."""
+        if self.session_id is not None and self.model_seq_id is not None:
+            return Slot(self.session_id, self.model_seq_id)
+        return OrderPlace(self.model_id or "", self.seq_id or 0)
 
 
 class CopyWeightsRequest(WireRequest):
@@ -261,6 +291,64 @@ class SaveWeightsExternalRequest(Numbered):
     path: Name
     ttl_seconds: TTL | None = None
     age_encryption_recipients: Annotated[list[Text], Field(max_length=64)] | None = None
+
+
+# --- the kinds of numbered requests -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperationKind:
+    """What the server knows of one kind of numbered request, beside what it does (`Operations`).
+
+    Attributes:
+        name: its route's, and the journal's word for it.
+        message: its JSON body; None = it comes in protobuf.
+        peek: finds model_id and seq_id in the start of a body that is refused.
+        trains: whether it cannot run without the adapter's state.
+        leaves_no_trace: whether one of that content leaves the adapter as it was.
+        sampler: the number, in the session, of the sampler that one of that content makes.
+    """
+
+    name: str
+    message: type[WireRequest] | None = None
+    peek: Callable[[bytes], tuple[str, int] | None] = peek_json_ids
+    trains: bool = False
+    leaves_no_trace: Callable[[Any], bool] = lambda content: False
+    sampler: Callable[[Any], int | None] = lambda content: None
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        OperationKind(
+            name="forward_backward",
+            peek=peek_ids,
+            trains=True,
+            leaves_no_trace=lambda content: content.forward_only,
+        ),
+        OperationKind(name="optim_step", message=OptimStepRequest, trains=True),
+        OperationKind(
+            name="save_weights", message=SaveWeightsRequest, leaves_no_trace=lambda content: True
+        ),
+        OperationKind(
+            name="save_weights_for_sampler",
+            message=SaveWeightsForSamplerRequest,
+            leaves_no_trace=lambda content: content.path is not None,
+            sampler=lambda content: content.sampling_session_seq_id,
+        ),
+        OperationKind(
+            name="save_weights_external",
+            message=SaveWeightsExternalRequest,
+            leaves_no_trace=lambda content: True,
+        ),
+        OperationKind(name="load_weights", message=LoadWeightsRequest),
+    )
+}
+KIND_OF_MESSAGE: Mapping[type[BaseModel], OperationKind] = {
+    kind.message: kind for kind in KINDS.values() if kind.message is not None
+}
+# No route's: an operation whose number was used up by a request that was refused.
+REFUSED = OperationKind(name="refused")
 
 
 # --- sampling ---------------------------------------------------------------------------------

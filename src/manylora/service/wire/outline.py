@@ -24,10 +24,9 @@ _WIDTHS = {pb.DTYPE_FLOAT32: 4, pb.DTYPE_INT64: 8, pb.DTYPE_INT32: 4, pb.DTYPE_B
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outline:
-    """A forward_backward that is not decoded.
+    """A forward_backward that is not decoded; see `ForwardBackwardSubmit` for what is not here.
 
     Attributes:
-        model_id, seq_id, forward_only, body, digest: as in `ForwardBackwardSubmit`.
         num_tokens: of all its data.
         decoded_bytes: that it takes when it is decoded.
     """

@@ -83,5 +83,5 @@ def _matches(pattern: str, text: str, longest: int) -> bool:
 
 
 def is_identifier(text: str) -> bool:
-    """Whether a text can be an id at all; one that cannot is no id of anybody's."""
+    """Whether a text can be an id at all; one that cannot is no tenant's id."""
     return _matches(IDENTIFIER, text, MAX_IDENTIFIER)

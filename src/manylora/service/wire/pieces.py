@@ -15,7 +15,8 @@ class ForwardBackwardSubmit:
     """A decoded forward_backward (or forward).
 
     Attributes:
-        model_id, seq_id: whose it is, and its place in that order.
+        model_id: whose it is.
+        seq_id: its place in that order.
         data, loss, config: as `types.ForwardBackward` takes them.
         forward_only: no gradients.
         body: the bytes that came; decoding them again gives an equal submit (for a journal).

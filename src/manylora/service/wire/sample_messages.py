@@ -27,7 +27,7 @@ def decode_sample(body: bytes, limits: WireLimits) -> SampleSubmit:
 
 
 def unpack(submit: SampleSubmit) -> SampleSubmit:
-    """The same, with its candidates [M - 1, C] in a dense array."""
+    """A request with its candidates [M - 1, C] in a dense array."""
     if submit.packed is None:
         return submit
     csr, values_E = submit.packed

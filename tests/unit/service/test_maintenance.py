@@ -45,7 +45,7 @@ class Place:
         self.folder, self.settings = folder, settings
         self.clock, self.wall = Clock(1000.0), Clock(1_800_000_000.0)
         self.hub: TinkerHub
-        self.upkeep: Maintenance
+        self.maintenance: Maintenance
         self.session = self.model = ""
 
     @asynccontextmanager
@@ -58,9 +58,9 @@ class Place:
             settings, Store.in_folder(self.folder), WireLimits(), clock=self.clock, wall=self.wall
         )
         self.hub = await service.start([Engine(Opening("seedling", threads=1))])
-        assert service._upkeep is not None
-        service._upkeep.cancel()
-        self.upkeep = Maintenance(self.hub, gap_seconds=GAP)
+        assert service._maintenance is not None
+        service._maintenance.cancel()
+        self.maintenance = Maintenance(self.hub, gap_seconds=GAP)
         try:
             yield
         finally:
@@ -68,14 +68,12 @@ class Place:
 
     async def begin(self) -> None:
         """A session with a model."""
-        self.session = await self.hub.create_session(WHO, m.CreateSessionRequest())
-        made = await self.hub.create_model(
-            WHO,
-            m.CreateModelRequest(
-                session_id=self.session, model_seq_id=0, base_model="seedling",
-                lora_config=m.LoraConfig(rank=2, seed=1),
-            ),
-        )  # fmt: skip
+        self.session = await self.hub.sessions.create(WHO, m.CreateSessionRequest())
+        lora = m.LoraConfig(rank=2, seed=1)
+        request = m.CreateModelRequest(
+            session_id=self.session, model_seq_id=0, base_model="seedling", lora_config=lora
+        )
+        made = await self.hub.training.create_model(WHO, request, lora)
         assert made.model_id is not None
         self.model = made.model_id
         await self.result(f"{self.model}:0")
@@ -83,19 +81,19 @@ class Place:
     async def data(self, seq: int) -> str:
         message = bodies.request([bodies.plain_datum()], model_id=self.model, seq_id=seq)
         submit = outline_of(message.SerializeToString(), WireLimits())
-        return (await self.hub.forward_backward(WHO, submit)).request_id
+        return (await self.hub.training.forward_backward(WHO, submit)).request_id
 
     async def step(self, seq: int) -> str:
         params = m.WireAdamParams(learning_rate=1e-3)
         request = m.OptimStepRequest(model_id=self.model, seq_id=seq, adam_params=params)
-        return (await self.hub.optim_step(WHO, request)).request_id
+        return (await self.hub.training.submit(WHO, request)).request_id
 
     async def ephemeral(self, seq: int, kind: Any = "snapshot") -> str:
         """A sampler of the weights as they are."""
         request = m.SaveWeightsForSamplerRequest(
             model_id=self.model, seq_id=seq, sampling_session_seq_id=seq, kind=kind
         )
-        submitted = await self.hub.save_weights_for_sampler(WHO, request)
+        submitted = await self.hub.training.submit(WHO, request)
         assert isinstance(await self.result(submitted.request_id), Ready)
         return f"{self.session}:sample:{seq}"
 
@@ -107,7 +105,7 @@ class Place:
             "sampling_params": {"max_tokens": 2, "seed": 1},
         }
         submit = decode_sample(json.dumps(body).encode(), WireLimits())
-        return (await self.hub.sample(WHO, submit)).request_id
+        return (await self.hub.samplers.sample(WHO, submit)).request_id
 
     async def result(self, request_id: str) -> Any:
         outcome = await self.hub.outcome(WHO, request_id, 30.0)
@@ -115,13 +113,13 @@ class Place:
         return outcome
 
     async def round(self) -> None:
-        """One round of upkeep, with what it set going."""
-        await self.upkeep.round()
-        await asyncio.gather(*self.upkeep._closing.values())
+        """One round of maintenance, with what it set going."""
+        await self.maintenance.round()
+        await asyncio.gather(*self.maintenance._closing.values())
 
     async def written(self) -> None:
         """Until the engine has nothing queued, and the writer nothing in hand."""
-        host = self.hub.parts.host
+        host = self.hub.resources.host
         await asyncio.wrap_future(host.call(None, lambda pager: pager._writer.drain()))
 
     def later(self, seconds: float) -> None:
@@ -132,7 +130,7 @@ class Place:
     async def engine_held(self) -> AsyncIterator[None]:
         """Nothing runs meanwhile."""
         begun, free = threading.Event(), threading.Event()
-        self.hub.parts.host.call(None, lambda _: (begun.set(), free.wait(60)))
+        self.hub.resources.host.call(None, lambda _: (begun.set(), free.wait(60)))
         await asyncio.to_thread(begun.wait, 60)
         try:
             yield
@@ -162,27 +160,27 @@ def test_a_silent_session_is_closed_and_its_adapter_kept(run):
         await place.data(1)
         await place.result(await place.step(2))
         sampler = await place.ephemeral(3)
-        folder = hub.parts.host.snapshot_folder(sampler)
+        folder = hub.resources.host.snapshot_folder(sampler)
         place.later(59.0)
         await place.round()
-        await hub.models.require(WHO, place.model)
-        await hub.heartbeat(WHO, place.session)
+        await hub.adapters.require(WHO, place.model)
+        await hub.sessions.require(WHO, place.session)
         place.later(59.0)
         await place.round()
-        await hub.models.require(WHO, place.model)
+        await hub.adapters.require(WHO, place.model)
         place.later(2.0)
         await place.round()
         with pytest.raises(Gone):
-            await hub.heartbeat(WHO, place.session)
+            await hub.sessions.require(WHO, place.session)
         with pytest.raises(Gone):
             await place.data(4)
-        kept = await hub.keeping.get(WHO, TinkerPath(place.model, "weights", "last"))
+        kept = await hub.checkpoints.get(WHO, TinkerPath(place.model, "weights", "last"))
         assert kept.step == 1
         await place.written()
-        assert hub.parts.host.counts()["resident"] == 0
+        assert hub.resources.host.counts()["resident"] == 0
         assert not folder.exists()
-        assert sampler not in hub.parts.host.engine.snapshots
-        assert not hub.parts.host.state_folder(place.model).exists()
+        assert sampler not in hub.resources.host.engine.snapshots
+        assert not hub.resources.host.state_folder(place.model).exists()
 
     run(test)
 
@@ -208,9 +206,9 @@ def test_nor_one_that_comes_back_while_it_is_closed(run):
         await place.result(await place.step(2))
         place.later(61.0)
         async with place.engine_held():
-            await place.upkeep.round()
-            await place.hub.heartbeat(WHO, place.session)
-        await asyncio.gather(*place.upkeep._closing.values())
+            await place.maintenance.round()
+            await place.hub.sessions.require(WHO, place.session)
+        await asyncio.gather(*place.maintenance._closing.values())
         assert isinstance(await place.result(await place.data(3)), Ready)
 
     run(test)
@@ -221,7 +219,7 @@ def test_a_gap_times_out_and_stays_closed(run):
         await place.data(1)
         late = [await place.step(3), await place.data(4)]
         place.later(GAP - 1)
-        await place.hub.heartbeat(WHO, place.session)
+        await place.hub.sessions.require(WHO, place.session)
         await place.round()
         assert isinstance(await place.hub.outcome(WHO, late[0], 0.05), Waiting)
         place.later(2.0)
@@ -246,19 +244,19 @@ def test_a_restart_repeats_a_gap_that_was_given_up(tmp_path: Path, monkeypatch: 
             await place.data(1)
             await place.step(3)
             place.later(GAP + 1)
-            await place.hub.heartbeat(WHO, place.session)
+            await place.hub.sessions.require(WHO, place.session)
             await place.round()
             await place.step(4)
             before = [
                 await place.result(await place.data(5)),
                 await place.result(await place.step(6)),
             ]
-            journal = place.hub.parts.journal
+            journal = place.hub.resources.journal
             assert journal.lag()[0] >= 5  # nothing of it is in a state
-            host = place.hub.parts.host
+            host = place.hub.resources.host
             monkeypatch.setattr(host.units[0].pager, "save_all", lambda: None)  # as if killed
         async with place.open():
-            assert (await place.hub.models.require(WHO, place.model)).order.next_seq == 7
+            assert (await place.hub.adapters.require(WHO, place.model)).order.next_seq == 7
             after = [await place.result(f"{place.model}:{seq}") for seq in (5, 6)]
             assert after == before
             assert isinstance(await place.result(f"{place.model}:3"), Failed)
@@ -284,15 +282,15 @@ def test_results_are_gone_after_their_time(run):
 
 def test_snapshots_go_once_nobody_uses_them(run):
     async def test(place: Place) -> None:
-        hub, host = place.hub, place.hub.parts.host
+        hub, host = place.hub, place.hub.resources.host
         sampler, other = await place.ephemeral(1), await place.ephemeral(2)
         living = await place.ephemeral(3, "inflight")
 
         async def sweep(seconds: float) -> None:
             place.later(seconds)
-            await hub.heartbeat(WHO, place.session)
+            await hub.sessions.require(WHO, place.session)
             place.clock.now += SWEEP_SECONDS
-            await hub.heartbeat(WHO, place.session)
+            await hub.sessions.require(WHO, place.session)
             await place.round()
             await place.written()
 
@@ -309,7 +307,7 @@ def test_snapshots_go_once_nobody_uses_them(run):
         async with place.engine_held():
             running = await place.sample(sampler, 1)
             place.later(25 * HOUR)
-            await hub.heartbeat(WHO, place.session)
+            await hub.sessions.require(WHO, place.session)
             assert await hub.samplers.drop_unused(24 * HOUR) == []
         assert isinstance(await place.result(running), Ready)
         await sweep(25 * HOUR)
@@ -326,8 +324,8 @@ def test_the_journal_keeps_what_the_disk_did_not_take(run, monkeypatch: pytest.M
         sampler = await place.ephemeral(1)
         await place.result(await place.sample(sampler, 0))
         await asyncio.sleep(0.05)
-        results = place.hub.parts.promises.results
-        before = list(place.hub.parts.covered)
+        results = place.hub.resources.promises.results
+        before = list(place.hub.resources.covered)
         assert before
 
         def full() -> None:
@@ -337,10 +335,10 @@ def test_the_journal_keeps_what_the_disk_did_not_take(run, monkeypatch: pytest.M
             broken.setattr(results, "flush", full)
             with pytest.raises(SaveFailed):
                 await place.round()
-        assert list(place.hub.parts.covered) == before
+        assert list(place.hub.resources.covered) == before
         await place.round()
-        assert not place.hub.parts.covered
-        assert f"{sampler}:0" not in place.hub.parts.journal.streams()
+        assert not place.hub.resources.covered
+        assert f"{sampler}:0" not in place.hub.resources.journal.streams()
 
     run(test)
 
@@ -351,7 +349,7 @@ def test_a_sample_waits_for_the_snapshot_that_is_still_to_be_made(run):
             request = m.SaveWeightsForSamplerRequest(
                 model_id=place.model, seq_id=1, sampling_session_seq_id=5
             )
-            await place.hub.save_weights_for_sampler(WHO, request)
+            await place.hub.training.submit(WHO, request)
             early = await place.sample(f"{place.session}:sample:5", 0)
         first = await place.result(early)
         assert isinstance(first, Ready)

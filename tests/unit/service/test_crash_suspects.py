@@ -112,30 +112,32 @@ class Client:
     """Trains over whatever hub is there, as an SDK does that sees pauses only."""
 
     def __init__(self, hub: HubProxy):
-        self.hub: Any = hub
+        self.hub = hub
         self.model = ""
 
     async def begin(self) -> None:
-        session = await self.hub.create_session(WHO, m.CreateSessionRequest())
-        made = await self.hub.create_model(
-            WHO,
-            m.CreateModelRequest(
-                session_id=session, model_seq_id=0, base_model="seedling",
-                lora_config=m.LoraConfig(rank=2, seed=1),
-            ),
-        )  # fmt: skip
+        lora = m.LoraConfig(rank=2, seed=1)
+        async with self.hub.entered() as hub:
+            session = await hub.sessions.create(WHO, m.CreateSessionRequest())
+            request = m.CreateModelRequest(
+                session_id=session, model_seq_id=0, base_model="seedling", lora_config=lora
+            )
+            made = await hub.training.create_model(WHO, request, lora)
+        assert made.model_id is not None
         self.model = made.model_id
         await self.result(made.request_id)
 
     async def data(self, seq: int, tokens: int) -> str:
         body = encode(self.model, seq, random_data(seq, 1, lengths=(tokens, tokens + 1)))
         submit = outline_of(body, WireLimits())
-        return (await self.hub.forward_backward(WHO, submit)).request_id
+        async with self.hub.entered() as hub:
+            return (await hub.training.forward_backward(WHO, submit)).request_id
 
     async def step(self, seq: int) -> str:
         adam = m.WireAdamParams(learning_rate=1e-3)
         request = m.OptimStepRequest(model_id=self.model, seq_id=seq, adam_params=adam)
-        return (await self.hub.optim_step(WHO, request)).request_id
+        async with self.hub.entered() as hub:
+            return (await hub.training.submit(WHO, request)).request_id
 
     async def result(self, request_id: str) -> Outcome:
         while True:
@@ -245,17 +247,15 @@ def test_engines_that_get_nothing_done_are_the_end(tmp_path: Path) -> None:
 def test_a_sample_that_breaks_the_engine_fails_alone(tmp_path: Path) -> None:
     seen: list[Outcome] = []
 
-    async def scenario(hub: Any) -> None:
+    async def scenario(hub: HubProxy) -> None:
         client = Client(hub)
         await client.begin()
         session = client.model.partition(":")[0]
-        sampler = await hub.create_sampling_session(
-            WHO,
-            m.CreateSamplingSessionRequest(
-                session_id=session, sampling_session_seq_id=1, base_model="seedling"
-            ),
-            None,
+        asked = m.CreateSamplingSessionRequest(
+            session_id=session, sampling_session_seq_id=1, base_model="seedling"
         )
+        async with hub.entered() as entered:
+            sampler = await entered.samplers.create(WHO, asked, None)
         for seq, length in ((1, 5), (2, DEADLY), (3, 6)):
             prompt = {"chunks": [{"type": "encoded_text", "tokens": list(range(5, 5 + length))}]}
             body = {
@@ -263,7 +263,9 @@ def test_a_sample_that_breaks_the_engine_fails_alone(tmp_path: Path) -> None:
                 "sampling_params": {"max_tokens": 3, "temperature": 0.0},
             }  # fmt: skip
             submit = decode_sample(json.dumps(body).encode(), WireLimits())
-            seen.append(await client.result((await hub.sample(WHO, submit)).request_id))
+            async with hub.entered() as entered:
+                submitted = await entered.samplers.sample(WHO, submit)
+            seen.append(await client.result(submitted.request_id))
 
     run(tmp_path, scenario)
     assert [type(outcome) for outcome in seen] == [Ready, Failed, Ready]
@@ -272,16 +274,16 @@ def test_a_sample_that_breaks_the_engine_fails_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("losses", [0, 1, 2, 3, 5, 6])
 @pytest.mark.parametrize("silent", [False, True])
 def test_counting(losses: int, silent: bool) -> None:
-    breakages, loss = CrashSuspects(), EngineLost("it broke", silent=silent)
+    suspects, loss = CrashSuspects(), EngineLost("it broke", silent=silent)
     most = MOST_SILENT_LOSSES if silent else MOST_LOSSES
     step = OptimStep(adapter="a", params=None, seq=3)  # type: ignore[arg-type]
     sample = Sample(adapter=None, prompts=[[1]], params=SamplingParams(seed=4), snapshot="s")
     for _ in range(losses):
-        breakages.note([(step, loss), (sample, loss)])
+        suspects.note([(step, loss), (sample, loss)])
     for operation in (step, sample):
-        assert breakages.is_suspect(operation) == (losses > 0)
-        assert breakages.is_given_up(operation) == (losses >= most)
-    assert breakages.is_numbered_given_up("a", 3) == (losses >= most)
-    breakages.acquit(step)
-    assert breakages.is_suspect(step) == (losses >= most)
-    assert not breakages.is_suspect(OptimStep(adapter="a", params=None, seq=4))  # type: ignore[arg-type]
+        assert suspects.is_suspect(operation) == (losses > 0)
+        assert suspects.is_given_up(operation) == (losses >= most)
+    assert suspects.is_numbered_given_up("a", 3) == (losses >= most)
+    suspects.acquit(step)
+    assert suspects.is_suspect(step) == (losses >= most)
+    assert not suspects.is_suspect(OptimStep(adapter="a", params=None, seq=4))  # type: ignore[arg-type]
