@@ -142,10 +142,6 @@ class Pager:
         assert self._folder is not None
         return self._folder / "adapters" / file_name(name)
 
-    def snapshot_folder(self, snapshot: str) -> Path:
-        """Where the snapshot lies on disk."""
-        return self.snapshots.folder_of(snapshot)
-
     # -- the engine's verbs -----------------------------------------------------------------------
 
     def forward_backward(
