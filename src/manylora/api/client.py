@@ -47,8 +47,49 @@ if TYPE_CHECKING:
     from manylora.models.vocabulary import Vocabulary
 
 
-class AdapterClient:
-    """What `Trainer` offers, on a host that may have others.
+class Samplable:
+    """Weights that continue prompts: an adapter's, a snapshot's, or those of the bare base."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        num_samples: int = 1,
+        scoring: Scoring | None = None,
+    ) -> Future[SampleResult]:
+        """Continue each prompt with the weights as they are at this point.
+
+        What is queued for an adapter after a sample of it waits until that is finished; a sample of
+        a snapshot does not have that effect.
+
+        Args:
+            prompts: token ids.
+            params: how; by default greedily, at most 64 tokens. Without a `stop` of its own an
+                answer ends where the adapter's `text_format` says, or else where the base's do.
+            num_samples: continuations of each prompt.
+            scoring: what to report beside the tokens and their log-probabilities.
+
+        Returns:
+            A future of the sequences and scores. It raises DataError, DatumTooLong or NotFinite.
+            It can be cancelled while it runs.
+        """
+        request = Sample(
+            adapter=None,
+            prompts=prompts,
+            params=params or SamplingParams(),
+            num_samples=num_samples,
+            scoring=scoring or Scoring(),
+        )
+        return self._ask(request)
+
+    def _ask(self, request: Sample) -> Future[SampleResult]:
+        """Queue a request of the bare base as one of these weights."""
+        raise NotImplementedError
+
+
+class AdapterClient(Samplable):
+    """What `Trainer` offers, on a host that may have others; `sample` is of the bare base.
 
     Attributes:
         adapters: name → handle.
@@ -146,46 +187,13 @@ class AdapterClient:
         saved = read_state(self._engine, Path(folder), spec=spec)
         return self._new(name, saved.state, saved.text_format), dict(saved.client)
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams | None = None,
-        *,
-        num_samples: int = 1,
-        scoring: Scoring | None = None,
-    ) -> Future[SampleResult]:
-        """Continue each prompt (token ids) with the bare base; see `AdapterHandle.sample`."""
-        return self._host.submit(self._sample(prompts, params, num_samples, scoring, TextFormat()))
-
     # -- inside -----------------------------------------------------------------------------------
 
     def _call(self, adapter: str, run: Callable[[Pager], Any]) -> Future[Any]:
         return self._host.call(adapter, run, tenant=self._tenant)
 
-    def _sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams | None,
-        num_samples: int,
-        scoring: Scoring | None,
-        text_format: TextFormat,
-        *,
-        adapter: str | None = None,
-        snapshot: str | None = None,
-    ) -> Sample:
-        """A request that ends answers as `text_format` says where `params` name no end."""
-        params = params or SamplingParams()
-        if params.stop is None and text_format.stop:
-            params = replace(params, stop=text_format.stop)
-        return Sample(
-            adapter=adapter,
-            prompts=prompts,
-            params=params,
-            num_samples=num_samples,
-            snapshot=snapshot,
-            scoring=scoring or Scoring(),
-            tenant=self._tenant,
-        )
+    def _ask(self, request: Sample) -> Future[SampleResult]:
+        return self._host.submit(replace(request, tenant=self._tenant))
 
     def _new(
         self, name: str, what: AdapterSpec | AdapterState, text_format: TextFormat
@@ -225,7 +233,7 @@ class AdapterClient:
         return AdapterState(spec, layout, imported.weights_P), imported.text_format
 
 
-class AdapterHandle:
+class AdapterHandle(Samplable):
     """One adapter of a `Trainer`: every method queues an operation and returns a future.
 
     Operations of one adapter run in the order in which they were called; those of different
@@ -303,34 +311,6 @@ class AdapterHandle:
         step = OptimStep(adapter=self.name, params=params, tenant=self._client._tenant)
         return self._queue.submit(step)
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams | None = None,
-        *,
-        num_samples: int = 1,
-        scoring: Scoring | None = None,
-    ) -> Future[SampleResult]:
-        """Continue each prompt (token ids) with the weights as they are at this point.
-
-        What is queued for this adapter after it waits until it is finished; `snapshot` does not
-        have that effect.
-
-        Args:
-            params: how; by default greedily, at most 64 tokens. Without a `stop` of its own an
-                answer ends where the adapter's `text_format` says, or else where the base's do.
-            num_samples: continuations of each prompt.
-            scoring: what to report beside the tokens and their log-probabilities.
-
-        Returns:
-            A future of the sequences and scores. It raises DataError, DatumTooLong or NotFinite.
-            It can be cancelled while it runs.
-        """
-        request = self._client._sample(
-            prompts, params, num_samples, scoring, self.text_format, adapter=self.name
-        )
-        return self._queue.submit(request)
-
     def snapshot(self) -> SnapshotHandle:
         """A frozen copy of the weights at this point, for sampling while training goes on."""
         client = self._client
@@ -401,6 +381,17 @@ class AdapterHandle:
         """The queue of the engine with which the adapter lives."""
         return self._client._host.units[self._unit_number].queue
 
+    def _ask(self, request: Sample) -> Future[SampleResult]:
+        request = replace(request, adapter=self.name)
+        return self._queue.submit(self._own(request, self.text_format))
+
+    def _own(self, request: Sample, text_format: TextFormat) -> Sample:
+        """The client's request, with a text format's ends of an answer where it names none."""
+        params = request.params
+        if params.stop is None and text_format.stop:
+            params = replace(params, stop=text_format.stop)
+        return replace(request, params=params, tenant=self._client._tenant)
+
     def _work(
         self,
         data: Sequence[Datum],
@@ -436,7 +427,7 @@ class AdapterHandle:
         return flattened(self._client._call(self.name, run))
 
 
-class SnapshotHandle:
+class SnapshotHandle(Samplable):
     """An adapter's weights as they were when the snapshot was taken.
 
     Attributes:
@@ -451,27 +442,11 @@ class SnapshotHandle:
         self.name = name
         self.text_format = handle.text_format
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams | None = None,
-        *,
-        num_samples: int = 1,
-        scoring: Scoring | None = None,
-    ) -> Future[SampleResult]:
-        """Continue each prompt (token ids) with the frozen weights; see `AdapterHandle.sample`."""
-        request = self._handle._client._sample(
-            prompts,
-            params,
-            num_samples,
-            scoring,
-            self.text_format,
-            adapter=self.adapter,
-            snapshot=self.name,
-        )
-        return self._handle._queue.submit(request)
-
     def drop(self) -> Future[None]:
         """Free the copy."""
         client = self._handle._client
         return client._host.drop_snapshot(self.name, adapter=self.adapter, tenant=client._tenant)
+
+    def _ask(self, request: Sample) -> Future[SampleResult]:
+        request = replace(request, adapter=self.adapter, snapshot=self.name)
+        return self._handle._queue.submit(self._handle._own(request, self.text_format))

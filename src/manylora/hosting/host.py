@@ -209,7 +209,7 @@ class Host:
 
     def snapshot_folder(self, snapshot: str) -> Path:
         """Where a snapshot lies on disk."""
-        return self.units[0].pager.snapshot_folder(snapshot)
+        return self.units[0].pager.snapshots.folder_of(snapshot)
 
     def counts(self) -> dict[str, int]:
         """How many adapters and snapshots are where; see `Pager.counts`."""

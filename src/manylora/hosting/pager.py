@@ -131,7 +131,8 @@ class Pager:
         self._held.drop(name)
         del self._pages[name]
         if self._folder is not None:
-            self._delete(self.state_folder(name))
+            folder = self.state_folder(name)
+            self._writer.write(lambda: shutil.rmtree(folder, ignore_errors=True), 0)
 
     def position(self, name: str) -> int:
         """`seq` of the last operation that the adapter has run."""
@@ -141,10 +142,6 @@ class Pager:
         """Where the adapter's state lies when it is on disk."""
         assert self._folder is not None
         return self._folder / "adapters" / file_name(name)
-
-    def snapshot_folder(self, snapshot: str) -> Path:
-        """Where the snapshot lies on disk."""
-        return self.snapshots.folder_of(snapshot)
 
     # -- the engine's verbs -----------------------------------------------------------------------
 
@@ -279,9 +276,6 @@ class Pager:
             self._held.drop(name)
             del self._pages[name]
             raise
-
-    def _delete(self, folder: Path) -> None:
-        self._writer.write(lambda: shutil.rmtree(folder, ignore_errors=True), 0)
 
     def _run(
         self, operations: Sequence[Any], verb: Callable[[Sequence[Any]], Iterable[Any]]

@@ -14,10 +14,4 @@ from manylora.processes.peer_addresses import address_toward
 from manylora.processes.ray_client import RayClient
 from manylora.processes.remote_engine import RemoteEngine
 
-__all__ = [
-    "EngineGroup",
-    "RayClient",
-    "RemoteEngine",
-    "address_toward",
-    "start_group",
-]
+__all__ = ["EngineGroup", "RayClient", "RemoteEngine", "address_toward", "start_group"]

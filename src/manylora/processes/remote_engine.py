@@ -126,7 +126,7 @@ class RemoteEngine:
     def create(self, name: str, spec: AdapterSpec) -> RemoteAdapter:
         """A new adapter that changes nothing yet. Raises AdapterExists, TargetError."""
         self._refuse_known(name)
-        resident = RemoteAdapter(spec, self._layout(spec))
+        resident = RemoteAdapter(spec, plan_layout(spec, resolve_targets(spec, self.sites)))
         self._call("create", name, spec)
         self.adapters[name] = resident
         return resident
@@ -301,9 +301,6 @@ class RemoteEngine:
             connection.close()
         self._on_lost(reason)
         return EngineLost(reason, silent=silent)
-
-    def _layout(self, spec: AdapterSpec) -> Layout:
-        return plan_layout(spec, resolve_targets(spec, self.sites))
 
     def _resident(self, name: str) -> RemoteAdapter:
         if name not in self.adapters:
