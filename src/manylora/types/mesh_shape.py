@@ -78,7 +78,7 @@ class MeshShape:
         return replace(self, replicas=1)
 
     def check_split(self, sizes: Mapping[str, Any], base: str) -> None:
-        """Whether `tp` can split a base, by the sizes in its config alone.
+        """Check that `tp` can split a base, by the sizes in its config alone.
 
         Args:
             sizes: the fields of its text config; those that are not there are not looked at.
