@@ -28,7 +28,7 @@ from manylora.models.stream import padded_rows
 
 @dataclass(slots=True)
 class HeadOutput:
-    """What the head gives back for a stream, in fp32 but for the gradient.
+    """The head's results for a stream, in fp32 but for the gradient.
 
     Attributes:
         logprobs_L: log p(target) of each row, by its first target.
@@ -142,7 +142,7 @@ class HeadLoss:
         table: RoutingTable,
         chunks: Sequence[Chunk],
     ) -> dict[str, Tensor]:
-        """What losses need to know of whole data beforehand, by a forward of their trained rows."""
+        """Compute what losses need of whole data beforehand, by a forward of their trained rows."""
         shares = [share for share in rows.losses if share.loss.sequence_inputs]
         if not shares:
             return {}
@@ -180,7 +180,7 @@ class HeadLoss:
     def _softmax(
         self, hidden_TH: Tensor, rows: HeadRows, table: RoutingTable, chunk: Chunk
     ) -> _Softmax:
-        """The forward of a chunk."""
+        """Run the forward of a chunk."""
         h_cH = _filled_up(hidden_TH.index_select(0, rows.rows_L[chunk.rows]))
         targets_c = _filled_up(rows.targets_L[chunk.rows])
         sizes = [len(chunk), len(h_cH) - len(chunk)]

@@ -37,7 +37,7 @@ class LossShare:
     spans: list[Span] = field(default_factory=list)
 
     def within(self, start: int, stop: int) -> bool:
-        """Whether any of the rows [start, stop) is this loss's."""
+        """Say whether any of the rows [start, stop) is this loss's."""
         return self.rows_L is None or any(a < stop and start < b for a, b in self.spans)
 
 
@@ -116,7 +116,7 @@ class HeadRows:
         return len(self.rows_L)
 
     def more_span(self, start: int, stop: int) -> Span:
-        """Where the targets beyond the first of the rows [start, stop) lie in `more`."""
+        """Find where the targets beyond the first of the rows [start, stop) lie in `more`."""
         if self.more is None:
             return 0, 0
         first, last = (int(self.more.ends[row - 1]) if row else 0 for row in (start, stop))

@@ -37,14 +37,14 @@ def keep_freed_memory() -> bool:
 
 
 def is_exhaustion(error: BaseException) -> bool:
-    """Whether it says that there is no more memory, of the host or of a device."""
+    """Say whether an error means that the host or a device has no more memory."""
     # The CPU's allocator has no class of its own.
     words = "DefaultCPUAllocator: can't allocate memory"
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or words in str(error)
 
 
 class FreeMemory:
-    """What is free on a device, looked up again only where it could matter.
+    """The free memory of a device, looked up again only where it could matter.
 
     The system takes half a millisecond to two for an answer. Asked for every operation, that was
     a twentieth of a step of eight.

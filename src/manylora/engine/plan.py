@@ -49,7 +49,7 @@ class Piece:
 
 @dataclass(slots=True)
 class Plan:
-    """Who runs what.
+    """A plan says which rank runs what.
 
     Attributes:
         pieces: all of them, in the order of the operations and of their data.

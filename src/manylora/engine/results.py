@@ -23,7 +23,7 @@ from manylora.types.data import Array
 
 @dataclass(slots=True)
 class Rows:
-    """What came out of one micro-batch, still on the device."""
+    """The results of one micro-batch, still on the device."""
 
     batch: MicroBatch
     out: HeadOutput
@@ -31,7 +31,7 @@ class Rows:
 
 @dataclass(slots=True)
 class PieceResult:
-    """Of one piece: each datum's log-probabilities that are wanted, and the sum of its losses."""
+    """One piece's results: each datum's wanted log-probabilities, and the sum of its losses."""
 
     logprobs: list[Array]
     loss: float
@@ -69,7 +69,7 @@ def found(rows: Iterable[Rows], losses: Losses) -> Found:
 
 
 def gathered(own: Found, plan: Plan, losses: Losses, axis: Axis, device: torch.device) -> Found:
-    """What every rank found, by one collective; how much that is, each knows from the plan.
+    """Gather what every rank found, by one collective; each knows its size from the plan.
 
     One rank sends nothing and gets its own back.
     """
@@ -145,7 +145,7 @@ class _Section:
 
 
 def _wanted(datum: Datum, loss: Loss, piece: Piece, trained: _Section, read: _Section) -> Array:
-    """What is wanted of a datum's log-probabilities."""
+    """Choose what is wanted of a datum's log-probabilities."""
     trained_N = loss.trained(datum)
     rows = int(np.count_nonzero(trained_N))
     values = trained.read(rows, datum)
@@ -158,7 +158,7 @@ def _wanted(datum: Datum, loss: Loss, piece: Piece, trained: _Section, read: _Se
 
 
 def _shapes(piece: Piece, losses: Losses) -> list[tuple[int, ...]]:
-    """Of what is wanted of each datum's log-probabilities."""
+    """The shapes of what is wanted of each datum's log-probabilities."""
     shapes = [datum.loss_inputs["target_tokens"].shape for datum in piece.data]
     if piece.wanted == "all":
         return shapes
@@ -170,7 +170,7 @@ def _shapes(piece: Piece, losses: Losses) -> list[tuple[int, ...]]:
 
 
 def _numbers(piece: Piece, losses: Losses) -> int:
-    """How many fp32 numbers a piece's result is; a loss, in fp64, takes the place of two."""
+    """The number of fp32 numbers of a piece's result; a loss, in fp64, takes the place of two."""
     return 2 + sum(math.prod(shape) for shape in _shapes(piece, losses))
 
 

@@ -71,7 +71,7 @@ class WholeVocabulary:
         self.longest = vocab
 
     def mine(self, targets: Tensor) -> Mine:
-        """Which of the targets lie in this part, and where."""
+        """Find out which of the targets lie here, and where: all."""
         return Mine(targets)
 
     def whole(self, max_c1: Tensor, sum_c1: Tensor, picked: Sequence[Picked]) -> Whole:
@@ -80,7 +80,7 @@ class WholeVocabulary:
         return Whole(sum_c1, [one.logits_n - one.of_rows(log_c) for one in picked])
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over the parts."""
+        """Sum a tensor over the parts: it is the only one."""
         return tensor
 
 
@@ -93,7 +93,7 @@ class VocabularyPart:
         self.longest = -(-vocab // axis.size)
 
     def mine(self, targets: Tensor) -> Mine:
-        """Which of the targets lie in this part, and where."""
+        """Find out which of the targets lie in this part, and where."""
         inside = (targets >= self.first) & (targets < self.last)
         return Mine((targets - self.first).clamp(0, self.last - self.first - 1), inside)
 
@@ -123,5 +123,5 @@ class VocabularyPart:
         return Whole((total_c / factor_rc[self.axis.index]).unsqueeze(1), logprobs)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over the parts, in place."""
+        """Sum a tensor over the parts, in place."""
         return self.axis.sum_(tensor)

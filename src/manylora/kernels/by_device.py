@@ -42,7 +42,7 @@ LOWRANK: Mapping[str, LowRank] = {"cpu": PLAIN, "cuda": PLAIN}
 
 
 def low_rank_on(device: torch.device) -> LowRank:
-    """What layers on `device` call; they look it up when they are built.
+    """Look up what layers on `device` call; they do so when they are built.
 
     The plain loop serves devices that are not in the table, such as the meta device of a plan.
     """

@@ -58,7 +58,7 @@ def add_product(out_TN: Tensor, a_TK: Tensor, b_KN: Tensor) -> None:
 
 
 def whole_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether rows keep their bits when products are made as they come, in this process."""
+    """Say whether rows keep their bits in this process when products are made as they come."""
     # On other devices no bits are promised.
     return device.type != "cpu" or _safe_rows(dtype, torch.get_num_threads()) == FEWEST_ROWS
 

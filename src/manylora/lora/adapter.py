@@ -54,7 +54,7 @@ class AdapterWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Of the vector."""
+        """Bytes of the vector."""
         return self.weights_P.numel() * self.weights_P.element_size()
 
     def snapshot(self, sites: "SiteIndex") -> "AdapterWeights":
@@ -63,7 +63,7 @@ class AdapterWeights:
 
 
 class SiteIndex:
-    """Which output of its input group each site is, and which rank of a mesh this is."""
+    """The index says which output of its input group each site is, and which rank this is."""
 
     def __init__(self, sites: tuple[Site, ...], place: Place = ALONE):
         self.sites = sites
@@ -169,7 +169,7 @@ class Adapter:
 
     @property
     def has_usable_grad(self) -> bool:
-        """Whether the next step may use what was accumulated."""
+        """Say whether the next step may use what was accumulated."""
         return self.has_grad and self.poison is None
 
     def drop_grad(self) -> None:

@@ -35,10 +35,10 @@ class Group(Protocol):
     packed: Sequence[PackedWeight]
 
     def outputs(self, x: Tensor, table: RoutingTable) -> Sequence[Tensor]:
-        """The output of every site, base and adapters together."""
+        """Compute the output of every site, base and adapters together."""
 
     def products(self, x: Tensor, table: RoutingTable) -> tuple[tuple[Tensor, ...], Saved]:
-        """What this rank adds to every output, and what `gradient` needs of it."""
+        """Compute what this rank adds to every output, and what `gradient` needs of it."""
 
     def gradient(
         self, dys: Sequence[Tensor | None], saved: Saved, table: RoutingTable, *, wanted: bool
@@ -90,6 +90,6 @@ class Adapted(nn.Module):
 
 
 def groups_of(model: nn.Module) -> dict[int, Group]:
-    """The groups of a base by number; none before its layers are wrapped."""
+    """Find the groups of a base by number; there are none before its layers are wrapped."""
     adapted = (module for module in model.modules() if isinstance(module, Adapted))
     return {module.group.number: module.group for module in adapted}

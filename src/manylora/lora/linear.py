@@ -69,7 +69,7 @@ class InputGroup:
             self.columns = Columns(layer.axis.share(layer.whole_in)[0], layer.whole_in)
 
     def outputs(self, x: Tensor, table: RoutingTable) -> Sequence[Tensor]:
-        """The output of every member, base and adapters together."""
+        """Compute the output of every member, base and adapters together."""
         if torch.is_grad_enabled():
             anchor = self.anchor if table.work(self.number) else None
             ys = GroupFunction.apply(x, anchor, self, table)
@@ -89,7 +89,7 @@ class InputGroup:
             self.packed = [PackedWeight(layer.weight, layer.bias) for layer in self.layers]
 
     def products(self, x: Tensor, table: RoutingTable) -> tuple[tuple[Tensor, ...], Saved]:
-        """The members' outputs, or this rank's summands, and what `gradient` needs of them."""
+        """Compute the members' outputs, or this rank's summands, and what `gradient` needs."""
         work = table.work(self.number)
         x_TK = x.reshape(-1, x.shape[-1])
         if table.packed:
@@ -117,7 +117,7 @@ class InputGroup:
     def gradient(
         self, dys: Sequence[Tensor | None], saved: Saved, table: RoutingTable, *, wanted: bool
     ) -> Tensor | None:
-        """The input's gradient [T, K], if it is wanted; those of the factors are added up."""
+        """Compute the input's gradient [T, K] if it is wanted, and add to those of the factors."""
         flat = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
         dx_TK = self._input_gradient(flat) if wanted else None
         if saved:
@@ -132,7 +132,7 @@ class InputGroup:
         return dx_TK
 
     def _input_gradient(self, flat: Sequence[Tensor | None]) -> Tensor | None:
-        """The base's part of it: the members' products, always in the same order."""
+        """Sum the members' products, the base's part of the gradient, always in the same order."""
         dx_TK: Tensor | None = None
         for dy_TN, layer in zip(flat, self.layers, strict=True):
             if dy_TN is not None and dx_TK is None:
@@ -217,7 +217,7 @@ def _plain_linear(model: nn.Module, site: Site) -> nn.Linear:
 
 
 def site_of(found: FoundLinear) -> Site:
-    """What adapters need to know of a linear layer of the base."""
+    """Describe a linear layer of the base as adapters need it."""
     return Site(
         found.name,
         found.in_features,

@@ -37,7 +37,7 @@ class Coordinate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank stands in a mesh: its coordinate on each axis, by the axis's name.
+    """A rank's place in a mesh is its coordinate on each axis, by the axis's name.
 
     An axis that is not named has one rank.
     """
@@ -62,7 +62,7 @@ def place_on(mesh: Mesh) -> Place:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one rank holds of one adapter.
+    """The part of one adapter that one rank holds.
 
     Attributes:
         whole: the adapter's layout, the same on every mesh.
@@ -123,7 +123,7 @@ class Part:
         return vector_P
 
     def shares(self, num_rows: int) -> int:
-        """How many shares the rows of a pending gradient become here."""
+        """Count the shares that the rows of a pending gradient become here."""
         return min(-(-num_rows // self.place["tp"].size), self.place["dp"].size)
 
     def pending(self, lanes: Mapping[tuple[int, int], Array]) -> Array:
@@ -183,7 +183,7 @@ class Part:
 
 
 def part_of(layout: Layout, sites: Iterable[Site], place: Place) -> Part:
-    """What the rank at `place` holds of an adapter."""
+    """Work out what the rank at `place` holds of an adapter."""
     if place["tp"].size == 1:
         return Part(layout, layout, place, (), layout.num_params, layout.num_params)
     splits = {site.name: site.split for site in sites}

@@ -41,7 +41,7 @@ class CachedLayer:
     head_dim: int
 
     def rows(self) -> Tensor:
-        """As [tokens of the cache · H, D]."""
+        """The layer as rows [tokens of the cache · H, D]."""
         return self.flat.view(-1, self.head_dim)
 
     def runs_of(self, extent: Extent, count: int, reach: int) -> Tensor:

@@ -42,7 +42,7 @@ class FoundLinear:
 
     @property
     def split(self) -> Split:
-        """How it is split over tp."""
+        """The way in which the layer is split over tp."""
         return self.layer.split if isinstance(self.layer, SplitLinear) else "whole"
 
 

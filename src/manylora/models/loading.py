@@ -117,7 +117,7 @@ def _device(name: str) -> torch.device:
 
 
 def _open_whole(name: str, folder: str, dtype: str, place: torch.device) -> OpenedPart:
-    """As transformers loads it; what it would make up is an error."""
+    """Load a base as transformers does; values that it would make up are an error."""
     model: Any
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,

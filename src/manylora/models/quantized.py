@@ -131,12 +131,12 @@ def quantized_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether a layer's weight is kept as codes and scales."""
+    """Say whether a layer's weight is kept as codes and scales."""
     return parametrize.is_parametrized(layer, "weight")
 
 
 def kept(layer: nn.Linear) -> tuple[WholeWeight, Any]:
-    """What makes a quantised layer's weight, and the module that holds its codes and scales.
+    """Find what makes a quantised layer's weight, and the module with its codes and scales.
 
     They are the module's `original0` and `original1`.
     """
@@ -160,7 +160,7 @@ def quantized_fingerprint(whole: str, kind: Quantization) -> str:
 
 @cache
 def _steps(device: torch.device) -> Tensor:
-    """What the 256 codes of int8 stand for."""
+    """The numbers that the 256 codes of int8 stand for."""
     return conversions().create_linear_map(signed=True, total_bits=8).to(device)
 
 

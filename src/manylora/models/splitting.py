@@ -53,7 +53,7 @@ class SplitLinear(nn.Linear):
         self.whole_in, self.whole_out = whole.in_features, whole.out_features
 
     def forward(self, input: Tensor) -> Tensor:
-        """Not for gradients: those are the adapted layers' (lora)."""
+        """Compute the output, without gradients: those are the adapted layers' (lora)."""
         output = functional.linear(input, self.weight, self.bias)
         return self.axis.sum_(output) if self.split == "row" else output
 
@@ -138,7 +138,7 @@ def _look_up_in_parts(embedding: nn.Module, first: int, last: int, axis: Axis) -
 
 
 def _kinds(model: Any) -> dict[str, Split]:
-    """How the family's plan splits each module."""
+    """Read how the family's plan splits each module."""
     plan = getattr(model.base_model.config, "base_model_tp_plan", None)
     if not plan:
         raise _refusal(model, "transformers has no tensor-parallel plan for its family")

@@ -75,7 +75,7 @@ def check_config(name: str, config: Any) -> None:
 
 @contextmanager
 def library_errors(name: str) -> Iterator[None]:
-    """What a library raises while a base is opened becomes ours, with its cause.
+    """Turn what a library raises while a base is opened into our errors, with the cause.
 
     Raises:
         BaseModelError: with the library's words.

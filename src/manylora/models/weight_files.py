@@ -29,7 +29,7 @@ STORED = {
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a tensor lies: its file, its first byte there, its type and shape."""
+    """A tensor in a file: the file, its first byte there, its type and shape."""
 
     file: str
     start: int
@@ -73,7 +73,7 @@ class TensorFiles:
             raise BaseModelError(f"base {self.folder!r}: {name} cannot be read: {error}") from error
 
     def every(self, name: str, stride: int, count: int) -> Tensor:
-        """Of a flattened tensor every `stride`-th value, at most `count` of them."""
+        """Read every `stride`-th value of a flattened tensor, at most `count` of them."""
         stored = self.stored[name]
         kind, bits = STORED[stored.kind]
         mapped = np.memmap(stored.file, bits, "r", stored.start, (int(np.prod(stored.shape)),))

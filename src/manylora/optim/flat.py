@@ -122,11 +122,13 @@ def _exchanged(due: Sequence[PendingStep], axis: Axis, device: torch.device) -> 
     for pending, columns in zip(due, received.split(sizes, dim=1), strict=True):
         size = columns.shape[1]
         own = min(max(pending.length - axis.index * size, 0), size)
-        total_C = columns[pending.ranks[0], :own].clone() if pending.ranks else None
+        if not pending.ranks:
+            slices.append(torch.zeros(own, device=device))
+            continue
+        total_C = columns[pending.ranks[0], :own].clone()
         for rank in pending.ranks[1:]:
-            assert total_C is not None
             total_C += columns[rank, :own]
-        slices.append(torch.zeros(own, device=device) if total_C is None else total_C)
+        slices.append(total_C)
     return slices
 
 

@@ -45,7 +45,7 @@ class Axis:
     traffic: Traffic
 
     def share(self, count: int) -> tuple[int, int]:
-        """Where this rank's part of `count` things begins and ends; see `share`."""
+        """Say where this rank's part of `count` things begins and ends; see `share`."""
         return share(count, self.size, self.index)
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Axis:
         return received
 
     def _sum_in_order(self, flat: Tensor) -> Tensor:
-        """Of a vector; its order of addition is the same whichever way it is sent."""
+        """Sum a vector; the order of addition is the same whichever way it is sent."""
         size, count = self.size, len(flat)
         if flat.nbytes <= SMALL_BYTES:
             self._count("sum", flat.nbytes * (size - 1))
@@ -169,7 +169,7 @@ class Mesh:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank's answers are the ones that are read."""
+        """Say whether this rank's answers are the ones that are read."""
         return self.world_rank == 0
 
     def _axis(self, name: str, size: int, index: int) -> Axis:
@@ -188,7 +188,7 @@ def _added(parts: Tensor) -> Tensor:
 
 
 def share(count: int, size: int, index: int) -> tuple[int, int]:
-    """Where share `index` of `count` things begins and ends: the first shares are equally long.
+    """Say where share `index` of `count` things begins and ends; the first are equally long.
 
     As `torch.chunk` cuts, and with it `fully_shard`: the last ones may be shorter, or empty.
     """

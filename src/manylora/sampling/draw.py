@@ -23,7 +23,7 @@ LOG_ROWS = 64
 
 
 def stream_key(*numbers: int) -> int:
-    """Where a random stream begins: a 64-bit hash of a few numbers."""
+    """Make the key of a random stream, a 64-bit hash of a few numbers."""
     state = GOLDEN
     for number in numbers:
         state = _mixed((state ^ (number & MASK)) + GOLDEN & MASK)

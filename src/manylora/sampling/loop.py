@@ -386,7 +386,7 @@ class DecodeLoop:
                 self._end(sequence, stopped=bool(stopped_S[row]))
 
     def _watch(self, sequence: Sequence, choice: Choice, row: int, stopped_S: Array) -> None:
-        """What costs a sequence's own time at every token."""
+        """Look for stop strings and likeliest tokens, a cost of the sequence at every token."""
         if sequence.stops is not None and sequence.stops.ends_with(int(choice.tokens_S[row])):
             stopped_S[row] = True
         if sequence.topk is not None:

@@ -42,7 +42,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Kinds:
-    """What a step does: read prompts, feed sequences, begin some with the states they have."""
+    """The kinds of work in a step: read prompts, feed sequences, begin some that are read."""
 
     read: bool
     feed: bool

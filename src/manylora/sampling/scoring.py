@@ -83,9 +83,9 @@ class PromptScorer:
         if self._topk is not None:
             best = likeliest(logprobs_cV[skipped:], self._scoring.topk_prompt)
             self._topk.tokens[scored], self._topk.logprobs[scored] = best.tokens, best.logprobs
-        if self._candidates is not None:
-            assert self._scoring.candidates is not None
-            asked_cC = self._scoring.candidates[token - 1 : token - 1 + count]
+        asked = self._scoring.candidates
+        if self._candidates is not None and asked is not None:
+            asked_cC = asked[token - 1 : token - 1 + count]
             index_cC = torch.from_numpy(np.maximum(asked_cC, 0)).to(logprobs_cV.device)
             found_cC = logprobs_cV.gather(1, index_cC).cpu().numpy()
             found_cC[asked_cC < 0] = np.nan

@@ -44,7 +44,7 @@ class FoundRows:
     packed: bool
 
     def told(self) -> str:
-        """In words."""
+        """The numbers of rows in words."""
         way = "weights kept twice" if self.packed else "weights as they are"
         return f"{way}; blocks of {_told(self.hidden)} rows, logits of {_told(self.logits)}"
 
@@ -64,7 +64,7 @@ class StepRows:
         self._found: dict[int, FoundRows] = {}
 
     def __call__(self) -> FoundRows:
-        """What holds with torch's number of threads; tried when it is asked for first."""
+        """Find what holds with torch's number of threads; it is tried on the first call."""
         threads = torch.get_num_threads()
         if threads not in self._found:
             self._found[threads] = self._settle(threads)
@@ -103,7 +103,7 @@ class StepRows:
 
 
 class _Trial:
-    """What was found of some input groups."""
+    """The numbers of rows that were found for some input groups."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class _Trial:
         )
 
     def packs(self) -> bool:
-        """Whether all those numbers of rows keep their bits with weights that are kept twice."""
+        """Say whether all numbers of rows keep their bits with weights that are kept twice."""
         kinds = {(one.in_features, one.out_features, one.bias is not None) for one in self._layers}
         return all(type(layer) is nn.Linear for layer in self._layers) and all(
             len(safe_packed(*kind, self._dtype, self._threads, self.counts)) == len(self.counts)
@@ -131,7 +131,7 @@ class _Trial:
         )
 
     def plain(self) -> tuple[int, ...]:
-        """Those that keep their bits with the weights as they are."""
+        """Find the numbers that keep their bits with the weights as they are."""
         return self._allowed(
             self.counts,
             [

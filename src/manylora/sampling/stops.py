@@ -26,7 +26,7 @@ class StopStrings:
         self._settled_text = ""  # text of all `_tokens` before `_settled`
 
     def ends_with(self, token: int) -> bool:
-        """Whether this next token completes a stop string."""
+        """Say whether this next token completes a stop string."""
         self._tokens.append(token)
         text = self._text(self._tokens)
         shared = _shared(self._settled_text, text)

@@ -40,7 +40,7 @@ class LoopsTogether:
         self._found: list[tuple[int, Answer]] = []  # by this rank, not told to the others yet
 
     def admit(self, requests: Iterable[Request]) -> None:
-        """Each goes to the rank that has least to do."""
+        """Let requests join; each goes to the rank that has least to do."""
         for request in requests:
             load = len(request.prompt) + request.num_samples * request.params.max_tokens
             owner = self._loads.index(min(self._loads))

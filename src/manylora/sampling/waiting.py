@@ -55,7 +55,7 @@ class Prompt:
 
     @property
     def tokens(self) -> int:
-        """What one continuation may need of the cache."""
+        """Tokens of the cache that one continuation may need."""
         return len(self.request.prompt) + self.limit
 
     @property
@@ -64,7 +64,7 @@ class Prompt:
 
     @property
     def leaves(self) -> bool:
-        """Whether it has nothing more to wait for."""
+        """Say whether the prompt has nothing more to wait for."""
         return self.dropped or (not self.unread and self.opened == self.request.num_samples)
 
 

@@ -238,14 +238,24 @@ def test_rows_of_a_piece_with_an_adapter_on_the_head_have_chunks_of_their_own():
     rows = head_rows(pieces, starts, [(loss, {})], torch.device("cpu"))
     assert (rows.total, rows.trained[-1][1]) == (175, 120)
     assert rows.rows_L.tolist() == [
-        *range(70), *range(75, 115), *range(165, 175), *range(70, 75), *range(115, 165)
-    ]  # fmt: skip
+        *range(70),
+        *range(75, 115),
+        *range(165, 175),
+        *range(70, 75),
+        *range(115, 165),
+    ]
     found = [(c.start, c.stop, c.trained, c.piece, c.within) for c in rows.chunks({1}, 32)]
     assert found == [
-        (0, 32, True, None, 0), (32, 64, True, None, 32), (64, 70, True, None, 64),
-        (70, 102, True, 1, 0), (102, 110, True, 1, 32), (110, 120, True, None, 0),
-        (120, 125, False, None, 0), (125, 157, False, 1, 40), (157, 175, False, 1, 72),
-    ]  # fmt: skip
+        (0, 32, True, None, 0),
+        (32, 64, True, None, 32),
+        (64, 70, True, None, 64),
+        (70, 102, True, 1, 0),
+        (102, 110, True, 1, 32),
+        (110, 120, True, None, 0),
+        (120, 125, False, None, 0),
+        (125, 157, False, 1, 40),
+        (157, 175, False, 1, 72),
+    ]
     assert list(head_rows([], [], [], torch.device("cpu")).chunks((), 32)) == []
 
 

@@ -46,11 +46,18 @@ def test_every_way_gives_the_product(rows: int, dtype: torch.dtype, tolerance: f
     assert relative(out_TN, expected + bias_N.double()) < tolerance
 
 
-@pytest.mark.parametrize(("safe", "rows", "sizes"), [
-    (16, 16, [16]), (16, 300, [300]),
-    (64, 16, [64]), (64, 64, [64]), (64, 80, [80]),
-    (None, 16, [128]), (None, 300, [128, 128, 128]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("safe", "rows", "sizes"),
+    [
+        (16, 16, [16]),
+        (16, 300, [300]),
+        (64, 16, [64]),
+        (64, 64, [64]),
+        (64, 80, [80]),
+        (None, 16, [128]),
+        (None, 300, [128, 128, 128]),
+    ],
+)
 def test_which_sizes_are_computed(
     safe: int | None, rows: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ):
@@ -68,10 +75,19 @@ def test_which_sizes_are_computed(
     assert seen == sizes
 
 
-@pytest.mark.parametrize(("differ", "safe"), [
-    ((), 16), ((16,), 32), ((16, 32), 64), ((32,), 64), ((512,), 16), ((16, 512), None),
-    ((64,), 128), ((64, 128), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("differ", "safe"),
+    [
+        ((), 16),
+        ((16,), 32),
+        ((16, 32), 64),
+        ((32,), 64),
+        ((512,), 16),
+        ((16, 512), None),
+        ((64,), 128),
+        ((64, 128), None),
+    ],
+)
 def test_a_library_that_looks_at_the_number_of_rows_is_found_out(
     differ: tuple[int, ...],
     safe: int | None,

@@ -52,11 +52,19 @@ def test_a_row_whose_place_shows_is_found_out():
     assert alike(make, some_rows(12, 5, torch.float32), (1, 2, 3, 12)) == {12}
 
 
-@pytest.mark.parametrize(("width", "threads", "counts"), [
-    (64, 1, {1, 2, 3, 4, 8, 16}), (32, 1, {2, 4, 8, 16}), (50, 1, set()), (8, 1, {8, 16}),
-    (49152, 1, {1, 2, 3, 4, 8, 16}), (49152, 2, {1, 2, 3, 4, 8, 16}),
-    (32832, 2, {2, 4, 8, 16}), (32896, 2, {1, 2, 3, 4, 8, 16}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("width", "threads", "counts"),
+    [
+        (64, 1, {1, 2, 3, 4, 8, 16}),
+        (32, 1, {2, 4, 8, 16}),
+        (50, 1, set()),
+        (8, 1, {8, 16}),
+        (49152, 1, {1, 2, 3, 4, 8, 16}),
+        (49152, 2, {1, 2, 3, 4, 8, 16}),
+        (32832, 2, {2, 4, 8, 16}),
+        (32896, 2, {1, 2, 3, 4, 8, 16}),
+    ],
+)
 def test_functions_have_no_ragged_ends(width: int, threads: int, counts: set[int], monkeypatch):
     """Where a thread's share ends within a vector, its last elements go through another kernel."""
     monkeypatch.setattr(rows, "FUNCTIONS", ())

@@ -34,8 +34,11 @@ def added(x_TK: Tensor, ys: list[Tensor], sizes: list[int], work: list[SegmentWo
 
 
 CASES = [
-    (576, [8, 8, 8], [576, 192, 192]), (1536, [32], [576]), (100, [3, 5], [36, 20]), (17, [1], [5]),
-]  # fmt: skip
+    (576, [8, 8, 8], [576, 192, 192]),
+    (1536, [32], [576]),
+    (100, [3, 5], [36, 20]),
+    (17, [1], [5]),
+]
 
 
 @pytest.fixture(params=[True, False, None], ids=["batched", "one by one", "as found"])
@@ -49,8 +52,10 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool
 @pytest.mark.parametrize(("dtype", "factors"), [(FP32, FP32), (BF16, BF16), (FP32, BF16)])
 @pytest.mark.parametrize(("terms", "ranks", "columns"), CASES)
 def test_it_adds_what_the_segments_add(terms: int, ranks, columns, dtype, factors):
-    work = [SegmentWork(0, block_of(terms, ranks, columns, factors)),
-            SegmentWork(2, block_of(terms, ranks[::-1], columns, factors))]  # fmt: skip
+    work = [
+        SegmentWork(0, block_of(terms, ranks, columns, factors)),
+        SegmentWork(2, block_of(terms, ranks[::-1], columns, factors)),
+    ]
     sizes = [3, 2, 20, 1]
     x_TK = some_rows(sum(sizes), terms, dtype)
     ys = [some_rows(sum(sizes), width, dtype) for width in columns]

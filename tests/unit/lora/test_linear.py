@@ -70,10 +70,13 @@ def test_forward_and_every_gradient_against_autograd(needs_x: bool):
     found_x = x_TK.grad
 
     x2_TK = x_TK.detach().clone().requires_grad_()
-    expected, leaves = zip(*(
-        by_hand(x2_TK[rows], adapter)
-        for rows, adapter in ((slice(0, 5), one), (slice(5, 8), None), (slice(8, 12), two))
-    ), strict=True)  # fmt: skip
+    expected, leaves = zip(
+        *(
+            by_hand(x2_TK[rows], adapter)
+            for rows, adapter in ((slice(0, 5), one), (slice(5, 8), None), (slice(8, 12), two))
+        ),
+        strict=True,
+    )
     expected_TK = torch.cat(expected)
     torch.testing.assert_close(out, expected_TK)
     expected_TK.square().sum().backward()

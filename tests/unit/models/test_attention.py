@@ -120,9 +120,12 @@ def test_decoding_from_the_cache_is_the_full_forward(
     for _ in range(40):
         going = [i for i in range(4) if at[i] < len(whole[i])]
         hidden_SH = decoded(
-            base, cache, [extents[i] for i in going],
-            [int(whole[i][at[i]]) for i in going], [at[i] for i in going],
-        )  # fmt: skip
+            base,
+            cache,
+            [extents[i] for i in going],
+            [int(whole[i][at[i]]) for i in going],
+            [at[i] for i in going],
+        )
         for i, found_H in zip(going, hidden_SH, strict=True):
             torch.testing.assert_close(found_H, full[i][at[i]], **CLOSE)
             at[i] += 1

@@ -46,11 +46,25 @@ def test_int8_is_the_nearest_of_255_even_steps():
 def test_nf4_is_the_nearest_of_sixteen_normal_floats():
     # QLoRA (arXiv:2305.14314), appendix E.
     levels = torch.tensor(
-        [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-         -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-         0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
-    )  # fmt: skip
+        [
+            -1.0,
+            -0.6961928009986877,
+            -0.5250730514526367,
+            -0.39491748809814453,
+            -0.28444138169288635,
+            -0.18477343022823334,
+            -0.09105003625154495,
+            0.0,
+            0.07958029955625534,
+            0.16093020141124725,
+            0.24611230194568634,
+            0.33791524171829224,
+            0.44070982933044434,
+            0.5626170039176941,
+            0.7229568362236023,
+            1.0,
+        ]
+    )
     weight_NK = random_weight()
     blocks = weight_NK.view(7, -1, BLOCK)
     largest = blocks.abs().amax(-1, keepdim=True)
@@ -66,8 +80,12 @@ def test_nf4_weights_are_stock_ones(tiny: TinyBases, dtype: torch.dtype):
     folder = tiny("llama", **SIZES)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
-    base = open_base(folder, dtype=str(dtype)[6:].replace("float", "fp").replace("bfp", "bf"),
-                     device="cpu", quantization="nf4")  # fmt: skip
+    base = open_base(
+        folder,
+        dtype=str(dtype)[6:].replace("float", "fp").replace("bfp", "bf"),
+        device="cpu",
+        quantization="nf4",
+    )
     compared = 0
     for name, layer in stock.named_modules():
         if isinstance(layer, nn.Linear4bit):

@@ -6,8 +6,10 @@ P parameters.
 import pytest
 import torch
 
-from manylora.optim import adamw_step, clip_, gradient_norms
+from manylora.optim import adamw_step, clip_, gradient_norms, norms
+from manylora.parallel import Mesh
 from manylora.types import AdamParams
+from manylora.types.mesh_shape import MeshShape
 
 P = 999
 
@@ -29,9 +31,13 @@ def test_adamw_is_torchs(params: AdamParams):
     weights_P, *grads = vectors(0, 6)
     parameter = torch.nn.Parameter(weights_P.clone())
     optimizer = torch.optim.AdamW(
-        [parameter], lr=params.lr, betas=(params.beta1, params.beta2), eps=params.eps,
-        weight_decay=params.weight_decay, foreach=False,
-    )  # fmt: skip
+        [parameter],
+        lr=params.lr,
+        betas=(params.beta1, params.beta2),
+        eps=params.eps,
+        weight_decay=params.weight_decay,
+        foreach=False,
+    )
     exp_avg_P, exp_avg_sq_P = torch.zeros(P), torch.zeros(P)
     for step, grad_P in enumerate(grads):
         parameter.grad = grad_P.clone()
@@ -66,3 +72,14 @@ def test_one_fused_step_of_zero_gradient_only_decays():
     params = AdamParams(lr=0.1, weight_decay=0.5)
     adamw_step(weights_P, grad_P, exp_avg_P, exp_avg_sq_P, 0, params)
     torch.testing.assert_close(weights_P, torch.full((P,), 0.95))
+
+
+def test_one_process_makes_each_norm_when_the_step_comes_to_it():
+    """In fp32, while the gradient is in cache; a mesh of several makes all at once, in fp64."""
+    generator = torch.Generator().manual_seed(5)
+    grads = [torch.randn(1001, generator=generator) for _ in range(3)]
+    expected = [torch.linalg.vector_norm(grad).item() for grad in grads]
+    found = iter(norms([], grads, Mesh.join(MeshShape(), "cpu")))
+    assert [next(found), next(found)] == expected[:2]
+    grads[2].zero_()
+    assert list(found) == [0.0]

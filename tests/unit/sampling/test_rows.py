@@ -25,10 +25,16 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def folder(tiny) -> Any:
     return tiny(
-        "llama", hidden_size=576, intermediate_size=1536, num_attention_heads=9,
-        num_key_value_heads=3, head_dim=64, num_hidden_layers=2, vocab_size=4096,
+        "llama",
+        hidden_size=576,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        num_hidden_layers=2,
+        vocab_size=4096,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
 
 
 def engine_of(folder: Any, dtype: str) -> Engine:
