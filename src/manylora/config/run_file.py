@@ -175,6 +175,14 @@ class KindSettings(Settings):
     SOURCES: ClassVar[tuple[str, ...]]
     """Its settings that name data."""
 
+    @classmethod
+    def of(cls, entry: "AdapterEntry") -> Self:
+        """An entry's settings, which are of this kind. Raises TypeError: they are of another."""
+        settings = entry.kind_settings
+        if not isinstance(settings, cls):
+            raise TypeError(f"adapter {entry.name!r} is of kind {entry.kind}")
+        return settings
+
     @property
     def length(self) -> tuple[str, int]:
         """Which setting says how long an adapter trains, and what it says."""

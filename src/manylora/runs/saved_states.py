@@ -56,12 +56,12 @@ class States:
         return self._saving is not None and self._saving.future.done()
 
     async def save(
-        self, adapter: Any, step: int, client: dict[str, Any], *, first: Callable[[], None]
+        self, adapter: Any, step: int, saved: dict[str, Any], *, first: Callable[[], None]
     ) -> None:
         """Ask for a state of this step, unless it is there.
 
         Args:
-            client: what it shall remember; of it, `evaluations` say which state is the best.
+            saved: what it holds besides the adapter; in it, `evaluations` say which is the best.
             first: called before it is asked for.
         """
         await self.written()
@@ -69,8 +69,8 @@ class States:
             return
         first()
         path = self._paths.state(step)
-        future = wrap_future(adapter.save(path, client))
-        self._saving = _Saving(step, path, client["evaluations"], future)
+        future = wrap_future(adapter.save(path, saved))
+        self._saving = _Saving(step, path, saved["evaluations"], future)
 
     async def written(self) -> None:
         """Wait for the state that was asked for last; older ones may then go. Raises SaveFailed."""

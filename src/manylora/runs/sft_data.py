@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from manylora.config import MOST_STEPS, AdapterEntry
+from manylora.config import MOST_STEPS, AdapterEntry, SftSettings
 from manylora.runs.course import Progress, refuse_unwritable
 from manylora.runs.data_order import DataOrder, total_steps
 from manylora.runs.data_rows import Example
@@ -48,7 +48,7 @@ def prepare_sft(
         DataError: a line that is wrong, named with its file; DatumTooLong: or is too long.
         Unsupported: its layers cannot be written as PEFT's files.
     """
-    sft = entry.sft
+    sft = SftSettings.of(entry)
     read = read or (lambda which: read_source(sft.sources()[which]))
     if client.tokenizer is None:
         raise DataError("the base's folder has no tokenizer, so text cannot be read")
@@ -89,7 +89,7 @@ def entry_encoder(
     """How an entry's texts become tokens on a base. Raises ConfigError."""
     return Encoder(
         tokenizer,
-        eos=entry.sft.eos,
+        eos=SftSettings.of(entry).eos,
         chat_template=entry.chat_template,
         ends=vocabulary.ends,
         vocab_size=vocabulary.size,
@@ -99,8 +99,8 @@ def entry_encoder(
 
 def ends_notes(entry: AdapterEntry, tokenizer: Any, vocabulary: "Vocabulary") -> list[str]:
     """What to say where a base's files disagree about the token that ends an answer."""
-    own = tokenizer.eos_token_id
-    if entry.sft.eos is not None or own is None or not vocabulary.ends or own in vocabulary.ends:
+    own, given = tokenizer.eos_token_id, SftSettings.of(entry).eos
+    if given is not None or own is None or not vocabulary.ends or own in vocabulary.ends:
         return []
     named = ", ".join(repr(tokenizer.decode([token])) for token in vocabulary.ends)
     return [

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from manylora.config import AdapterEntry
+from manylora.config import AdapterEntry, SftSettings
 from manylora.runs.course import CoursePlan
 from manylora.runs.data_order import DataOrder, total_steps
 from manylora.runs.sft_data import ends_notes, entry_encoder
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def plan_sft(entry: AdapterEntry, tokenizer: Any, vocabulary: "Vocabulary") -> CoursePlan:
     """The plan of an entry's course. Raises DataError and ConfigError, which name the adapter."""
-    sft = entry.sft
+    sft = SftSettings.of(entry)
     notes = ends_notes(entry, tokenizer, vocabulary)
     train, held_out = (
         _encoded(entry, source, tokenizer, vocabulary, notes) if source else []
