@@ -14,10 +14,8 @@ log = logging.getLogger("manylora.service")
 
 SIGNING_KEY = "signing.key"
 # What a server makes in its data folder; whatever else lies there is none of its business.
-OURS = (
-    "adapters", "snapshots", "checkpoints", "journal", "results", "runs", SIGNING_KEY,
-    "manylora.db", "manylora.db-wal", "manylora.db-shm",
-)  # fmt: skip
+_FOLDERS = ("adapters", "snapshots", "checkpoints", "journal", "results", "runs")
+OURS = (*_FOLDERS, SIGNING_KEY, "manylora.db", "manylora.db-wal", "manylora.db-shm")
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -39,8 +37,9 @@ def keep_private(folder: Path) -> None:
         log.warning(
             "others can look into %s; what this server keeps there is closed to them, and "
             "`chmod 700 %s` closes the rest",
-            folder, folder,
-        )  # fmt: skip
+            folder,
+            folder,
+        )
 
 
 def signing_secret(folder: Path) -> bytes:

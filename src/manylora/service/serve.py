@@ -206,8 +206,9 @@ def _connections(settings: ServerFile) -> OpenConnections:
         log.warning(
             "the system lets this process have so few files open that it takes %d connections at "
             "once instead of %d (connections.most); raise the limit with ulimit -n",
-            most, wanted,
-        )  # fmt: skip
+            most,
+            wanted,
+        )
     return OpenConnections(most, max(1, int(most * settings.connections.share)))
 
 

@@ -11,6 +11,7 @@ from manylora.service.contract import Waiting
 from manylora.service.http_errors import NotReady
 from manylora.service.hub_proxy import HubProxy
 from manylora.service.shutdown import LAST_SECONDS, SAVING_SECONDS, Ending
+from tests.unit.service.fake_hub import FakeHub
 
 
 def test_the_first_request_counts_and_a_second_signal_drains_no_longer() -> None:
@@ -53,6 +54,19 @@ def test_a_process_that_hangs_is_broken_off(status: int) -> None:
         process.kill()
         assert process.stderr is not None
         process.stderr.close()
+
+
+def test_a_hub_is_not_settled_while_a_request_is_inside() -> None:
+    async def scenario() -> None:
+        hub = HubProxy(FakeHub())
+        async with hub.entered():
+            hub.depart()
+            settling = asyncio.create_task(hub.settle())
+            await asyncio.sleep(0.01)
+            assert not settling.done()
+        await settling
+
+    asyncio.run(asyncio.wait_for(scenario(), 20.0))
 
 
 def test_who_waits_for_the_engine_is_let_go() -> None:

@@ -16,11 +16,18 @@ from starlette.types import Receive, Scope, Send
 
 from manylora.service.contract import Archive
 from manylora.service.http.capacity import Capacity
-from manylora.service.http.context import Routes, TheCaller, TheContext, json_body, takes
+from manylora.service.http.context import (
+    Routes,
+    TheCaller,
+    TheContext,
+    identifier,
+    json_body,
+    takes,
+)
 from manylora.service.http.signing import Grant
 from manylora.service.http_errors import missing
 from manylora.service.wire.messages import CopyWeightsRequest, TTLRequest, WeightsInfoRequest
-from manylora.service.wire.paths import TinkerPath, is_identifier
+from manylora.service.wire.paths import SCHEME, TinkerPath
 from manylora.service.wire.replies import (
     CheckpointList,
     CopyWeightsReply,
@@ -47,14 +54,12 @@ TTL = Annotated[TTLRequest, json_body(TTLRequest)]
 
 
 def _run(model_id: str) -> str:
-    if not is_identifier(model_id):
-        raise missing("training run")
-    return model_id
+    return identifier(model_id, "training run")
 
 
 def _path(model_id: str, kind: str, name: str) -> TinkerPath:
     try:
-        return TinkerPath(_run(model_id), kind, name)  # type: ignore[arg-type]
+        return TinkerPath.parse(f"{SCHEME}{_run(model_id)}/{kind}/{name}")
     except DataError:
         raise missing("checkpoint") from None
 

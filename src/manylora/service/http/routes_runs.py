@@ -4,10 +4,8 @@ from typing import Annotated
 
 from fastapi import Depends, Query
 
-from manylora.service.http.context import Routes, TheCaller, json_body, takes
+from manylora.service.http.context import Routes, TheCaller, identifier, json_body, takes
 from manylora.service.http.routes_checkpoints import MOST, Limit, Offset
-from manylora.service.http_errors import missing
-from manylora.service.wire.paths import is_identifier
 from manylora.service.wire.run_messages import (
     Adapter,
     AdapterList,
@@ -23,15 +21,11 @@ After = Annotated[int, Query(ge=0, le=2**31 - 1)]
 
 
 def _run_id(run_id: str) -> str:
-    if not is_identifier(run_id):
-        raise missing("run")
-    return run_id
+    return identifier(run_id, "run")
 
 
 def _adapter_id(adapter_id: str) -> str:
-    if not is_identifier(adapter_id):
-        raise missing("adapter")
-    return adapter_id
+    return identifier(adapter_id, "adapter")
 
 
 RunId = Annotated[str, Depends(_run_id)]

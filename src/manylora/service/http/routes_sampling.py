@@ -5,11 +5,17 @@ from typing import Annotated
 
 from fastapi import Request
 
-from manylora.service.http.context import Routes, TheCaller, check_type, json_body, takes
+from manylora.service.http.context import (
+    Routes,
+    TheCaller,
+    check_type,
+    identifier,
+    json_body,
+    takes,
+)
 from manylora.service.http.responses import JSON_TYPE
-from manylora.service.http_errors import missing
 from manylora.service.wire.messages import CreateSamplingSessionRequest, SampleRequest
-from manylora.service.wire.paths import TinkerPath, is_identifier
+from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.replies import CreateSamplingSessionReply, SamplerInfo, Submitted
 from manylora.service.wire.sample_messages import read_sample
 
@@ -32,10 +38,9 @@ async def create_sampling_session(
 @router.get("/samplers/{sampler_id}")
 async def get_sampler(caller: TheCaller, sampler_id: str) -> SamplerInfo:
     """What a sampler samples from."""
-    if not is_identifier(sampler_id):
-        raise missing("sampler")
+    id = identifier(sampler_id, "sampler")
     async with caller.hub() as hub:
-        return await hub.samplers.info(caller.tenant, sampler_id)
+        return await hub.samplers.info(caller.tenant, id)
 
 
 @router.post("/asample", openapi_extra=takes(SampleRequest))

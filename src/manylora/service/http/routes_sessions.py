@@ -4,9 +4,15 @@ from typing import Annotated
 
 from starlette.responses import Response
 
-from manylora.service.http.context import Routes, TheCaller, TheContext, json_body, takes
+from manylora.service.http.context import (
+    Routes,
+    TheCaller,
+    TheContext,
+    identifier,
+    json_body,
+    takes,
+)
 from manylora.service.http.responses import json_response
-from manylora.service.http_errors import missing
 from manylora.service.wire.messages import (
     ClientConfigRequest,
     CreateSessionRequest,
@@ -14,7 +20,6 @@ from manylora.service.wire.messages import (
     SessionRequest,
     TelemetryRequest,
 )
-from manylora.service.wire.paths import is_identifier
 from manylora.service.wire.replies import (
     ClientConfig,
     CreateSessionReply,
@@ -66,10 +71,9 @@ async def session_heartbeat(caller: TheCaller, message: Beat) -> HeartbeatReply:
 @router.post("/sessions/{session_id}/finish", openapi_extra=takes(FinishSessionRequest))
 async def finish_session(caller: TheCaller, session_id: str, message: Finish) -> Empty:
     """End a session; the first reason stays."""
-    if not is_identifier(session_id):
-        raise missing("session")
+    id = identifier(session_id, "session")
     async with caller.hub() as hub:
-        await hub.sessions.finish(caller.tenant, session_id, message)
+        await hub.sessions.finish(caller.tenant, id, message)
     return Empty()
 
 

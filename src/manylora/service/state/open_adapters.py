@@ -148,10 +148,8 @@ class OpenAdapters:
         try:
             if isinstance(request.content, Outline):
                 request = await self._prepared(adapter, request)
-            record = Record(
-                stream=model_id, seq=seq, kind=request.kind.name, tenant=tenant,
-                request_id=reply.request_id, digest=digest, body=body, meta={},
-            )  # fmt: skip
+            id, kind = reply.request_id, request.kind.name
+            record = Record(model_id, seq, kind, tenant, id, digest, body)
             new = await self._resources.accept(record)
         except BaseException:
             self._resources.count_out(request.held_by(tenant))
@@ -195,10 +193,8 @@ class OpenAdapters:
     async def close_gap(self, adapter: OpenAdapter) -> None:
         """`give_up`, in a way that a restart repeats. Raises SaveFailed."""
         absent, last = adapter.order.next_seq, max(seq for seq, _ in adapter.order.early())
-        record = Record(
-            stream=adapter.id, seq=absent, kind=GIVEN_UP, tenant=adapter.tenant,
-            request_id=f"{adapter.id}:{absent}", digest="", body=b"", meta={"until": last + 1},
-        )  # fmt: skip
+        id, until = f"{adapter.id}:{absent}", {"until": last + 1}
+        record = Record(adapter.id, absent, GIVEN_UP, adapter.tenant, id, "", b"", until)
         await asyncio.wrap_future(self._resources.journal.append(record))
         if adapter.order.next_seq == absent:
             self.give_up(adapter)

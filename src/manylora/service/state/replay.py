@@ -131,8 +131,7 @@ class Replay:
                 request = OperationRequest(REFUSED, Lost(_lost_words(seq)))
             self._resources.waiting.take(adapter.tenant, request.body_bytes)
             adapter.order.remember(seq, record.digest)
-            promise = self._resources.promises.open(record.request_id, record.tenant, record.digest)
-            promise.durable.set_result(None)
+            self._expect(record)
             self._hub.adapters.arrive(adapter, seq, request, replayed=True)
             count += 1
         if until:
@@ -155,8 +154,7 @@ class Replay:
         if known is not None:
             self._resources.finished(record.request_id)
             return False
-        promise = self._resources.promises.open(record.request_id, record.tenant, record.digest)
-        promise.durable.set_result(None)
+        self._expect(record)
         try:
             submit = await asyncio.to_thread(read_sample, record.body, self._limits)
             await self._hub.samplers.replay(record.tenant, submit, record.meta.get("snapshot"))
@@ -183,12 +181,15 @@ class Replay:
             words = f"{record.request_id} cannot be repeated: {error}"
             return OperationRequest(REFUSED, DataError(words))
 
+    def _expect(self, record: Record) -> None:
+        promises = self._resources.promises
+        promises.open(record.request_id, record.tenant, record.digest).durable.set_result(None)
+
     async def _lose_sample(self, record: Record) -> None:
         """Tell the client of a lost request, unless it has its result."""
         promises = self._resources.promises
         if await asyncio.to_thread(promises.results.get, record.request_id) is None:
-            promise = promises.open(record.request_id, record.tenant, record.digest)
-            promise.durable.set_result(None)
+            self._expect(record)
             words = f"request {record.request_id!r} was lost with a part of the journal"
             promises.settle(record.request_id, Lost(words), lambda _: ("", b""))
         self._resources.finished(record.request_id)

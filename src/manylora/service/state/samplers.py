@@ -153,10 +153,8 @@ class Samplers:
             self._resources.count_in(held)
             try:
                 submit, operation = await self._unpacked(submit, operation)
-                record = Record(
-                    stream=request_id, seq=1, kind=KIND, tenant=tenant, request_id=request_id,
-                    digest=submit.digest, body=submit.body, meta={"snapshot": operation.snapshot},
-                )  # fmt: skip
+                id, meta = request_id, {"snapshot": operation.snapshot}
+                record = Record(id, 1, KIND, tenant, id, submit.digest, submit.body, meta)
                 new = await self._resources.accept(record)
             except BaseException:
                 self._resources.count_out(held)

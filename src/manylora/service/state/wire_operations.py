@@ -169,21 +169,17 @@ class Operations:
     # -- saving and loading ---------------------------------------------------
 
     def _save_weights(self, row: ModelRow, seq: int, request: SaveWeightsRequest) -> Queued:
-        order = self._order(
-            row, seq, "weights", request.path or f"seq-{seq:06d}", request.ttl_seconds,
-            overwrite=request.overwrite, user_metadata=request.user_metadata,
-        )  # fmt: skip
+        name = request.path or f"seq-{seq:06d}"
+        order = self._order(row, seq, "weights", name, request.ttl_seconds)
+        order = replace(order, overwrite=request.overwrite, user_metadata=request.user_metadata)
         return self._keep(row, order), lambda kept: json_result(SaveWeightsReply(path=kept.path))
 
     def _save_weights_for_sampler(
         self, row: ModelRow, seq: int, request: SaveWeightsForSamplerRequest
     ) -> Queued:
         if request.path is not None:
-            order = self._order(
-                row, seq, "sampler_weights", request.path, request.ttl_seconds,
-                user_metadata=request.user_metadata,
-            )  # fmt: skip
-            future = self._keep(row, order)
+            order = self._order(row, seq, "sampler_weights", request.path, request.ttl_seconds)
+            future = self._keep(row, replace(order, user_metadata=request.user_metadata))
             return future, lambda kept: json_result(SaveWeightsForSamplerReply(path=kept.path))
         sampler = sampler_id(row.session_id, request.sampling_session_seq_id or 0)
         future = self._resources.host.snapshot(row.id, sampler, tenant=row.tenant, seq=seq)
@@ -229,11 +225,8 @@ class Operations:
         request_id = f"{row.id}:last"
 
         def run(pager: Pager) -> Future[CheckpointRow]:
-            order = CheckpointOrder(
-                path=TinkerPath(row.id, "weights", "last"), tenant=row.tenant,
-                request_id=request_id, seq=pager.position(row.id), spec=row.spec, overwrite=True,
-            )  # fmt: skip
-            return self._write(pager, order)
+            order = self._order(row, pager.position(row.id), "weights", "last")
+            return self._write(pager, replace(order, request_id=request_id, overwrite=True))
 
         return flattened(self._resources.host.call(row.id, run, tenant=row.tenant))
 
@@ -252,14 +245,16 @@ class Operations:
         return pager.write(lambda: self._checkpoints.write(host, order, state), state)
 
     def _order(
-        self, row: ModelRow, seq: int, kind: PathKind, name: str, ttl_seconds: int | None, *,
-        overwrite: bool = False, user_metadata: Mapping[str, str] | None = None,
-    ) -> CheckpointOrder:  # fmt: skip
+        self, row: ModelRow, seq: int, kind: PathKind, name: str, ttl_seconds: int | None = None
+    ) -> CheckpointOrder:
         return CheckpointOrder(
-            path=TinkerPath(row.id, kind, name), tenant=row.tenant, request_id=f"{row.id}:{seq}",
-            seq=seq, spec=row.spec, ttl_seconds=ttl_seconds, overwrite=overwrite,
-            user_metadata=user_metadata,
-        )  # fmt: skip
+            path=TinkerPath(row.id, kind, name),
+            tenant=row.tenant,
+            request_id=f"{row.id}:{seq}",
+            seq=seq,
+            spec=row.spec,
+            ttl_seconds=ttl_seconds,
+        )
 
 
 def sampler_id(session_id: str, seq: int) -> str:
