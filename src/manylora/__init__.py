@@ -59,14 +59,16 @@ def _ask_for_rows_that_keep_their_bits() -> None:
 
 _ask_for_rows_that_keep_their_bits()
 
-_DOOR = ("AdapterHandle", "SnapshotHandle", "Trainer")
+_PYTHON_API = ("AdapterHandle", "SnapshotHandle", "Trainer")
 
 
 def __getattr__(name: str) -> Any:
-    # The door needs torch, which takes seconds to import, and even the words of `types` need
+    # The Python API needs torch, which takes seconds to import, and even the words of `types` need
     # numpy; the command line's help must wait for neither.
     if name not in __all__:
         raise AttributeError(f"module 'manylora' has no attribute {name!r}")
-    value = getattr(import_module("manylora.api" if name in _DOOR else "manylora.types"), name)
+    value = getattr(
+        import_module("manylora.api" if name in _PYTHON_API else "manylora.types"), name
+    )
     globals()[name] = value
     return value

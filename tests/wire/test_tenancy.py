@@ -181,7 +181,7 @@ class Recorder(RawClient):
         self.asked: list[tuple[str, str]] = []
         self.session_id = MISSING.session
         self.http = httpx.Client(
-            base_url="http://door/api/v1", transport=httpx.MockTransport(self._note)
+            base_url="http://server/api/v1", transport=httpx.MockTransport(self._note)
         )
 
     def _note(self, request: httpx.Request) -> httpx.Response:

@@ -1,4 +1,4 @@
-"""The Python door: the same numbers as the engine's verbs, in the order of the calls."""
+"""The Python API: the same numbers as the engine's verbs, in the order of the calls."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def learn(handle, rounds: int = 3) -> list[tuple[float, float]]:
     return [(f.result().loss, s.result().grad_norm) for f, s in futures]
 
 
-def test_the_door_adds_nothing_of_its_own(trainer, tiny):
+def test_the_api_adds_nothing_of_its_own(trainer, tiny):
     found = learn(trainer.create("a", rank=4, seed=3))
     engine = Engine(Opening(str(tiny("llama")), token_budget=128))
     engine.create("a", AdapterSpec(rank=4, seed=3))
@@ -233,8 +233,8 @@ def test_several_answers_scores_and_giving_up(trainer):
     adapter = trainer.create("a", rank=4)
     params = SamplingParams(max_tokens=5, temperature=1.0, stop=())
     wanted = Scoring(prompt=True, topk_sampled=2)
-    for door in (trainer, adapter, adapter.snapshot()):
-        result = door.sample([[5, 6], [7]], params, num_samples=3, scoring=wanted).result()
+    for owner in (trainer, adapter, adapter.snapshot()):
+        result = owner.sample([[5, 6], [7]], params, num_samples=3, scoring=wanted).result()
         assert len(result.sequences) == 6 and len({s.tokens for s in result.sequences}) > 1
         assert [len(s.logprobs) for s in result.prompts] == [2, 1]
         assert all(s.topk is not None and s.topk.tokens.shape == (5, 2) for s in result.sequences)

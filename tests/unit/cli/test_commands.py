@@ -206,7 +206,7 @@ def done(value: Any) -> Future[Any]:
     return future
 
 
-class Door:
+class Client:
     """Answers a prompt with where its weights came from."""
 
     def __init__(self, answer: str, log: list[Any]):
@@ -224,11 +224,11 @@ class Door:
 
 
 @pytest.fixture
-def door(monkeypatch):
+def client(monkeypatch):
     """What is asked of a `Trainer`."""
     log: list[Any] = []
 
-    class Trainer(Door):
+    class Trainer(Client):
         tokenizer = Letters()
 
         def __init__(self, base, *, quantization=None):
@@ -242,31 +242,31 @@ def door(monkeypatch):
             log.append(("close",))
 
         def create(self, name, *, init_from):
-            return Door(f"peft {init_from.name}", log)
+            return Client(f"peft {init_from.name}", log)
 
         def restore(self, name, folder):
-            return Door(f"state {folder.name}", log), {}
+            return Client(f"state {folder.name}", log), {}
 
     monkeypatch.setitem(sys.modules, "manylora.api", SimpleNamespace(Trainer=Trainer))
     return log
 
 
-def test_the_bare_base_answers(manylora, door):
+def test_the_bare_base_answers(manylora, client):
     code, out, _ = manylora("sample", "--base", "b", "--prompt", "hi")
     assert (code, out) == (0, "base\n")
-    assert door == [
+    assert client == [
         ("open", "b"),
         ("sample", "base", [[104, 105]], SamplingParams(max_tokens=64)),
         ("close",),
     ]
 
 
-def test_the_base_may_be_kept_in_few_bits(manylora, door):
+def test_the_base_may_be_kept_in_few_bits(manylora, client):
     assert manylora("sample", "--base", "b", "--quantization", "nf4", "--prompt", "hi")[0] == 0
-    assert door[0] == ("open", "b", "nf4")
+    assert client[0] == ("open", "b", "nf4")
 
 
-def test_adapters_answer_side_by_side(manylora, door):
+def test_adapters_answer_side_by_side(manylora, client):
     peft_folder(Path("r/one/final"))
     state_folder(Path("r/second/checkpoints/step-3"))
     options = ("--max-tokens", "5", "--temperature", "0.5", "--seed", "2", "--prompt", "hi")
@@ -274,9 +274,9 @@ def test_adapters_answer_side_by_side(manylora, door):
     code, out, _ = manylora("sample", *adapters, *options)
     assert code == 0
     assert out == "one     peft final\nsecond  state step-3\n"
-    assert door[0] == ("open", "seedling")
+    assert client[0] == ("open", "seedling")
     expected = SamplingParams(max_tokens=5, temperature=0.5, seed=2)
-    assert [entry[3] for entry in door if entry[0] == "sample"] == [expected, expected]
+    assert [entry[3] for entry in client if entry[0] == "sample"] == [expected, expected]
     code, out, _ = manylora("sample", *adapters, *options, "--json")
     assert [json.loads(line) for line in out.splitlines()] == [
         {
@@ -292,11 +292,11 @@ def test_adapters_answer_side_by_side(manylora, door):
     ]
 
 
-def test_a_prompt_may_come_from_standard_input(manylora, door, monkeypatch):
+def test_a_prompt_may_come_from_standard_input(manylora, client, monkeypatch):
     stdin = SimpleNamespace(isatty=lambda: False, read=lambda: "hi\n")
     monkeypatch.setattr(sys, "stdin", stdin)
     assert manylora("sample", "--base", "b")[0] == 0
-    assert door[1][2] == [[104, 105]]
+    assert client[1][2] == [[104, 105]]
     stdin.isatty = lambda: True
     code, _, err = manylora("sample", "--base", "b")
     assert code == 2 and "give --prompt" in err
@@ -311,26 +311,26 @@ def test_a_prompt_may_come_from_standard_input(manylora, door, monkeypatch):
         (["--adapter", "none", "--prompt", "x"], 1, "none: there is no such folder"),
     ],
 )
-def test_what_cannot_be_sampled(manylora, door, arguments, code, said):
+def test_what_cannot_be_sampled(manylora, client, arguments, code, said):
     got, out, err = manylora("sample", *arguments)
     assert (got, out) == (code, "") and said in err
 
 
-def test_export_opens_the_adapter_s_own_base(manylora, door):
+def test_export_opens_the_adapter_s_own_base(manylora, client):
     state_folder(Path("r/a/checkpoints/step-3"), base="x")
     code, out, _ = manylora("export", "r/a", "new", "--merged")
     assert (code, out) == (0, "new\n")
-    assert door[0] == ("open", "x")
-    assert door[1] == ("export", "state step-3", Path("new"), True)
+    assert client[0] == ("open", "x")
+    assert client[1] == ("export", "state step-3", Path("new"), True)
 
 
-def test_export_does_not_overwrite(manylora, door):
+def test_export_does_not_overwrite(manylora, client):
     peft_folder(Path("a"))
     Path("there").mkdir()
     Path("there/x").write_text("")
     code, out, err = manylora("export", "a", "there")
     assert (code, out) == (2, "") and "is there already" in err
-    assert door == []
+    assert client == []
 
 
 # --- inspect ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Commands on a real base: what is sampled and written is what the Python door gives."""
+"""Commands on a real base: what is sampled and written is what the Python API gives."""
 
 import json
 from pathlib import Path
@@ -47,11 +47,11 @@ def run(tmp_path_factory) -> Path:
         answers = {
             name: tokenizer.decode(
                 list(
-                    door.sample(prompt, SamplingParams(max_tokens=8)).result().sequences[0].tokens
+                    owner.sample(prompt, SamplingParams(max_tokens=8)).result().sequences[0].tokens
                 ),
                 skip_special_tokens=True,
             )
-            for name, door in (("adapter", adapter), ("base", trainer))
+            for name, owner in (("adapter", adapter), ("base", trainer))
         }
     (root / "answers.json").write_text(json.dumps(answers))
     assert answers["adapter"] != answers["base"]  # or nothing below could fail

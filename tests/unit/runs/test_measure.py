@@ -1,4 +1,4 @@
-"""The first steps of a run, made and not kept: what is asked of the door, and what follows."""
+"""The first steps of a run, made and not kept: what is asked of the client, and what follows."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from manylora.runs.events import Event, Phase
 from manylora.runs.measure import STEPS, Measured, measure_run
 from manylora.runs.train import Dependencies
 from tests.unit.runs.driving.conftest import write_lines
-from tests.unit.runs.driving.fake_door import FakeAdapter, FakeDoor
+from tests.unit.runs.driving.fake_client import FakeAdapter, FakeClient
 
 # The fake's device: a pass is 0.1 s of an adapter's own, an update 0.01, an answered chunk 0.3.
 PASS, UPDATE, ANSWERS = 0.1, 0.01, 0.3
@@ -41,9 +41,9 @@ def run_data(tmp_path: Path) -> dict[str, Any]:
 
 
 def measured(
-    data: dict[str, Any], door: FakeDoor | None = None, events: list[Event] | None = None
+    data: dict[str, Any], client: FakeClient | None = None, events: list[Event] | None = None
 ) -> Measured:
-    run, fake = RunFile.model_validate(data), door or FakeDoor()
+    run, fake = RunFile.model_validate(data), client or FakeClient()
     tokens = {entry.name: 2 * LENGTH * (entry.sft.max_steps or 0) for entry in run.adapters}
     told = [] if events is None else events
     return measure_run(
@@ -56,25 +56,25 @@ def files(folder: Path) -> set[Path]:
 
 
 def test_three_steps_are_made_side_by_side_and_nothing_is_kept(run_data, tmp_path):
-    door, before, events = FakeDoor(step_seconds=0.01), files(tmp_path), []
-    measured(run_data, door, events)
+    client, before, events = FakeClient(step_seconds=0.01), files(tmp_path), []
+    measured(run_data, client, events)
     assert files(tmp_path) == before
     for name in ("a", "b"):
-        mine = [what for who, what in door.submitted if who == name]
+        mine = [what for who, what in client.submitted if who == name]
         steps = [what for what in mine if what in ("forward_backward", "optim_step")]
         assert steps == ["forward_backward", "optim_step"] * STEPS
         assert "save" not in mine and "export" not in mine and mine[-1] == "unload"
-        assert door.adapters[name].step == STEPS and door.adapters[name].unloaded
+        assert client.adapters[name].step == STEPS and client.adapters[name].unloaded
     # Two steps of each are with the worker before the first is read.
-    order = [name for name, what in door.submitted if what == "forward_backward"]
+    order = [name for name, what in client.submitted if what == "forward_backward"]
     assert order[:4] == ["a", "a", "b", "b"]
     # One evaluation's chunk, behind a small one that warms up, and both before the steps.
-    mine = [what for name, what in door.submitted if name == "a"]
+    mine = [what for name, what in client.submitted if name == "a"]
     assert mine[:4] == ["forward", "sample", "forward", "sample"]
     assert mine[4] == "forward_backward" and mine.count("sample") == 2
     assert all(
         what in ("forward_backward", "optim_step", "unload")
-        for name, what in door.submitted
+        for name, what in client.submitted
         if name == "b"
     )
     assert Phase("a", "measuring steps", 3, 3) in events
@@ -97,7 +97,7 @@ def test_a_step_is_the_real_plans(run_data, monkeypatch):
         return done
 
     monkeypatch.setattr(FakeAdapter, "optim_step", spied)
-    measured(run_data, FakeDoor())
+    measured(run_data, FakeClient())
     own, seen[:] = seen[:], []
     assert train(RunFile.model_validate(run_data)) == 0
     assert len(own) == STEPS and len({lr for lr, _ in own}) == STEPS
@@ -129,7 +129,7 @@ def test_the_time_of_a_run_follows_from_its_steps_and_chunks(run_data):
 def test_passes_cost_by_tokens_and_updates_by_steps(run_data):
     run = RunFile.model_validate(run_data)
     tokens = {"a": 50 * 2 * LENGTH * 3, "b": 20 * 2 * LENGTH}  # a's later steps are longer
-    outside = Dependencies(open_client=lambda _: FakeDoor())
+    outside = Dependencies(open_client=lambda _: FakeClient())
     told = measure_run(run, tokens, emit=lambda _: None, outside=outside)
     assert told.adapters["a"].training_seconds == pytest.approx(50 * (3 * PASS + UPDATE))
 
@@ -137,9 +137,9 @@ def test_passes_cost_by_tokens_and_updates_by_steps(run_data):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_short_run_is_measured_as_far_as_it_goes(run_data, steps: int):
     run_data["adapters"][1]["sft"]["max_steps"] = steps
-    door = FakeDoor()
-    told = measured(run_data, door).adapters["b"]
-    assert told.steps == 1 and door.adapters["b"].step == steps
+    client = FakeClient()
+    told = measured(run_data, client).adapters["b"]
+    assert told.steps == 1 and client.adapters["b"].step == steps
     assert told.training_seconds == pytest.approx(steps * (PASS + UPDATE))
 
 
@@ -156,18 +156,18 @@ def spoil(run_data: dict[str, Any], how: str) -> None:
 @pytest.mark.parametrize("how", ["data", "no file", "not finite"])
 def test_a_fault_costs_the_adapter_that_has_it(run_data, how: str):
     spoil(run_data, how)
-    door = FakeDoor()
-    told = measured(run_data, door)
+    client = FakeClient()
+    told = measured(run_data, client)
     error = told.adapters["a"].error
     expected = "NotFinite" if how == "not finite" else "DataError"
     assert error is not None and error["type"] == expected
     assert told.adapters["b"].training_seconds == pytest.approx(20 * (PASS + UPDATE))
     assert told.training_seconds == told.adapters["b"].training_seconds
-    assert all(adapter.unloaded for adapter in door.adapters.values())
+    assert all(adapter.unloaded for adapter in client.adapters.values())
 
 
 def test_ctrl_c_leaves_nothing_behind(run_data, tmp_path, monkeypatch):
-    door, before = FakeDoor(), files(tmp_path)
+    client, before = FakeClient(), files(tmp_path)
     submit = FakeAdapter.optim_step
 
     def interrupted(self, params):
@@ -178,11 +178,11 @@ def test_ctrl_c_leaves_nothing_behind(run_data, tmp_path, monkeypatch):
     monkeypatch.setattr("manylora.runs.stopping.ECHO_SECONDS", 60)  # each kill is the same wish
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        measured(run_data, door)
+        measured(run_data, client)
     assert signal.getsignal(signal.SIGINT) is handler
     assert files(tmp_path) == before
-    assert all(adapter.unloaded for adapter in door.adapters.values())
-    assert all(adapter.step < STEPS for adapter in door.adapters.values())
+    assert all(adapter.unloaded for adapter in client.adapters.values())
+    assert all(adapter.step < STEPS for adapter in client.adapters.values())
 
 
 # --- the command, on a real base --------------------------------------------------------------

@@ -45,7 +45,7 @@ class Client:
         async def ask() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, client=(self.host, 1))
             async with httpx.AsyncClient(
-                transport=transport, base_url="http://door", trust_env=False
+                transport=transport, base_url="http://server", trust_env=False
             ) as client:
                 merged = {**self.headers, **(headers or {})}
                 return await client.request(method, path, headers=merged, **given)

@@ -37,7 +37,7 @@ def test_external_weights_can_be_downloaded_without_a_key(files):
     assert urls.keys() == files.keys()
     stranger = Client(alice.app, None)
     for name, url in urls.items():
-        assert url.startswith("http://door/")
+        assert url.startswith("http://server/")
         answer = stranger.get(url)
         assert answer.content == files[name].read_bytes()
     url = urls["adapter_config.json"]
@@ -73,7 +73,7 @@ def test_an_archive_is_fetched_by_the_address_that_its_owner_is_sent_to(hub):
     assert stranger.get(f"/api/v1/external_weights/{token}").status_code == 404
 
 
-def test_the_door_does_not_know_torch():
+def test_the_application_does_not_know_torch():
     """The import contract covers what modules name; this covers what really happens."""
     program = (
         "import sys, manylora.service.http.app; print(*{'torch', 'transformers'} & {*sys.modules})"

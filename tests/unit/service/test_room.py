@@ -228,7 +228,7 @@ def test_a_tenant_has_so_many_requests_at_once():
 
     async def ask() -> list[int]:
         transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
-        async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             calls = [
                 client.post(
                     "/api/v1/retrieve_future", json={"request_id": "waiting"}, headers=one.headers
@@ -280,7 +280,7 @@ def test_hosts_as_they_are_written():
     ("names", "host", "begins"),
     [
         (Names(public_url="https://lora.example.org/x/"), "evil", "https://lora.example.org/x/api"),
-        (Names(), "evil.example", "http://door/api"),
+        (Names(), "evil.example", "http://server/api"),
         (Names(allowed={"a.org"}), "a.org:81", "http://a.org:81/api"),
         (Names(), "localhost:9", "http://localhost:9/api"),
     ],

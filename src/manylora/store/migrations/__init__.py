@@ -1,1 +1,1 @@
-"""The database's versions. `env.py` is Alembic's door; `versions` has one file a version."""
+"""The database's versions. `env.py` is Alembic's entry point; `versions` has one file a version."""

@@ -1,4 +1,4 @@
-"""A small run on the fake door."""
+"""A small run on the fake client."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import pytest
 from manylora.config import RunFile
 from manylora.runs.run_folder import RunPaths
 from manylora.runs.train import Dependencies, train_run_file
-from tests.unit.runs.driving.fake_door import FakeDoor, fake_newest_state
+from tests.unit.runs.driving.fake_client import FakeClient, fake_newest_state
 
 Train = Callable[..., int]
 
@@ -51,13 +51,13 @@ def run_file(run_data: dict[str, Any]) -> RunFile:
 
 
 @pytest.fixture
-def door() -> FakeDoor:
-    return FakeDoor()
+def client() -> FakeClient:
+    return FakeClient()
 
 
-def train(run: RunFile, door: FakeDoor | None = None, **options: Any) -> int:
-    """Train on the fake door."""
-    fake = door or FakeDoor()
+def train(run: RunFile, client: FakeClient | None = None, **options: Any) -> int:
+    """Train on the fake client."""
+    fake = client or FakeClient()
     outside = Dependencies(open_client=lambda _: fake, newest_state=fake_newest_state)
     options.setdefault("view", "plain")
     return train_run_file(run, outside=outside, **options)

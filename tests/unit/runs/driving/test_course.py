@@ -29,7 +29,7 @@ from manylora.types import (
     causal_datum,
 )
 from tests.unit.runs.driving.conftest import final_weights, metrics, summary, train
-from tests.unit.runs.driving.fake_door import FakeDoor
+from tests.unit.runs.driving.fake_client import FakeClient
 
 STEPS = 6
 COLUMNS = CourseColumns(
@@ -128,9 +128,9 @@ def test_its_own_figures_are_logged_summed_and_reported(
 
 
 def test_a_step_waits_for_the_one_before(run: RunFile):
-    door = FakeDoor()
-    assert train(run, door) == 0
-    mine = [what for name, what in door.submitted if name == "alpha" and what != "save"]
+    client = FakeClient()
+    assert train(run, client) == 0
+    mine = [what for name, what in client.submitted if name == "alpha" and what != "save"]
     assert mine[: 3 * STEPS] == ["sample", "forward_backward", "optim_step"] * STEPS
 
 

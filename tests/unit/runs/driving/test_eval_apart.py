@@ -11,13 +11,13 @@ import pytest
 from manylora.config import RunFile
 from manylora.types import Datum
 from tests.unit.runs.driving.conftest import train, write_lines
-from tests.unit.runs.driving.fake_door import FakeAdapter, FakeDoor
+from tests.unit.runs.driving.fake_client import FakeAdapter, FakeClient
 
 NAMES = ("alpha", "beta")
 TRAINED, HELD_OUT = 7, 3
 
 
-class WatchedDoor(FakeDoor):
+class WatchedClient(FakeClient):
     """Notes each datum that an adapter is given, by what is done with it."""
 
     def __init__(self) -> None:
@@ -66,13 +66,13 @@ def test_no_row_of_one_file_is_used_as_one_of_the_other(tmp_path: Path, shuffle:
         sft = {**files, "batch_size": 2, "epochs": 3, "shuffle": shuffle}
         adapters.append({"name": name, "sft": sft})
     content = {"base": "fake", "out": tmp_path / "out", "tensorboard": False, "adapters": adapters}
-    door = WatchedDoor()
-    assert train(RunFile.model_validate(content), door) == 0
+    client = WatchedClient()
+    assert train(RunFile.model_validate(content), client) == 0
     for name in NAMES:
-        trained = door.seen[name, "forward_backward"]
+        trained = client.seen[name, "forward_backward"]
         assert set(trained) == encoded(name, "train", TRAINED)
         assert len(trained) == 3 * TRAINED
         # Before and after training.
-        measured = door.seen[name, "forward"]
+        measured = client.seen[name, "forward"]
         assert set(measured) == encoded(name, "eval", HELD_OUT)
         assert len(measured) == 2 * HELD_OUT

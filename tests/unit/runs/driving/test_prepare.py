@@ -14,17 +14,17 @@ from manylora.runs.sft import SftCourse, mean_weights
 from manylora.runs.sft_data import MAX_SAMPLES, prepare_sft
 from manylora.types import DataError, DatumTooLong, Unsupported, causal_datum
 from tests.unit.runs.driving.conftest import write_lines
-from tests.unit.runs.driving.fake_door import FakeDoor, FakeTokenizer
+from tests.unit.runs.driving.fake_client import FakeClient, FakeTokenizer
 
 
 def prepared(
-    tmp_path: Path, rows: list[Any], door: FakeDoor | None = None, **sft: Any
+    tmp_path: Path, rows: list[Any], client: FakeClient | None = None, **sft: Any
 ) -> SftCourse:
     data = write_lines(tmp_path / "rows.jsonl", rows)
     entry = AdapterEntry.model_validate(
         {"name": "a", "sft": {"train": str(data), "eval": str(data), "batch_size": 2, **sft}}
     )
-    return prepare_sft(entry, door or FakeDoor(), lambda *_: None)
+    return prepare_sft(entry, client or FakeClient(), lambda *_: None)
 
 
 ROWS = [{"prompt": f"q{i}", "completion": f"answer {i}"} for i in range(5)]
@@ -66,9 +66,9 @@ def test_text_has_a_loss_but_no_prompt(tmp_path: Path):
 
 def test_an_example_that_does_not_fit_is_named_before_the_first_step(tmp_path: Path):
     rows = [*ROWS, {"prompt": "x" * 60, "completion": "long"}]
-    prepared(tmp_path, rows, FakeDoor(context_length=64))
+    prepared(tmp_path, rows, FakeClient(context_length=64))
     with pytest.raises(DatumTooLong, match=r"rows\.jsonl:6: has 65 tokens.*holds 63"):
-        prepared(tmp_path, rows, FakeDoor(context_length=63))
+        prepared(tmp_path, rows, FakeClient(context_length=63))
 
 
 def test_weights_of_a_batch_sum_to_one():
@@ -101,10 +101,10 @@ class ChatTokenizer(FakeTokenizer):
 
 def test_a_conversation_is_asked_for_its_last_answer(tmp_path: Path):
     turns = [("user", "one?"), ("assistant", "1"), ("user", "two?"), ("assistant", "22")]
-    door = FakeDoor(context_length=99)
-    door.tokenizer = ChatTokenizer()
+    client = FakeClient(context_length=99)
+    client.tokenizer = ChatTokenizer()
     rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
-    (prompt,) = prepared(tmp_path, rows, door).evals.prompts
+    (prompt,) = prepared(tmp_path, rows, client).evals.prompts
     asked = "<user:one?|<assistant:hm.1|<user:two?|<assistant:"
     assert bytes(prompt.tokens).decode() == asked
     assert prompt.text == "user: one?\nassistant: 1\nuser: two?"
@@ -112,33 +112,33 @@ def test_a_conversation_is_asked_for_its_last_answer(tmp_path: Path):
 
 
 def test_what_ends_an_answer_is_recorded_and_disagreement_told(tmp_path: Path):
-    door = FakeDoor()
-    door.vocabulary = Vocabulary(128, (7, 9), "generation_config.json")
-    run = prepared(tmp_path, ROWS, door)
+    client = FakeClient()
+    client.vocabulary = Vocabulary(128, (7, 9), "generation_config.json")
+    run = prepared(tmp_path, ROWS, client)
     assert run.text_format.stop == run.evals.stop == (0, 7, 9)
     (note,) = run.notes
     assert "tokenizer_config.json" in note and "generation_config.json" in note
     assert "sft.eos" in note
-    chosen = prepared(tmp_path, ROWS, door, eos="~")
+    chosen = prepared(tmp_path, ROWS, client, eos="~")
     assert chosen.text_format.stop == (0, 7, 9, ord("~")) and chosen.notes == []
     assert chosen.batch(1)[0].loss_inputs["target_tokens"][-1] == ord("~")
 
 
 def test_a_base_s_own_end_serves_a_tokenizer_without_one(tmp_path: Path):
-    door = FakeDoor()
-    door.tokenizer.eos_token_id = None
-    door.vocabulary = Vocabulary(128, (9,), "config.json")
-    run = prepared(tmp_path, ROWS, door)
+    client = FakeClient()
+    client.tokenizer.eos_token_id = None
+    client.vocabulary = Vocabulary(128, (9,), "config.json")
+    run = prepared(tmp_path, ROWS, client)
     assert run.text_format.stop == (9,) and run.notes == []
-    door.vocabulary = Vocabulary(128, (), "")
+    client.vocabulary = Vocabulary(128, (), "")
     with pytest.raises(DataError, match=r"no end-of-sequence token.*name one with sft\.eos"):
-        prepared(tmp_path, ROWS, door)
+        prepared(tmp_path, ROWS, client)
 
 
 def test_layers_that_could_not_be_written_at_the_end_are_refused_at_the_start(tmp_path: Path):
-    door = FakeDoor()
-    door.sites = (Site("layers.0.up", 4, 4, 0, naming="lost"), Site("layers.0.down", 4, 4, 1))
+    client = FakeClient()
+    client.sites = (Site("layers.0.up", 4, 4, 0, naming="lost"), Site("layers.0.down", 4, 4, 1))
     with pytest.raises(Unsupported, match=r"adapter 'a'.*layers\.0\.up under.*leave these"):
-        prepared(tmp_path, [{"text": "abc"}], door)
+        prepared(tmp_path, [{"text": "abc"}], client)
     entry = {"name": "a", "lora": {"targets": ["down"]}, "sft": {"train": "rows.jsonl"}}
-    refuse_unwritable(AdapterEntry.model_validate(entry), door.sites)
+    refuse_unwritable(AdapterEntry.model_validate(entry), client.sites)

@@ -17,7 +17,7 @@ from manylora.runs.metrics_file import MetricsFile, cut_back, read_metrics
 from manylora.runs.run_folder import RunPaths, held
 from manylora.types import ConfigError
 from tests.unit.runs.driving.conftest import final_weights, metrics, summary, train
-from tests.unit.runs.driving.fake_door import FakeAdapter, FakeDoor
+from tests.unit.runs.driving.fake_client import FakeAdapter, FakeClient
 
 NAMES = ("alpha", "beta", "gamma")
 VOLATILE = ("seconds",)
@@ -52,7 +52,7 @@ def test_a_signal_saves_every_adapter_and_the_run_goes_on_from_there(
     number: int, run_data: dict[str, Any], run_file: RunFile, tmp_path: Path
 ):
     sender = interrupt_after(0.25, number)
-    assert train(run_file, FakeDoor(step_seconds=0.02)) == 130
+    assert train(run_file, FakeClient(step_seconds=0.02)) == 130
     sender.join()
     told = summary(run_file)
     assert told["status"] == "cancelled"
@@ -64,10 +64,10 @@ def test_a_signal_saves_every_adapter_and_the_run_goes_on_from_there(
             state = RunPaths(run_file.out).adapter(name).state(steps)
             assert json.loads((state / "state.json").read_text())["step"] == steps
 
-    door = FakeDoor()
-    assert train(run_file, door) == 0
+    client = FakeClient()
+    assert train(run_file, client) == 0
     for name, steps in reached.items():
-        done_again = door.submitted.count((name, "optim_step"))
+        done_again = client.submitted.count((name, "optim_step"))
         assert done_again == len(metrics(run_file, name)) - steps
     same_as_undisturbed(run_file, run_data, tmp_path)
 
@@ -136,9 +136,9 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(
 def test_a_finished_run_is_not_trained_again(run_file: RunFile):
     assert train(run_file) == 0
     before = summary(run_file)
-    door = FakeDoor()
-    assert train(run_file, door) == 0
-    assert door.submitted == []
+    client = FakeClient()
+    assert train(run_file, client) == 0
+    assert client.submitted == []
     assert summary(run_file) == before
 
 
@@ -233,8 +233,8 @@ def test_interrupted_while_the_base_opens_is_told_without_forgetting_what_is_don
     assert train(run_file) == 0
     RunPaths(run_file.out).adapter("gamma").result.unlink()
 
-    class Slow(FakeDoor):
-        def __enter__(self) -> FakeDoor:
+    class Slow(FakeClient):
+        def __enter__(self) -> FakeClient:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
             raise AssertionError("was not interrupted")
@@ -259,13 +259,13 @@ def test_a_finished_run_made_longer_is_the_run_that_was_so_long_from_the_start(
     finished = final_weights(short, "beta")
     for entry in run_data["adapters"][1:]:
         entry["sft"][key] = 5
-    longer, door = RunFile.model_validate(run_data), FakeDoor()
-    assert train(longer, door) == 0
-    assert "alpha" not in door.adapters  # it is as long as it was, and is left as it is
+    longer, client = RunFile.model_validate(run_data), FakeClient()
+    assert train(longer, client) == 0
+    assert "alpha" not in client.adapters  # it is as long as it was, and is left as it is
     assert final_weights(longer, "beta") != finished
     assert summary(longer)["adapters"]["beta"]["steps"] == 5 * (4 if key == "epochs" else 1)
     same_as_undisturbed(longer, run_data, tmp_path)
-    assert train(longer, FakeDoor()) == 0
+    assert train(longer, FakeClient()) == 0
 
 
 def test_a_schedule_that_depends_on_the_end_cannot_be_made_longer(
@@ -280,7 +280,7 @@ def test_a_schedule_that_depends_on_the_end_cannot_be_made_longer(
         r".*6 that it has made.*schedule: constant.*init_from: .*alpha/final",
     ):
         train(RunFile.model_validate(run_data))
-    assert train(run_file, FakeDoor()) == 0 and summary(run_file) == before
+    assert train(run_file, FakeClient()) == 0 and summary(run_file) == before
     # While only the warm-up is behind it, its learning rates are those of the longer run.
     warm = {**run_data, "out": run_data["out"] / "warm"}
     for entry in warm["adapters"]:

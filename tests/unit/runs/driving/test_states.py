@@ -11,7 +11,7 @@ from manylora.runs.run_folder import RunPaths
 from manylora.runs.saved_states import best_step, drop_old_states, saved_steps
 from manylora.runs.sft import SFT_COLUMNS
 from tests.unit.runs.driving.conftest import final_weights, metrics, summary, train
-from tests.unit.runs.driving.fake_door import FakeDoor
+from tests.unit.runs.driving.fake_client import FakeClient
 
 
 def kept(run: RunFile, name: str) -> list[int]:
@@ -73,8 +73,8 @@ def test_a_run_keeps_what_it_was_told_to(run_data: dict[str, Any]):
     }
 
 
-class Worsening(FakeDoor):
-    """A door whose adapters are best at step 8 on data that are not trained."""
+class Worsening(FakeClient):
+    """A client whose adapters are best at step 8 on data that are not trained."""
 
     def create(self, name: str, spec: Any, **settings: Any) -> Any:
         return self._watched(super().create(name, spec, **settings))

@@ -16,9 +16,9 @@ STUCK = """
 import sys
 from manylora.config import load_run_file
 from manylora.runs.train import Dependencies, train_run_file
-from tests.unit.runs.driving.fake_door import FakeDoor, fake_newest_state
-door = FakeDoor(step_seconds=600)
-outside = Dependencies(open_client=lambda _: door, newest_state=fake_newest_state)
+from tests.unit.runs.driving.fake_client import FakeClient, fake_newest_state
+client = FakeClient(step_seconds=600)
+outside = Dependencies(open_client=lambda _: client, newest_state=fake_newest_state)
 sys.exit(train_run_file(load_run_file(sys.argv[1]), outside=outside, view="json"))
 """
 

@@ -1,4 +1,4 @@
-"""A whole run on the fake door: what it writes, how it ends, what a fault costs whom."""
+"""A whole run on the fake client: what it writes, how it ends, what a fault costs whom."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ from manylora.config import RunFile, load_run_file
 from manylora.runs.run_folder import RunPaths
 from manylora.types import ConfigError
 from tests.unit.runs.driving.conftest import final_weights, metrics, summary, train
-from tests.unit.runs.driving.fake_door import FakeDoor
+from tests.unit.runs.driving.fake_client import FakeClient
 
 NAMES = ("alpha", "beta", "gamma")
 
@@ -56,30 +56,30 @@ def test_rates_are_over_the_time_of_the_device_and_evaluation_is_apart(run_file:
     assert told["evaluation_seconds"] == pytest.approx(2 * (0.1 + 0.3) * evaluated)
 
 
-def test_losses_are_means_over_trained_tokens(run_file: RunFile, door: FakeDoor):
+def test_losses_are_means_over_trained_tokens(run_file: RunFile, client: FakeClient):
     """Repeating a batch's examples does not change its mean, so the fake's part of it stays 1."""
-    assert train(run_file, door) == 0
+    assert train(run_file, client) == 0
     for row in metrics(run_file, "beta"):
         assert row["trained_tokens"] > 0
         assert row["loss"] >= 1.0  # sum of the weights of a batch = 1 in the fake's loss
 
 
 def test_operations_of_a_step_are_submitted_together_and_one_step_ahead(
-    run_file: RunFile, door: FakeDoor
+    run_file: RunFile, client: FakeClient
 ):
-    door.step_seconds = 0.01
-    assert train(run_file, door) == 0
-    mine = [what for name, what in door.submitted if name == "alpha"]
+    client.step_seconds = 0.01
+    assert train(run_file, client) == 0
+    mine = [what for name, what in client.submitted if name == "alpha"]
     steps = [w for w in mine if w in ("forward_backward", "optim_step")]
     assert steps == ["forward_backward", "optim_step"] * 6
     save = mine.index("save")
     assert mine[:save].count("optim_step") == 4
     # Adapters take turns; none waits for another to end.
-    order = [name for name, what in door.submitted if what == "optim_step"]
+    order = [name for name, what in client.submitted if what == "optim_step"]
     turns = sum(a != b for a, b in itertools.pairwise(order))
     assert turns > 5
     # Nobody reads the log-probabilities of what is not trained.
-    assert door.wanted == {("forward_backward", "trained"), ("forward", "trained")}
+    assert client.wanted == {("forward_backward", "trained"), ("forward", "trained")}
 
 
 def test_every_adapter_trains_as_it_does_alone(run_data: dict[str, Any], tmp_path: Path):
@@ -104,7 +104,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_costs_one_adapter_only(
-    fault: str, run_data: dict[str, Any], run_file: RunFile, door: FakeDoor, tmp_path: Path
+    fault: str, run_data: dict[str, Any], run_file: RunFile, client: FakeClient, tmp_path: Path
 ):
     assert train(run_file) == 0
     well = {name: final_weights(run_file, name) for name in NAMES}
@@ -120,10 +120,10 @@ def test_a_fault_costs_one_adapter_only(
     elif fault == "exploding lr":
         run_data["adapters"][1]["optimizer"]["lr"] = 1e9
     else:
-        door.full_disk.add("beta")
+        client.full_disk.add("beta")
     again = RunFile.model_validate({**run_data, "out": tmp_path / "again"})
 
-    assert train(again, door) == 1
+    assert train(again, client) == 1
 
     told = summary(again)
     kind, words = FAULTS[fault]
@@ -135,19 +135,19 @@ def test_a_fault_costs_one_adapter_only(
     for name in ("alpha", "gamma"):
         assert told["adapters"][name]["status"] == "completed"
         assert final_weights(again, name) == well[name]
-    assert all(adapter.unloaded for adapter in door.adapters.values())
+    assert all(adapter.unloaded for adapter in client.adapters.values())
 
 
 def test_a_fault_can_be_mended_and_the_run_taken_up_again(
-    run_file: RunFile, tmp_path: Path, door: FakeDoor
+    run_file: RunFile, tmp_path: Path, client: FakeClient
 ):
     data = tmp_path / "beta.jsonl"
     good = data.read_text()
     data.write_text("nonsense\n")
     assert train(run_file) == 1
     data.write_text(good)
-    assert train(run_file, door) == 0
-    assert {name for name, _ in door.submitted} == {"beta"}
+    assert train(run_file, client) == 0
+    assert {name for name, _ in client.submitted} == {"beta"}
 
 
 def test_evaluation_samples_are_kept_for_before_and_after(run_file: RunFile):

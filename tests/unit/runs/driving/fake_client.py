@@ -1,4 +1,4 @@
-"""A door without an engine: small numbers that depend on every operation and on its order.
+"""A client without an engine: small numbers that depend on every operation and on its order.
 
 Each adapter is a vector of eight float64; a gradient is a function of the tokens, of the weights
 and of the vector, so a lost, repeated or reordered operation changes all that follows.
@@ -54,8 +54,8 @@ class FakeTokenizer:
 class FakeAdapter:
     """Strictly ordered operations on one worker thread shared by all adapters."""
 
-    def __init__(self, door: "FakeDoor", name: str, spec: AdapterSpec) -> None:
-        self.door, self.name, self.spec = door, name, spec
+    def __init__(self, client: "FakeClient", name: str, spec: AdapterSpec) -> None:
+        self.client, self.name, self.spec = client, name, spec
         self.num_params = SIZE
         self.weights = np.full(SIZE, 1.0 + spec.seed)
         self.moments = np.zeros(SIZE)
@@ -65,8 +65,8 @@ class FakeAdapter:
         self.unloaded = False
 
     def _submit(self, what: str, work: Any) -> "Future[Any]":
-        self.door.submitted.append((self.name, what))
-        return self.door.worker.submit(work)
+        self.client.submitted.append((self.name, what))
+        return self.client.worker.submit(work)
 
     def forward(
         self,
@@ -76,7 +76,7 @@ class FakeAdapter:
         *,
         logprobs: str = "all",
     ):
-        self.door.wanted.add(("forward", logprobs))
+        self.client.wanted.add(("forward", logprobs))
         return self._submit("forward", lambda: self._loss(data)[0])
 
     def forward_backward(
@@ -87,10 +87,10 @@ class FakeAdapter:
         *,
         logprobs: str = "all",
     ):
-        self.door.wanted.add(("forward_backward", logprobs))
+        self.client.wanted.add(("forward_backward", logprobs))
 
         def work() -> ForwardBackwardResult:
-            time.sleep(self.door.step_seconds)
+            time.sleep(self.client.step_seconds)
             try:
                 result, grad = self._loss(data)
                 if not math.isfinite(result.loss):
@@ -138,7 +138,7 @@ class FakeAdapter:
 
     def save(self, folder: Path, client: Mapping[str, Any]):
         def work() -> Path:
-            if self.name in self.door.full_disk:
+            if self.name in self.client.full_disk:
                 raise SaveFailed(f"{folder}: No space left on device")
             folder.mkdir(parents=True, exist_ok=True)
             state = {
@@ -168,7 +168,7 @@ class FakeAdapter:
         return self._submit("unload", work)
 
 
-class FakeDoor:
+class FakeClient:
     """What `Trainer` offers, as far as runs use it."""
 
     def __init__(self, *, context_length: int = 64, step_seconds: float = 0.0) -> None:
@@ -183,7 +183,7 @@ class FakeDoor:
         self.wanted: set[tuple[str, str]] = set()
         self.adapters: dict[str, FakeAdapter] = {}
 
-    def __enter__(self) -> "FakeDoor":
+    def __enter__(self) -> "FakeClient":
         self.worker = ThreadPoolExecutor(max_workers=1)
         return self
 
