@@ -143,11 +143,10 @@ def _products() -> Iterator[Finding]:
     """How adapters are kept from changing each other's bits on this CPU."""
     import torch
 
-    from manylora.kernels import PRODUCTS_ADVICE, whole_products
+    from manylora.kernels import DTYPES, PRODUCTS_ADVICE, whole_products
 
     cpu = torch.device("cpu")
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    slow = [name for name, dtype in types.items() if not whole_products(cpu, dtype)]
+    slow = [name for name, dtype in DTYPES.items() if not whole_products(cpu, dtype)]
     if not slow:
         yield Finding("ok", "products", "rows keep their bits whatever is beside them")
         return
@@ -162,11 +161,12 @@ def _decoding() -> Iterator[Finding]:
     """How many rows a step of decoding needs at least, for products of a usual size."""
     import torch
 
-    from manylora.kernels import ladder, safe_packed, safe_plain
+    from manylora.kernels import DTYPES, ladder, safe_packed, safe_plain
 
     counts, threads = ladder(16), torch.get_num_threads()
     found: list[str] = []
-    for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
+    for name in ("fp32", "bf16"):
+        dtype = DTYPES[name]
         packed = safe_packed(576, 1536, False, dtype, threads, counts)
         plain = safe_plain(576, 1536, dtype, threads, counts, 16)
         if len(packed) == len(counts):
