@@ -20,10 +20,9 @@ from manylora.service.http.body_limits import BodyLimits
 from manylora.service.http.capacity import Capacity
 from manylora.service.http.responses import JSON_TYPE, json_response
 from manylora.service.http.signing import Signer
-from manylora.service.http_errors import WrongEncoding, missing
+from manylora.service.http_errors import WrongEncoding
 from manylora.service.hub_proxy import HubProxy
 from manylora.service.wire.messages import KIND_OF_MESSAGE
-from manylora.service.wire.paths import is_identifier
 from manylora.service.wire.reading import read_json
 from manylora.service.wire.wire_limits import WireLimits
 from manylora.types import ManyloraError
@@ -183,17 +182,6 @@ def check_type(request: Request, content_type: str) -> None:
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if given != content_type:
         raise WrongEncoding(f"this route takes a body of type {content_type}")
-
-
-def identifier(text: str, what: str) -> str:
-    """An id out of a URL.
-
-    Raises:
-        NotFound: nothing can be called so.
-    """
-    if not is_identifier(text):
-        raise missing(what)
-    return text
 
 
 class Routes(APIRouter):

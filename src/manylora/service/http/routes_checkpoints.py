@@ -16,18 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from manylora.service.contract import Archive
 from manylora.service.http.capacity import Capacity
-from manylora.service.http.context import (
-    Routes,
-    TheCaller,
-    TheContext,
-    identifier,
-    json_body,
-    takes,
-)
+from manylora.service.http.context import Routes, TheCaller, TheContext, json_body, takes
 from manylora.service.http.signing import Grant
 from manylora.service.http_errors import missing
 from manylora.service.wire.messages import CopyWeightsRequest, TTLRequest, WeightsInfoRequest
-from manylora.service.wire.paths import SCHEME, TinkerPath
+from manylora.service.wire.paths import SCHEME, TinkerPath, identifier
 from manylora.service.wire.replies import (
     CheckpointList,
     CopyWeightsReply,

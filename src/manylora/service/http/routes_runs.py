@@ -4,8 +4,9 @@ from typing import Annotated
 
 from fastapi import Depends, Query
 
-from manylora.service.http.context import Routes, TheCaller, identifier, json_body, takes
+from manylora.service.http.context import Routes, TheCaller, json_body, takes
 from manylora.service.http.routes_checkpoints import MOST, Limit, Offset
+from manylora.service.wire.paths import identifier
 from manylora.service.wire.run_messages import (
     Adapter,
     AdapterList,

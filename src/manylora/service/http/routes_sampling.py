@@ -5,17 +5,10 @@ from typing import Annotated
 
 from fastapi import Request
 
-from manylora.service.http.context import (
-    Routes,
-    TheCaller,
-    check_type,
-    identifier,
-    json_body,
-    takes,
-)
+from manylora.service.http.context import Routes, TheCaller, check_type, json_body, takes
 from manylora.service.http.responses import JSON_TYPE
 from manylora.service.wire.messages import CreateSamplingSessionRequest, SampleRequest
-from manylora.service.wire.paths import TinkerPath
+from manylora.service.wire.paths import TinkerPath, identifier
 from manylora.service.wire.replies import CreateSamplingSessionReply, SamplerInfo, Submitted
 from manylora.service.wire.sample_messages import read_sample
 

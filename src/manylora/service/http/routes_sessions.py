@@ -4,14 +4,7 @@ from typing import Annotated
 
 from starlette.responses import Response
 
-from manylora.service.http.context import (
-    Routes,
-    TheCaller,
-    TheContext,
-    identifier,
-    json_body,
-    takes,
-)
+from manylora.service.http.context import Routes, TheCaller, TheContext, json_body, takes
 from manylora.service.http.responses import json_response
 from manylora.service.wire.messages import (
     ClientConfigRequest,
@@ -20,6 +13,7 @@ from manylora.service.wire.messages import (
     SessionRequest,
     TelemetryRequest,
 )
+from manylora.service.wire.paths import identifier
 from manylora.service.wire.replies import (
     ClientConfig,
     CreateSessionReply,

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from manylora.service.http_errors import missing
 from manylora.types import DataError
 
 PathKind = Literal["weights", "sampler_weights", "external_weights"]
@@ -82,6 +83,8 @@ def _matches(pattern: str, text: str, longest: int) -> bool:
     return len(text) <= longest and re.fullmatch(pattern.strip("^$"), text) is not None
 
 
-def is_identifier(text: str) -> bool:
-    """Whether a text can be an id at all; one that cannot is no tenant's id."""
-    return _matches(IDENTIFIER, text, MAX_IDENTIFIER)
+def identifier(text: str, what: str) -> str:
+    """An id out of a URL. Raises NotFound: it cannot be one, so it is no tenant's."""
+    if not _matches(IDENTIFIER, text, MAX_IDENTIFIER):
+        raise missing(what)
+    return text
