@@ -118,7 +118,7 @@ class AdapterClient(Samplable):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """Return what the base's files say of its tokens."""
+        """The base's files say this of its tokens."""
         # Where an engine is in processes of its own, this one does without torch until a run asks.
         from manylora.models.vocabulary import read_vocabulary
 

@@ -64,7 +64,7 @@ class AdapterPage:
 
 
 def bytes_of(state: AdapterState) -> int:
-    """Return the bytes of a state's vectors."""
+    """Return how many bytes of memory a state's vectors take."""
     vectors = (state.weights, state.exp_avg, state.exp_avg_sq, state.grad)
     return sum(v.nbytes for v in vectors if v is not None)
 

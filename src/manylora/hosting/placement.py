@@ -7,10 +7,10 @@ from manylora.types import Sample
 
 
 class Placement:
-    """A placement numbers the engines where adapters and snapshots live. It is thread-safe.
+    """A placement has the number of the engine with which each adapter and each snapshot lives.
 
     An adapter that is new goes where fewest are, and stays there; a snapshot is made where its
-    adapter lives. What belongs to neither goes to each engine in turn.
+    adapter lives. What belongs to neither goes to each engine in turn. A placement is thread-safe.
     """
 
     def __init__(self, num_engines: int):

@@ -1,9 +1,9 @@
 """The journal keeps what was acknowledged since the last saved states, to be made again.
 
 One log serves all streams, in segments `NNNNNNNN.log`. `append` gives a future; one thread writes
-what has come and flushes it once for all waiters (group commit). A segment goes when nothing in it is
-needed. Which records are covered is not written down: after a restart the owners of the streams
-say it again (`covered`, `forget`), from their saved states.
+what has come and flushes it once for all waiters (group commit). A segment goes when nothing in
+it is needed. Which records are covered is not written down: after a restart the owners of the
+streams say it again (`covered`, `forget`), from their saved states.
 """
 
 import logging

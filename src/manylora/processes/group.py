@@ -176,8 +176,8 @@ class EngineGroup:
         return engines
 
     def give_up(self) -> None:
-        """Have a waiting `open`, and all that an engine is asked or was, raise EngineLost; any thread
-        may call it. The processes end, in the midst of what they do."""
+        """Have a waiting `open`, and all that an engine is asked or was, raise EngineLost; any
+        thread may call it. The processes end, in the midst of what they do."""
         with self._changed:
             self._given_up = True
             self._changed.notify_all()

@@ -37,7 +37,7 @@ def prepare(environment: Mapping[str, str], peer: str) -> None:
 
 
 class RankActor:
-    """Its methods run in the main thread of a process that belongs to it alone."""
+    """An actor's methods run in the main thread of a process that belongs to it alone."""
 
     def place(self) -> ActorPlace:
         """Return where this is."""

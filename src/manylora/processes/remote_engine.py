@@ -56,7 +56,7 @@ class RemoteAdapter:
 
 
 class RemoteEngine:
-    """A remote engine is in other processes; any thread may call its verbs, one at a time.
+    """A remote engine is an `EngineProtocol` elsewhere; any thread may call verbs, one at a time.
 
     Attributes:
         base: the base that is open.
@@ -115,7 +115,7 @@ class RemoteEngine:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Return the base's tokenizer; None if its folder has none."""
+        """This is the base's tokenizer; None if its folder has none."""
         # Here, because it brings torch with it; only runs that the server itself trains need it.
         from manylora.models.tokenizer import open_tokenizer
 

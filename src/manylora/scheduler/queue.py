@@ -98,7 +98,7 @@ class Lane:
     decoding: int = 0
 
     def next_kind(self) -> type | None:
-        """The operation that may run next is of this kind."""
+        """Return the kind of the operation that may run next."""
         if not self.waiting:
             return None
         operation = self.waiting[0].operation
@@ -385,7 +385,7 @@ class OperationQueue:
                     room -= self._take(lane, ForwardBackward, batch)
 
     def _take(self, lane: Lane, kind: type, batch: list[Pending]) -> int:
-        """Take a lane's head, unless its client has cancelled it; return how many tokens it has."""
+        """Take a lane's head, unless its client cancelled it; return how many tokens were taken."""
         pending, tenant = lane.waiting.popleft(), lane.tenant
         self._count(pending, -1)
         future = pending.future

@@ -29,7 +29,7 @@ class Residency:
         return [name for name in self._sizes if name not in keep]
 
     def size(self, name: str) -> int:
-        """Return the bytes of what is held."""
+        """Return how many bytes are held."""
         return self._sizes[name]
 
     def use(self, name: str, num_bytes: int | None = None) -> None:

@@ -14,7 +14,7 @@ class DeviceShare:
         self._wanted = {"training": False, "sampling": False}
 
     def trains_next(self, *, training: bool, sampling: bool) -> bool:
-        """Return whether training goes next, of those that want the device (one of them does)."""
+        """Tell whether training goes next, of those that want the device now (one of them does)."""
         wanted = {"training": training, "sampling": sampling}
         least = (
             max(self._used.values())

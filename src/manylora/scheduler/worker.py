@@ -34,7 +34,7 @@ _KINDS: dict[type, str] = {
 
 
 class Runner(Protocol):
-    """A runner has the verbs that the worker calls: they give a result, or an adapter's error.
+    """A runner has an engine's verbs for the worker: they give a result, or an adapter's error.
 
     `hosting.engine_protocol.EngineProtocol` adds the others; `hosting.Pager` is a runner, too.
     """
@@ -77,7 +77,7 @@ class BatchReport:
 
 
 class Worker:
-    """A worker runs one thing after another on its own thread, until the queue is closed.
+    """A worker runs one thing after another on a thread of its own, until the queue is closed.
 
     Attributes:
         loss: how the engine was lost; None while it is there.
@@ -239,7 +239,7 @@ class Worker:
         self._report("decode", seconds, tokens, started, fill)
 
     def _drop_cancelled(self) -> None:
-        """Drop the samples whose clients have given up."""
+        """Drop samples whose clients have given up: they need no more tokens."""
         waiting = [pending for entries in self._decoding.values() for pending in entries]
         for pending in waiting:
             if pending.future.cancelled() or self._dropping:

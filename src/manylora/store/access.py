@@ -134,7 +134,7 @@ class SessionQueries:
         return self._database.all(SessionTable, SessionTable.ended_at.is_(None), order=order)
 
     def touch(self, ids: Iterable[str], at: float | None = None) -> None:
-        """Note a sign of life. Time does not run backwards, and the ended stay as they are."""
+        """Note that they are alive. Time does not run backwards, and the ended stay as they are."""
         at = self._clock() if at is None else at
         for some in chunks(ids):
             self._database.change(

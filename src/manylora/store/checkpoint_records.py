@@ -130,7 +130,7 @@ class CheckpointQueries:
         return self.get(tenant, path)
 
     def expired(self, now: float | None = None) -> list[CheckpointRow]:
-        """Return the checkpoints of all whose time is over: `drop` each, then remove its folder."""
+        """Return every tenant's checkpoints that are over: `drop` each, then remove its folder."""
         now = self._clock() if now is None else now
         order = (CheckpointTable.expires_at, CheckpointTable.path)
         return self._database.all(CheckpointTable, CheckpointTable.expires_at <= now, order=order)

@@ -97,7 +97,7 @@ class ModelQueries:
 
 
 class SamplerQueries:
-    """Samplers are sampling sessions: what each samples from."""
+    """Samplers are sampling sessions; a row says what one samples from."""
 
     def __init__(self, database: Database):
         self._database = database
