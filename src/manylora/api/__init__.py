@@ -1,4 +1,4 @@
-"""The Python API: open a base, create adapters, train, sample, save, export.
+"""The Python API opens a base, and creates, trains, samples, saves and exports adapters.
 
 Owns: `Trainer`, the adapters of one owner on a host (`AdapterClient`), and the handles on them.
 Does not own: the host (hosting), training recipes (runs), files' formats (checkpoint), tensors

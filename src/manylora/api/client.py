@@ -1,4 +1,4 @@
-"""Adapters of one owner on a host, and the handles by which programs train and sample them."""
+"""By these handles programs train and sample the adapters of one owner on a host."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class Samplable:
-    """Weights that continue prompts: an adapter's, a snapshot's, or those of the bare base."""
+    """`Samplable` weights continue prompts: an adapter's, a snapshot's, or the bare base's."""
 
     def sample(
         self,
@@ -89,7 +89,7 @@ class Samplable:
 
 
 class AdapterClient(Samplable):
-    """What `Trainer` offers, on a host that may have others; `sample` is of the bare base.
+    """A client offers what `Trainer` does, on a shared host; `sample` is of the bare base.
 
     Attributes:
         adapters: name → handle.
@@ -108,17 +108,17 @@ class AdapterClient(Samplable):
 
     @property
     def base_name(self) -> str:
-        """The base as it was named."""
+        """This is the base as it was named."""
         return self._engine.base.name
 
     @property
     def tokenizer(self) -> Any:
-        """The base's tokenizer; None if its folder has none."""
+        """This is the base's tokenizer; None if its folder has none."""
         return self._engine.tokenizer
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """What the base's files say of its tokens."""
+        """The base's files say this of its tokens."""
         # Where an engine is in processes of its own, this one does without torch until a run asks.
         from manylora.models.vocabulary import read_vocabulary
 
@@ -126,17 +126,17 @@ class AdapterClient(Samplable):
 
     @property
     def context_length(self) -> int:
-        """Tokens of the longest sequence that the base takes."""
+        """The longest sequence that the base takes has so many tokens."""
         return self._engine.base.context_length
 
     @property
     def fingerprint(self) -> str:
-        """A digest that tells whether a checkpoint belongs to this base."""
+        """This digest tells whether a checkpoint belongs to this base."""
         return self._engine.base.fingerprint
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The linear layers that adapters can act on."""
+        """Adapters can act on these linear layers."""
         return self._engine.sites
 
     # -- adapters -------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ class AdapterClient(Samplable):
     def _new(
         self, name: str, what: AdapterSpec | AdapterState, text_format: TextFormat
     ) -> AdapterHandle:
-        """A handle on an adapter that is made of its settings or of a state."""
+        """Return a handle on an adapter that is made of its settings or of a state."""
 
         def make(pager: Pager) -> Resident:
             if isinstance(what, AdapterSpec):
@@ -234,7 +234,7 @@ class AdapterClient(Samplable):
 
 
 class AdapterHandle(Samplable):
-    """One adapter of a `Trainer`: every method queues an operation and returns a future.
+    """A handle is for one adapter: every method queues an operation and returns a future.
 
     Operations of one adapter run in the order in which they were called; those of different
     adapters are merged into shared batches. Submit ahead, read later: a step's
@@ -297,7 +297,7 @@ class AdapterHandle(Samplable):
     def optim_step(
         self, params: AdamParams | None = None, **settings: float
     ) -> Future[OptimStepResult]:
-        """One AdamW step on the accumulated gradient, which is then dropped.
+        """Make one AdamW step on the accumulated gradient, which is then dropped.
 
         Args:
             params: hyper-parameters of this step, or give them as keywords: `lr=1e-3`,
@@ -312,7 +312,7 @@ class AdapterHandle(Samplable):
         return self._queue.submit(step)
 
     def snapshot(self) -> SnapshotHandle:
-        """A frozen copy of the weights at this point, for sampling while training goes on."""
+        """Freeze a copy of the weights at this point, for sampling while training goes on."""
         client = self._client
         snapshot = f"{self.name}@{next(client._snapshot_numbers)}"
         client._host.snapshot(self.name, snapshot, tenant=client._tenant)
@@ -378,7 +378,7 @@ class AdapterHandle(Samplable):
 
     @property
     def _queue(self) -> OperationQueue:
-        """The queue of the engine with which the adapter lives."""
+        """This is the queue of the engine with which the adapter lives."""
         return self._client._host.units[self._unit_number].queue
 
     def _ask(self, request: Sample) -> Future[SampleResult]:
@@ -386,7 +386,7 @@ class AdapterHandle(Samplable):
         return self._queue.submit(self._own(request, self.text_format))
 
     def _own(self, request: Sample, text_format: TextFormat) -> Sample:
-        """The client's request, with a text format's ends of an answer where it names none."""
+        """Return the client's request, with a text format's ends of an answer if it names none."""
         params = request.params
         if params.stop is None and text_format.stop:
             params = replace(params, stop=text_format.stop)
@@ -428,7 +428,7 @@ class AdapterHandle(Samplable):
 
 
 class SnapshotHandle(Samplable):
-    """An adapter's weights as they were when the snapshot was taken.
+    """A snapshot handle acts on an adapter's weights as they were when the snapshot was taken.
 
     Attributes:
         adapter: the adapter's name.

@@ -1,4 +1,4 @@
-"""`Trainer`: many adapters on a base that it opens itself."""
+"""A `Trainer` trains many adapters on a base that it opens itself."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ MOST_OPENINGS = 3
 
 
 class Trainer(AdapterClient):
-    """Many LoRA adapters on one frozen base model.
+    """A trainer trains many LoRA adapters on one frozen base model.
 
     Use it as a context manager: leaving the block runs what is queued, then stops.
 

@@ -1,4 +1,4 @@
-"""What hosts an engine: the queue before it, and the adapters that come and go.
+"""This room hosts engines: the queue before each, and the adapters that come and go.
 
 Owns: the protocol of the engine's verbs, the `Host` (a queue, a worker and a `Pager` for each
 engine), with which engine an adapter lives (`Placement`), which adapters are in an engine and

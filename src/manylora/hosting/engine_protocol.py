@@ -1,4 +1,4 @@
-"""The engine's verbs, declared once: for `engine.Engine` in this process, `RemoteEngine` in others.
+"""The engine's verbs are declared once, for `engine.Engine` here and `RemoteEngine` elsewhere.
 
 A verb that the worker calls is declared in `scheduler.Runner`, every other one here. What a remote
 engine can be asked (`VERBS`) is derived from both; the type checker and
@@ -17,7 +17,7 @@ from manylora.types import AdapterSpec
 
 
 class OpenBase(Protocol):
-    """The base that is open; see `models.BaseModel`."""
+    """An `OpenBase` is the base that is open; see `models.BaseModel`."""
 
     @property
     def name(self) -> str: ...
@@ -33,7 +33,7 @@ class OpenBase(Protocol):
 
 
 class Resident(Protocol):
-    """An adapter that the engine holds."""
+    """A `Resident` is an adapter that the engine holds."""
 
     @property
     def spec(self) -> AdapterSpec: ...
@@ -43,14 +43,14 @@ class Resident(Protocol):
 
 
 class Frozen(Resident, Protocol):
-    """A snapshot that the engine holds."""
+    """A `Frozen` is a snapshot that the engine holds."""
 
     @property
     def num_bytes(self) -> int: ...
 
 
 class EngineProtocol(Runner, Protocol):
-    """What the hosting needs of an engine; `engine.Engine` documents each verb."""
+    """The hosting needs this of an engine; `engine.Engine` documents each verb."""
 
     @property
     def base(self) -> OpenBase: ...

@@ -1,4 +1,4 @@
-"""A future of a future, as one."""
+"""A future of a future is flattened into one."""
 
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -7,7 +7,7 @@ Result = TypeVar("Result")
 
 
 def flattened(outer: Future[Future[Result]]) -> Future[Result]:
-    """A future of what a future of a future brings in the end."""
+    """Return a future of what a future of a future brings in the end."""
     flat: Future[Result] = Future()
 
     def copy(done: Future[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Engines, and what stands before each of them: what every client submits to."""
+"""Engines have queues before them, to which every client submits."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ ADAPTER_SHARE, HOST_SHARE, SNAPSHOT_SHARE = 0.3, 0.15, 0.1
 
 
 class HostedEngine:
-    """One engine with a pager, a queue and a worker: the one place where they are put together.
+    """A hosted engine has a pager, a queue and a worker; only here are they put together.
 
     Attributes:
-        engine: is open; who opened it closes it.
+        engine: is open; its opener closes it.
         pager: the engine's verbs over adapters in memory or on disk.
         queue: the operations of the adapters that live here.
         worker: the thread that runs them.
@@ -101,10 +101,10 @@ class HostedEngine:
 
 
 class Host:
-    """The engines that are open on one base, as one: each adapter lives with one of them.
+    """A host shows the engines on one base as one: each adapter lives with one of them.
 
     Engines share nothing, so none waits for another. What an adapter gets does not depend on its
-    neighbours, so it does not depend on where it lives either. Thread-safe.
+    neighbours, so it does not depend on where it lives either. It is thread-safe.
 
     Attributes:
         units: the engines, each with its own queue.
@@ -136,7 +136,7 @@ class Host:
 
     @property
     def engine(self) -> EngineProtocol:
-        """One of the engines, for what all of them have in common."""
+        """This is one of the engines, for what all of them have in common."""
         return self.units[0].engine
 
     # -- what clients ask -------------------------------------------------------------------------
@@ -200,36 +200,36 @@ class Host:
     # -- what is where ----------------------------------------------------------------------------
 
     def resident(self, name: str) -> Resident:
-        """An adapter that its engine holds."""
+        """Return an adapter that its engine holds."""
         return self.units[self.placement.of_adapter(name)].engine.adapters[name]
 
     def state_folder(self, name: str) -> Path:
-        """Where an adapter's state lies when it is on disk."""
+        """Return where an adapter's state lies when it is on disk."""
         return self.units[0].pager.state_folder(name)
 
     def snapshot_folder(self, snapshot: str) -> Path:
-        """Where a snapshot lies on disk."""
+        """Return where a snapshot lies on disk."""
         return self.units[0].pager.snapshots.folder_of(snapshot)
 
     def counts(self) -> dict[str, int]:
-        """How many adapters and snapshots are where; see `Pager.counts`."""
+        """Return how many adapters and snapshots are where; see `Pager.counts`."""
         counts = [unit.pager.counts() for unit in self.units]
         return {place: sum(one[place] for one in counts) for place in counts[0]}
 
     def waiting(self, tenant: str) -> tuple[int, int]:
-        """How many operations of a tenant wait, and their tokens."""
+        """Return how many operations of a tenant wait, and their tokens."""
         counts, tokens = zip(*(unit.queue.waiting(tenant) for unit in self.units), strict=True)
         return sum(counts), sum(tokens)
 
     def losses(self) -> list[tuple[Operation, EngineLost]]:
-        """What was running when an engine was lost, and how it was; empty while all are there."""
+        """Return what ran when an engine was lost, and how it was; empty while all are there."""
         workers = [(unit.worker, unit.worker.loss) for unit in self.units]
         return [(one, loss) for worker, loss in workers if loss for one in worker.lost_with]
 
     # -- states in files --------------------------------------------------------------------------
 
     def read(self, folder: Path, *, spec: AdapterSpec, moments: bool, called: str) -> AdapterState:
-        """An adapter's state from its files.
+        """Read an adapter's state from its files.
 
         Args:
             spec: the settings that it must have.
@@ -245,7 +245,7 @@ class Host:
     def adopt(
         self, name: str, folder: Path, *, spec: AdapterSpec, moments: bool, called: str
     ) -> None:
-        """Copy a state to where an adapter of that name will look for its own. Any thread.
+        """Copy a state to where an adapter of that name will look for its own. Any thread may.
 
         Raises:
             CheckpointDamaged, CheckpointMismatch, SaveFailed

@@ -1,4 +1,4 @@
-"""What is remembered of an adapter that may be anywhere, and where its files lie."""
+"""A page remembers an adapter that may be anywhere, and where its files lie."""
 
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -11,7 +11,7 @@ from manylora.types import AdapterSpec
 
 
 class PageState(Enum):
-    """Where an adapter is, and from what it comes back. `Pager` moves it:
+    """A `PageState` says where an adapter is, and from what it comes back. `Pager` moves it:
 
     | from          | to           | by                                                        |
     |---------------|--------------|-----------------------------------------------------------|
@@ -38,13 +38,13 @@ class PageState(Enum):
 
     @property
     def in_engine(self) -> bool:
-        """Whether the engine has the adapter."""
+        """It tells whether the engine has the adapter."""
         return self in (PageState.NEW, PageState.RESIDENT)
 
 
 @dataclass(slots=True)
 class AdapterPage:
-    """One registered adapter.
+    """An `AdapterPage` is one registered adapter.
 
     Attributes:
         state: where it is.
@@ -64,7 +64,7 @@ class AdapterPage:
 
 
 def bytes_of(state: AdapterState) -> int:
-    """The memory of a state's vectors."""
+    """Return how many bytes of memory a state's vectors take."""
     vectors = (state.weights, state.exp_avg, state.exp_avg_sq, state.grad)
     return sum(v.nbytes for v in vectors if v is not None)
 
@@ -72,12 +72,12 @@ def bytes_of(state: AdapterState) -> int:
 def settings_of(
     engine: EngineProtocol, content: AdapterSpec | AdapterState
 ) -> tuple[AdapterSpec, Layout]:
-    """An adapter's settings and layout, before it is made. Raises TargetError."""
+    """Return an adapter's settings and layout, before it is made. Raises TargetError."""
     if isinstance(content, AdapterState):
         return content.spec, content.layout
     return content, plan_layout(content, resolve_targets(content, engine.sites))
 
 
 def file_name(name: str) -> str:
-    """A folder's name for an id."""
+    """Return a folder's name for an id."""
     return name.replace(":", "_").replace("/", "_")

@@ -1,4 +1,4 @@
-"""More adapters than fit: the engine's verbs over adapters that come and go.
+"""The pager brings adapters into the engine and takes them out, so more exist than fit.
 
 An adapter is resident (in the engine), held (its state in host memory) or on disk, and comes back
 by itself when an operation needs it. States, snapshots and checkpoints are written by one
@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 
 
 class Pager:
-    """The verbs of a `scheduler.Runner` over any number of registered adapters.
+    """A pager offers the verbs of a `scheduler.Runner` over any number of registered adapters.
 
     Verbs run on the engine's thread; `on_saved` is called on the writer's. `PageState` tells where
     an adapter is, and what moves it.
@@ -83,7 +83,7 @@ class Pager:
     # -- registering ------------------------------------------------------------------------------
 
     def create(self, name: str, spec: AdapterSpec) -> None:
-        """A new adapter, resident at once so that wrong settings show.
+        """Make a new adapter, resident at once so that wrong settings show.
 
         Raises:
             AdapterExists, TargetError, DoesNotFit
@@ -93,7 +93,7 @@ class Pager:
         self._bring_first(name)
 
     def restore(self, name: str, state: AdapterState) -> None:
-        """A new adapter that begins with a state, resident at once.
+        """Make a new adapter that begins with a state, resident at once.
 
         Raises:
             AdapterExists, DoesNotFit
@@ -104,7 +104,7 @@ class Pager:
         self._bring_first(name)
 
     def register(self, name: str, spec: AdapterSpec, position: int | None) -> None:
-        """An adapter of an earlier life of this folder; nothing is read before it is needed.
+        """Register an adapter of this folder's earlier life; nothing is read before it is needed.
 
         Args:
             position: of its state on disk; None = it has none and starts anew from `spec`.
@@ -135,11 +135,11 @@ class Pager:
             self._writer.write(lambda: shutil.rmtree(folder, ignore_errors=True), 0)
 
     def position(self, name: str) -> int:
-        """`seq` of the last operation that the adapter has run."""
+        """Return `seq` of the last operation that the adapter has run."""
         return self._page(name).position
 
     def state_folder(self, name: str) -> Path:
-        """Where the adapter's state lies when it is on disk."""
+        """Return where the adapter's state lies when it is on disk."""
         assert self._folder is not None
         return self._folder / "adapters" / file_name(name)
 
@@ -180,7 +180,7 @@ class Pager:
 
     @property
     def decoding(self) -> int:
-        """Sequences in the decode loop."""
+        """So many sequences are in the decode loop."""
         return self.engine.decoding
 
     # -- states and snapshots ---------------------------------------------------------------------
@@ -207,13 +207,12 @@ class Pager:
         self.snapshots.drop(snapshot)
 
     def whole_state(self, name: str) -> AdapterState:
-        """A copy of all that training goes on from, a gradient that waits for its step included."""
+        """Copy all that training goes on from, a gradient that waits for its step included."""
         self._bring_one(name)
         return self.engine.state(name)
 
     def state(self, name: str, position: int, *, moments: bool) -> AdapterState:
-        """A copy of the adapter's state as of now, as a checkpoint keeps it: without the gradient
-        that waits for its optimizer step.
+        """Return a copy of the state now, as a checkpoint keeps it: without a gradient that waits.
 
         Args:
             moments: with the optimizer's state; without, weights and the count of steps only.
@@ -257,7 +256,7 @@ class Pager:
         self._writer.close()
 
     def counts(self) -> dict[str, int]:
-        """How many adapters are resident, held in host memory, and on disk only; snapshots too."""
+        """Count the adapters resident, held in host memory, and on disk only; snapshots too."""
         resident, held = len(self.adapters), len(self._held)
         return {
             "resident": resident,
@@ -299,7 +298,7 @@ class Pager:
         ]
 
     def _bring(self, names: Collection[str]) -> dict[str, ManyloraError]:
-        """Make adapters resident; returns what kept some from it."""
+        """Make adapters resident; return what kept some from it."""
         faults: dict[str, ManyloraError] = {}
         for name in sorted(names):
             try:
@@ -320,7 +319,7 @@ class Pager:
         spec, layout = settings_of(self.engine, content)
         others = self.adapters.names(keep) if self._folder else []
         room = self.engine.room_bytes + sum(self.adapters.size(other) for other in others)
-        admit_adapter(name, spec.rank, layout.num_params, spec.dtype, room)  # before anybody goes
+        admit_adapter(name, spec.rank, layout.num_params, spec.dtype, room)  # before any goes
         needed = adapter_bytes(layout.num_params, spec.dtype)
         self._page_out(self.adapters.excess(keep, incoming=needed))
         for other in others:

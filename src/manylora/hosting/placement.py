@@ -1,4 +1,4 @@
-"""Which of several engines an adapter or a snapshot lives with."""
+"""A placement tells with which of several engines an adapter or a snapshot lives."""
 
 import threading
 
@@ -7,10 +7,10 @@ from manylora.types import Sample
 
 
 class Placement:
-    """Where adapters and snapshots live, by the numbers of the engines. Thread-safe.
+    """A placement has the number of the engine with which each adapter and each snapshot lives.
 
     An adapter that is new goes where fewest are, and stays there; a snapshot is made where its
-    adapter lives. What belongs to neither goes to each engine in turn.
+    adapter lives. What belongs to neither goes to each engine in turn. A placement is thread-safe.
     """
 
     def __init__(self, num_engines: int):
@@ -20,7 +20,7 @@ class Placement:
         self._turn, self._num_engines = 0, num_engines
 
     def of_operation(self, operation: Operation) -> int:
-        """The engine that is to run an operation."""
+        """Return the engine that is to run an operation."""
         snapshot = operation.snapshot if isinstance(operation, Sample) else None
         if snapshot is None:
             return self.of_adapter(operation.adapter)
@@ -30,26 +30,26 @@ class Placement:
             return self._number(self._adapters, operation.adapter)
 
     def of_adapter(self, adapter: str | None) -> int:
-        """The engine with which an adapter lives; with None, the one whose turn it is."""
+        """Return the engine with which an adapter lives; with None, the one whose turn it is."""
         with self._lock:
             return self._next() if adapter is None else self._number(self._adapters, adapter)
 
     def forget_adapter(self, adapter: str) -> int:
-        """The engine with which an adapter has lived until now."""
+        """Forget an adapter; return the engine with which it has lived until now."""
         with self._lock:
             number = self._number(self._adapters, adapter)
             self._adapters.remove(adapter)
             return number
 
     def add_snapshot(self, snapshot: str, adapter: str) -> int:
-        """The engine that is to make a snapshot of an adapter."""
+        """Return the engine that is to make a snapshot of an adapter."""
         with self._lock:
             number = self._number(self._adapters, adapter)
             self._snapshots.put(snapshot, number)
             return number
 
     def forget_snapshot(self, snapshot: str) -> int:
-        """The engine with which a snapshot has lived until now."""
+        """Forget a snapshot; return the engine with which it has lived until now."""
         with self._lock:
             number = self._number(self._snapshots, snapshot)
             self._snapshots.remove(snapshot)
@@ -68,7 +68,7 @@ class Placement:
 
 
 class _Homes:
-    """All adapters, or all snapshots: with which engine each lives, and how many it has."""
+    """`_Homes` tell where each adapter, or each snapshot, lives, and how many an engine has."""
 
     def __init__(self, num_engines: int):
         self.numbers: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Frozen weights: in the engine, or on disk until a sample needs them."""
+"""Snapshots are frozen weights: in the engine, or on disk until a sample needs them."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from manylora.types import AdapterNotFound
 
 
 class Snapshots:
-    """The snapshots of an engine, in it or on disk. Methods belong to the engine's thread."""
+    """`Snapshots` are an engine's, in it or on disk. Methods belong to the engine's thread."""
 
     def __init__(
         self, engine: EngineProtocol, folder: Path | None, resident: Residency, writer: Writer
@@ -29,11 +29,11 @@ class Snapshots:
         self._resident = resident
 
     def __len__(self) -> int:
-        """The number of snapshots in the engine."""
+        """Return the number of snapshots in the engine."""
         return len(self._resident)
 
     def folder_of(self, snapshot: str) -> Path:
-        """Where the snapshot lies on disk."""
+        """Return where the snapshot lies on disk."""
         assert self._folder is not None
         return self._folder / "snapshots" / file_name(snapshot)
 

@@ -1,4 +1,4 @@
-"""Adapters' files: states that fit the base that is open, and PEFT's files."""
+"""An adapter's files are states that fit the base that is open, and PEFT's files."""
 
 import dataclasses
 from pathlib import Path
@@ -24,7 +24,7 @@ def read_state(
     spec: AdapterSpec | None = None,
     called: str | None = None,
 ) -> SavedState:
-    """A training state from its files, with the layout of the engine's base.
+    """Read a training state from its files, with the layout of the engine's base.
 
     Args:
         spec: the settings that the caller expects; others are refused.
@@ -82,10 +82,10 @@ def write_peft(
 
 
 def weights_only(state: AdapterState) -> AdapterState:
-    """A state's adapter before its first step: no moments, no gradient, no counters."""
+    """Return a state's adapter before its first step: no moments, no gradient, no counters."""
     return AdapterState(state.spec, state.layout, state.weights)
 
 
 def term(factor: Factor) -> tuple[str, int, float]:
-    """A factor's term: its site, its rank and its scale."""
+    """Return a factor's term: its site, its rank and its scale."""
     return factor.site, factor.rank, round(factor.scale, 9)

@@ -1,4 +1,4 @@
-"""One thread that writes states in the order in which they were handed to it."""
+"""One thread writes states in the order in which they were handed to it."""
 
 import logging
 from collections import deque
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class Writer:
-    """A queue of writes with bounded memory. Methods belong to one thread, the engine's."""
+    """A writer is a queue of writes with bounded memory. Methods belong to the engine's thread."""
 
     def __init__(self, max_bytes: int):
         """Start the thread.
@@ -27,7 +27,7 @@ class Writer:
     def write(
         self, write: Callable[[], Result], num_bytes: int, *, quiet: bool = False
     ) -> "Future[Result]":
-        """Queue a write that keeps `num_bytes` of memory; waits while too much is queued.
+        """Queue a write that keeps `num_bytes` of memory; wait while too much is queued.
 
         Args:
             quiet: the caller looks at the future; a failure need not be logged.

@@ -1,4 +1,4 @@
-"""The journal: what a server acknowledged since the last saved states, in files that survive it.
+"""The journal keeps, in files that survive it, what a server acknowledged since the last saves.
 
 Owns: records, the segments that they lie in, which of them are still needed, and reading them back
 from damaged files.

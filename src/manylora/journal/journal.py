@@ -1,9 +1,9 @@
-"""The journal: what was acknowledged since the last saved states, so that it can be made again.
+"""The journal keeps what was acknowledged since the last saved states, to be made again.
 
-One log for all streams, in segments `NNNNNNNN.log`. `append` gives a future; one thread writes
-what has come and flushes it once for all who wait (group commit). A segment goes when nothing in it
-is needed. Which records are covered is not written down: after a restart the owners of the streams
-say it again (`covered`, `forget`), from their saved states.
+One log serves all streams, in segments `NNNNNNNN.log`. `append` gives a future; one thread writes
+what has come and flushes it once for all waiters (group commit). A segment goes when nothing in
+it is needed. Which records are covered is not written down: after a restart the owners of the
+streams say it again (`covered`, `forget`), from their saved states.
 """
 
 import logging
@@ -45,7 +45,7 @@ class _Waiting:
 
 
 class Journal:
-    """A folder of segments that one process writes. Thread-safe."""
+    """A journal is a folder of segments that one process writes. It is thread-safe."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Journal:
     recover = staticmethod(recover)
 
     def append(self, record: Record) -> Future[None]:
-        """Write a record. Returns at once.
+        """Write a record, and return at once.
 
         Returns:
             a future that is done when the record is durable, and fails with SaveFailed if it could
@@ -121,8 +121,8 @@ class Journal:
         return waiting.future
 
     def note(self, record: Record) -> Future[None]:
-        """`append` for what became of a record (it failed): needed as long as the record of that
-        stream and number is, so nothing is written if that is covered already."""
+        """Append what became of a record (it failed): needed as long as the record of that stream
+        and number is, so nothing is written if that is covered already."""
         with self._changed:
             covered = self._needs.is_covered(record.stream, record.seq)
         if not covered:
@@ -148,18 +148,18 @@ class Journal:
         self._remove(free)
 
     def streams(self) -> list[str]:
-        """The streams of which something is needed."""
+        """Return the streams of which something is needed."""
         with self._changed:
             return self._needs.streams()
 
     def lag(self) -> tuple[int, int]:
-        """How many records are needed, and their bytes."""
+        """Return how many records are needed, and their bytes."""
         with self._changed:
             return self._needs.records, self._needs.bytes
 
     def lagging(self, limit_bytes: int) -> list[str]:
-        """The streams to save first: those that need the oldest segments, so many of these that the
-        journal has at most `limit_bytes` once they have gone."""
+        """Return the streams to save first: those that need the oldest segments, so many of these
+        that the journal has at most `limit_bytes` once they have gone."""
         streams: dict[str, None] = {}
         with self._changed:
             over = sum(self._sizes.values()) - limit_bytes
@@ -197,7 +197,7 @@ class Journal:
             self._write([waiting for waiting in group if _encoded(waiting)])
 
     def _next_group(self) -> list[_Waiting]:
-        """Wait for records, and take what one flush shall cover. Empty once closed and drained."""
+        """Wait for records; take what one flush shall cover: nothing once closed and drained."""
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
@@ -251,7 +251,7 @@ class Journal:
         return descriptor, self._last
 
     def _take_back(self, seal: bool) -> None:
-        """After a failed write, nothing of the group may stay.
+        """Take back what a failed write has left: nothing of the group may stay.
 
         Args:
             seal: the flush failed: what the system holds of this file is no longer to be trusted,
@@ -294,14 +294,14 @@ class Journal:
             self._needs.add(number, found.record.stream, found.record.seq, found.size)
 
     def _seal(self) -> None:
-        """Nothing more goes into the active segment. Called with the lock."""
+        """Let nothing more into the active segment. The lock is held."""
         if self._descriptor is not None:
             with suppress(OSError):
                 os.close(self._descriptor)
         self._descriptor = self._active = None
 
     def _take_free(self) -> list[int]:
-        """The segments in which nothing is needed, as good as gone. Called with the lock."""
+        """Take the segments in which nothing is needed, as good as gone. The lock is held."""
         free = [
             number
             for number in self._sizes

@@ -1,4 +1,4 @@
-"""Which records are still needed, and so which segments must stay.
+"""Some records are still needed, and so their segments must stay.
 
 A record costs sixteen bytes here while it is needed, and nothing afterwards.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class _SegmentPart:
-    """A stream's needed records in one segment."""
+    """A `_SegmentPart` has a stream's needed records in one segment."""
 
     seqs: "array[int]" = field(default_factory=lambda: array("q"))
     sizes: "array[int]" = field(default_factory=lambda: array("q"))
@@ -22,7 +22,7 @@ class _Stream:
 
 
 class Needs:
-    """Not thread-safe."""
+    """`Needs` tell which records are still needed. They are not thread-safe."""
 
     def __init__(self) -> None:
         self.records = 0
@@ -71,11 +71,11 @@ class Needs:
         return known is not None and known.covered is not None and seq <= known.covered
 
     def streams(self) -> list[str]:
-        """The streams of which something is needed."""
+        """Return the streams of which something is needed."""
         return [name for name, known in self._streams.items() if known.parts]
 
     def streams_of(self, segment: int) -> set[str]:
-        """The streams that need this segment."""
+        """Return the streams that need this segment."""
         return self._segments.get(segment, set())
 
     def _release(self, segment: int, stream: str) -> None:

@@ -1,4 +1,4 @@
-"""How the journal's records lie in a file, and how they are found in a damaged one.
+"""The journal's records lie in files in this format, and are found in a damaged one, too.
 
 A record is a frame: a fixed part with its own checksum (magic, the two lengths, the two checksums),
 a header (JSON: what it is) and a body (bytes: what the client sent). So a damaged length is noticed
@@ -34,13 +34,15 @@ TORN = "the file ends inside a record"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One thing that was acknowledged.
+    """A record is one thing that was acknowledged.
 
     Attributes:
         stream: what it belongs to (an adapter, a sampler).
         seq: its number there.
         kind: what to do with it.
-        tenant, request_id, digest: whose it is, and what tells a repeated request from another.
+        tenant: whose it is.
+        request_id: with the digest, tells a repeated request from another.
+        digest: see `request_id`.
         body: what the client sent.
         meta: what else is known of it (JSON).
     """
@@ -57,7 +59,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What lies at one place of a segment.
+    """A `Found` is what lies at one place of a segment.
 
     Attributes:
         size: bytes up to the next place.
@@ -73,7 +75,7 @@ class Found:
 
 
 def encode(record: Record) -> bytes:
-    """Raises ValueError or TypeError if a field is not of its type, or is too large."""
+    """Return a record's frame. Raises ValueError or TypeError: a field's size or type is wrong."""
     if not (isinstance(record.seq, int) and isinstance(record.stream, str)):
         raise TypeError("a record's stream is a string, and its seq a number")
     if abs(record.seq) > _LARGEST:
@@ -89,10 +91,10 @@ def encode(record: Record) -> bytes:
 
 
 def read_segment(path: Path, bodies: bool = True) -> Iterator[Found]:
-    """Everything in a file, in order. Whatever the file contains, this does not raise; only where
-    no descriptor is left to open it, OSError.
+    """Yield everything in a file, in order. Whatever the file contains, this does not raise; only
+    where no descriptor is left to open it, OSError.
 
-    Reads one record at a time. A file that ends inside a record gives a last place with the reason
+    It reads a record at a time. A file that ends inside a record gives a last place with the reason
     `TORN`; so does one that ends in nothing but zeros (it had grown, and the power failed).
 
     Args:
@@ -158,7 +160,7 @@ def _plain(body: bytes) -> bytes:
 
 
 def _up_to_next(descriptor: int, found: Found, size: int) -> Found:
-    """`found`, reaching to where the next record may begin.
+    """Return `found`, reaching to where the next record may begin.
 
     If the fixed part said where that is, and a record or the end is there, what lies between is
     not looked at: a flipped bit may have made a magic of a body's bytes.

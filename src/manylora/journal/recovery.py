@@ -1,4 +1,4 @@
-"""Reading a journal back: every record that can be read, and what cannot."""
+"""A journal is read back: every record that can be read, and what cannot."""
 
 import re
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _SEGMENT = re.compile(r"(\d{8})\.log")
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A place of the journal that cannot be read.
+    """A `Damage` is a place of the journal that cannot be read.
 
     Attributes:
         lost: what the record there was, without its body, if its header can be read.
@@ -27,10 +27,10 @@ class Damage:
 
 @dataclass
 class Recovery:
-    """What a journal contains.
+    """A `Recovery` is what a journal contains.
 
     Attributes:
-        records: in the order in which they were written, read while one iterates, once. Records
+        records: in the order in which they were written, read during one iteration. Records
             that were covered or forgotten may be among them, and one may come twice: refused when
             it was first written, and the disk would not even take it back.
         damages: complete once `records` is at its end.
@@ -61,7 +61,7 @@ def recover(folder: str | Path) -> Recovery:
 
 
 def segments(folder: Path) -> dict[int, Path]:
-    """Number and file of each segment, the oldest first. Raises TooManyFilesOpen."""
+    """Return number and file of each segment, the oldest first. Raises TooManyFilesOpen."""
     try:
         found = [(_SEGMENT.fullmatch(path.name), path) for path in folder.iterdir()]
     except OSError as error:

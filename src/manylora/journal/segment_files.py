@@ -1,4 +1,4 @@
-"""Files that a power failure finds either there or not: the system's calls behind the journal."""
+"""A power failure finds these files either there or not, thanks to the system's calls here."""
 
 import fcntl
 import logging
@@ -17,7 +17,7 @@ def flush_data(descriptor: int) -> None:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """A file may take a part at a time."""
+    """Write all of the data: a file may take a part at a time."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
@@ -34,7 +34,7 @@ def cut(path: Path, size: int) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """A folder whose name, and whose parents' names, are on the disk."""
+    """Make a folder whose name, and whose parents' names, are on the disk."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in made:
@@ -42,7 +42,7 @@ def make_folder(folder: Path) -> None:
 
 
 def new_file(path: Path) -> int:
-    """An empty file whose name is on the disk."""
+    """Make an empty file whose name is on the disk; return its descriptor."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         flush_path(path.parent)
@@ -54,7 +54,7 @@ def new_file(path: Path) -> int:
 
 
 def lock_folder(folder: Path) -> int:
-    """A descriptor that holds the folder for this process; the system drops it with the process."""
+    """Return a descriptor that holds the folder for this process; the system drops it with that."""
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The engine in processes of its own: one for each device, started, watched and replaced.
+"""The engine runs in processes of its own: one for each device, started, watched and replaced.
 
 Owns: messages between our processes, the group of processes behind one engine, what each of them
 does with a command, and the watch over them.

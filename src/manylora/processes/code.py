@@ -1,4 +1,4 @@
-"""Which code this is, so that processes on different machines can tell that they run the same."""
+"""Processes on different machines tell by this digest that they run the same code."""
 
 import hashlib
 from functools import lru_cache
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @lru_cache(maxsize=1)
 def code_digest() -> str:
-    """A digest of every source file of the package. Reads a few megabytes once."""
+    """Return a digest of every source file of the package. It reads a few megabytes once."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""What goes between a control process and the processes of its engine, beside the types of `types`.
+"""These values go between a control process and an engine's processes, beside those of `types`.
 
 P parameters of an adapter, S shares of a gradient.
 """
@@ -20,7 +20,7 @@ BY_RAY = "MANYLORA_BY_RAY"
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """How a process of an engine presents itself.
+    """A `Hello` presents a process of an engine.
 
     Attributes:
         world_rank: which process it is.
@@ -42,7 +42,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """An engine that is open.
+    """An `About` describes an engine that is open.
 
     Attributes:
         name: the base as it was named.
@@ -65,7 +65,7 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class Vectors:
-    """An `AdapterState` without what both sides know: its settings and its layout.
+    """`Vectors` are an `AdapterState` without what both sides know: its settings and its layout.
 
     Attributes:
         weights: fp32 [P].
@@ -84,23 +84,23 @@ class Vectors:
 
     @classmethod
     def of(cls, state: AdapterState) -> "Vectors":
-        """The vectors of a state, not copied."""
+        """Return the vectors of a state, not copied."""
         return cls(**{field.name: getattr(state, field.name) for field in fields(cls)})
 
     def state(self, spec: AdapterSpec, layout: Layout) -> AdapterState:
-        """The state of an adapter with these settings."""
+        """Return the state of an adapter with these settings."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         return AdapterState(spec, layout, **own)
 
 
 def packed(arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """A verb's arguments as they travel: a state goes as its settings and its vectors."""
+    """Return a verb's arguments as they travel: a state goes as its settings and its vectors."""
     pairs = ((a.spec, Vectors.of(a)) if isinstance(a, AdapterState) else (a,) for a in arguments)
     return tuple(one for pair in pairs for one in pair)
 
 
 def unpacked(arguments: Sequence[Any], sites: Sequence[Site]) -> list[Any]:
-    """The arguments that were `packed`; a state's layout is planned on these sites."""
+    """Return the arguments that were `packed`; a state's layout is planned on these sites."""
     found: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Vectors):
@@ -112,7 +112,7 @@ def unpacked(arguments: Sequence[Any], sites: Sequence[Site]) -> list[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Which processes to start, and whom they shall serve.
+    """An assignment says which processes to start, and whom they shall serve.
 
     Attributes:
         address: of the control process.
@@ -130,10 +130,10 @@ class Assignment:
     tp: int = 1
 
     def line(self) -> bytes:
-        """The assignment as one line of JSON."""
+        """Return the assignment as one line of JSON."""
         return json.dumps(asdict(self)).encode() + b"\n"
 
     @classmethod
     def parse(cls, line: bytes) -> "Assignment":
-        """The assignment that `line` wrote."""
+        """Return the assignment that `line` wrote."""
         return cls(**json.loads(line))

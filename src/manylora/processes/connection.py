@@ -1,4 +1,4 @@
-"""One connection between a control process and a process of its engine.
+"""A connection joins a control process and a process of its engine.
 
 Both ends prove that they know the group's secret before either reads a message of the other:
 
@@ -57,7 +57,7 @@ class Ended(EOFError):
 
 
 class Connection:
-    """A socket that carries messages. One thread may send while another receives."""
+    """A connection is a socket that carries messages. A thread may send while another receives."""
 
     def __init__(self, sock: socket.socket):
         self._socket = sock
@@ -69,12 +69,12 @@ class Connection:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNHEARD_MILLISECONDS)
 
     def fileno(self) -> int:
-        """The socket's descriptor."""
+        """Return the socket's descriptor."""
         return self._socket.fileno()
 
     @classmethod
     def accepted(cls, sock: socket.socket, secret: bytes, seconds: float) -> "Connection":
-        """Control's end of a connection.
+        """Return control's end of a connection.
 
         Raises:
             OSError: the other end does not know the secret, or took too long.
@@ -92,7 +92,7 @@ class Connection:
 
     @classmethod
     def made(cls, address: str, secret: bytes, seconds: float) -> "Connection":
-        """Member's end of a connection.
+        """Return member's end of a connection.
 
         Args:
             address: `unix:PATH` or `HOST:PORT`.
@@ -140,7 +140,7 @@ class Connection:
                 self._socket.sendall(part)
 
     def receive(self, seconds: float | None = None) -> Any:
-        """The next message.
+        """Wait for the next message, and return it.
 
         Args:
             seconds: how long its end may take to answer; None = for ever.
@@ -186,7 +186,7 @@ class Connection:
         return buffer
 
     def _rest(self, text: bytearray) -> bytearray:
-        """The `text` and all that comes behind it until the other end is gone."""
+        """Return `text` and all that comes behind it until the other end is gone."""
         self._socket.settimeout(1.0)
         with suppress(OSError):
             while more := self._socket.recv(1 << 16):
@@ -198,7 +198,7 @@ Frame = tuple[bytes, bytearray]
 
 
 def laid_out(value: Any) -> Frame:
-    """A value as a message that can be sent any number of times."""
+    """Return a value as a message that can be sent any number of times."""
     message = EncodedMessage(value)
     payload = bytearray(message.size)
     message.write(payload)
@@ -208,7 +208,7 @@ def laid_out(value: Any) -> Frame:
 def answers(
     connections: Sequence[Connection], last: Callable[[Any], bool], seconds: float = float("inf")
 ) -> dict[int, Any]:
-    """The next message of each, by its place in `connections`, in the order in which they come.
+    """Return the next message of each, by its place in `connections`, in the order of their coming.
 
     Args:
         last: whether a message ends the waiting, because others may wait for its sender for ever.

@@ -1,8 +1,7 @@
-"""Processes that torchrun or SLURM has started: the first controls, and all of them compute.
+"""Torchrun or SLURM has started the processes: the first controls, and all of them compute.
 
 They meet through a file in a folder that all of them see, which only their user can read: it holds
-the address of the first and the group's secret. Who started them watches them, and starts them
-again.
+the address of the first and the group's secret. Their starter watches them, and restarts them.
 """
 
 import json
@@ -29,7 +28,7 @@ LOOK_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """This process's place among those that were started together.
+    """A `Started` is this process's place among those that were started together.
 
     Attributes:
         world_rank: which process this is.
@@ -42,7 +41,7 @@ class Started:
     run: str
 
     def check(self, shape: MeshShape) -> None:
-        """Raises ConfigError: the mesh is of another size."""
+        """Raise ConfigError if the mesh is of another size."""
         if shape.size != self.world_size:
             raise ConfigError(
                 f"{self.world_size} processes were started, and mesh {shape} has {shape.size}; "
@@ -79,19 +78,19 @@ class Started:
         )
 
     def host(self) -> str:
-        """The first process's address on the route toward the others."""
+        """Return the first process's address on the route toward the others."""
         return address_toward(os.environ.get("MASTER_ADDR", "127.0.0.1"))
 
     def meeting(self, folder: Path) -> Path:
-        """The file that tells where the first process is."""
+        """Return the file that tells where the first process is."""
         return folder / f".meeting-{self.run}.json"
 
 
 class Meeting:
-    """What `EngineGroup` starts where the processes are there already; see `Launcher`."""
+    """`EngineGroup` starts a meeting where the processes are there already; see `Launcher`."""
 
     def __init__(self, started: Started, folder: Path):
-        """`folder`: that all processes see."""
+        """Meet in `folder`, which all processes see."""
         self.host = started.host()
         self._path = started.meeting(folder)
 
@@ -127,7 +126,7 @@ class Meeting:
 
 
 def started_by_others(environment: Mapping[str, str] = os.environ) -> Started | None:
-    """This process's place, if torchrun or SLURM has started several.
+    """Return this process's place, if torchrun or SLURM has started several.
 
     torchrun tells it by RANK, WORLD_SIZE and TORCHELASTIC_RUN_ID. With `srun`, SLURM_PROCID and
     SLURM_NTASKS tell it; MASTER_ADDR and MASTER_PORT must be given.

@@ -1,4 +1,4 @@
-"""The processes of an engine, or of its replicas: started, met, replaced by a control process.
+"""A control process starts, meets and replaces the processes of an engine, or of its replicas.
 
 They come from this machine, from a Ray cluster, or from a start that others have made. Each process
 connects to the control process. Those that were started together make a generation; when one of
@@ -48,10 +48,10 @@ SEEDLING = "seedling"
 
 
 class Launcher(Protocol):
-    """What starts the processes, as `subprocess.Popen` shows it."""
+    """A launcher starts the processes, and is asked about them as `subprocess.Popen` is."""
 
     def poll(self) -> int | None:
-        """The exit status, if it has ended. Raises ConfigError, EngineLost: it said why."""
+        """Return the exit status, if it has ended. Raises ConfigError, EngineLost: it said why."""
         ...
 
     def wait(self, timeout: float | None = None) -> int: ...
@@ -78,8 +78,8 @@ def launch_here(assignment: Assignment) -> Launcher:
 
 
 class EngineGroup:
-    """The processes of an engine, or of its replicas. Methods belong to one thread unless they say
-    otherwise."""
+    """A group has the processes of an engine, or of its replicas. Methods belong to one thread
+    unless they say otherwise."""
 
     def __init__(
         self,
@@ -176,8 +176,8 @@ class EngineGroup:
         return engines
 
     def give_up(self) -> None:
-        """Have an `open` that waits raise EngineLost, and whatever an engine is asked or was; any
-        thread. The processes end, in the midst of what they do."""
+        """Have a waiting `open`, and all that an engine is asked or was, raise EngineLost; any
+        thread may call it. The processes end, in the midst of what they do."""
         with self._changed:
             self._given_up = True
             self._changed.notify_all()
@@ -191,7 +191,7 @@ class EngineGroup:
             _kill([hello for hello, _ in members])
 
     def stacks(self) -> str:
-        """Where those processes stood that took too long or broke down; empty if none did."""
+        """Return where processes stood that took too long or broke down; empty if none did."""
         return "\n".join(engine.stacks for engine in self._engines if engine.stacks)
 
     def close(self, seconds: float = STOP_SECONDS) -> None:
@@ -276,8 +276,8 @@ class EngineGroup:
                 self._changed.wait(LOOK_SECONDS)
 
     def _launcher_status(self) -> int | None:
-        """The launcher's exit status if it ended. Raises what it said, if none of its processes
-        has ever been met."""
+        """Return the launcher's exit status if it ended. Raises what it said, if none of its
+        processes has ever been met."""
         try:
             return self._launcher.poll()
         except (ConfigError, EngineLost) as error:
@@ -359,7 +359,7 @@ def start_group(
 
 def check_split(base: str, mesh: MeshShape) -> None:
     """Refuse a `tp` that a base's config.json rules out, before a process is started or a weight
-    read. A base that is not on this machine, or has no such file, is left to those who open it.
+    read. A base that is not on this machine, or has no such file, is left to those that open it.
 
     Raises:
         Unsupported
@@ -374,7 +374,7 @@ def check_split(base: str, mesh: MeshShape) -> None:
 
 
 def _wherever_it_runs(base: str) -> str:
-    """A folder by its whole path, because Ray's processes have another working directory."""
+    """Return a folder's whole path, because Ray's processes have another working directory."""
     return str(Path(base).absolute()) if Path(base).is_dir() else base
 
 
@@ -382,7 +382,7 @@ _Met = tuple[Hello, Connection]
 
 
 def _listen(folder: Path, host: str | None) -> tuple[socket.socket, str]:
-    """A socket for the processes, and its address as `Connection.made` takes it."""
+    """Return a socket for the processes, and its address as `Connection.made` takes it."""
     if host is None:
         path = folder / "engine.sock"
         listener = socket.socket(socket.AF_UNIX)
@@ -399,14 +399,14 @@ def _listen(folder: Path, host: str | None) -> tuple[socket.socket, str]:
 
 
 def _elsewhere(hello: Hello) -> str:
-    """Which process said it, if it is on another machine."""
+    """Return which process said it, if it is on another machine."""
     if hello.host == socket.gethostname():
         return ""
     return f"process {hello.world_rank} on {hello.host}: "
 
 
 def _check_code(hellos: Sequence[Hello]) -> None:
-    """Raises ConfigError: a process runs other code than this one."""
+    """Raise ConfigError if a process runs other code than this one."""
     for hello in hellos:
         if hello.code != code_digest():
             raise ConfigError(

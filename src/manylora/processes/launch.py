@@ -1,4 +1,4 @@
-"""The process that starts an engine's processes on one machine, through torch's elastic launcher.
+"""This process starts an engine's processes on one machine, through torch's elastic launcher.
 
 It has imported everything that they need, and forks them: a group that was lost is there again
 within a second. It touches no device itself. It ends when its control process does.
@@ -24,7 +24,7 @@ MONITOR_SECONDS = 0.05
 
 
 def main(assignment: Assignment, control: int) -> int:
-    """Start the processes and watch them until they are told to stop; returns the exit status.
+    """Start the processes and watch them until they are told to stop; return the exit status.
 
     Args:
         control: a descriptor that is at its end when the control process is gone.

@@ -1,4 +1,4 @@
-"""What one process of an engine does: it joins the others, opens its part of the base, and obeys.
+"""A member is one process of an engine: it joins the others, opens its part of the base, and obeys.
 
 It lives as long as its connection to the control process: when that is closed, or its end is gone,
 the process ends at once, whatever it is doing.
@@ -82,10 +82,10 @@ def serve(
 
 
 class Member:
-    """One process's part of an engine: a command is a verb of `EngineProtocol`, or `open`."""
+    """A member is a process's part of an engine; it obeys verbs of `EngineProtocol`, and `open`."""
 
     def __init__(self, stacks: int) -> None:
-        """`stacks`: the descriptor to write to where this process stands, if it takes too long."""
+        """Write to the descriptor `stacks` where this process stands, if it takes too long."""
         self._engine: Engine | None = None
         self._stacks = stacks
         self._samples: dict[int, Sample] = {}
@@ -114,7 +114,7 @@ class Member:
 
     @property
     def engine(self) -> Engine:
-        """The engine, once it is open."""
+        """This is the engine, once it is open."""
         assert self._engine is not None, "a command before `open`"
         return self._engine
 
@@ -137,7 +137,7 @@ class Member:
         )
 
     def _joined(self, shape: MeshShape, device: str) -> Mesh:
-        """This process's place in its replica's mesh, once all processes of that are there."""
+        """Return this process's place in its replica's mesh, once all its processes are there."""
         if shape.size > 1:
             on_gpu = device.startswith("cuda")
             if on_gpu:
@@ -181,22 +181,22 @@ class Member:
 
 
 def _sent(value: Any) -> Any:
-    """A verb's result as it travels: the control process knows an adapter's settings and layout."""
+    """Return a verb's result as it travels: control knows an adapter's settings and layout."""
     if isinstance(value, AdapterState):
         return Vectors.of(value)
     return None if isinstance(value, Adapter) else value
 
 
 def _own_threads(shape: MeshShape) -> int | None:
-    """This process's share of the machine's cores, if there are several; None = torch's choice,
-    which goes by what Ray has given it."""
+    """Return this process's share of the machine's cores, if there are several; None = torch's
+    choice, which goes by what Ray has given it."""
     if shape.size == 1 or BY_RAY in os.environ:
         return None
     return max(1, (os.cpu_count() or 1) // _processes_here(shape))
 
 
 def _processes_here(shape: MeshShape) -> int:
-    """Processes of the engine on this machine."""
+    """Return how many processes of the engine are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(shape.size)))
 
 
@@ -205,7 +205,7 @@ def _generation() -> int:
 
 
 def _device(asked: str) -> str:
-    """This process's own device, if there is one for each."""
+    """Return this process's own device, if there is one for each."""
     if (asked == "auto" and torch.cuda.is_available()) or asked == "cuda":
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return asked

@@ -1,4 +1,4 @@
-"""Values as bytes, for messages between our own processes: JSON for the shape, arrays beside it.
+"""Messages between our own processes are values as bytes: JSON for the shape, arrays beside it.
 
 A message can hold plain values, arrays, and the classes that are listed here; nothing in it is
 executed. What is read back equals what was written, order and NaN included; a sequence that is
@@ -35,10 +35,10 @@ _FIELDS = {name: tuple(field.name for field in fields(one)) for name, one in _CL
 
 
 class EncodedMessage:
-    """A value as a message: its head, and the buffers behind it."""
+    """An `EncodedMessage` is a value as a message: its head, and the buffers behind it."""
 
     def __init__(self, value: Any):
-        """Raises TypeError: something that a message cannot hold."""
+        """Encode a value. Raises TypeError: something that a message cannot hold."""
         self.buffers: list[Array] = []
         self.size = 0
         self.head = json.dumps(self._node(value), separators=(",", ":")).encode()
@@ -73,7 +73,7 @@ class EncodedMessage:
         raise TypeError(f"a message cannot hold a {name}")
 
     def _kept(self, array: Array) -> int:
-        """Put an array behind the head; where it begins there. Empty ones take no room."""
+        """Put an array behind the head; return where it begins there. Empty ones take no room."""
         start = self.size
         if array.size:
             self.buffers.append(np.ascontiguousarray(array))
@@ -82,7 +82,7 @@ class EncodedMessage:
 
 
 def decode(head: bytes | bytearray, payload: bytearray) -> Any:
-    """The value of a message. Its arrays are views of `payload`.
+    """Return the value of a message. Its arrays are views of `payload`.
 
     Raises:
         ValueError: bytes that no message has.

@@ -1,4 +1,4 @@
-"""Which of a machine's addresses its peers can reach it at."""
+"""A machine has several addresses, and its peers can reach it at one of them."""
 
 import fcntl
 import socket
@@ -11,7 +11,7 @@ _ANY_PORT = 9
 
 
 def address_toward(host: str) -> str:
-    """The address of this machine on the route toward `host`.
+    """Return the address of this machine on the route toward `host`.
 
     Raises:
         OSError: no such host, or no route.
@@ -24,7 +24,7 @@ def address_toward(host: str) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the network interface that has this IPv4 address; None if there is none."""
+    """Return the name of the network interface with this IPv4 address; None if there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
@@ -38,7 +38,7 @@ def interface_of(address: str) -> str | None:
 
 
 def listening_at(host: str) -> tuple[socket.socket, str]:
-    """A listening TCP socket at any free port of this address, and `HOST:PORT` for others.
+    """Return a TCP socket that listens at a free port of this address, and `HOST:PORT` for others.
 
     Raises:
         OSError: `host` is not an address of this machine.
@@ -54,7 +54,7 @@ def listening_at(host: str) -> tuple[socket.socket, str]:
 
 
 def free_port(host: str) -> int:
-    """A TCP port of this address that is free now."""
+    """Return a TCP port of this address that is free now."""
     listener, _ = listening_at(host)
     with listener:
         return listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""One process of an engine as a Ray actor."""
+"""A Ray actor is one process of an engine."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ from manylora.processes.peer_addresses import address_toward, free_port, interfa
 
 @dataclass(frozen=True, slots=True)
 class ActorPlace:
-    """Where an actor is.
+    """An `ActorPlace` says where an actor is.
 
     Attributes:
         node: Ray's name of the machine.
@@ -37,10 +37,10 @@ def prepare(environment: Mapping[str, str], peer: str) -> None:
 
 
 class RankActor:
-    """Its methods run in the main thread of a process that belongs to it alone."""
+    """An actor's methods run in the main thread of a process that belongs to it alone."""
 
     def place(self) -> ActorPlace:
-        """Where this is."""
+        """Return where this is."""
         import ray
 
         context = ray.get_runtime_context()
@@ -50,7 +50,7 @@ class RankActor:
         )
 
     def meeting_place(self, peer: str) -> tuple[str, int]:
-        """An address and a port of this machine at which its peers can meet."""
+        """Return an address and a port of this machine at which its peers can meet."""
         address = address_toward(peer)
         return address, free_port(address)
 

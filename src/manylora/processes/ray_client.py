@@ -1,4 +1,4 @@
-"""Starting an engine's processes on the devices of a Ray cluster, as the control process sees it.
+"""A control process starts an engine's processes on the devices of a Ray cluster.
 
 Ray's own client is in a process of its own (`ray_launcher`): it ends its process when the node that
 it speaks to goes, sets signal handlers, writes to standard output and brings dozens of threads, and
@@ -19,7 +19,7 @@ PLACE_SECONDS = 120.0
 
 
 class RayClient:
-    """A launcher (see `group.Launcher`) whose processes are actors of a Ray cluster."""
+    """This launcher's processes are actors of a Ray cluster; see `group.Launcher`."""
 
     def __init__(self, address: str, *, place_seconds: float = PLACE_SECONDS):
         """Begin to connect.
@@ -35,7 +35,7 @@ class RayClient:
         self._begin()
 
     def peer(self) -> str:
-        """The address of another machine of the cluster; this one's own if it is alone.
+        """Return the address of another machine of the cluster; this one's own if it is alone.
 
         Raises:
             ConfigError: ray is not installed, or there is no such cluster.
@@ -47,7 +47,7 @@ class RayClient:
         return word["peer"]
 
     def __call__(self, assignment: Assignment) -> "RayClient":
-        """Start the processes. Call `peer` before. May be called again once it has ended.
+        """Start the processes. Call `peer` before. It may be called again once they have ended.
 
         Raises:
             ConfigError: as `peer` does, when called again.
@@ -66,7 +66,7 @@ class RayClient:
         return self
 
     def poll(self) -> int | None:
-        """The exit status, if it has ended.
+        """Return the exit status, if it has ended.
 
         Raises:
             ConfigError, EngineLost: it has ended and said why.

@@ -1,4 +1,4 @@
-"""The process that starts an engine's processes as Ray actors, and starts them again.
+"""This process starts an engine's processes as Ray actors, and starts them again.
 
 One actor for each device, in a placement group: Ray finds the devices, notices the end of an actor
 or of a machine, and ends all actors when this process ends, which it does with its control process.
@@ -42,7 +42,7 @@ Say = Callable[[dict[str, Any]], None]
 
 
 def main(address: str, place_seconds: float, say: Say) -> int:
-    """Start the processes and watch them until they are told to stop; returns the exit status."""
+    """Start the processes and watch them until they are told to stop; return the exit status."""
     try:
         say({"peer": connected(address, say)})
         line = sys.stdin.buffer.readline()
@@ -133,7 +133,7 @@ def run_generation(assignment: Assignment, group: Any, generation: int) -> None:
 
 
 def _places(asked: list[Any], generation: int) -> list[ActorPlace]:
-    """Where the actors are, once all are somewhere: a machine that went may take long to return.
+    """Return where the actors are, once all are somewhere: a lost machine may take long to return.
 
     Raises:
         ConfigError: the first generation does not begin at all.
@@ -159,7 +159,7 @@ def _places(asked: list[Any], generation: int) -> list[ActorPlace]:
 
 
 def ranks_of(places: Sequence[ActorPlace], tp: int) -> list[int]:
-    """Which of the places has which world rank: `tp` neighbours are on one machine if that can be.
+    """Return which place has which world rank: `tp` neighbours are on one machine if that can be.
 
     World rank = dp · tp + tp's own, so each run of `tp` ranks exchanges the most.
     """
@@ -178,7 +178,7 @@ def ranks_of(places: Sequence[ActorPlace], tp: int) -> list[int]:
 def environment_of(
     rank: int, places: Sequence[ActorPlace], meeting: tuple[str, int], generation: int
 ) -> dict[str, str]:
-    """What torch's launcher would set for this rank. `places` are by rank.
+    """Return what torch's launcher would set for this rank. `places` are by rank.
 
     The processes of a machine see all devices that are theirs, in one order, and take the one with
     the number LOCAL_RANK: that lets NCCL copy directly between them.
@@ -202,13 +202,13 @@ def environment_of(
 
 
 def _peer_of(rank: int, places: Sequence[ActorPlace]) -> str:
-    """The address of another machine; of rank 0's where it is another."""
+    """Return the address of another machine; of rank 0's where it is another."""
     others = (place.address for place in places if place.node != places[rank].node)
     return next(others, places[rank].address)
 
 
 def connected(address: str, say: Say) -> str:
-    """Join the cluster; the address of another of its machines."""
+    """Join the cluster; return the address of another of its machines."""
     try:
         import ray
     except ImportError as error:
@@ -251,7 +251,7 @@ def _give_up(address: str, say: Say) -> None:
 
 
 def placed(assignment: Assignment, address: str, seconds: float) -> Any:
-    """A placement group with a device for each process, on as few machines as possible."""
+    """Return a placement group with a device for each process, on as few machines as possible."""
     import ray
     from ray.util.placement_group import placement_group
 
@@ -269,7 +269,7 @@ def placed(assignment: Assignment, address: str, seconds: float) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """What Ray's error is about, and where: the last line of what it says."""
+    """Return what Ray's error is about, and where: the last line of what it says."""
     text = _COLOURS.sub("", str(getattr(error, "cause", None) or error)).strip()
     where = _WHERE.search(text)
     last = text.splitlines()[-1].strip() if text else type(error).__name__
@@ -287,7 +287,7 @@ def _end_with(control: int) -> None:
 
 
 def _speaker() -> Say:
-    """What writes to the control process; all other output goes where errors go."""
+    """Return what writes to the control process; all other output goes where errors go."""
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -1,4 +1,4 @@
-"""An engine in other processes: it sends each verb to every one of them.
+"""A remote engine is in other processes: it sends each verb to every one of them.
 
 Every process is sent every command, in one order; the leader's answer is the answer. A process that
 goes, or an answer that is not the others', is the end of the whole group: what it held is lost, and
@@ -44,19 +44,19 @@ GRACE_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class RemoteAdapter:
-    """An adapter, or a frozen copy of one, that the engine's processes hold."""
+    """A `RemoteAdapter` is an adapter, or a frozen copy, that the engine's processes hold."""
 
     spec: AdapterSpec
     layout: Layout
 
     @property
     def num_bytes(self) -> int:
-        """The size of its weights as the layers read them."""
+        """Its weights, as the layers read them, take so many bytes."""
         return self.layout.num_params * WEIGHT_BYTES[self.spec.dtype]
 
 
 class RemoteEngine:
-    """An `EngineProtocol` in other processes; verbs may be called from any thread, one at a time.
+    """A remote engine is an `EngineProtocol` elsewhere; any thread may call verbs, one at a time.
 
     Attributes:
         base: the base that is open.
@@ -97,12 +97,12 @@ class RemoteEngine:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of a device that could be taken when the base had been opened."""
+        """So many bytes of a device could be taken when the base had been opened."""
         return self.base.free_bytes
 
     @property
     def room_bytes(self) -> int:
-        """Bytes that more adapters could take, of all processes together.
+        """More adapters could take so many bytes, of all processes together.
 
         That is what was free when the base had been opened, less what the adapters that are there
         take once they have stepped.
@@ -115,7 +115,7 @@ class RemoteEngine:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The base's tokenizer; None if its folder has none."""
+        """This is the base's tokenizer; None if its folder has none."""
         # Here, because it brings torch with it; only runs that the server itself trains need it.
         from manylora.models.tokenizer import open_tokenizer
 
@@ -124,7 +124,7 @@ class RemoteEngine:
     # -- adapters -------------------------------------------------------------------------------
 
     def create(self, name: str, spec: AdapterSpec) -> RemoteAdapter:
-        """A new adapter that changes nothing yet. Raises AdapterExists, TargetError."""
+        """Make a new adapter that changes nothing yet. Raises AdapterExists, TargetError."""
         self._refuse_known(name)
         resident = RemoteAdapter(spec, plan_layout(spec, resolve_targets(spec, self.sites)))
         self._call("create", name, spec)
@@ -132,7 +132,7 @@ class RemoteEngine:
         return resident
 
     def restore(self, name: str, state: AdapterState) -> RemoteAdapter:
-        """An adapter with the given state. Raises AdapterExists."""
+        """Make an adapter with the given state. Raises AdapterExists."""
         self._refuse_known(name)
         self._call("restore", name, state)
         self.adapters[name] = RemoteAdapter(state.spec, state.layout)
@@ -150,13 +150,13 @@ class RemoteEngine:
         self._call("poison", name, reason)
 
     def state(self, name: str) -> AdapterState:
-        """A copy of everything that training the adapter needs."""
+        """Return a copy of everything that training the adapter needs."""
         resident = self._resident(name)
         vectors: Vectors = self._call("state", name)
         return vectors.state(resident.spec, resident.layout)
 
     def base_weight(self, site: str) -> Array:
-        """The frozen weight fp32 [N, K] of a linear layer."""
+        """Return the frozen weight fp32 [N, K] of a linear layer."""
         return self._call("base_weight", site)
 
     def snapshot(self, name: str, snapshot: str) -> None:
@@ -166,7 +166,7 @@ class RemoteEngine:
         self.snapshots[snapshot] = resident
 
     def snapshot_state(self, snapshot: str) -> AdapterState:
-        """A snapshot as a state (fp32), for keeping it elsewhere."""
+        """Return a snapshot as a state (fp32), for keeping it elsewhere."""
         resident = self.snapshots[snapshot]
         vectors: Vectors = self._call("snapshot_state", snapshot)
         return vectors.state(resident.spec, resident.layout)
@@ -197,7 +197,7 @@ class RemoteEngine:
 
     @property
     def decoding(self) -> int:
-        """Sampling requests that are not finished."""
+        """So many sampling requests are not finished."""
         return len(self._samples)
 
     def admit(self, samples: Sequence[Sample]) -> list[ManyloraError | None]:
@@ -211,7 +211,7 @@ class RemoteEngine:
         return verdicts
 
     def decode(self, seconds: float) -> list[tuple[Sample, SampleResult | ManyloraError]]:
-        """Turn the decode loop for a while; the requests that are finished."""
+        """Turn the decode loop for a while; return the requests that are finished."""
         return [
             (self._samples.pop(number), outcome)
             for number, outcome in self._call("decode", seconds)
@@ -229,7 +229,7 @@ class RemoteEngine:
 
     @property
     def was_lost(self) -> bool:
-        """Whether the processes went before they were told to."""
+        """It tells whether the processes went before they were told to."""
         return self.lost is not None and self.lost != _CLOSED
 
     def lose(self, reason: str) -> None:
@@ -276,7 +276,7 @@ class RemoteEngine:
         return [replies[number] for number in sorted(replies)]
 
     def _agreed(self, verb: str, replies: Sequence[dict[str, Any]]) -> Any:
-        """The leader's answer, if all are sound or all refuse alike."""
+        """Return the leader's answer, if all are sound or all refuse alike."""
         faults = [reply["fault"] for reply in replies if "fault" in reply]
         exhausted = any(reply.get("exhausted") for reply in replies)
         if faults and len(self._connections) == 1 and not exhausted:
@@ -290,8 +290,8 @@ class RemoteEngine:
         return replies[0]["value"]
 
     def _is_silent(self, error: Exception) -> bool:
-        """Whether a process just vanished: it did not say why, it answered until then, and it was
-        not the kernel that killed it for its memory."""
+        """Return whether a process just vanished: it did not say why, it answered until then, and
+        it was not the kernel that killed it for its memory."""
         vanished = isinstance(error, EOFError | ConnectionError) and not isinstance(error, Ended)
         return vanished and oom_kills() == self._oom_kills
 

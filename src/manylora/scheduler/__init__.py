@@ -1,4 +1,4 @@
-"""The queue: each adapter's operations in order, different adapters' operations merged.
+"""The queue keeps each adapter's operations in order, and merges different adapters'.
 
 Owns: per-adapter lanes, which operations run next (fairly, and never waiting for an absent
 tenant), how training and sampling share the device, the thread that runs them, and which of many

@@ -1,4 +1,4 @@
-"""Per-adapter lanes, and the choice of what runs next.
+"""The queue has a lane for each adapter, and chooses what runs next.
 
 Operations of one adapter run strictly in order. What stands at the heads of different adapters'
 lanes is merged: their forward-backward work into one call, their optimizer steps into one call,
@@ -32,7 +32,7 @@ MISFITS = 16
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Something that needs the engine for itself: create, save, load, export, unload."""
+    """A `Call` needs the engine for itself: create, save, load, export, unload."""
 
     adapter: str | None
     run: Callable[[], Any]
@@ -47,7 +47,7 @@ TRAINING = (Call, OptimStep, ForwardBackward)
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A queued operation and the future that waits for it.
+    """A `Pending` is a queued operation and the future that waits for it.
 
     Attributes:
         tokens: what a batch counts it for; 0 where it brings none.
@@ -65,7 +65,7 @@ class Pending:
 
     @property
     def places(self) -> int:
-        """Places of the decode loop that it takes."""
+        """It takes so many places of the decode loop."""
         operation = self.operation
         if not isinstance(operation, Sample):
             return 0
@@ -83,7 +83,7 @@ class Pending:
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """One adapter's operations, in order.
+    """A lane holds one adapter's operations in order.
 
     Attributes:
         waiting: those that have not started.
@@ -98,7 +98,7 @@ class Lane:
     decoding: int = 0
 
     def next_kind(self) -> type | None:
-        """The kind of the operation that may run next."""
+        """Return the kind of the operation that may run next."""
         if not self.waiting:
             return None
         operation = self.waiting[0].operation
@@ -107,7 +107,7 @@ class Lane:
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """A tenant's lanes by the kind of turn that they wait for, and what it has queued and holds."""
+    """A tenant has lanes by the kind of turn that they wait for, and what it queued and holds."""
 
     name: str
     lanes: dict[type, Turns[LaneKey]] = field(
@@ -119,7 +119,7 @@ class Tenant:
 
 
 class OperationQueue:
-    """The queue before an engine. Thread-safe."""
+    """The queue stands before an engine. It is thread-safe."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class OperationQueue:
         apart: Callable[[Operation], bool] = lambda operation: False,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """An empty queue.
+        """Make an empty queue.
 
         Args:
             token_budget: tokens of one batch (a larger operation runs alone).
@@ -177,7 +177,7 @@ class OperationQueue:
         return pending.future
 
     def waiting(self, tenant: str) -> tuple[int, int]:
-        """How many operations of a tenant wait, and their tokens."""
+        """Return how many operations of a tenant wait, and their tokens."""
         with self._changed:
             known = self._tenants.get(tenant)
             return (0, 0) if known is None else (known.operations, known.tokens)
@@ -206,7 +206,7 @@ class OperationQueue:
     # -- the worker -----------------------------------------------------------------------------
 
     def wait(self) -> bool:
-        """Wait until something is queued; False once the queue is closed and drained."""
+        """Wait until something is queued; return False once the queue is closed and drained."""
         with self._changed:
             while not self._operations and not self._closed:
                 self._changed.wait()
@@ -214,25 +214,25 @@ class OperationQueue:
 
     @property
     def drained(self) -> bool:
-        """Whether the queue is closed, with nothing left to run."""
+        """It tells whether the queue is closed, with nothing left to run."""
         with self._changed:
             return self._closed and not self._operations
 
     @property
     def can_train(self) -> bool:
-        """Whether `next_batch` has something."""
+        """It tells whether `next_batch` has something."""
         with self._changed:
             return any(self._turns[kind] for kind in TRAINING)
 
     @property
     def places_held(self) -> int:
-        """Places of the decode loop that are taken."""
+        """So many places of the decode loop are taken."""
         with self._changed:
             return self.places - self._free_places
 
     def next_batch(self) -> list[Pending]:
-        """What runs next, other than samples: operations of one kind, from as many adapters as
-        have such work at their heads. Never waits; may be empty."""
+        """Return what runs next, other than samples: operations of one kind, from as many adapters
+        as have such work at their heads. It never waits, and may be empty."""
         with self._changed:
             for kind in self._kinds:
                 if self._turns[kind]:
@@ -243,7 +243,7 @@ class OperationQueue:
             return []
 
     def admit(self) -> list[Pending]:
-        """The samples that may join the decode loop now. Never waits; may be empty.
+        """Return the samples that may join the decode loop now. It never waits, and may be empty.
 
         They hold their places, and those of living weights their lanes, until `release`. Their
         futures are not running yet: their clients may still cancel them.
@@ -274,7 +274,7 @@ class OperationQueue:
     # -- inside; the lock is held ---------------------------------------------------------------
 
     def _lane(self, operation: Operation) -> Lane:
-        """The adapter's lane; what belongs to no adapter has one of its kind and tenant."""
+        """Return the adapter's lane; what belongs to no adapter has one of its kind and tenant."""
         if operation.adapter is not None:
             key = ("adapter", operation.adapter)
         else:
@@ -317,7 +317,7 @@ class OperationQueue:
             self._tenants.pop(tenant.name, None)
 
     def _fill(self, kind: type) -> list[Pending]:
-        """A batch of one kind: the tenant that has had least goes first, as long as something fits.
+        """Fill a batch of one kind: the tenant that has had least goes first, while something fits.
 
         A lane that cannot go on is put aside, and with its last lane its tenant, so that the next
         in turn is seen; both go back at the end with the tags that they had, so being passed over
@@ -360,7 +360,7 @@ class OperationQueue:
         return batch
 
     def _fits(self, lane: Lane, kind: type, room: int, adapters: dict[LaneKey, Lane]) -> bool:
-        """Whether a lane's next operation may join a batch."""
+        """Return whether a lane's next operation may join a batch."""
         head = lane.waiting[0]
         if head.future.cancelled() or not adapters:
             full = False
@@ -385,7 +385,7 @@ class OperationQueue:
                     room -= self._take(lane, ForwardBackward, batch)
 
     def _take(self, lane: Lane, kind: type, batch: list[Pending]) -> int:
-        """Take a lane's head, unless its client has cancelled it; how many tokens were taken."""
+        """Take a lane's head, unless its client cancelled it; return how many tokens were taken."""
         pending, tenant = lane.waiting.popleft(), lane.tenant
         self._count(pending, -1)
         future = pending.future
@@ -409,7 +409,7 @@ class OperationQueue:
         return pending.tokens if wanted else 0
 
     def _capped(self, places: int) -> int:
-        """The places that a request counts for.
+        """Return the places that a request counts for.
 
         A request that is larger than all that a tenant may hold counts for that, so that there is
         room beside it.

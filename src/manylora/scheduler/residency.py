@@ -1,7 +1,7 @@
-"""Which of many things are held in fast memory: the least recently used make room.
+"""Some of many things are held in fast memory: the least recently used make room.
 
-Used for adapters on the device, for states in host memory and for snapshots; it knows names and
-bytes only.
+It serves adapters on the device, states in host memory and snapshots; it knows names and bytes
+only.
 """
 
 from collections import OrderedDict
@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 
 class Residency:
-    """Names with their sizes, in the order of their last use."""
+    """A residency holds names with their sizes, in the order of their last use."""
 
     def __init__(self, *, max_count: int | None = None, max_bytes: int | None = None):
         """Nothing is held yet. `None` is no such limit; one thing may be held whatever its size."""
@@ -25,11 +25,11 @@ class Residency:
         return name in self._sizes
 
     def names(self, keep: Collection[str] = ()) -> list[str]:
-        """What is held and not of `keep`, least recently used first."""
+        """Return what is held and not of `keep`, least recently used first."""
         return [name for name in self._sizes if name not in keep]
 
     def size(self, name: str) -> int:
-        """Bytes of what is held."""
+        """Return how many bytes are held."""
         return self._sizes[name]
 
     def use(self, name: str, num_bytes: int | None = None) -> None:
@@ -44,8 +44,8 @@ class Residency:
         self.num_bytes -= self._sizes.pop(name, 0)
 
     def excess(self, keep: Collection[str] = (), *, incoming: int = 0) -> list[str]:
-        """What has to go, least recently used first, before `incoming` bytes of one more thing can
-        be held; nothing of `keep`, even if the limits are then exceeded."""
+        """Return what has to go, least recently used first, before `incoming` bytes of one more
+        thing can be held; nothing of `keep`, even if the limits are then exceeded."""
         count = len(self._sizes) + (1 if incoming else 0)
         held = self.num_bytes + incoming
         victims: list[str] = []

@@ -1,8 +1,8 @@
-"""How training and sampling share the device: the one that has used it for less time goes next."""
+"""Training and sampling share the device: the one that has used it for less time goes next."""
 
 
 class DeviceShare:
-    """The seconds that training and sampling have used.
+    """A `DeviceShare` counts the seconds that training and sampling have used.
 
     The one that comes back after not wanting the device gets no credit for that time, but still
     owes what it had used beyond the other: a client that trains one long batch at a time, with a
@@ -14,7 +14,7 @@ class DeviceShare:
         self._wanted = {"training": False, "sampling": False}
 
     def trains_next(self, *, training: bool, sampling: bool) -> bool:
-        """Whether training goes next, of those that want the device now (one of them does)."""
+        """Tell whether training goes next, of those that want the device now (one of them does)."""
         wanted = {"training": training, "sampling": sampling}
         least = (
             max(self._used.values())

@@ -1,4 +1,4 @@
-"""Whose turn it is: start-time fair queueing (https://doi.org/10.1109/90.649569).
+"""Turns go by start-time fair queueing (https://doi.org/10.1109/90.649569).
 
 Each member has a tag, which grows by the cost of what it is served; the lowest tag is next. One
 that joins gets at least the tag of the last one served, so none saves up turns while away, and
@@ -14,12 +14,12 @@ Item = TypeVar("Item")
 
 
 class Turns(Generic[Item]):
-    """The members that want a turn."""
+    """`Turns` has the members that want a turn."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Item]] = []
         self._entry: dict[Item, int] = {}  # the one entry of each member that counts
-        self._tags: dict[Item, float] = {}  # of members, and of those who left owing something
+        self._tags: dict[Item, float] = {}  # of members, and of those that left owing something
         self._clock = 0.0
         self._number = 0
 
@@ -44,7 +44,7 @@ class Turns(Generic[Item]):
             }
 
     def first(self) -> Item | None:
-        """The member whose turn it is; None if none wants one."""
+        """Return the member whose turn it is; None if none wants one."""
         while self._heap:
             _, number, item = self._heap[0]
             if self._entry.get(item) == number:
@@ -71,7 +71,7 @@ class Turns(Generic[Item]):
             self._push(item)
 
     def tag(self, item: Item) -> float:
-        """A member's tag."""
+        """Return a member's tag."""
         return self._tags[item]
 
     def _push(self, item: Item) -> None:

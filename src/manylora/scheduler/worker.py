@@ -1,4 +1,4 @@
-"""The thread that takes work from the queue and hands it to the engine."""
+"""A thread takes work from the queue and hands it to the engine."""
 
 import logging
 import threading
@@ -34,7 +34,7 @@ _KINDS: dict[type, str] = {
 
 
 class Runner(Protocol):
-    """The verbs of an engine that the worker calls: they give a result, or an adapter's error.
+    """A runner has an engine's verbs for the worker: they give a result, or an adapter's error.
 
     `hosting.engine_protocol.EngineProtocol` adds the others; `hosting.Pager` is a runner, too.
     """
@@ -59,7 +59,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BatchReport:
-    """What the device did in one go.
+    """A `BatchReport` says what the device did in one go.
 
     Attributes:
         kind: forward_backward, optim_step, call, or decode (a slice of the decode loop).
@@ -77,7 +77,7 @@ class BatchReport:
 
 
 class Worker:
-    """Runs one thing after another on a thread of its own, until the queue is closed.
+    """A worker runs one thing after another on a thread of its own, until the queue is closed.
 
     Attributes:
         loss: how the engine was lost; None while it is there.
@@ -119,7 +119,7 @@ class Worker:
         self._thread.start()
 
     def drop_samples(self) -> None:
-        """Have no sample in the decode loop finished. Any thread, once the queue is closed."""
+        """Have no sample in the decode loop finished. Any thread may, once the queue is closed."""
         self._dropping = True
 
     def join(self) -> None:
@@ -239,7 +239,7 @@ class Worker:
         self._report("decode", seconds, tokens, started, fill)
 
     def _drop_cancelled(self) -> None:
-        """Samples whose clients have given up need no more tokens."""
+        """Drop samples whose clients have given up: they need no more tokens."""
         waiting = [pending for entries in self._decoding.values() for pending in entries]
         for pending in waiting:
             if pending.future.cancelled() or self._dropping:
@@ -295,14 +295,14 @@ class Worker:
 
 
 def _costing(outcome: Any, device: DeviceTime) -> Any:
-    """The outcome, with what it cost if it is a result that says so."""
+    """Return the outcome, with what it cost if it is a result that says so."""
     if isinstance(outcome, ForwardBackwardResult | OptimStepResult | SampleResult):
         return replace(outcome, device=device)
     return outcome
 
 
 def _sampled_tokens(sample: Sample, outcome: Any) -> int:
-    """Tokens of the prompts that were read and of the answers."""
+    """Count the tokens of the prompts that were read and of the answers."""
     if not isinstance(outcome, SampleResult):
         return 0
     prompts = sum(len(prompt) for prompt in sample.prompts)

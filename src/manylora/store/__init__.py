@@ -1,4 +1,4 @@
-"""The database: who may come in, and what exists that must outlive the process.
+"""The database knows who may come in, and what exists that must outlive the process.
 
 Owns: tables, their migrations, and the queries on keys, sessions, models, samplers, checkpoints and
 runs. A query takes the tenant on whose behalf it is made: another tenant's row is a missing row.

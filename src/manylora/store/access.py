@@ -1,4 +1,4 @@
-"""Who may come in (keys), and who is there (sessions)."""
+"""Keys tell who may come in, and sessions who is there."""
 
 import hashlib
 import hmac
@@ -22,14 +22,14 @@ _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
 class Keys:
-    """API keys. A key is shown once; kept are a hash of it and its first characters."""
+    """`Keys` are API keys. A key is shown once; kept are a hash of it and its first characters."""
 
     def __init__(self, database: Database, clock: Callable[[], float]):
         self._database = database
         self._clock = clock
 
     def create(self, tenant: str) -> str:
-        """A new key of that tenant: the only time that it is shown.
+        """Make a new key of that tenant; it is shown only this time.
 
         Raises:
             ConfigError: not a name for a tenant.
@@ -51,7 +51,7 @@ class Keys:
         return key
 
     def of(self, tenant: str | None = None) -> list[KeyRow]:
-        """The keys of a tenant, or of all; revoked ones too."""
+        """Return the keys of a tenant, or of all; revoked ones too."""
         where = [] if tenant is None else [Key.tenant == tenant]
         return self._database.all(Key, *where, order=(Key.tenant, Key.created_at, Key.id))
 
@@ -71,7 +71,7 @@ class Keys:
         return self._database.change(query)
 
     def lookup(self, key: str) -> str | None:
-        """The tenant whose key this is; None if it is unknown or was revoked."""
+        """Return the tenant whose key this is; None if it is unknown or was revoked."""
         if not key.startswith(KEY_START) or not key.isascii() or len(key) > _LONGEST_KEY:
             return None
         query = select(Key.hash, Key.tenant).where(
@@ -85,7 +85,7 @@ class Keys:
         return found
 
     def any_keys(self) -> bool:
-        """Whether a key was ever made. Revoking the last one changes nothing here."""
+        """Return whether a key was ever made. Revoking the last one changes nothing here."""
         query = select(Key.id).limit(1)
         return self._database.read(lambda session: session.scalar(query) is not None)
 
@@ -96,14 +96,14 @@ def _hash(key: str) -> str:
 
 
 class SessionQueries:
-    """Client processes."""
+    """Sessions are client processes."""
 
     def __init__(self, database: Database, clock: Callable[[], float]):
         self._database = database
         self._clock = clock
 
     def create(self, row: SessionRow) -> SessionRow:
-        """Raises Conflict if the id is taken by another session."""
+        """Make a session. Raises Conflict if the id is taken by another session."""
 
         def work(session: OrmSession) -> SessionRow:
             present = session.get(SessionTable, row.id)
@@ -122,19 +122,19 @@ class SessionQueries:
         )
 
     def page(self, tenant: str, limit: int = 20, offset: int = 0) -> Page[SessionRow]:
-        """A tenant's sessions, the newest first."""
+        """Return a tenant's sessions, the newest first."""
         order = (SessionTable.created_at.desc(), SessionTable.id)
         return self._database.page(
             SessionTable, SessionTable.tenant == tenant, order=order, limit=limit, offset=offset
         )
 
     def open(self) -> list[SessionRow]:
-        """Everybody's sessions that have not ended, the longest silent first."""
+        """Return all tenants' sessions that have not ended, the longest silent first."""
         order = (SessionTable.last_seen_at, SessionTable.id)
         return self._database.all(SessionTable, SessionTable.ended_at.is_(None), order=order)
 
     def touch(self, ids: Iterable[str], at: float | None = None) -> None:
-        """They were heard of. Time does not run backwards, and the ended stay as they are."""
+        """Note that they are alive. Time does not run backwards, and the ended stay as they are."""
         at = self._clock() if at is None else at
         for some in chunks(ids):
             self._database.change(

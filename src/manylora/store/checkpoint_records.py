@@ -1,4 +1,4 @@
-"""Checkpoints: which paths exist, whose they are, and when they go."""
+"""Rows tell which checkpoints exist, whose they are, and when they go."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from manylora.types import CheckpointExists
 
 
 class CheckpointQueries:
-    """Rows that name folders. One whose time is over is missing in every answer but `expired`."""
+    """These rows name folders. One whose time is over is missing in every answer but `expired`."""
 
     def __init__(self, database: Database, clock: Callable[[], float]):
         self._database = database
@@ -51,7 +51,7 @@ class CheckpointQueries:
         return self._database.one(CheckpointTable, self._own(tenant, path))
 
     def readable(self, tenant: str, path: str) -> CheckpointRow | None:
-        """The tenant's own, or one that its owner made public."""
+        """Return the tenant's own checkpoint, or one that its owner made public."""
         own = self.get(tenant, path)
         if own is not None:
             return own
@@ -63,11 +63,11 @@ class CheckpointQueries:
         )
 
     def anybodys(self, path: str) -> CheckpointRow | None:
-        """A checkpoint of any tenant, for a user who may read the data folder anyway."""
+        """Return a checkpoint of any tenant, for a user who may read the data folder anyway."""
         return self._database.one(CheckpointTable, CheckpointTable.path == path, self._alive())
 
     def of_model(self, tenant: str, model_id: str) -> list[CheckpointRow]:
-        """A training run's checkpoints, in the order in which they were made."""
+        """Return a training run's checkpoints, in the order in which they were made."""
         where = [
             CheckpointTable.tenant == tenant,
             CheckpointTable.model_id == model_id,
@@ -77,7 +77,7 @@ class CheckpointQueries:
         return self._database.all(CheckpointTable, *where, order=order)
 
     def page(self, tenant: str, limit: int = 20, offset: int = 0) -> Page[CheckpointRow]:
-        """A tenant's checkpoints, the newest first."""
+        """Return a tenant's checkpoints, the newest first."""
         where = [CheckpointTable.tenant == tenant, self._alive()]
         order = (CheckpointTable.created_at.desc(), CheckpointTable.path)
         return self._database.page(CheckpointTable, *where, order=order, limit=limit, offset=offset)
@@ -130,13 +130,13 @@ class CheckpointQueries:
         return self.get(tenant, path)
 
     def expired(self, now: float | None = None) -> list[CheckpointRow]:
-        """Everybody's checkpoints whose time is over: `drop` each, then remove its folder."""
+        """Return every tenant's checkpoints that are over: `drop` each, then remove its folder."""
         now = self._clock() if now is None else now
         order = (CheckpointTable.expires_at, CheckpointTable.path)
         return self._database.all(CheckpointTable, CheckpointTable.expires_at <= now, order=order)
 
     def bytes_of(self, tenant: str) -> int:
-        """What a tenant's checkpoints take on the disk."""
+        """Return how many bytes a tenant's checkpoints take on the disk."""
         query = select(func.coalesce(func.sum(CheckpointTable.size_bytes), 0)).where(
             CheckpointTable.tenant == tenant, self._alive()
         )

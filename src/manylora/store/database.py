@@ -1,4 +1,4 @@
-"""One database: opened, brought to the present version, and asked in short transactions."""
+"""A database is opened, brought to the present version, and asked in short transactions."""
 
 import functools
 import json
@@ -43,7 +43,7 @@ log = logging.getLogger("manylora.store")
 DATABASE = "manylora.db"
 BUSY_SECONDS = 30.0
 MIGRATIONS = Path(__file__).parent / "migrations"
-# Any number, as long as everybody who migrates the same server takes the same.
+# Any number, as long as every process that migrates the same server takes the same.
 _ADVISORY_LOCK = 0x6D616E796C6F7261
 # Alembic keeps the migration that runs in module globals.
 _MIGRATING = threading.Lock()
@@ -53,7 +53,7 @@ R = TypeVar("R")
 
 
 class Database:
-    """An engine with its migrations done. Thread-safe."""
+    """A database is an engine with its migrations done. It is thread-safe."""
 
     def __init__(self, url: str | URL):
         """Open and migrate.
@@ -89,14 +89,14 @@ class Database:
 
     @property
     def where(self) -> str:
-        """The URL without its password."""
+        """This is the URL without its password."""
         return self.url.render_as_string(hide_password=True)
 
     def close(self) -> None:
         self.engine.dispose()
 
     def read(self, work: Callable[[OrmSession], T]) -> T:
-        """`work` in a transaction that writes nothing.
+        """Run `work` in a transaction that writes nothing.
 
         Raises:
             DataError: an argument that no column can hold.
@@ -106,7 +106,7 @@ class Database:
             return work(session)
 
     def write(self, work: Callable[[OrmSession], T]) -> T:
-        """`work` in a transaction; durable when it returns.
+        """Run `work` in a transaction; it is durable when this returns.
 
         `work` may run twice: when a simultaneous writer made the same row first, the second time
         it finds that row.
@@ -124,7 +124,7 @@ class Database:
                     return work(session)
 
     def one(self, table: type[RowOf[R]], *where: ColumnElement[bool]) -> R | None:
-        """The row of which there is one at most."""
+        """Return the row of which there is one at most."""
         query = _select(table, where)
         return self.read(lambda session: _row_or_none(session.scalar(query)))
 
@@ -142,7 +142,7 @@ class Database:
         limit: int,
         offset: int,
     ) -> Page[R]:
-        """So many rows from there on, and how many there are in all."""
+        """Return so many rows from there on, and how many there are in all."""
         query = _select(table, where)
         count = select(func.count()).select_from(query.subquery())
         part = query.order_by(*order).limit(max(limit, 0)).offset(max(offset, 0))
@@ -154,7 +154,7 @@ class Database:
         return self.read(work)
 
     def change(self, statement: Update | Delete) -> int:
-        """How many records an update or a deletion met."""
+        """Run an update or a deletion; return how many records it met."""
 
         def work(session: OrmSession) -> int:
             done: Any = session.execute(statement.execution_options(synchronize_session=False))
@@ -210,7 +210,7 @@ class Database:
 
 
 def chunks(ids: Iterable[str], most: int = 500) -> Iterator[list[str]]:
-    """Lists that fit into one statement."""
+    """Yield lists that fit into one statement."""
     rest = list(ids)
     for start in range(0, len(rest), most):
         yield rest[start : start + most]

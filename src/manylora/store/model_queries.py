@@ -1,4 +1,4 @@
-"""What sessions made: models (training runs), and samplers (sampling sessions)."""
+"""Sessions make models (training runs) and samplers (sampling sessions)."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -12,7 +12,7 @@ from manylora.types import Conflict
 
 
 class ModelQueries:
-    """Training runs. They are closed, never deleted: their checkpoints outlive them."""
+    """Models are training runs. They are closed, never deleted: their checkpoints outlive them."""
 
     def __init__(self, database: Database, clock: Callable[[], float]):
         self._database = database
@@ -42,7 +42,7 @@ class ModelQueries:
         return self._database.one(ModelTable, ModelTable.id == id, ModelTable.tenant == tenant)
 
     def page(self, tenant: str, limit: int = 20, offset: int = 0) -> Page[ModelRow]:
-        """A tenant's models, the newest first."""
+        """Return a tenant's models, the newest first."""
         order = (ModelTable.created_at.desc(), ModelTable.id)
         return self._database.page(
             ModelTable, ModelTable.tenant == tenant, order=order, limit=limit, offset=offset
@@ -53,7 +53,7 @@ class ModelQueries:
         return self._database.all(ModelTable, *where, order=(ModelTable.model_seq_id,))
 
     def open(self) -> list[ModelRow]:
-        """Everybody's models that are not closed, in the order of their creation."""
+        """Return all tenants' models that are not closed, in the order of their creation."""
         where = [ModelTable.closed_at.is_(None)]
         return self._database.all(
             ModelTable,
@@ -65,7 +65,7 @@ class ModelQueries:
         )
 
     def touch(self, ids: Iterable[str], at: float | None = None) -> None:
-        """A request for each of them came."""
+        """Note that a request for each of them came."""
         at = self._clock() if at is None else at
         for some in chunks(ids):
             self._database.change(
@@ -75,7 +75,7 @@ class ModelQueries:
             )
 
     def set_steps(self, steps: Mapping[str, int]) -> None:
-        """How many optimizer steps each of them made."""
+        """Set how many optimizer steps each of them made."""
 
         def work(session: OrmSession) -> None:
             for id, step in steps.items():
@@ -85,19 +85,19 @@ class ModelQueries:
             self._database.write(work)
 
     def close(self, tenant: str, id: str) -> bool:
-        """False if there is none, or it was closed."""
+        """Close a model; return False if there is none, or it was closed."""
         query = update(ModelTable).where(
             ModelTable.id == id, ModelTable.tenant == tenant, ModelTable.closed_at.is_(None)
         )
         return self._database.change(query.values(closed_at=self._clock())) > 0
 
     def set_fault(self, id: str, fault: str | None) -> None:
-        """Why it can no longer be used; None = it can again."""
+        """Set why it can no longer be used; None = it can again."""
         self._database.change(update(ModelTable).where(ModelTable.id == id).values(fault=fault))
 
 
 class SamplerQueries:
-    """Sampling sessions: what each samples from."""
+    """Samplers are sampling sessions; a row says what one samples from."""
 
     def __init__(self, database: Database):
         self._database = database

@@ -1,4 +1,4 @@
-"""What queries give and take: frozen copies of rows. Times are unix seconds (UTC)."""
+"""Queries give and take these frozen copies of rows. Times are unix seconds (UTC)."""
 
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
-    """Some rows of a list, and how many the whole list has."""
+    """A page has some rows of a list, and says how many the whole list has."""
 
     rows: list[T]
     total: int
@@ -20,7 +20,7 @@ class Page(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class KeyRow:
-    """An API key, without what would let a client in.
+    """A `KeyRow` is an API key, without what would let a client in.
 
     Attributes:
         prefix: the first characters of the key, to tell one from another.
@@ -35,7 +35,7 @@ class KeyRow:
 
 @dataclass(frozen=True, slots=True)
 class SessionRow:
-    """A client process, as long as it says that it lives."""
+    """A `SessionRow` is a client process, as long as it says that it lives."""
 
     id: str
     tenant: str
@@ -51,7 +51,7 @@ class SessionRow:
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """A training run: one adapter of one session.
+    """A `ModelRow` is a training run: one adapter of one session.
 
     Attributes:
         model_seq_id: its number in its session.
@@ -81,11 +81,12 @@ class ModelRow:
 
 @dataclass(frozen=True, slots=True)
 class SamplerRow:
-    """A sampling session: whose weights a client's samples come from.
+    """A `SamplerRow` is a sampling session: whose weights a client's samples come from.
 
     Attributes:
         seq_id: its number in its session.
-        model_path: the checkpoint that it serves; model_id: the model that it serves.
+        model_path: the checkpoint that it serves.
+        model_id: the model that it serves.
         snapshot: the weights' name; an `inflight` sampler's changes.
     """
 
@@ -104,7 +105,7 @@ class SamplerRow:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRow:
-    """Saved weights under a `tinker://` path.
+    """A `CheckpointRow` is of saved weights under a `tinker://` path.
 
     Attributes:
         folder: where the files lie, relative to the data directory.
@@ -132,7 +133,7 @@ class CheckpointRow:
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
-    """A run file that was submitted to the server."""
+    """A `RunRow` is a run file that was submitted to the server."""
 
     id: str
     tenant: str

@@ -1,4 +1,4 @@
-"""Run files that were submitted to the server."""
+"""Run files are submitted to the server, and each has a row."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,14 @@ from manylora.types import Conflict
 
 
 class RunQueries:
-    """What was submitted, and what became of it."""
+    """These queries are on what was submitted, and what became of it."""
 
     def __init__(self, database: Database, clock: Callable[[], float]):
         self._database = database
         self._clock = clock
 
     def create(self, row: RunRow) -> RunRow:
-        """Raises Conflict if the id is taken."""
+        """Add a run. Raises Conflict if the id is taken."""
 
         def work(session: OrmSession) -> RunRow:
             if session.get(RunTable, row.id) is not None:
@@ -34,14 +34,14 @@ class RunQueries:
         return self._database.one(RunTable, RunTable.id == id, RunTable.tenant == tenant)
 
     def page(self, tenant: str, limit: int = 20, offset: int = 0) -> Page[RunRow]:
-        """A tenant's runs, the newest first."""
+        """Return a tenant's runs, the newest first."""
         order = (RunTable.created_at.desc(), RunTable.id)
         return self._database.page(
             RunTable, RunTable.tenant == tenant, order=order, limit=limit, offset=offset
         )
 
     def with_status(self, *statuses: str) -> list[RunRow]:
-        """Everybody's runs of these statuses, in the order of their creation."""
+        """Return all tenants' runs of these statuses, in the order of their creation."""
         where = [RunTable.status.in_(statuses)]
         return self._database.all(
             RunTable,
@@ -79,7 +79,7 @@ class RunQueries:
         return self.get(tenant, id)
 
     def delete(self, tenant: str, id: str) -> bool:
-        """False if there is none."""
+        """Delete a run; return False if there is none."""
         return (
             self._database.change(
                 delete(RunTable).where(RunTable.id == id, RunTable.tenant == tenant)

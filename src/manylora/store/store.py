@@ -1,4 +1,4 @@
-"""The store: one database, and the queries on each kind of thing in it."""
+"""The store is one database, with the queries on each kind of thing in it."""
 
 import os
 import time
@@ -17,9 +17,9 @@ from manylora.types import StoreError
 
 
 class Store:
-    """Slow-changing things that must outlive the process. Thread-safe; any method may raise
-    StoreError (the database failed, and nothing was written) or DataError (an argument that no
-    column can hold)."""
+    """The store has slow-changing things that must outlive the process. It is thread-safe; any
+    method may raise StoreError (the database failed, and nothing was written) or DataError (an
+    argument that no column can hold)."""
 
     def __init__(self, url: str | URL, clock: Callable[[], float] = time.time):
         """Open a database by its URL, and migrate it. See `Database` for what this raises."""
@@ -36,7 +36,7 @@ class Store:
     def in_folder(
         cls, data_dir: str | Path, url: str | None = None, clock: Callable[[], float] = time.time
     ) -> "Store":
-        """The store of a data directory (`manylora.db` in it), or the database of that URL.
+        """Open the store of a data directory (`manylora.db` in it), or the database of that URL.
 
         What does not exist yet, the directory or the database in it, is made for this user's eyes
         alone.
@@ -53,7 +53,7 @@ class Store:
 
     @property
     def where(self) -> str:
-        """Which database, without its password."""
+        """This names the database, without its password."""
         return self._database.where
 
     def close(self) -> None:

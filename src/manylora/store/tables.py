@@ -1,4 +1,4 @@
-"""The tables. A change here needs a new migration beside those in `migrations/versions`."""
+"""A change of these tables needs a new migration beside those in `migrations/versions`."""
 
 from dataclasses import fields
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 class Base(DeclarativeBase):
-    """Every table. JSON, not JSONB: it keeps any text that a client may send."""
+    """Every table has this base. JSON, not JSONB: it keeps any text that a client may send."""
 
     type_annotation_map: ClassVar[dict[Any, Any]] = {
         str: Text,
@@ -32,7 +32,7 @@ class Base(DeclarativeBase):
 
 
 class RowOf(Generic[R]):
-    """A table whose columns are the fields of a row class."""
+    """A `RowOf` is a table whose columns are the fields of a row class."""
 
     row_type: ClassVar[type[Any]]
 

@@ -1,4 +1,4 @@
-"""What is over and of no more use goes, and gives its room on the disk back."""
+"""Rows that are over and of no more use go, and give their room on the disk back."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,21 +14,21 @@ ENDED = ("completed", "failed", "cancelled")
 
 
 class Tidying:
-    """How much tenants have in the database, and what of it can go."""
+    """`Tidying` counts what tenants have in the database, and finds what of it can go."""
 
     def __init__(self, database: Database, clock: Callable[[], float]):
         self._database = database
         self._clock = clock
 
     def count_sessions(self, tenant: str) -> int:
-        """Sessions of a tenant, open or over, but for those of which checkpoints are kept."""
+        """Count a tenant's sessions, open or over, but for those of which checkpoints are kept."""
         kept = exists().where(
             ModelTable.session_id == SessionTable.id, CheckpointTable.model_id == ModelTable.id
         )
         return self._count(SessionTable, tenant, ~kept)
 
     def count_samplers(self, tenant: str) -> int:
-        """Sampling sessions of a tenant."""
+        """Count a tenant's sampling sessions."""
         return self._count(Sampler, tenant)
 
     def forget(self, empty_seconds: float, all_seconds: float) -> int:
@@ -74,7 +74,7 @@ class Tidying:
         return gone
 
     def runs_beyond(self, kept: int) -> list[RunRow]:
-        """Runs that are over, of each tenant all but the newest so many."""
+        """Return runs that are over, of each tenant all but the newest so many."""
         number = func.row_number().over(
             partition_by=RunTable.tenant, order_by=(RunTable.created_at.desc(), RunTable.id)
         )

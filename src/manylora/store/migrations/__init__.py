@@ -1,1 +1,1 @@
-"""The database's versions. `env.py` is Alembic's entry point; `versions` has one file a version."""
+"""`versions` has a file for each of the database's versions; `env.py` is Alembic's entry point."""

@@ -1,4 +1,4 @@
-"""What Alembic runs around a migration. Connection and transaction are the caller's."""
+"""Alembic runs this around a migration. Connection and transaction are the caller's."""
 
 from alembic import context
 

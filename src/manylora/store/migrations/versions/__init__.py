@@ -1,1 +1,1 @@
-"""One file a version, each an honest step from the one before. A released one never changes."""
+"""Each version has a file, an honest step from the one before. A released one never changes."""

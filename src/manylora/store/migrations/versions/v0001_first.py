@@ -1,4 +1,4 @@
-"""The first tables."""
+"""This version makes the first tables."""
 
 import sqlalchemy as sa
 from alembic import op
