@@ -1,4 +1,4 @@
-"""What a run's process takes of memory, found without a weight.
+"""The memory that a run's process takes is found without a weight.
 
 The heaviest micro-batch is run forwards and backwards on torch's meta device, whose tensors have
 sizes and no contents, and the bytes that are alive are counted: the same code as in the run, so
@@ -56,7 +56,7 @@ TRIAL_BYTES = 80 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes of one process of the run at its peak.
+    """A `MemoryPlan` counts the bytes of one process of the run at its peak.
 
     Attributes:
         process: the interpreter, its libraries and the data.
@@ -87,12 +87,12 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """At the peak, of one process."""
+        """One process takes this much at the peak."""
         return self.process + self.needed
 
     @property
     def needed(self) -> int:
-        """On top of what the process takes already."""
+        """This much comes on top of what the process takes already."""
         return self._lasting + self.adapters + max(self.activations, self._passing_cache)
 
     @property
@@ -104,7 +104,7 @@ class MemoryPlan:
         return self.decode_cache - self.kept_cache
 
     def refusal(self) -> DoesNotFit | None:
-        """Why this machine's memory cannot hold it."""
+        """Say why this machine's memory cannot hold it."""
         if self.needed <= self.free:
             return None
         lighter = self._lasting + (self.recomputed or self.activations)
@@ -118,12 +118,12 @@ class MemoryPlan:
 
 
 def process_bytes() -> int:
-    """What this process takes now."""
+    """Return what this process takes now."""
     return _status_bytes("self", "VmRSS")
 
 
 def peak_bytes() -> int:
-    """The most that this process has taken."""
+    """Return the most that this process has taken."""
     told = _status_bytes("self", "VmHWM")
     if told or resource is None:
         return told
@@ -132,8 +132,8 @@ def peak_bytes() -> int:
 
 
 def children_peak_bytes() -> int:
-    """The most that one of the processes that this one has started and that still run has taken;
-    0 = there are none, or they cannot be seen."""
+    """Return the most that one of this process's running children has taken; 0 = there are none, or
+    they cannot be seen."""
     found: list[str] = []
     for file in Path("/proc/self/task").glob("*/children"):
         try:
@@ -158,7 +158,7 @@ def activation_bytes(
     *,
     recomputed: bool,
 ) -> int | None:
-    """Peak bytes of the heaviest micro-batch.
+    """Return the peak bytes of the heaviest micro-batch.
 
     Args:
         make_model: a new model on the meta device.
@@ -218,7 +218,7 @@ def _activation_bytes(
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of tensors that are made and not gone."""
+    """`_Alive` counts the bytes of tensors that are made and not gone."""
 
     def __init__(self, known: Sequence[Tensor]):
         super().__init__()
