@@ -64,7 +64,8 @@ def find_checkpoint(path: str, data_dir: Path, database: str | None) -> Path:
     """Return the folder of a checkpoint, of any owner, in a server's data folder.
 
     Raises:
-        CheckpointError: there is none. StoreError: the database cannot be read.
+        CheckpointError: there is none.
+        StoreError: the database cannot be read.
     """
     from manylora.store import DATABASE, Store
 

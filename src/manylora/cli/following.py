@@ -66,7 +66,7 @@ class Following:
         """Submit, follow to the end, and tell; return the exit code.
 
         Raises:
-            Refused, Unreachable: nothing could be submitted, or not be followed.
+            Refused, ServerUnreachable: nothing could be submitted, or not be followed.
         """
         with open_view("json" if self._as_json else "auto") as view:
             steps = {entry.name: entry.kind_settings.known_steps for entry in entries}
@@ -188,8 +188,7 @@ def _closing(run: Followed, columns: CourseColumns) -> str:
 
 
 def _lines(source: str) -> str:
-    """Return a data source as the text of a JSON Lines file; such a file stays as it is, so that
-    the server names the lines that its owner knows."""
+    """Return a data source as JSON Lines; such a file as it is, so that its line numbers stay."""
     if source.lower().endswith(".jsonl"):
         try:
             return Path(source).read_bytes().decode("utf-8")

@@ -23,7 +23,8 @@ class PrintedAnswer:
         stop_reason: `stop` (a token that ends an answer) or `length`.
         prompt_tokens: number of the prompt's tokens.
         tokens: number of the answer's tokens.
-        token_ids: the answer's, the one that ended it included. logprobs: of each of them.
+        token_ids: ids of the answer's tokens, the one that ended it included.
+        logprobs: log-probability of each of them.
     """
 
     answer: str

@@ -43,7 +43,7 @@ class Client:
         """Read the key, from the environment where `key_file` is None.
 
         Raises:
-            ConfigError: no address of a server, or no key.
+            ConfigError: there is no address of a server, or no key.
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -63,7 +63,8 @@ class Client:
         """Return the answer to a request.
 
         Raises:
-            Refused: the server's words. Unreachable: it may answer later.
+            Refused: the server refused it, in its own words.
+            ServerUnreachable: the server may answer later.
         """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(

@@ -194,7 +194,7 @@ def show_checkpoint(path: str, url: str, key_file: Path | None, as_json: bool) -
 
     about = client.call("POST", "weights_info", {"tinker_path": path})
     items: list[dict[str, Any]] = []
-    with suppress(Refused):  # somebody else's that is public
+    with suppress(Refused):  # another user's, which is public
         items = client.get(f"training_runs/{_part(run)}/checkpoints")["checkpoints"]
     own = [item for item in items if item["tinker_path"] == path]
     _print_one({"tinker_path": path, **(own[0] if own else {}), **about}, as_json=as_json)

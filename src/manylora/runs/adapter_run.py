@@ -1,7 +1,6 @@
 """One adapter's run lives as a client of the host that keeps the worker supplied.
 
-What a step is, its course says (`runs/course.py`). The order of what is written is what makes
-resuming exact:
+Its course says what a step is (`runs/course.py`). The order of writing makes resuming exact:
 
 1. samples.json (before training), then steps;
 2. metrics lines of steps 1 to N are on disk *before* the training state of step N is asked for,

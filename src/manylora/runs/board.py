@@ -51,8 +51,7 @@ class Rate:
 
 @dataclass(slots=True)
 class Pace:
-    """A `Pace` is an amount per second of work over a sliding window; the time of others' work
-    does not count."""
+    """A `Pace` is an amount per second of work over a sliding window, without others' time."""
 
     clock: Clock
     marks: deque[tuple[float, int, float]] = field(default_factory=deque)

@@ -45,10 +45,13 @@ class ChatTemplate:
     """A `ChatTemplate` is the chat template of a tokenizer, or another one in its place.
 
     Attributes:
-        text: the other one. source: whichever it is, as far as it is one text.
-        name: what to call it. exists: whether there is any.
-        marks: it says itself what is learned.
-        special: control tokens. added: those, and others that were added to the vocabulary.
+        text: the other one.
+        source: text of the one in use, as far as it is one text.
+        name: what to call it.
+        exists: whether there is any.
+        marks: whether it says itself what is learned.
+        special: control tokens.
+        added: those, and others that were added to the vocabulary.
     """
 
     def __init__(self, tokenizer: Any, text: str | None = None):
@@ -74,7 +77,7 @@ class ChatTemplate:
         """Return a conversation as text; with `asking`, up to where the next answer begins.
 
         Raises:
-            TemplateRefusal
+            TemplateRefusal: it cannot be rendered.
         """
         return self._render([m.for_template() for m in messages], options, asking=asking)
 
@@ -98,7 +101,7 @@ class ChatTemplate:
         """Return a conversation as text, and what the template marks with `{% generation %}`.
 
         Raises:
-            TemplateRefusal
+            TemplateRefusal: it cannot be rendered.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -1,7 +1,7 @@
 """A kind of run brings a course; the life of a run (`runs/adapter_run.py`) asks it for steps.
 
 From an adapter's entry comes a `Job`; reading its data makes of that a `Course`, which starts steps
-until there are as many as it has. What a step is, the life does not know: a course may train on
+until there are as many as it has. The life does not know what a step is: a course may train on
 data of its own, or sample first, have the answers scored and train on those.
 """
 

@@ -61,15 +61,16 @@ class MemoryPlan:
     Attributes:
         process: the interpreter, its libraries and the data.
         libraries: what they come to hold once the base is open and sampled from.
-        base: its weights. adapters: with gradients and optimizer.
-        activations: of the largest micro-batch, the loss's chunk included, as the run is set;
-            `plain` and `recomputed` are those without and with activation checkpointing (None
-            where the base has none).
-        decode_weights: of the base once more, from the first evaluation that samples on.
-        decode_cache: keys and values while an evaluation samples; `kept_cache` of them while it
-            trains, too.
+        base: its weights.
+        adapters: their weights, with gradients and optimizer.
+        plain: activations of the largest micro-batch, the loss's chunk included.
+        recomputed: the same with activation checkpointing; None where the base has none.
+        activations: the one of these two that the run is set to.
+        decode_weights: weights of the base once more, from the first evaluation that samples on.
+        decode_cache: keys and values while an evaluation samples.
+        kept_cache: those of them that are there while it trains, too.
         ranks: processes, each of which takes that much.
-        free: of this machine, what a process could take now.
+        free: what a process could take of this machine now.
     """
 
     process: int
@@ -132,8 +133,7 @@ def peak_bytes() -> int:
 
 
 def children_peak_bytes() -> int:
-    """Return the most that one of this process's running children has taken; 0 = there are none, or
-    they cannot be seen."""
+    """Return the most that a running child process has taken; 0 = none, or they cannot be seen."""
     found: list[str] = []
     for file in Path("/proc/self/task").glob("*/children"):
         try:

@@ -227,8 +227,7 @@ def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
 def _changed_data(paths: RunPaths, noted: Mapping[str, Any], inputs: Inputs) -> Iterator[str]:
     """Return the data files that an adapter was trained on and that have changed since.
 
-    An adapter that failed before its first checkpoint has nothing to mix up: its data may be
-    mended.
+    An adapter that failed before its first checkpoint has nothing to mix up: its data may change.
     """
     for name, of in inputs.items():
         folder = paths.adapter(name)

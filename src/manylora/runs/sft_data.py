@@ -45,7 +45,7 @@ def prepare_sft(
         between: called every few examples while they are tokenised.
 
     Raises:
-        DataError: a line that is wrong, named with its file; DatumTooLong: or is too long.
+        DataError, DatumTooLong: a line is wrong, or too long; it is named with its file.
         Unsupported: its layers cannot be written as PEFT's files.
     """
     sft = SftSettings.of(entry)

@@ -1,9 +1,9 @@
 """Training examples come from a local file (JSON Lines, CSV, Parquet) or a hub dataset.
 
-JSON Lines and CSV, packed with gzip or not, are read here, not by the `datasets` library: that
-one's errors do not name the line, and its cache takes a file for unchanged when its modification
-time is. Parquet files are streamed through the library, which caches nothing; hub datasets are
-cached by their revision. What a row may say is in `rows`.
+JSON Lines and CSV, packed with gzip or not, are read here, not by the `datasets` library, whose
+errors do not name the line, and whose cache takes a file for unchanged when its modification time
+is. Parquet files are streamed through the library, which caches nothing; hub datasets are
+cached by their revision. What a row may say is in `data_rows`.
 """
 
 import csv
@@ -168,8 +168,7 @@ def _parse(place: str, raw: bytes) -> object:
 
 
 def _csv_rows(file: BinaryIO, name: str) -> Rows:
-    """Yield the rows of a table with a line of titles; an empty cell of another column than the
-    text's is none at all."""
+    """Yield a table's rows by its line of titles, without empty cells but those of a text."""
     csv.field_size_limit(_LONGEST_CELL)
     reader = csv.reader(_decoded(file, name), strict=True)
     titles: list[str] | None = None
