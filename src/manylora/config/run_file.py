@@ -299,7 +299,7 @@ class AdapterEntry(Settings):
 
     @property
     def kind(self) -> str:
-        """This key tells how the adapter is trained: its settings are given."""
+        """The adapter is trained as this key tells: the one whose settings are given."""
         return next(name for name, value in self if isinstance(value, KindSettings))
 
     @property

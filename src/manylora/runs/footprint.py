@@ -171,8 +171,8 @@ def activation_bytes(
 
 @contextmanager
 def _without_contents() -> Iterator[None]:
-    """transformers looks into positions for the ends of sequences, unless it is being traced; on
-    the meta device there is nothing to look into, and the stream knows its sequences itself."""
+    """Have transformers, as while it is traced, not look into positions for the ends of sequences:
+    on the meta device they have no contents, and the stream knows its sequences itself."""
     asked = masking_utils.is_tracing
     masking_utils.is_tracing = lambda tensor=None: True
     try:

@@ -168,7 +168,7 @@ def _parse(place: str, raw: bytes) -> object:
 
 
 def _csv_rows(file: BinaryIO, name: str) -> Rows:
-    """Yield a table's rows by its line of titles, without empty cells but those of a text."""
+    """Yield a table's rows by its line of titles, without cells that are empty, except a text's."""
     csv.field_size_limit(_LONGEST_CELL)
     reader = csv.reader(_decoded(file, name), strict=True)
     titles: list[str] | None = None
