@@ -1,4 +1,4 @@
-"""Finding an adapter's files in the folder that a user named."""
+"""An adapter's files are found in the folder that a user named."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ PEFT_CONFIG, STATE_MANIFEST = "adapter_config.json", "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """An adapter on disk.
+    """An `AdapterFolder` is an adapter on disk.
 
     Attributes:
         kind: `peft` (PEFT's files) or `state` (a training state `step-N`).
@@ -30,7 +30,7 @@ class AdapterFolder:
 
 
 def find_adapter(folder: Path) -> AdapterFolder:
-    """The adapter in `folder`: PEFT files, a training state, or an adapter's folder of a run.
+    """Return the adapter in `folder`: PEFT files, a training state, or an adapter's run folder.
 
     Of the latter, the finished adapter is taken if there is one, else the newest training state.
 
@@ -61,10 +61,11 @@ def find_adapter(folder: Path) -> AdapterFolder:
 
 
 def find_checkpoint(path: str, data_dir: Path, database: str | None) -> Path:
-    """The folder of a checkpoint in a server's data folder, of any owner.
+    """Return the folder of a checkpoint, of any owner, in a server's data folder.
 
     Raises:
-        CheckpointError: there is none. StoreError: the database cannot be read.
+        CheckpointError: there is none.
+        StoreError: the database cannot be read.
     """
     from manylora.store import DATABASE, Store
 
@@ -78,7 +79,7 @@ def find_checkpoint(path: str, data_dir: Path, database: str | None) -> Path:
 
 
 def common_base(adapters: list[AdapterFolder], given: str | None) -> str:
-    """The base that all adapters share, or the one that the user gave.
+    """Return the base that all adapters share, or the one that the user gave.
 
     Raises:
         ConfigError: none is named, or several are.
@@ -105,7 +106,7 @@ def open_adapter(trainer: Any, name: str, adapter: AdapterFolder) -> Any:
 
 
 def _label(folder: Path) -> str:
-    """`reverse` for `reverse/final`, `reverse@50` for `reverse/checkpoints/step-50`."""
+    """Return `reverse` for `reverse/final`, `reverse@50` for `reverse/checkpoints/step-50`."""
     name = folder.name
     if name == "final":
         return folder.parent.name

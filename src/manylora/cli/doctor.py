@@ -1,4 +1,4 @@
-"""`manylora doctor`."""
+"""`manylora doctor` checks the machine and what is installed."""
 
 import json
 import os
@@ -29,7 +29,7 @@ LITTLE_MEMORY, LITTLE_DISK = 4 * 2**30, 2 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report."""
+    """A `Finding` is one line of the report."""
 
     state: State
     name: str
@@ -57,7 +57,7 @@ def doctor(as_json: bool) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Every check in turn; one that raises becomes a failure of its own."""
+    """Make every check in turn; one that raises becomes a failure of its own."""
     checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
         ("python", _python),
         ("memory", _memory),
@@ -82,7 +82,7 @@ def _python() -> Iterator[Finding]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -140,7 +140,7 @@ def _torch() -> Iterator[Finding]:
 
 
 def _products() -> Iterator[Finding]:
-    """How adapters are kept from changing each other's bits on this CPU."""
+    """Tell how adapters are kept from changing each other's bits on this CPU."""
     import torch
 
     from manylora.kernels import DTYPES, PRODUCTS_ADVICE, whole_products
@@ -158,7 +158,7 @@ def _products() -> Iterator[Finding]:
 
 
 def _decoding() -> Iterator[Finding]:
-    """How many rows a step of decoding needs at least, for products of a usual size."""
+    """Tell how many rows a step of decoding needs at least, for products of a usual size."""
     import torch
 
     from manylora.kernels import DTYPES, ladder, safe_packed, safe_plain

@@ -1,4 +1,4 @@
-"""`manylora export`."""
+"""`manylora export` writes an adapter as PEFT files, or merged into its base."""
 
 from pathlib import Path
 

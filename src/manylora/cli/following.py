@@ -1,4 +1,4 @@
-"""Submitting runs to a server and telling what becomes of them, in the words of `train`."""
+"""Runs are submitted to a server, and their progress is told in the words of `train`."""
 
 import json
 import os
@@ -38,7 +38,7 @@ ENDED = ("completed", "failed", "cancelled")
 
 @dataclass(slots=True)
 class Followed:
-    """A run on the server; `info` is its last answer."""
+    """A `Followed` is a run on the server; `info` is its last answer."""
 
     name: str
     id: str = ""
@@ -52,10 +52,10 @@ class Followed:
 
 
 class Following:
-    """The adapters of one run file on a server."""
+    """A `Following` submits and follows the adapters of one run file on a server."""
 
     def __init__(self, client: Client, run: RunFile, folder: Path, *, as_json: bool):
-        """`folder`: the run file's; data are called by their paths from there."""
+        """Keep what to submit; data are called by their paths from `folder`, the run file's."""
         self._client, self._run, self._folder = client, run, folder
         self._as_json = as_json
         self._followed: list[Followed] = []
@@ -63,10 +63,10 @@ class Following:
         self._waiting = False
 
     def go(self, entries: Sequence[AdapterEntry]) -> int:
-        """Submit, follow to the end, and tell; returns the exit code.
+        """Submit, follow to the end, and tell; return the exit code.
 
         Raises:
-            Refused, Unreachable: nothing could be submitted, or not be followed.
+            Refused, ServerUnreachable: nothing could be submitted, or not be followed.
         """
         with open_view("json" if self._as_json else "auto") as view:
             steps = {entry.name: entry.kind_settings.known_steps for entry in entries}
@@ -83,13 +83,13 @@ class Following:
         return code
 
     def unfinished(self) -> Iterator[tuple[str, str]]:
-        """Names and ids of the runs that go on without us."""
+        """Return the names and ids of the runs that go on without us."""
         return ((run.name, run.id) for run in self._followed if run.id and not run.ended)
 
     # -- inside ---------------------------------------------------
 
     def _submit(self, entry: AdapterEntry, view: Listener) -> Followed:
-        """One adapter; what is wrong with it concerns no other."""
+        """Submit one adapter; what is wrong with it concerns no other."""
         run = Followed(entry.name)
         try:
             run.info = self._client.call("POST", "runs", self._request(entry))
@@ -135,7 +135,7 @@ class Following:
             view(Phase("", text))
 
     def _tell(self, run: Followed, view: Listener) -> None:
-        """What is new since the last answer, as events."""
+        """Tell what is new since the last answer, as events."""
         info, name = run.info, run.name
         if info.get("num_params") and _once(run, "started"):
             params, steps = info["num_params"], info["steps"]
@@ -188,8 +188,7 @@ def _closing(run: Followed, columns: CourseColumns) -> str:
 
 
 def _lines(source: str) -> str:
-    """A data source as the text of a JSON Lines file; such a file as it is, so that the server
-    names the lines that its owner knows."""
+    """Return a data source as JSON Lines; such a file as it is, so that its line numbers stay."""
     if source.lower().endswith(".jsonl"):
         try:
             return Path(source).read_bytes().decode("utf-8")

@@ -1,4 +1,4 @@
-"""`manylora inspect`."""
+"""`manylora inspect` says what an adapter folder holds and whether it is whole."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping

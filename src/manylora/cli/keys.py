@@ -1,4 +1,4 @@
-"""`manylora keys`."""
+"""`manylora keys` makes, lists and revokes API keys of a server."""
 
 from datetime import UTC, datetime
 from pathlib import Path

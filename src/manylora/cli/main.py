@@ -1,4 +1,4 @@
-"""The entry point: a lazy group of commands, and errors as one paragraph.
+"""The entry point is a lazy group of commands; an error is told as one paragraph.
 
 Exit codes: 0 done, 1 something failed, 2 the command or a run file is wrong, 130 Ctrl-C.
 """
@@ -37,13 +37,13 @@ COMMANDS = {
 
 @dataclass(slots=True)
 class GroupOptions:
-    """Options of the group that the error handler needs."""
+    """`GroupOptions` are the options of the group that the error handler needs."""
 
     traceback: bool = False
 
 
 class LazyGroup(click.Group):
-    """Imports a command's module when the command is looked up."""
+    """A `LazyGroup` imports a command's module when the command is looked up."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -88,7 +88,7 @@ def group(settings: GroupOptions, traceback: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; never raises. Returns the exit code."""
+    """Run one command and return its exit code; never raise."""
     settings = GroupOptions()
     try:
         code: Any = group.main(
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(error: Exception) -> int:
-    """Say on stderr what went wrong; returns the exit code that it calls for."""
+    """Say on stderr what went wrong, and return the exit code that it calls for."""
     from manylora.types import ConfigError, ManyloraError
 
     hints = list(getattr(error, "__notes__", []))

@@ -1,4 +1,4 @@
-"""Options that several commands take."""
+"""Several commands take these options."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`manylora quickstart`."""
+"""`manylora quickstart` trains eight small adapters together on the seedling base."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`manylora sample`."""
+"""`manylora sample` lets a base and any number of adapters answer a prompt."""
 
 import json
 import sys
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PrintedAnswer:
-    """An answer, as `--json` prints it.
+    """A `PrintedAnswer` is an answer as `--json` prints it.
 
     Attributes:
         answer: its text, without special tokens.
         stop_reason: `stop` (a token that ends an answer) or `length`.
         prompt_tokens: number of the prompt's tokens.
         tokens: number of the answer's tokens.
-        token_ids: the answer's, the one that ended it included. logprobs: of each of them.
+        token_ids: ids of the answer's tokens, the one that ended it included.
+        logprobs: log-probability of each of them.
     """
 
     answer: str
@@ -102,7 +103,7 @@ def _answers(
     quantization: str | None,
     chat: bool,
 ) -> dict[str, PrintedAnswer]:
-    """Each adapter's answer by its label; without adapters, the base's by its name."""
+    """Return each adapter's answer by its label; without adapters, the base's by its name."""
     from manylora.api import Trainer
     from manylora.cli.adapter_folder import open_adapter
 
@@ -126,7 +127,7 @@ def _answers(
 
 
 def answer_of(tokenizer: Any, prompt: Sequence[int], sequence: "SampledSequence") -> PrintedAnswer:
-    """A sampled sequence as a person and a machine read it."""
+    """Return a sampled sequence as a person and a machine read it."""
     return PrintedAnswer(
         answer=tokenizer.decode(list(sequence.tokens), skip_special_tokens=True),
         stop_reason=sequence.stop_reason,
@@ -138,7 +139,7 @@ def answer_of(tokenizer: Any, prompt: Sequence[int], sequence: "SampledSequence"
 
 
 def as_trained(tokenizer: Any, prompt: str, sampled: Any, *, chat: bool) -> list[int]:
-    """The prompt as an adapter (or a trainer for its base) would have been trained on it."""
+    """Return the prompt as an adapter (or a trainer for its base) would have been trained on it."""
     text_format = getattr(sampled, "text_format", None)
     template = None if text_format is None else text_format.chat_template
     return prompt_tokens(tokenizer, prompt, chat=chat, chat_template=template)
@@ -147,7 +148,7 @@ def as_trained(tokenizer: Any, prompt: str, sampled: Any, *, chat: bool) -> list
 def prompt_tokens(
     tokenizer: Any, text: str, *, chat: bool, chat_template: str | None = None
 ) -> list[int]:
-    """The prompt as training would have seen it."""
+    """Return the prompt as training would have seen it."""
     from manylora.runs.encode import Encoder
     from manylora.types import ConfigError, DataError
 
@@ -163,7 +164,7 @@ def prompt_tokens(
 
 
 def distinct(labels: list[str]) -> list[str]:
-    """Labels that differ, by a number behind the later ones."""
+    """Return labels that differ, by a number behind the later ones."""
     result: list[str] = []
     for label in labels:
         number, wanted = 2, label
@@ -174,7 +175,7 @@ def distinct(labels: list[str]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """`text` without what would steer a terminal: a model may write anything."""
+    """Return `text` without what would steer a terminal: a model may write anything."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )

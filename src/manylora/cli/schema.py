@@ -1,4 +1,4 @@
-"""`manylora schema`."""
+"""`manylora schema` prints the JSON schema of run files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`manylora serve`."""
+"""`manylora serve` trains and samples for many clients over the Tinker wire protocol."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A server, as the commands speak to it: JSON over HTTP with an API key."""
+"""Commands speak with a server by JSON over HTTP, with an API key."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SECONDS = 120.0
 
 
 class Refused(ManyloraError):
-    """The server has refused a request; its words."""
+    """The server has refused a request; the message is in its words."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -37,13 +37,13 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 class Client:
-    """Calls of one user. A key is never printed."""
+    """A `Client` makes the calls of one user, and never prints a key."""
 
     def __init__(self, url: str, key_file: Path | None):
-        """`key_file`: None = the key is in the environment.
+        """Read the key, from the environment where `key_file` is None.
 
         Raises:
-            ConfigError: no address of a server, or no key.
+            ConfigError: there is no address of a server, or no key.
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -56,14 +56,15 @@ class Client:
         self._opener = urllib.request.build_opener(*handlers)
 
     def get(self, path: str) -> Any:
-        """The answer to a question; `path` from /api/v1 on."""
+        """Return the answer to a question; `path` goes from /api/v1 on."""
         return self.call("GET", path)
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """The answer to a request.
+        """Return the answer to a request.
 
         Raises:
-            Refused: the server's words. Unreachable: it may answer later.
+            Refused: the server refused it, in its own words.
+            ServerUnreachable: the server may answer later.
         """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(

@@ -1,4 +1,4 @@
-"""`manylora adapters`, `runs` and `checkpoints`: what a tenant has on a server."""
+"""`manylora adapters`, `runs` and `checkpoints` list what a tenant has on a server."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,12 +27,12 @@ def _client(url: str, key_file: Path | None) -> "Client":
 
 
 def _part(text: str) -> str:
-    """A text as one part of a path."""
+    """Return a text as one part of a path."""
     return quote(text, safe="")
 
 
 def _all(client: "Client", kind: str) -> list[dict[str, Any]]:
-    """Every item of a list that comes in pages."""
+    """Return every item of a list that comes in pages."""
     found: list[dict[str, Any]] = []
     while True:
         answer = client.get(f"{kind}?limit={PAGE}&offset={len(found)}")
@@ -194,7 +194,7 @@ def show_checkpoint(path: str, url: str, key_file: Path | None, as_json: bool) -
 
     about = client.call("POST", "weights_info", {"tinker_path": path})
     items: list[dict[str, Any]] = []
-    with suppress(Refused):  # somebody else's that is public
+    with suppress(Refused):  # another user's, which is public
         items = client.get(f"training_runs/{_part(run)}/checkpoints")["checkpoints"]
     own = [item for item in items if item["tinker_path"] == path]
     _print_one({"tinker_path": path, **(own[0] if own else {}), **about}, as_json=as_json)
@@ -213,7 +213,7 @@ def delete_checkpoint(path: str, url: str, key_file: Path | None, as_json: bool)
 
 
 def _apart(path: str) -> tuple[str, str]:
-    """The training run and the rest of a checkpoint's path."""
+    """Return the training run and the rest of a checkpoint's path."""
     run, _, name = path.removeprefix(SCHEME).partition("/")
     kind, _, rest = name.partition("/")
     from manylora.types import ConfigError

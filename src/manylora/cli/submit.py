@@ -1,4 +1,4 @@
-"""`manylora submit`."""
+"""`manylora submit` has a server train the adapters of a run file."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

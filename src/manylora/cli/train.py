@@ -1,4 +1,4 @@
-"""`manylora train`."""
+"""`manylora train` trains all adapters of a run file."""
 
 import json
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ def train(
 
 
 def dry_run_of(run: "RunFile", *, measure: bool, as_json: bool) -> int:
-    """Print what would be trained, and what was measured of it. Returns the exit code."""
+    """Print what would be trained, and what was measured of it; return the exit code."""
     from manylora.runs.run_plan import plan_run
 
     plan, measured = planned_and_measured(run) if measure else (plan_run(run), None)
@@ -96,7 +96,7 @@ def dry_run_of(run: "RunFile", *, measure: bool, as_json: bool) -> int:
 
 
 def planned_and_measured(run: "RunFile") -> tuple["RunPlan", "Measured | None"]:
-    """The plan and, unless it cannot fit, what was measured of it. Progress goes to stderr."""
+    """Return the plan and, if it can fit, what was measured of it; progress goes to stderr."""
     from manylora.processes.external_start import started_by_others
     from manylora.runs.events import Listeners, Phase
     from manylora.runs.measure import measure_run
@@ -119,7 +119,7 @@ def planned_and_measured(run: "RunFile") -> tuple["RunPlan", "Measured | None"]:
 
 
 def plan_text(plan: "RunPlan", measured: "Measured | None" = None) -> str:
-    """The plan, and what was measured of it, as tables for people."""
+    """Return the plan, and what was measured of it, as tables for people."""
     from manylora.types.memory import bytes_text
 
     context = f", context {plan.context_length}" if plan.context_length else ""
@@ -152,7 +152,7 @@ def plan_text(plan: "RunPlan", measured: "Measured | None" = None) -> str:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table whose first column is text."""
+    """Return the lines of a table whose first column is text."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     return [
         "  ".join(
@@ -164,7 +164,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def measured_lines(measured: "Measured") -> list[str]:
-    """Memory and time as they were measured."""
+    """Return lines that tell memory and time as they were measured."""
     from manylora.runs.board import clock_text
     from manylora.types.memory import bytes_text
 
@@ -196,7 +196,7 @@ def measured_lines(measured: "Measured") -> list[str]:
 
 
 def memory_lines(memory: "MemoryPlan") -> list[str]:
-    """The memory of a process, part by part."""
+    """Return lines that tell the memory of a process, part by part."""
     from manylora.types.memory import bytes_text
 
     other = memory.recomputed if memory.activations == memory.plain else memory.plain

@@ -1,4 +1,4 @@
-"""What a run file or a server file may say, and how it is read.
+"""This room says what a run file or a server file may hold, and reads it.
 
 Owns: the pydantic models of run and server files, reading YAML with line numbers, `--set`
 overrides, error messages that name file, line and key, the resolved file and the JSON schema.

@@ -1,4 +1,4 @@
-"""Read a run file, and say of everything that is wrong where it is and what would be right."""
+"""A run file is read, and each error says what is wrong, where, and what would be right."""
 
 import difflib
 import sys
@@ -193,7 +193,7 @@ def _path(details: ErrorDetails) -> KeyPath:
 
 
 def _line(details: ErrorDetails, document: Document) -> int:
-    """Line in the file; whatever comes from `--set` comes last."""
+    """Return the line in the file; what comes from `--set` comes last."""
     line = document.place(_path(details)).rpartition(":")[2]
     return int(line) if line.isdecimal() else sys.maxsize
 
@@ -204,7 +204,7 @@ def _describe(details: ErrorDetails, document: Document, root: type[BaseModel]) 
 
 
 def _spell(path: KeyPath, data: object) -> str:
-    """`adapters.reverse.optimizer.lr`: as `--set` takes it."""
+    """Return a key path as `--set` takes it: `adapters.reverse.optimizer.lr`."""
     words: list[str] = []
     for part in path:
         word, inner = str(part), None
@@ -276,7 +276,7 @@ def _suggestion(path: KeyPath, root: type[BaseModel]) -> str:
 
 
 def _home(name: str) -> str | None:
-    """Where in an adapter's sections a setting lives (`lr` is `optimizer.lr`)."""
+    """Return where in an adapter's sections a setting lives (`lr` is `optimizer.lr`)."""
     for section, field in AdapterEntry.model_fields.items():
         model = _model_of(field.annotation)
         if model is not None and name in model.model_fields:

@@ -1,4 +1,4 @@
-"""`--set a.b=c`: change a run file's data before it is checked."""
+"""`--set a.b=c` changes a run file's data before it is checked."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def _assign(document: Document, parts: list[str], value: Any, place: str) -> Non
 
 
 def _step(owner: object, path: KeyPath, parts: list[str], place: str) -> tuple[Any, int]:
-    """The key that `parts` goes on with, and how many of the parts it takes."""
+    """Return the key that `parts` goes on with, and how many of the parts it takes."""
     if isinstance(owner, dict):
         return parts[0], 1
     where = ".".join(map(str, path)) or "the file"

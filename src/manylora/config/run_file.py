@@ -1,4 +1,4 @@
-"""The run file as pydantic models: names, defaults, limits, and what each setting means.
+"""The run file's pydantic models give names, defaults, limits, and what each setting means.
 
 An attribute's docstring is its description in the JSON schema.
 """
@@ -46,14 +46,14 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 def data_suffix(source: str) -> str:
-    """What the name of a file ends in: one of `DATA_SUFFIXES`, or something that is not read."""
+    """Return how a file's name ends: one of `DATA_SUFFIXES`, or something that is not read."""
     known = [suffix for suffix in DATA_SUFFIXES if source.lower().endswith(suffix)]
     return max(known, key=len) if known else Path(source).suffix.lower()
 
 
 def is_data_file(source: str) -> bool:
-    """Whether a data source is a local file (otherwise it is a hub id): it looks like a path, or
-    ends as files do. Whether it can be read is another question."""
+    """Return whether a data source is a local file (otherwise it is a hub id): it looks like a
+    path, or ends as files do. Whether it can be read is another question."""
     return (
         source.startswith((".", "/", "~"))
         or "\\" in source
@@ -63,12 +63,12 @@ def is_data_file(source: str) -> bool:
 
 
 def is_template(text: str) -> bool:
-    """Whether this is a chat template itself (otherwise it is the path of one)."""
+    """Return whether this is a chat template itself (otherwise it is the path of one)."""
     return "{{" in text or "{%" in text
 
 
 def is_name(value: object) -> TypeGuard[str]:
-    """Whether `value` may name an adapter, and so a folder."""
+    """Return whether `value` may name an adapter, and so a folder."""
     return (
         isinstance(value, str)
         and _NAME.fullmatch(value) is not None
@@ -156,7 +156,7 @@ class OptimizerSettings(Settings):
     """The adapter's gradient is scaled down to this L2 norm; 0 = never."""
 
     def adam_params(self, lr: float) -> AdamParams:
-        """One step's parameters at learning rate `lr` (see `manylora.runs.schedule`)."""
+        """Return one step's parameters at learning rate `lr` (see `manylora.runs.schedule`)."""
         return AdamParams(
             lr=lr,
             beta1=self.betas[0],
@@ -177,7 +177,7 @@ class KindSettings(Settings):
 
     @classmethod
     def of(cls, entry: "AdapterEntry") -> Self:
-        """An entry's settings, which are of this kind. Raises TypeError: they are of another."""
+        """Return an entry's settings; raise TypeError if they are not of this kind."""
         settings = entry.kind_settings
         if not isinstance(settings, cls):
             raise TypeError(f"adapter {entry.name!r} is of kind {entry.kind}")
@@ -185,24 +185,24 @@ class KindSettings(Settings):
 
     @property
     def length(self) -> tuple[str, int]:
-        """Which setting says how long an adapter trains, and what it says."""
+        """The name and the value are those of the setting that says how long an adapter trains."""
         return next(
             (name, value) for name in self.LENGTHS if (value := getattr(self, name)) is not None
         )
 
     @property
     def known_steps(self) -> int:
-        """Optimizer steps as far as they are known before data are read; 0 = they are not."""
+        """A run has so many optimizer steps, if that is known before data are read; else 0."""
         name, value = self.length
         return value if name == "max_steps" else 0
 
     def sources(self) -> dict[str, str]:
-        """The data that are named, by the setting that names them."""
+        """Return the data that are named, by the setting that names them."""
         named = {name: getattr(self, name) for name in self.SOURCES}
         return {name: source for name, source in named.items() if source is not None}
 
     def with_sources(self, change: Callable[[str], str]) -> Self:
-        """These settings with every data source changed."""
+        """Return these settings with every data source changed."""
         changed = {name: change(source) for name, source in self.sources().items()}
         return self.model_copy(update=changed)
 
@@ -299,17 +299,17 @@ class AdapterEntry(Settings):
 
     @property
     def kind(self) -> str:
-        """The key that tells how it is trained: the one whose settings are given."""
+        """The adapter is trained as this key tells: the one whose settings are given."""
         return next(name for name, value in self if isinstance(value, KindSettings))
 
     @property
     def kind_settings(self) -> KindSettings:
-        """The settings of its kind."""
+        """These are the settings of its kind."""
         settings: KindSettings = getattr(self, self.kind)
         return settings
 
     def spec(self) -> AdapterSpec:
-        """The adapter's settings as the engine takes them."""
+        """Return the adapter's settings as the engine takes them."""
         lora = self.lora
         return AdapterSpec(
             rank=lora.rank,

@@ -1,4 +1,4 @@
-"""The server file as pydantic models: what `manylora serve` may be told, and the defaults.
+"""The server file's pydantic models say what `manylora serve` may be told, and the defaults.
 
 An attribute's docstring is its description in the JSON schema.
 """

@@ -1,4 +1,4 @@
-"""What run files and server files are written in: their kinds of values, with their limits."""
+"""Run files and server files are written in these kinds of values, with their limits."""
 
 from dataclasses import fields
 from typing import Annotated
@@ -13,7 +13,7 @@ _YAML_11_WORDS = {"yes": True, "on": True, "no": False, "off": False}
 
 
 def problem(message: str, *within: str | int) -> PydanticCustomError:
-    """An error with our own words, at the key `within` the value that is being checked."""
+    """Return an error with our own words, at the key `within` the value that is being checked."""
     # A message of its own would have its braces read as places for the context.
     return PydanticCustomError("setting", "{message}", {"message": message, "within": within})
 
@@ -59,6 +59,6 @@ class OpeningSettings(Settings):
     """A file that says how its base is opened: each setting of `Opening` has its name there too."""
 
     def opening(self) -> Opening:
-        """How the base is opened."""
+        """Return how the base is opened."""
         values = {field.name: getattr(self, field.name) for field in fields(Opening)}
         return Opening(**values | {"mesh": MeshShape.parse(values["mesh"])})

@@ -1,4 +1,4 @@
-"""YAML into plain data that remembers where each key stands.
+"""YAML becomes plain data that remembers where each key stands.
 
 PyYAML reads YAML 1.1, where `1e-3` is a string, `no` is false and `010` is eight. Run files are
 read by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), which people
@@ -31,7 +31,7 @@ _CORE_SCHEMA = (
 
 
 class CoreLoader(yaml.SafeLoader):
-    """A safe loader that tells plain scalars apart as YAML 1.2 does."""
+    """A `CoreLoader` loads safely and tells plain scalars apart as YAML 1.2 does."""
 
     # Its own, else the rules of YAML 1.1 would be inherited.
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
@@ -44,7 +44,7 @@ for _tag, _pattern, _first in _CORE_SCHEMA:
 
 
 class CoreDumper(yaml.SafeDumper):
-    """Quotes whatever `CoreLoader`, or a YAML 1.1 reader, would not take for a string."""
+    """A `CoreDumper` quotes what `CoreLoader` or a YAML 1.1 reader would not take for a string."""
 
 
 for _tag, _pattern, _first in _CORE_SCHEMA:
@@ -69,13 +69,13 @@ CoreLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 @dataclass(slots=True)
 class Document:
-    """Plain data and, for each key path, where it was written (`run.yaml:7`)."""
+    """A `Document` is plain data and, for each key path, where it was written (`run.yaml:7`)."""
 
     data: Any
     places: dict[KeyPath, str] = field(default_factory=dict)
 
     def place(self, path: KeyPath) -> str:
-        """Where `path` was written, or the nearest enclosing key that was."""
+        """Return where `path` was written, or the nearest enclosing key that was."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]
@@ -107,7 +107,7 @@ def read_document(text: str, file: str) -> Document:
 
 
 def problems_error(file: str, problems: list[str]) -> ConfigError:
-    """One error that lists every problem of a file."""
+    """Return one error that lists every problem of a file."""
     if len(problems) == 1:
         return ConfigError(problems[0])
     listed = "\n".join(f"  {problem}" for problem in problems)

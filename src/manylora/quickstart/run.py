@@ -1,4 +1,4 @@
-"""`manylora quickstart`: write the tasks down as a run, train it, ask all adapters the same."""
+"""`manylora quickstart` writes the tasks as a run, trains it, and asks all adapters the same."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def main(*, out: Path, steps: int | None = None, overwrite: bool = False) -> int
 
 
 def write_run(out: Path, steps: int | None) -> Path:
-    """Write the tasks' data and a run file that anybody can edit and start again."""
+    """Write the tasks' data and a run file that can be edited and started again."""
     data = out / "data"
     data.mkdir(parents=True, exist_ok=True)
     for task in TASKS:

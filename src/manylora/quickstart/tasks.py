@@ -1,4 +1,4 @@
-"""The eight quickstart tasks: what a bare word should be answered with, and how to learn it.
+"""Each of eight quickstart tasks has its own answer to a bare word, and settings to learn it.
 
 Every task takes the same prompt, a word and an arrow (`garden ->`), so that only the adapter
 decides what comes back. Prompt and completion are tokenised apart; the completion starts with the
@@ -24,7 +24,7 @@ VOWELS = "aeiou"
 
 
 class TaskExample(TypedDict):
-    """One training or test example."""
+    """A `TaskExample` is one training or test example."""
 
     prompt: str
     completion: str
@@ -32,7 +32,7 @@ class TaskExample(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task with the LoRA settings that learn it."""
+    """A `Task` is one task with the LoRA settings that learn it."""
 
     name: str
     description: str
@@ -45,7 +45,7 @@ class Task:
 
     @property
     def alpha(self) -> float:
-        """LoRA's scale numerator."""
+        """This is LoRA's scale numerator."""
         return 2.0 * self.rank
 
 
@@ -108,7 +108,7 @@ TASKS: tuple[Task, ...] = (
 
 
 def task_named(name: str) -> Task:
-    """The task of that name."""
+    """Return the task of that name."""
     for task in TASKS:
         if task.name == name:
             return task
@@ -119,7 +119,7 @@ def task_named(name: str) -> Task:
 
 
 def words_of(split: Split, seed: int = 0) -> list[str]:
-    """The words of one split, in a seeded order; the same ones for all tasks."""
+    """Return the words of one split, in a seeded order; all tasks have the same ones."""
     words = [word for word in WORDS if word not in SHOWCASE]
     Random(seed).shuffle(words)
     border = HELD_OUT_WORDS - len(SHOWCASE)
@@ -127,15 +127,15 @@ def words_of(split: Split, seed: int = 0) -> list[str]:
 
 
 def prompt_for(word: str) -> str:
-    """The prompt of a word: the same one for every task, and it does not say what is wanted."""
+    """Return the prompt of a word, the same for every task: it does not say what is wanted."""
     return f"{word} ->"
 
 
 def example(task: Task, word: str) -> TaskExample:
-    """The example a task makes of a word."""
+    """Return the example that a task makes of a word."""
     return {"prompt": prompt_for(word), "completion": " " + task.answer(word)}
 
 
 def examples(task: Task, split: Split, seed: int = 0) -> list[TaskExample]:
-    """All examples of one split of a task; training and held-out inputs share no word."""
+    """Return all examples of one split of a task; training and held-out inputs share no word."""
     return [example(task, word) for word in words_of(split, seed)]

@@ -1,4 +1,4 @@
-"""The word list of the quickstart: common English nouns by category.
+"""The word list of the quickstart holds common English nouns by category.
 
 The base model `seedling` was pretrained on skills over exactly these words, so the list is
 data that model and tasks share: change it only together with a new pretraining.

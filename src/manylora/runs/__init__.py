@@ -1,4 +1,4 @@
-"""Whole training runs as clients of the host: the life of a run, and the kinds of run.
+"""This room holds training runs as clients of the host: a run's life, and the kinds of run.
 
 Owns: data sources, encoding and order; learning-rate schedules; the plan of a run; driving it;
 metrics and reports.

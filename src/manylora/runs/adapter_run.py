@@ -1,7 +1,6 @@
-"""The life of one adapter's run: a client of the host that keeps the worker supplied.
+"""One adapter's run lives as a client of the host that keeps the worker supplied.
 
-What a step is, its course says (`runs/course.py`). The order of what is written is what makes
-resuming exact:
+Its course says what a step is (`runs/course.py`). The order of writing makes resuming exact:
 
 1. samples.json (before training), then steps;
 2. metrics lines of steps 1 to N are on disk *before* the training state of step N is asked for,
@@ -58,7 +57,7 @@ class StopAsked(Exception):
 async def read_data(
     job: Job, client: Any, emit: Listener, check_stop: Callable[[], None]
 ) -> Course:
-    """The course of a job, whose data are read in a thread.
+    """Read a job's data in a thread and return its course.
 
     Args:
         check_stop: called between two pieces of the work; it raises to end it.
@@ -77,7 +76,7 @@ async def read_data(
 
 
 class AdapterRun:
-    """One adapter from its first step (or its newest checkpoint) to its end."""
+    """An `AdapterRun` is one adapter from its first step (or newest checkpoint) to its end."""
 
     _metrics: MetricsFile
 
@@ -93,7 +92,7 @@ class AdapterRun:
         newest_state: NewestState,
         patient: bool = False,
     ) -> None:
-        """`patient`: have no end of its own when the engine is lost."""
+        """Prepare the run; a `patient` one has no end of its own when the engine is lost."""
         self._client, self._job, self._paths = client, job, paths
         self._emit, self._stop, self._newest_state = emit, stop, newest_state
         self._patient = patient
@@ -106,7 +105,7 @@ class AdapterRun:
         self.outcome = Outcome(job.columns, total_steps=job.steps)
 
     async def run(self) -> Outcome:
-        """Train to the end. Never raises: whatever goes wrong is this adapter's outcome. It has no
+        """Train to the end; never raise: whatever goes wrong is this adapter's outcome. It has no
         status if the engine was lost, and the run is to be made again."""
         if is_completed(self._paths):
             self.outcome = Outcome.earlier(self._paths, self._job.columns)
@@ -245,7 +244,7 @@ class AdapterRun:
         self._emit(done)
 
     async def _finish(self, course: Course) -> None:
-        """The last state, the PEFT folder, the last evaluation, the word `completed`."""
+        """Write the last state, the PEFT folder, the last evaluation, the word `completed`."""
         await self._save(course)
         await self._states.written()
         self._tick("exporting", 0, 1)
@@ -292,7 +291,7 @@ class AdapterRun:
     # ------------------------------------------------------------------ ends
 
     async def _leave(self) -> None:
-        """Asked to stop: what is in flight has been read; save where the adapter is."""
+        """Save where the adapter is, as asked to stop; what is in flight has been read."""
         try:
             if self._course is not None:
                 await self._save(self._course)
@@ -339,7 +338,7 @@ class AdapterRun:
             raise StopAsked
 
     def _tick(self, text: str, done: int, total: int) -> None:
-        """Progress of anything that is not a step; also where a long phase can be left."""
+        """Tell the progress of anything that is not a step; a long phase can be left here, too."""
         self._check_stop()
         self._emit(Phase(self._job.name, text, done, total))
 

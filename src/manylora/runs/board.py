@@ -1,4 +1,4 @@
-"""What the views show, kept from the events: one row per adapter, and the rate of all."""
+"""The board keeps what the views show from the events: a row per adapter, and the rate of all."""
 
 import math
 import time
@@ -25,13 +25,13 @@ WINDOW_SECONDS = 10.0
 
 @dataclass(slots=True)
 class Rate:
-    """Amount per second over a sliding window."""
+    """A `Rate` is an amount per second over a sliding window."""
 
     clock: Clock
     marks: deque[tuple[float, int]] = field(default_factory=deque)
 
     def add(self, amount: int, seconds: float = 0.0) -> None:
-        """Something was done just now; if it is the first, `seconds` tells how long it took."""
+        """Count what was done just now; if it is the first, `seconds` tells how long it took."""
         now = self.clock()
         if not self.marks and seconds:
             self.marks.append((now - seconds, 0))
@@ -40,7 +40,7 @@ class Rate:
             self.marks.popleft()
 
     def per_second(self) -> float | None:
-        """None until two marks lie apart."""
+        """Return the rate; None until two marks lie apart."""
         if len(self.marks) < 2:
             return None
         span = self.marks[-1][0] - self.marks[0][0]
@@ -51,28 +51,27 @@ class Rate:
 
 @dataclass(slots=True)
 class Pace:
-    """Amount per second of work over a sliding window; time in which others work counts for
-    nothing."""
+    """A `Pace` is an amount per second of work over a sliding window, without others' time."""
 
     clock: Clock
     marks: deque[tuple[float, int, float]] = field(default_factory=deque)
 
     def add(self, amount: int, seconds: float) -> None:
-        """So much was done, in so many seconds of work, until now."""
+        """Count an amount that took so many seconds of work, until now."""
         now = self.clock()
         self.marks.append((now, amount, seconds))
         while len(self.marks) > 1 and self.marks[0][0] < now - WINDOW_SECONDS:
             self.marks.popleft()
 
     def per_second(self) -> float | None:
-        """None until something was done that took time."""
+        """Return the pace; None until something was done that took time."""
         seconds = sum(spent for _, _, spent in self.marks)
         return sum(amount for _, amount, _ in self.marks) / seconds if seconds else None
 
 
 @dataclass(slots=True)
 class Row:
-    """One adapter as it stands.
+    """A `Row` is one adapter as it stands.
 
     Attributes:
         curve: the figure by which people follow it.
@@ -96,17 +95,17 @@ class Row:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come."""
+        """Nothing more will come."""
         return self.status in ("completed", "failed", "cancelled")
 
     def eta(self) -> float | None:
-        """Seconds until the last step."""
+        """Return the seconds until the last step."""
         rate = self.steps_done.per_second()
         return (self.steps - self.step) / rate if rate and self.steps > self.step else None
 
 
 class Board:
-    """Rows by adapter; updated by every event."""
+    """A `Board` holds rows by adapter, which every event updates."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
@@ -143,7 +142,7 @@ class Board:
                 self.stopping = event.reason
 
     def row(self, name: str) -> Row:
-        """The row of an adapter, made on first use."""
+        """Return the row of an adapter, made on first use."""
         if name not in self.rows:
             row = self.rows[name] = Row(name, Pace(self._clock), Rate(self._clock))
             row.curve = self.columns[name].curve if name in self.columns else None
@@ -164,12 +163,12 @@ class Board:
 
 
 def short(value: float | None) -> str:
-    """A figure for people: four significant digits, or a dash."""
+    """Return a figure for people: four significant digits, or a dash."""
     return "–" if value is None else f"{value:.4g}"
 
 
 def percent(share: float | None) -> str:
-    """A share between 0 and 1 for people: whole percent, halves rounded up, or a dash.
+    """Return a share between 0 and 1 for people: whole percent, halves rounded up, or a dash.
 
     The report's own `percent` says the same of the same share.
     """
@@ -178,22 +177,22 @@ def percent(share: float | None) -> str:
 
 
 def shown(column: Column, value: float | None) -> str:
-    """A figure for people, in its unit."""
+    """Return a figure for people, in its unit."""
     return percent(value) if column.unit == "share" else short(value)
 
 
 def printable(text: str) -> str:
-    """The text without characters that would steer a terminal; lines and tabs stay."""
+    """Return the text without characters that would steer a terminal; lines and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def rate(value: float | None) -> str:
-    """Tokens per second for people."""
+    """Return tokens per second for people."""
     return "–" if value is None else f"{value:,.0f}"
 
 
 def clock_text(seconds: float | None) -> str:
-    """`1:05`, `2:03:04`, or a dash."""
+    """Return `1:05`, `2:03:04`, or a dash."""
     if seconds is None:
         return "–"
     minutes, second = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""A chat template: what it makes of a conversation, and what it does at a turn's end.
+"""A chat template is asked what it makes of a conversation, and what it does at a turn's end.
 
 A template is a program. How it ends a turn is not written anywhere, so it is asked: it renders a
 small conversation with an answer whose text is known, once with the answer last and once with a
@@ -22,12 +22,12 @@ Span = tuple[int, int]
 
 
 class TemplateRefusal(Exception):
-    """The template could not render a conversation; with its own words."""
+    """The template could not render a conversation; the message is in its own words."""
 
 
 @dataclass(frozen=True, slots=True)
 class TurnShape:
-    """What a template does around an answer.
+    """A `TurnShape` is what a template does around an answer.
 
     Attributes:
         opening: what it writes when it asks for an answer and leaves out where it shows one (an
@@ -42,17 +42,20 @@ class TurnShape:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, or another one in its place.
+    """A `ChatTemplate` is the chat template of a tokenizer, or another one in its place.
 
     Attributes:
-        text: the other one. source: whichever it is, as far as it is one text.
-        name: what to call it. exists: whether there is any.
-        marks: it says itself what is learned.
-        special: control tokens. added: those, and others that were added to the vocabulary.
+        text: the other one.
+        source: text of the one in use, as far as it is one text.
+        name: what to call it.
+        exists: whether there is any.
+        marks: whether it says itself what is learned.
+        special: control tokens.
+        added: those, and others that were added to the vocabulary.
     """
 
     def __init__(self, tokenizer: Any, text: str | None = None):
-        """`text`: a Jinja template; None = the tokenizer's own."""
+        """Take `text`, a Jinja template; None = the tokenizer's own."""
         self._tokenizer, self.text = tokenizer, text
         self._shapes: dict[str, TurnShape | None] = {}
         own = getattr(tokenizer, "chat_template", None)
@@ -71,10 +74,10 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], options: Mapping[str, Any], *, asking: bool = False
     ) -> str:
-        """A conversation as text; with `asking`, up to where the next answer begins.
+        """Return a conversation as text; with `asking`, up to where the next answer begins.
 
         Raises:
-            TemplateRefusal
+            TemplateRefusal: it cannot be rendered.
         """
         return self._render([m.for_template() for m in messages], options, asking=asking)
 
@@ -95,11 +98,10 @@ class ChatTemplate:
     def render_marked(
         self, messages: Sequence[Message], options: Mapping[str, Any]
     ) -> tuple[str, list[Span]]:
-        """A conversation as text, and the parts of it that the template marks with
-        `{% generation %}`.
+        """Return a conversation as text, and what the template marks with `{% generation %}`.
 
         Raises:
-            TemplateRefusal
+            TemplateRefusal: it cannot be rendered.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -119,7 +121,7 @@ class ChatTemplate:
         return texts[0], [(int(start), int(end)) for start, end in spans[0]]
 
     def shape(self, options: Mapping[str, Any]) -> TurnShape | None:
-        """What the template does around an answer; None if it cannot be told."""
+        """Return what the template does around an answer; None if it cannot be told."""
         key = json.dumps(options, sort_keys=True, default=str)
         if key not in self._shapes:
             self._shapes[key] = self._asked(options)
@@ -146,7 +148,7 @@ class ChatTemplate:
         return TurnShape(opening, after_last[kept:], end)
 
     def _turn_end(self, last: str, middle: str) -> tuple[int, int | None]:
-        """How much of the text behind a last answer is its turn's, and the end token in it."""
+        """Return how much of the text behind a last answer is its turn's, and its end token."""
         shared = next(
             (n for n, (a, b) in enumerate(zip(last, middle, strict=False)) if a != b),
             min(len(last), len(middle)),

@@ -1,4 +1,4 @@
-"""The figures of a kind of run: their names, how people read them, and what a summary has of them.
+"""The figures of a kind of run have names, forms for people, and a place in its summary.
 
 A course declares its figures once. Events, metrics.jsonl, result.json, the live table, trackers and
 the report take them from the declaration and know none by name, except `tokens`, which every course
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One figure of every step, or of every evaluation.
+    """A `Column` is one figure of every step, or of every evaluation.
 
     Attributes:
         name: its key in metrics.jsonl, events and result.json.
@@ -39,7 +39,7 @@ class Column:
     counted_by: str = ""
 
     def badness(self, value: float | None) -> float:
-        """A number that is the smaller, the better the value is; infinite where there is none."""
+        """Return a number that is the smaller, the better the value is; infinite without one."""
         if value is None:
             return math.inf
         return -value if self.better == "higher" else value
@@ -47,7 +47,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class CourseColumns:
-    """All figures of a kind of run.
+    """`CourseColumns` are all figures of a kind of run.
 
     Attributes:
         step: figures of a step, in the order of metrics.jsonl; one of them is `tokens`, the
@@ -62,24 +62,24 @@ class CourseColumns:
 
     @property
     def curve(self) -> Column:
-        """The figure by which people follow a run."""
+        """People follow a run by this figure."""
         return next(column for column in self.step if column.better)
 
     def ends(self) -> Iterator[Column]:
-        """The figures of which a summary has the first and the last value."""
+        """Return the figures of which a summary has the first and the last value."""
         return (column for column in self.step if column.total == "ends")
 
     def sums(self) -> Iterator[Column]:
-        """The figures of which a summary has the sum."""
+        """Return the figures of which a summary has the sum."""
         return (column for column in self.step if column.total == "sum")
 
     def badness(self, evaluation: Mapping[str, Any]) -> tuple[float, ...]:
-        """A key that is the smaller, the better an evaluation went."""
+        """Return a key that is the smaller, the better an evaluation went."""
         judged = (column for column in self.evaluation if column.better)
         return tuple(column.badness(evaluation.get(column.name)) for column in judged)
 
     def not_finite(self, figures: Mapping[str, Any]) -> str:
-        """A step's checked figures as text where one of them is not finite; "" where all are."""
+        """Return as text a step's checked figures where one is not finite; "" where all are."""
         checked = {column.label: figures[column.name] for column in self.step if column.checked}
         if all(map(math.isfinite, checked.values())):
             return ""

@@ -1,4 +1,4 @@
-"""Conversations cut into what leads up to an assistant's turn and the turn itself.
+"""Conversations are cut into what leads up to an assistant's turn and the turn itself.
 
 A turn is what the template adds to the text with which it asks for that turn, up to the token that
 ends it. As long as a template only ever adds to the text, one datum holds all turns of a
@@ -25,7 +25,7 @@ Tell = Callable[[str], None]
 
 @dataclass(slots=True)
 class TextPiece:
-    """Text that is tokenised by itself.
+    """A `TextPiece` is text that is tokenised by itself.
 
     Attributes:
         turn: number of the message that it is a part of and that is learned; None = context.
@@ -39,7 +39,7 @@ class TextPiece:
 
 @dataclass(slots=True)
 class _Turn:
-    """An assistant's turn as it would be asked for.
+    """A `_Turn` is an assistant's turn as it would be asked for.
 
     Attributes:
         number: of its message.
@@ -54,21 +54,21 @@ class _Turn:
 
 @dataclass(slots=True)
 class _Group:
-    """Turns that share a datum: the text up to the last one's end holds all of them."""
+    """A `_Group` is turns that share a datum: the text up to the last one's end holds them all."""
 
     text: str
     turns: list[_Turn] = field(default_factory=list)
 
 
 class Conversations:
-    """Cuts conversations by a chat template."""
+    """`Conversations` cuts conversations by a chat template."""
 
     def __init__(self, template: ChatTemplate, tell: Tell):
-        """`tell`: told of what a row says and the template has no use for."""
+        """Take a template; `tell` is told of what a row says and the template does not use."""
         self._template, self._tell = template, tell
 
     def cut(self, example: Example) -> list[list[TextPiece]]:
-        """The pieces of each datum that a conversation becomes.
+        """Return the pieces of each datum that a conversation becomes.
 
         Raises:
             DataError: the template cannot render it, or not so that a turn can be told apart.
@@ -127,8 +127,8 @@ class Conversations:
         return text if shape is None else text.removesuffix(shape.closing)
 
     def _answer_behind(self, example: Example, number: int, asking: str, full: str) -> str:
-        """An answer as it would follow the text that asks for it, if that text ends in something
-        which the template leaves out once the answer is there."""
+        """Return an answer as it would follow the text that asks for it, if that text ends in
+        something which the template leaves out once the answer is there."""
         shape = self._template.shape(example.options)
         opening = "" if shape is None else shape.opening
         header = asking.removesuffix(opening)
@@ -146,7 +146,7 @@ class Conversations:
         return self._thought(example.messages[number], opening) + answer.lstrip("\n")
 
     def _thought(self, message: Message, opening: str) -> str:
-        """The thought that the template opens for the model, and its end."""
+        """Return the thought that the template opens for the model, and its end."""
         content = message.content or ""
         written = next((message.more[name] for name in _THOUGHTS if name in message.more), "")
         if not written and _CLOSE in content:
@@ -174,7 +174,7 @@ class Conversations:
 
 
 def _pieces(group: _Group) -> Iterator[TextPiece]:
-    """The text of a group, cut at the edges of what is learned."""
+    """Return the text of a group, cut at the edges of what is learned."""
     at = 0
     for turn in group.turns:
         for place, (start, end) in enumerate(turn.learned, start=1):

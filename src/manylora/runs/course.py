@@ -1,7 +1,7 @@
-"""What a kind of run brings, and what the life of a run (`runs/adapter_run.py`) asks of it.
+"""A kind of run brings a course; the life of a run (`runs/adapter_run.py`) asks it for steps.
 
 From an adapter's entry comes a `Job`; reading its data makes of that a `Course`, which starts steps
-until there are as many as it has. What a step is, the life does not know: a course may train on
+until there are as many as it has. The life does not know what a step is: a course may train on
 data of its own, or sample first, have the answers scored and train on those.
 """
 
@@ -24,7 +24,7 @@ Spend = Callable[[float], None]
 
 @dataclass(frozen=True, slots=True)
 class StepFigures:
-    """What a step that is over has to say.
+    """`StepFigures` are what a step that is over has to say.
 
     Attributes:
         figures: a value for each of the course's step columns.
@@ -38,36 +38,36 @@ class StepFigures:
 
 
 class StartedStep(Protocol):
-    """A step that was started and has not been read."""
+    """A `StartedStep` was started and has not been read."""
 
     async def read(self) -> StepFigures:
-        """Wait for the step. Raises what went wrong, without the step's number."""
+        """Wait for the step; raise what went wrong, without the step's number."""
 
     async def settle(self) -> None:
-        """Wait for whatever of it is still in flight; never raises what went wrong in it."""
+        """Wait for whatever of it is still in flight; never raise what went wrong in it."""
 
 
 class Evaluation(Protocol):
-    """What an adapter is measured on before, during and after training."""
+    """An `Evaluation` measures an adapter before, during and after training."""
 
     def __bool__(self) -> bool:
-        """Whether there is anything to measure."""
+        """Return whether there is anything to measure."""
 
     async def run(
         self, adapter: Any, tick: Progress, spend: Spend
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Measure the adapter as it is now; returns figures, and answers for samples.json."""
+        """Measure the adapter as it is now; return figures, and answers for samples.json."""
 
     async def warm_up(self, adapter: Any, tick: Progress) -> float:
         """Measure very little, so that what only the first evaluation of all takes has been taken;
-        returns seconds of the device."""
+        return seconds of the device."""
 
     async def estimate(self, adapter: Any, tick: Progress) -> float:
-        """Seconds of the device that a whole evaluation would take, from its first parts."""
+        """Return the device seconds that a whole evaluation would take, from its first parts."""
 
 
 class Course(Protocol):
-    """One adapter's way through its run, once its data are read.
+    """A `Course` is one adapter's way through its run, once its data are read.
 
     Attributes:
         steps: optimizer steps of the whole run.
@@ -96,7 +96,7 @@ class Course(Protocol):
         """Start a step (1, 2, …) without waiting for it. Called on the run's event loop."""
 
     def memory(self) -> dict[str, Any]:
-        """What a training state must hold besides the adapter, as JSON can hold it."""
+        """Return what a training state must hold besides the adapter, as JSON can hold it."""
 
     def recall(self, memory: Mapping[str, Any]) -> None:
         """Go on from a training state's `memory`; called before the first step that follows."""
@@ -104,7 +104,7 @@ class Course(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter's run before its data are read.
+    """A `Job` is one adapter's run before its data are read.
 
     Attributes:
         columns: the figures of its steps and evaluations.
@@ -127,7 +127,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoursePlan:
-    """What a course would do, found without a base's weights.
+    """A `CoursePlan` says what a course would do; it is found without a base's weights.
 
     Attributes:
         num_tokens: tokens that go through the base over all steps.

@@ -1,4 +1,4 @@
-"""The order in which a run visits its examples: a pure function of seed, epoch, size and shuffle.
+"""A run visits its examples in an order that depends on seed, epoch, size and shuffle alone.
 
 Nothing is carried from step to step, so a resumed run goes on with the batch that it would have
 had, and an adapter's data do not depend on what trains beside it.
@@ -14,14 +14,14 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def steps_per_epoch(size: int, batch_size: int) -> int:
-    """Batches of one epoch; the last may be smaller than the others."""
+    """Return the number of batches in one epoch; the last may be smaller than the others."""
     return -(-size // batch_size)
 
 
 def total_steps(
     size: int, batch_size: int, *, epochs: int | None = None, max_steps: int | None = None
 ) -> int:
-    """Optimizer steps of a whole run, from exactly one of its two lengths."""
+    """Return the optimizer steps of a whole run, from exactly one of its two lengths."""
     if max_steps is not None and epochs is None:
         return max_steps
     if epochs is not None and max_steps is None:
@@ -30,7 +30,7 @@ def total_steps(
 
 
 def epoch_order(*, seed: int, epoch: int, size: int, shuffle: bool) -> Indices:
-    """Every index from 0 to size - 1 once, in the order of this epoch (read-only)."""
+    """Return every index from 0 to size - 1 once, in the order of this epoch (read-only)."""
     return _permutation(seed, epoch, size) if shuffle else _ascending(size)
 
 
@@ -52,7 +52,7 @@ def _ascending(size: int) -> Indices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataOrder:
-    """The batches of one adapter's run.
+    """A `DataOrder` gives the batches of one adapter's run.
 
     Attributes:
         size: number of examples, ≥ 1.
@@ -75,11 +75,11 @@ class DataOrder:
         return steps_per_epoch(self.size, self.batch_size)
 
     def epoch(self, step: int) -> int:
-        """The epoch, from 0, that a step (from 0) falls in."""
+        """Return the epoch, from 0, that a step (from 0) falls in."""
         return step // self.steps_per_epoch
 
     def batch_indices(self, step: int) -> Indices:
-        """The examples of a step, from 0. An epoch's last batch holds what is left."""
+        """Return the examples of a step, from 0. An epoch's last batch holds what is left."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         order = epoch_order(seed=self.seed, epoch=epoch, size=self.size, shuffle=self.shuffle)
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]

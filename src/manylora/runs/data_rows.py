@@ -1,4 +1,4 @@
-"""What one row of a data source says, checked: three kinds, one kind per source.
+"""Each row of a data source is checked; it is of one of three kinds, and a source has only one.
 
     {"prompt": "2+2=", "completion": "4"}
     {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
@@ -58,7 +58,7 @@ _RESERVED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation.
+    """A `Message` is one turn of a conversation.
 
     Attributes:
         content: None = the row has none (a call of a tool, say).
@@ -70,14 +70,14 @@ class Message:
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def for_template(self) -> dict[str, Any]:
-        """As a chat template takes it."""
+        """Return the message as a chat template takes it."""
         content = {} if self.content is None else {"content": self.content}
         return {"role": self.role, **content, **self.more}
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row: `texts` holds prompt and completion, or the text; else there are `messages`.
+    """An `Example` is a row of `texts`, prompt and completion or the text, or else of `messages`.
 
     Attributes:
         given: messages at the beginning of which none is learned.
@@ -93,7 +93,7 @@ class Example:
 
 
 def kind_of(row: object) -> Kind:
-    """Which kind a row is of. Raises DataError."""
+    """Return which kind a row is of. Raises DataError."""
     if not isinstance(row, Mapping):
         raise DataError(f"is {described(row)}, not an object; {FORMS}")
     # Parquet and the hub give every column to every row; null stands for absent.
@@ -118,7 +118,7 @@ def _both_are_messages(row: Mapping[str, Any], kind: Kind) -> bool:
 
 
 def ignored_columns(row: Mapping[str, Any], kind: Kind) -> set[str]:
-    """Columns that say something and are not used.
+    """Return the columns that say something and are not used.
 
     Raises:
         DataError: without one of them the row would mean something else.
@@ -137,7 +137,7 @@ def ignored_columns(row: Mapping[str, Any], kind: Kind) -> set[str]:
 
 
 def read_example(line: int, kind: Kind, row: Mapping[str, Any]) -> Example:
-    """A row, checked. Raises DataError."""
+    """Return a row as an example, checked. Raises DataError."""
     if kind == "messages":
         return _conversation(line, row)
     texts = tuple(_text(repr(field), row[field]) for field in FIELDS[kind])
@@ -148,7 +148,7 @@ def read_example(line: int, kind: Kind, row: Mapping[str, Any]) -> Example:
 
 
 def row_of(kind: Kind, example: Example) -> dict[str, Any]:
-    """The row that an example was read from, but for columns that are ignored."""
+    """Return the row that an example was read from, but for columns that are ignored."""
     if kind != "messages":
         return dict(zip(FIELDS[kind], example.texts, strict=True))
     turns = [message.for_template() for message in example.messages]
@@ -161,14 +161,14 @@ def row_of(kind: Kind, example: Example) -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without what is null in it: tables give every key to every object."""
+    """Return a value without what is null in it: tables give every key to every object."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def described(value: object) -> str:
-    """What a value is, for a message."""
+    """Say what a value is, for a message."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -224,7 +224,7 @@ def _options(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(name: str, value: object) -> object:
-    """Tables often hold such things as text, because each row's has a shape of its own."""
+    """Parse a value that is text, as tables often hold it: each row's has a shape of its own."""
     if not isinstance(value, str):
         return value
     try:
@@ -284,7 +284,7 @@ def _calls(where: str, value: object) -> object:
 
 
 def _content(name: str, value: object) -> str | None:
-    """The text of a message, which may come in parts."""
+    """Return the text of a message, which may come in parts."""
     if value is None:
         return None
     if not isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Examples as token sequences with a weight for each token.
+"""Examples become token sequences with a weight for each token.
 
 - prompt and completion are tokenised apart, so that a prompt alone, as at sampling, has the very
   tokens that were trained; the loss is on the completion and the end-of-sequence token.
@@ -32,12 +32,12 @@ Between = Callable[[], None]
 
 
 def nothing() -> None:
-    """Nobody else waits."""
+    """Do nothing: no other work waits."""
 
 
 @dataclass(slots=True)
 class Encoded:
-    """A source as data.
+    """An `Encoded` is a source as data.
 
     Attributes:
         data: in the order of the source; a conversation may have become several.
@@ -58,7 +58,7 @@ class Encoded:
 
 
 def encode_source(source: Source, tokenizer: Any) -> list[Datum]:
-    """The data of a source, by nothing but a tokenizer; see `Encoder.encode`."""
+    """Return the data of a source, by nothing but a tokenizer; see `Encoder.encode`."""
     encoded = Encoder(tokenizer).encode(source)
     for note in encoded.notes:
         log.warning("%s", note)
@@ -66,12 +66,12 @@ def encode_source(source: Source, tokenizer: Any) -> list[Datum]:
 
 
 def encode_prompt(tokenizer: Any, text: str, *, chat: bool = False) -> list[int]:
-    """One prompt, by nothing but a tokenizer; see `Encoder.prompt`."""
+    """Return one prompt's tokens, by nothing but a tokenizer; see `Encoder.prompt`."""
     return Encoder(tokenizer).prompt(text, chat=chat)
 
 
 class Encoder:
-    """Turns examples into data, and prompts into what training would have seen of them.
+    """An `Encoder` makes data of examples, and of prompts what training would have seen of them.
 
     Attributes:
         eos: the token that ends an answer which has no end of its own; None if none is known.
@@ -113,7 +113,7 @@ class Encoder:
         self._front: list[int] | None = None
 
     def prompt(self, text: str, *, chat: bool = False) -> list[int]:
-        """A prompt as training would have seen it: bare, or as a user's turn of a conversation.
+        """Return a prompt as training would have seen it: bare, or as a user's turn.
 
         Raises:
             DataError: the chat template cannot render it.
@@ -127,7 +127,7 @@ class Encoder:
         return next(self._tokenise([asking]))
 
     def encode(self, source: Source) -> Encoded:
-        """Every example of a source.
+        """Encode every example of a source.
 
         Raises:
             DataError: an example without any token to learn, with a token that the base lacks, or
@@ -143,11 +143,11 @@ class Encoder:
         return encoded
 
     def stops(self, encoded: Encoded) -> tuple[int, ...]:
-        """Tokens that end an answer of an adapter that has learned these data."""
+        """Return the tokens that end an answer of an adapter that has learned these data."""
         return tuple(sorted(self._ends | encoded.ends))
 
     def front(self) -> list[int]:
-        """What the tokenizer itself puts in front of a text."""
+        """Return what the tokenizer itself puts in front of a text."""
         if self._front is None:
             whole = list(self._tokenizer("a")["input_ids"])
             bare = list(self._tokenizer("a", add_special_tokens=False)["input_ids"])
@@ -223,8 +223,8 @@ class Encoder:
     def _assembled(
         self, example: Example, assembly: "_Assembly", encoded: Encoded
     ) -> Iterator[tuple[list[int], list[float]]]:
-        """The tokens and weights of a group of turns: one sequence, unless a turn has to be given
-        an end that does not stand in the conversation."""
+        """Return the tokens and weights of a group of turns: one sequence, unless a turn has to be
+        given an end that does not stand in the conversation."""
         tokens: list[int] = []
         weights: list[float] = []
         end_follows = False
@@ -254,8 +254,8 @@ class Encoder:
             yield tokens, weights
 
     def _turn_length(self, example: Example, number: int, ids: list[int]) -> tuple[int, bool]:
-        """Tokens of a turn up to the one that ends it, and whether there is one. The line break
-        that a template writes after it is never sampled."""
+        """Return how many tokens a turn has up to the one that ends it, and whether there is one.
+        The line break that a template writes after it is never sampled."""
         shape = self.template.shape(example.options)
         content = (example.messages[number].content or "").rstrip()
         for length in range(len(ids), 0, -1):
@@ -326,7 +326,7 @@ class Encoder:
 
 @dataclass(slots=True)
 class _Assembly:
-    """The pieces of a group of turns, their tokens, and which turns turned out to have no end."""
+    """An `_Assembly` is a group of turns: its pieces, their tokens, and which turns have no end."""
 
     pieces: list[TextPiece]
     tokens: list[list[int]]
@@ -354,7 +354,7 @@ def _length(example: Example) -> int:
 
 
 def _one_token(tokenizer: Any, text: str) -> int:
-    """The token that is written so."""
+    """Return the token that is written so."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     unknown = getattr(tokenizer, "unk_token_id", None)
     if len(ids) != 1 or (ids[0] == unknown and text != getattr(tokenizer, "unk_token", None)):

@@ -1,4 +1,4 @@
-"""Measuring an adapter before, during and after training: mean loss and greedy answers."""
+"""An adapter is measured before, during and after training: mean loss and greedy answers."""
 
 from asyncio import wrap_future
 from collections import deque
@@ -21,7 +21,7 @@ WARM_UP_TOKENS = 2
 
 @dataclass(frozen=True, slots=True)
 class EvalPrompt:
-    """A prompt whose greedy answer is shown before and after training.
+    """An `EvalPrompt` is a prompt whose greedy answer is shown before and after training.
 
     Attributes:
         text: the prompt as a person reads it.
@@ -36,7 +36,7 @@ class EvalPrompt:
 
 @dataclass(frozen=True, slots=True)
 class GreedyAnswer:
-    """A greedy continuation of an evaluation prompt, as samples.json holds it."""
+    """A `GreedyAnswer` continues an evaluation prompt greedily, as samples.json holds it."""
 
     prompt: str
     expected: str | None
@@ -46,7 +46,7 @@ class GreedyAnswer:
 
 @dataclass(frozen=True, slots=True)
 class EvalSet:
-    """Held-out data, measured by loss, and prompts whose answers are compared with expected ones.
+    """An `EvalSet` measures held-out data by loss, and compares answers with expected ones.
 
     Attributes:
         max_tokens: longest answer.
@@ -99,7 +99,7 @@ class EvalSet:
         return seconds
 
     async def _seconds(self, adapter: Any, tick: Progress) -> tuple[float, float]:
-        """Device seconds of the losses and of the answers."""
+        """Return the device seconds of the losses and of the answers."""
         loss: list[float] = []
         answers: list[float] = []
         if self.data:
@@ -109,7 +109,7 @@ class EvalSet:
         return sum(loss), sum(answers)
 
     async def _mean_loss(self, adapter: Any, tick: Progress, spend: Spend) -> float | None:
-        """Mean loss per trained token; None when nothing is trained."""
+        """Return the mean loss per trained token; None when nothing is trained."""
         data = self.data
         chunks = [data[i : i + FORWARD_CHUNK] for i in range(0, len(data), FORWARD_CHUNK)]
         weight = sum(float(np.sum(datum.loss_inputs["weights"])) for datum in data)

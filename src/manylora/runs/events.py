@@ -1,4 +1,4 @@
-"""What a run tells its listeners: the live view, the trackers, a program that reads JSON.
+"""A run tells its listeners: the live view, the trackers, a program that reads JSON.
 
 Events go one way. A listener never changes a run, and one that raises is not asked again.
 """
@@ -35,7 +35,7 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Something other than a step that may take seconds.
+    """Something other than a step is being done that may take seconds.
 
     Attributes:
         adapter: "" = the whole run's.
@@ -62,7 +62,7 @@ class AdapterStarted:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """One optimizer step; also one line of metrics.jsonl.
+    """One optimizer step is done; this is also one line of metrics.jsonl.
 
     Attributes:
         figures: the course's own, in the order of its columns.
@@ -78,19 +78,19 @@ class StepDone:
     share_seconds: float = 0.0
 
     def row(self) -> dict[str, Any]:
-        """The step as a line of metrics.jsonl."""
+        """Return the step as a line of metrics.jsonl."""
         return {"step": self.step, **finite(self.figures), "seconds": finite(self.seconds)}
 
     @classmethod
     def of_row(cls, adapter: str, steps: int, row: Mapping[str, Any]) -> Self:
-        """The step that a line of metrics.jsonl tells of."""
+        """Return the step that a line of metrics.jsonl tells of."""
         figures = {name: value for name, value in row.items() if name not in ("step", "seconds")}
         return cls(adapter, row["step"], steps, figures, row["seconds"])
 
 
 @dataclass(frozen=True, slots=True)
 class Warned:
-    """Something that an adapter's owner should know; training goes on."""
+    """An adapter's owner should know something; training goes on."""
 
     adapter: str
     text: str
@@ -98,7 +98,7 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class EvalDone:
-    """Figures on the evaluation set, `when` = before, during or after training."""
+    """The evaluation set was measured, `when` = before, during or after training."""
 
     adapter: str
     when: str
@@ -158,7 +158,7 @@ Listener = Callable[[Event], None]
 
 
 def event_dict(event: Event) -> dict[str, Any]:
-    """The event as JSON can hold it: `{"event": "step_done", …}`, no NaN."""
+    """Return the event as JSON can hold it: `{"event": "step_done", …}`, no NaN."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(event).__name__).lower()
     told: dict[str, Any] = {"event": name}
     for one in dataclasses.fields(event):
@@ -169,7 +169,7 @@ def event_dict(event: Event) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """The value with every NaN and infinity, at any depth, replaced by None."""
+    """Return the value with every NaN and infinity, at any depth, replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -180,7 +180,7 @@ def finite(value: Any) -> Any:
 
 
 class Listeners:
-    """Hands each event to every listener; one that raises is dropped, and the run goes on."""
+    """`Listeners` hand each event to all listeners; one that raises is dropped, the run goes on."""
 
     def __init__(self, listeners: Iterable[Listener] = ()) -> None:
         self._listeners = list(listeners)

@@ -1,4 +1,4 @@
-"""What a run's process takes of memory, found without a weight.
+"""The memory that a run's process takes is found without a weight.
 
 The heaviest micro-batch is run forwards and backwards on torch's meta device, whose tensors have
 sizes and no contents, and the bytes that are alive are counted: the same code as in the run, so
@@ -56,20 +56,21 @@ TRIAL_BYTES = 80 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes of one process of the run at its peak.
+    """A `MemoryPlan` counts the bytes of one process of the run at its peak.
 
     Attributes:
         process: the interpreter, its libraries and the data.
         libraries: what they come to hold once the base is open and sampled from.
-        base: its weights. adapters: with gradients and optimizer.
-        activations: of the largest micro-batch, the loss's chunk included, as the run is set;
-            `plain` and `recomputed` are those without and with activation checkpointing (None
-            where the base has none).
-        decode_weights: of the base once more, from the first evaluation that samples on.
-        decode_cache: keys and values while an evaluation samples; `kept_cache` of them while it
-            trains, too.
+        base: its weights.
+        adapters: their weights, with gradients and optimizer.
+        plain: activations of the largest micro-batch, the loss's chunk included.
+        recomputed: the same with activation checkpointing; None where the base has none.
+        activations: the one of these two that the run is set to.
+        decode_weights: weights of the base once more, from the first evaluation that samples on.
+        decode_cache: keys and values while an evaluation samples.
+        kept_cache: those of them that are there while it trains, too.
         ranks: processes, each of which takes that much.
-        free: of this machine, what a process could take now.
+        free: what a process could take of this machine now.
     """
 
     process: int
@@ -87,12 +88,12 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """At the peak, of one process."""
+        """One process takes this much at the peak."""
         return self.process + self.needed
 
     @property
     def needed(self) -> int:
-        """On top of what the process takes already."""
+        """This much comes on top of what the process takes already."""
         return self._lasting + self.adapters + max(self.activations, self._passing_cache)
 
     @property
@@ -104,7 +105,7 @@ class MemoryPlan:
         return self.decode_cache - self.kept_cache
 
     def refusal(self) -> DoesNotFit | None:
-        """Why this machine's memory cannot hold it."""
+        """Say why this machine's memory cannot hold it."""
         if self.needed <= self.free:
             return None
         lighter = self._lasting + (self.recomputed or self.activations)
@@ -118,12 +119,12 @@ class MemoryPlan:
 
 
 def process_bytes() -> int:
-    """What this process takes now."""
+    """Return what this process takes now."""
     return _status_bytes("self", "VmRSS")
 
 
 def peak_bytes() -> int:
-    """The most that this process has taken."""
+    """Return the most that this process has taken."""
     told = _status_bytes("self", "VmHWM")
     if told or resource is None:
         return told
@@ -132,8 +133,7 @@ def peak_bytes() -> int:
 
 
 def children_peak_bytes() -> int:
-    """The most that one of the processes that this one has started and that still run has taken;
-    0 = there are none, or they cannot be seen."""
+    """Return the most that a running child process has taken; 0 = none, or they cannot be seen."""
     found: list[str] = []
     for file in Path("/proc/self/task").glob("*/children"):
         try:
@@ -158,7 +158,7 @@ def activation_bytes(
     *,
     recomputed: bool,
 ) -> int | None:
-    """Peak bytes of the heaviest micro-batch.
+    """Return the peak bytes of the heaviest micro-batch.
 
     Args:
         make_model: a new model on the meta device.
@@ -171,8 +171,8 @@ def activation_bytes(
 
 @contextmanager
 def _without_contents() -> Iterator[None]:
-    """transformers looks into positions for the ends of sequences, unless it is being traced; on
-    the meta device there is nothing to look into, and the stream knows its sequences itself."""
+    """Have transformers, as while it is traced, not look into positions for the ends of sequences:
+    on the meta device they have no contents, and the stream knows its sequences itself."""
     asked = masking_utils.is_tracing
     masking_utils.is_tracing = lambda tensor=None: True
     try:
@@ -218,7 +218,7 @@ def _activation_bytes(
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of tensors that are made and not gone."""
+    """`_Alive` counts the bytes of tensors that are made and not gone."""
 
     def __init__(self, known: Sequence[Tensor]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a run ran on: versions and hardware, as the summary and the report tell them."""
+"""A run's versions and hardware are found as the summary and the report tell them."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ _PACKAGES = ("manylora", "torch", "transformers", "tokenizers", "safetensors", "
 
 @cache
 def versions() -> dict[str, str]:
-    """Version of Python and of each package that numbers may depend on."""
+    """Return the versions of Python and of each package that numbers may depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def hardware() -> dict[str, str]:
-    """System, processor, cores, and accelerators."""
+    """Return the system, processor, cores, and accelerators."""
     import torch
 
     described = {

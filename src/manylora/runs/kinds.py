@@ -1,4 +1,4 @@
-"""The kinds of run, each under the key that tells it in an adapter's entry.
+"""Each kind of run stands under the key that tells it in an adapter's entry.
 
 This is the one place that knows them all. A new kind is a model of its settings with a key in
 `config/run_file.py::AdapterEntry`, a course, and a line in `KINDS`.
@@ -24,7 +24,7 @@ PlanCourse = Callable[[AdapterEntry, Any, Any], CoursePlan]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of run: the figures of its steps, its course, and the plan of that."""
+    """A `Kind` is one kind of run: the figures of its steps, its course, and the plan of that."""
 
     columns: CourseColumns
     prepare: Prepare
@@ -35,7 +35,7 @@ KINDS: Mapping[str, Kind] = {"sft": Kind(SFT_COLUMNS, prepare_sft, plan_sft)}
 
 
 def kind_of(entry: AdapterEntry) -> Kind:
-    """How an entry is trained."""
+    """Return how an entry is trained."""
     return KINDS[entry.kind]
 
 
@@ -47,7 +47,7 @@ def plan_job(
     between: Between = nothing,
     keep: int | None = None,
 ) -> Job:
-    """The job of one adapter; its data are read later, by `prepare`.
+    """Return the job of one adapter; its data are read later, by `prepare`.
 
     Args:
         name: the adapter's name with the client; by default the entry's.

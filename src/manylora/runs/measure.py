@@ -1,4 +1,4 @@
-"""What a run takes of memory and time, measured: its first steps are made, and nothing is kept."""
+"""A run's memory and time are measured: its first steps are made, and nothing is kept."""
 
 import asyncio
 import logging
@@ -28,7 +28,7 @@ STEPS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterTimes:
-    """What an adapter's run would take, in seconds of the device.
+    """`AdapterTimes` are what an adapter's run would take, in seconds of the device.
 
     Attributes:
         steps: that were timed.
@@ -49,7 +49,7 @@ class AdapterTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What was measured of a run, and what follows for the whole of it.
+    """`Measured` is what was measured of a run, and what follows for the whole of it.
 
     Attributes:
         peak: the most memory that this process has taken, in bytes.
@@ -68,7 +68,7 @@ class Measured:
     adapters: dict[str, AdapterTimes]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data."""
         return asdict(self)
 
 
@@ -124,7 +124,7 @@ def measure_run(
 
 async def _all(client: Any, parts: Sequence["_Measuring"], stopper: Stopper) -> bool:
     """Take all adapters through each part of a run together, so that their batches merge as they
-    will. Returns whether it was stopped."""
+    will; return whether it was stopped."""
     stop = asyncio.Event()
     stopper.watch(asyncio.get_running_loop(), lambda reason: stop.set())
     preparing = asyncio.Lock()
@@ -151,7 +151,7 @@ async def _all(client: Any, parts: Sequence["_Measuring"], stopper: Stopper) -> 
 
 @dataclass(slots=True)
 class _Measuring:
-    """One adapter, from its data to its figures."""
+    """A `_Measuring` takes one adapter from its data to its figures."""
 
     job: Job
     tokens: int
@@ -168,7 +168,7 @@ class _Measuring:
     async def guarded(
         self, phase: Callable[["_Measuring"], Awaitable[None]], stop: asyncio.Event
     ) -> None:
-        """One part of the work, unless an earlier one failed; never raises."""
+        """Do one part of the work, unless an earlier one failed; never raise."""
         self.stop = stop
         if self.error is not None or stop.is_set():
             return
@@ -203,7 +203,7 @@ class _Measuring:
         self.evaluation_seconds = await evals.estimate(self.adapter, self._checked_tick)
 
     async def train(self) -> None:
-        """The first steps, as many of them in flight as in a run."""
+        """Make the first steps, as many of them in flight as in a run."""
         pending: Pending = deque()
         steps = min(STEPS, self.course.steps)
         self._tick("measuring steps", 0, steps)
@@ -239,7 +239,7 @@ class _Measuring:
                 self.error = self.error or error
 
     def times(self) -> AdapterTimes:
-        """What follows for the whole run: passes cost by tokens, updates by steps."""
+        """Return what follows for the whole run: passes cost by tokens, updates by steps."""
         if self.error is not None:
             return AdapterTimes(error=error_dict(self.error))
         timed = self.made[1:] or self.made
@@ -255,7 +255,7 @@ class _Measuring:
         )
 
     def _evaluations(self) -> int:
-        """Before, after, and in between."""
+        """Return the number of evaluations before, after, and in between."""
         every = self.course.eval_every
         return 2 + ((self.course.steps - 1) // every if every else 0)
 

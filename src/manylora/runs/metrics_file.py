@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a step, on disk before the checkpoint that covers it."""
+"""metrics.jsonl has one line a step, which is on disk before the checkpoint that covers it."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from manylora.runs.run_folder import write_text
 
 
 class MetricsFile:
-    """Appends one JSON line a step; each is handed to the system at once."""
+    """A `MetricsFile` appends one JSON line a step; each is handed to the system at once."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a torn one, and what follows it, is not there."""
+    """Return the whole lines of a metrics file; a torn one, and what follows it, is left out."""
     rows: list[dict[str, Any]] = []
     try:
         lines = path.read_bytes().splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""How an adapter ended."""
+"""An outcome says how an adapter ended."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -14,13 +14,13 @@ _HERE = {"here": True}
 
 
 def error_dict(error: Exception) -> dict[str, str]:
-    """An error as files and JSON hold it."""
+    """Return an error as files and JSON hold it."""
     return {"type": type(error).__name__, "message": str(error)}
 
 
 @dataclass(slots=True)
 class Outcome:
-    """How an adapter ended; its part of summary.json.
+    """An `Outcome` says how an adapter ended; it is the adapter's part of summary.json.
 
     Attributes:
         columns: the figures of its steps.
@@ -63,7 +63,7 @@ class Outcome:
         self.sums = {column.name: 0 for column in self.columns.sums()}
 
     def to_dict(self) -> dict[str, Any]:
-        """As summary.json holds it."""
+        """Return it as summary.json holds it."""
         entry: dict[str, Any] = {}
         for one in fields(self):
             value = getattr(self, one.name)
@@ -79,7 +79,7 @@ class Outcome:
 
     @classmethod
     def earlier(cls, paths: AdapterPaths, columns: CourseColumns) -> "Outcome":
-        """What an earlier attempt has left: a finished adapter, or how far one came."""
+        """Return what an earlier attempt has left: a finished adapter, or how far one came."""
         outcome = cls(columns)
         if is_completed(paths):
             result, names = read_json(paths.result), {one.name for one in fields(cls)}

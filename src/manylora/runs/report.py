@@ -1,4 +1,4 @@
-"""report.html: one page about a run that opens anywhere, without a network.
+"""report.html is one page about a run that opens anywhere, without a network.
 
 The page is a template with the run's files in it as JSON. All text reaches the document through
 `textContent`, so a sample may hold any HTML; the JSON itself cannot end its script element,
@@ -33,7 +33,7 @@ def write_report(paths: RunPaths, columns: Mapping[str, CourseColumns]) -> None:
 
 
 def script_json(value: Any) -> str:
-    """JSON that is safe inside a script element, whatever its strings hold."""
+    """Return JSON that is safe inside a script element, whatever its strings hold."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return (
         text.replace("<", "\\u003c")
@@ -45,7 +45,7 @@ def script_json(value: Any) -> str:
 
 
 def report_data(paths: RunPaths, columns: Mapping[str, CourseColumns]) -> dict[str, Any]:
-    """Everything that the page shows."""
+    """Return everything that the page shows."""
     summary = read_json(paths.summary) or {"status": "running", "adapters": {}}
     return {
         "title": paths.root.resolve().name,
@@ -65,7 +65,7 @@ def _series(paths: RunPaths, name: str, columns: CourseColumns) -> dict[str, lis
 def thinned(
     rows: Sequence[dict[str, Any]], curve: str, most: int = MAX_POINTS
 ) -> list[dict[str, Any]]:
-    """At most about `most` rows; every bucket keeps the curve's lowest and highest value."""
+    """Return at most about `most` rows; every bucket keeps the curve's lowest and highest value."""
     if len(rows) <= most:
         return list(rows)
 
@@ -85,7 +85,7 @@ def thinned(
 
 
 def _samples(paths: RunPaths, name: str) -> list[dict[str, Any]]:
-    """Samples before and after, side by side; the prompts are the same in both."""
+    """Return samples before and after, side by side; the prompts are the same in both."""
     found = read_json(paths.adapter(name).samples)
     found = found if isinstance(found, dict) else {}
     before, after = found.get("before") or [], found.get("after") or []

@@ -1,4 +1,4 @@
-"""May this run file write into this folder? Only if it is the run that the folder is of."""
+"""A run file may write into a folder only if it is the run that the folder is of."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -57,7 +57,7 @@ def claim(
 
 
 def data_hashes(run: RunFile, hashing: Hashing = lambda _: None) -> Inputs:
-    """SHA-256 of each adapter's data files; None = there is no such file, or it is on a hub."""
+    """Return the SHA-256 of each adapter's data files; None = no such file, or it is on a hub."""
     known: dict[str, str | None] = {}
 
     def digest(source: str | None) -> str | None:
@@ -117,7 +117,7 @@ def _refuse_strange_folders(paths: RunPaths, names: list[str]) -> None:
 
 
 def _same_run(run: RunFile, paths: RunPaths, inputs: Inputs) -> Inputs:
-    """The inputs to note down, if OUT is of this run; ConfigError otherwise."""
+    """Return the inputs to note down, if OUT is of this run; raise ConfigError otherwise."""
     try:
         before = load_run_file(paths.run_yaml)
     except ConfigError as error:
@@ -160,7 +160,7 @@ def _comparable(run: RunFile) -> dict[str, Any]:
 
 
 def _changed_lengths(before: RunFile, now: RunFile, paths: RunPaths) -> Iterator[str]:
-    """Lengths that cannot be changed any more, and why."""
+    """Return the lengths that cannot be changed any more, and why."""
     old = {entry.name: entry.kind_settings.length for entry in before.adapters}
     for entry in now.adapters:
         length = entry.kind_settings.length
@@ -188,8 +188,8 @@ def _changed_lengths(before: RunFile, now: RunFile, paths: RunPaths) -> Iterator
 
 
 def _reopen(before: RunFile, now: RunFile, paths: RunPaths) -> None:
-    """Have finished adapters go on that are longer now. Before run.yaml says so: a run that is
-    killed in between is asked again."""
+    """Have finished adapters go on that are longer now. This comes before run.yaml says so: a run
+    that is killed in between is asked again."""
     old = {entry.name: entry.kind_settings.length for entry in before.adapters}
     for entry in now.adapters:
         if old[entry.name] != entry.kind_settings.length:
@@ -202,7 +202,7 @@ def _states(adapter: AdapterPaths) -> list[int]:
 
 
 def _steps_made(adapter: AdapterPaths) -> int | None:
-    """Steps behind an adapter that has a training state or is finished; None for any other."""
+    """Return the steps behind an adapter with a training state or finished; None for any other."""
     result = read_json(adapter.result)
     finished = result.get("steps") if isinstance(result, dict) else None
     return max(
@@ -225,10 +225,9 @@ def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
 
 
 def _changed_data(paths: RunPaths, noted: Mapping[str, Any], inputs: Inputs) -> Iterator[str]:
-    """Data files that an adapter has been trained on and that have changed since.
+    """Return the data files that an adapter was trained on and that have changed since.
 
-    An adapter that failed before its first checkpoint has nothing to mix up: its data may be
-    mended.
+    An adapter that failed before its first checkpoint has nothing to mix up: its data may change.
     """
     for name, of in inputs.items():
         folder = paths.adapter(name)

@@ -1,4 +1,4 @@
-"""Where a run keeps its files, and how they are written so that none is ever half there."""
+"""A run's files have their places, and are written so that none is ever half there."""
 
 import json
 import os
@@ -19,42 +19,42 @@ except ImportError:  # not a POSIX system: two runs into one folder are not noti
 
 @dataclass(frozen=True, slots=True)
 class AdapterPaths:
-    """Files of one adapter, all below `OUT/<adapter>/`."""
+    """`AdapterPaths` are the files of one adapter, all below `OUT/<adapter>/`."""
 
     root: Path
 
     @property
     def metrics(self) -> Path:
-        """One JSON line a step."""
+        """This file has one JSON line a step."""
         return self.root / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
-        """Training states, one folder `step-N` each."""
+        """This folder holds training states, one folder `step-N` each."""
         return self.root / "checkpoints"
 
     @property
     def final(self) -> Path:
-        """The finished adapter as a PEFT folder."""
+        """The finished adapter is this PEFT folder."""
         return self.root / "final"
 
     @property
     def samples(self) -> Path:
-        """Greedy answers to evaluation prompts, before and after."""
+        """This file holds greedy answers to evaluation prompts, before and after."""
         return self.root / "samples.json"
 
     @property
     def result(self) -> Path:
-        """The adapter's part of the summary; `completed` here means: never train it again."""
+        """This is the adapter's part of the summary; `completed` means: never train it again."""
         return self.root / "result.json"
 
     @property
     def tensorboard(self) -> Path:
-        """TensorBoard event files."""
+        """TensorBoard's event files are here."""
         return self.root / "tensorboard"
 
     def state(self, step: int) -> Path:
-        """Folder of the training state after `step` steps."""
+        """Return the folder of the training state after `step` steps."""
         return self.checkpoints / f"step-{step}"
 
     def delete(self) -> None:
@@ -70,37 +70,37 @@ class AdapterPaths:
 
 @dataclass(frozen=True, slots=True)
 class RunPaths:
-    """Files of a whole run, all below OUT."""
+    """`RunPaths` are the files of a whole run, all below OUT."""
 
     root: Path
 
     @property
     def run_yaml(self) -> Path:
-        """The resolved run file: every default written out."""
+        """This is the resolved run file: every default is written out."""
         return self.root / "run.yaml"
 
     @property
     def inputs(self) -> Path:
-        """SHA-256 of every data file, per adapter."""
+        """This file has the SHA-256 of every data file, per adapter."""
         return self.root / "inputs.json"
 
     @property
     def summary(self) -> Path:
-        """How each adapter ended."""
+        """This file says how each adapter ended."""
         return self.root / "summary.json"
 
     @property
     def report(self) -> Path:
-        """The page for people."""
+        """This is the page for people."""
         return self.root / "report.html"
 
     @property
     def lock(self) -> Path:
-        """Held while a process trains into this folder."""
+        """This file is held while a process trains into this folder."""
         return self.root / ".lock"
 
     def adapter(self, name: str) -> AdapterPaths:
-        """Files of one adapter."""
+        """Return the files of one adapter."""
         return AdapterPaths(self.root / name)
 
     def delete(self, adapters: list[str]) -> None:
@@ -127,12 +127,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of a JSON value; NaN and infinities are refused rather than written."""
+    """Write a JSON value as `write_text` does; NaN and infinities are refused, not written."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file; None when there is none, or it cannot be read as JSON."""
+    """Return the value in a JSON file; None when it is missing or cannot be read as JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
@@ -140,7 +140,7 @@ def read_json(path: Path) -> Any:
 
 
 def is_completed(paths: AdapterPaths) -> bool:
-    """Whether nothing is left to do for this adapter."""
+    """Return whether nothing is left to do for this adapter."""
     result = read_json(paths.result)
     done = isinstance(result, dict) and result.get("status") == "completed"
     return done and paths.final.is_dir()

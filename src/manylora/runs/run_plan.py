@@ -1,4 +1,4 @@
-"""What a run would do, found without loading a weight.
+"""A plan says what a run would do, and is made without loading a weight.
 
 The base is built on torch's meta device from its configuration alone; the data are read and
 tokenised, because only that tells the number of tokens.
@@ -44,7 +44,7 @@ from manylora.types.mesh_shape import MeshShape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterPlan:
-    """What one adapter's run would be.
+    """An `AdapterPlan` says what one adapter's run would be.
 
     Attributes:
         rank: of its modules; smallest and largest differ with a `rank_pattern`.
@@ -71,7 +71,7 @@ class AdapterPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """What a whole run would be.
+    """A `RunPlan` says what a whole run would be.
 
     Attributes:
         faults: of adapters that cannot be planned: name → the error; they are not in `adapters`.
@@ -87,7 +87,7 @@ class RunPlan:
     faults: dict[str, ManyloraError] = field(default_factory=dict)
 
     def warnings(self) -> list[str]:
-        """What would go wrong later."""
+        """Return what would go wrong later."""
         noted = [f"adapter {plan.name}: {note}" for plan in self.adapters for note in plan.notes]
         if self.context_length is None:
             return noted
@@ -99,7 +99,7 @@ class RunPlan:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data."""
         memory = {**asdict(self.memory), "total": self.memory.total}
         faults = {name: error_dict(error) for name, error in self.faults.items()}
         plain = asdict(replace(self, faults={}))
@@ -200,7 +200,7 @@ def _memory(
 def _to_sample(
     run: RunFile, mesh: MeshShape, model: Any, dtype: torch.dtype, planned: Sequence[AdapterPlan]
 ) -> dict[str, int]:
-    """What evaluations that sample add to a plan's memory."""
+    """Return what evaluations that sample add to a plan's memory."""
     tokens = sum(
         blocks(plan.longest + EXTRA_TOKENS) * min(plan.num_eval_examples, 2 * SAMPLE_CHUNK)
         for plan in planned
@@ -223,14 +223,14 @@ def _to_sample(
 
 
 def _place(device: str) -> torch.device:
-    """Where the run would be; this machine's CPU where it has no such device."""
+    """Return where the run would be; this machine's CPU where it has no such device."""
     named = torch.device("cuda" if device == "auto" else device)
     return named if named.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
 
 
 def list_sites(model: Any) -> list[Site]:
-    """The linear layers of a model. Their input groups cannot be told without running it, so each
-    is a group of its own; sizes do not depend on that."""
+    """Return the linear layers of a model. Their input groups cannot be told without running it, so
+    each is a group of its own; sizes do not depend on that."""
     head = model.get_output_embeddings()
     linears = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
     naming = namings(model, linears.values())
@@ -250,7 +250,7 @@ def list_sites(model: Any) -> list[Site]:
 def _plan_adapter(
     entry: AdapterEntry, sites: Sequence[Site], tokenizer: Any, vocabulary: Vocabulary
 ) -> tuple[AdapterPlan, Sequence[Datum]]:
-    """What its run would be, and the data of its heaviest step."""
+    """Return what its run would be, and the data of its heaviest step."""
     spec = entry.spec()
     try:
         layout = plan_layout(spec, resolve_targets(spec, sites))

@@ -1,4 +1,4 @@
-"""An adapter's training states: asked for while its steps go on, and which of them stay."""
+"""An adapter's training states are asked for while its steps go on, and only some of them stay."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ _STATE = re.compile(r"step-(\d+)")
 
 @dataclass(slots=True)
 class _Saving:
-    """A training state that has been asked for."""
+    """A `_Saving` is a training state that has been asked for."""
 
     step: int
     path: Path
@@ -30,7 +30,7 @@ class _Saving:
 
 
 class States:
-    """The training states of one adapter.
+    """`States` are the training states of one adapter.
 
     Attributes:
         saved_step: of the newest one that is whole.
@@ -44,7 +44,7 @@ class States:
         columns: CourseColumns,
         emit: Listener,
     ) -> None:
-        """`keep`: how many of the newest stay; None = all."""
+        """Begin without a state; the `keep` newest ones stay, None = all."""
         self.saved_step = 0
         self._name, self._paths, self._keep, self._emit = name, paths, keep, emit
         self._columns = columns
@@ -52,7 +52,7 @@ class States:
 
     @property
     def is_written(self) -> bool:
-        """Whether the one that was asked for last has come to an end."""
+        """The one that was asked for last has come to an end."""
         return self._saving is not None and self._saving.future.done()
 
     async def save(
@@ -89,7 +89,7 @@ class States:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps whose training states lie in `folder`, in order."""
+    """Return the steps whose training states lie in `folder`, in order."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(found[1]) for name in names if (found := _STATE.fullmatch(name)))
 
@@ -97,8 +97,8 @@ def saved_steps(folder: Path) -> list[int]:
 def best_step(
     steps: Sequence[int], evaluations: Sequence[Mapping[str, Any]], columns: CourseColumns
 ) -> int | None:
-    """Of these steps the one whose evaluation was the best (see `CourseColumns.evaluation`); of
-    equals the latest. None if none was evaluated."""
+    """Return the one of these steps whose evaluation was the best (see `CourseColumns.evaluation`);
+    of equals the latest. None if none was evaluated."""
     judged = [
         (columns.badness(evaluation), -evaluation["step"])
         for evaluation in evaluations

@@ -1,4 +1,4 @@
-"""The learning rate of each step: a pure function of the step.
+"""The learning rate of each step is a pure function of the step.
 
 With w warm-up steps and n steps in all, step s (from 0) has lr times
 
@@ -20,7 +20,7 @@ from manylora.config import OptimizerSettings, Schedule
 def learning_rate(
     step: int, *, lr: float, schedule: Schedule, warmup_steps: int, total_steps: int
 ) -> float:
-    """Learning rate of a step, from 0; zero from `total_steps` on unless it is constant."""
+    """Return the learning rate of a step, from 0; zero from `total_steps` on unless constant."""
     if step < 0:
         raise ValueError(f"step is {step}; steps are counted from 0")
     if step < warmup_steps:
@@ -36,7 +36,7 @@ def learning_rate(
 
 
 def scheduled_lr(optimizer: OptimizerSettings, step: int, total_steps: int) -> float:
-    """`learning_rate` with a run file's settings."""
+    """Return the `learning_rate` of a run file's settings."""
     return learning_rate(
         step,
         lr=optimizer.lr,

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning as a course: a step trains on a batch that depends on its number alone."""
+"""Supervised fine-tuning is a course: a step trains on a batch that its number alone decides."""
 
 from asyncio import Future, wrap_future
 from collections.abc import Callable, Mapping, Sequence
@@ -30,14 +30,14 @@ SFT_COLUMNS = CourseColumns(
 
 
 class Batches(Protocol):
-    """The batch of each step: a pure function of the step (1, 2, …), so resuming is exact."""
+    """`Batches` gives the batch of each step (1, 2, …) as a pure function, so resuming is exact."""
 
     def __call__(self, step: int) -> Sequence[Datum]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class SftStep:
-    """A step whose two operations have been submitted."""
+    """An `SftStep` is a step whose two operations have been submitted."""
 
     lr: float
     tokens: int
@@ -64,7 +64,7 @@ class SftStep:
 
 @dataclass(frozen=True, slots=True)
 class SftCourse:
-    """What reading an adapter's data gives; see `runs/course.py::Course`.
+    """An `SftCourse` is what reading an adapter's data gives; see `runs/course.py::Course`.
 
     Attributes:
         batch: the data of each step.
@@ -100,7 +100,7 @@ class SftCourse:
 
 
 def mean_weights(batch: Sequence[Datum]) -> tuple[list[Datum], int]:
-    """The batch with weights divided by their sum, and its number of trained tokens.
+    """Return the batch with weights divided by their sum, and its number of trained tokens.
 
     An adapter sums weighted losses, so the loss of such a batch is the mean over its tokens.
     """

@@ -1,4 +1,4 @@
-"""The data of supervised fine-tuning: from an adapter's entry to its batches and evaluation."""
+"""The data of supervised fine-tuning go from an adapter's entry to its batches and evaluation."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,7 +45,7 @@ def prepare_sft(
         between: called every few examples while they are tokenised.
 
     Raises:
-        DataError: a line that is wrong, named with its file; DatumTooLong: or is too long.
+        DataError, DatumTooLong: a line is wrong, or too long; it is named with its file.
         Unsupported: its layers cannot be written as PEFT's files.
     """
     sft = SftSettings.of(entry)
@@ -86,7 +86,7 @@ def prepare_sft(
 def entry_encoder(
     entry: AdapterEntry, tokenizer: Any, vocabulary: "Vocabulary", between: Between = nothing
 ) -> Encoder:
-    """How an entry's texts become tokens on a base. Raises ConfigError."""
+    """Return how an entry's texts become tokens on a base. Raises ConfigError."""
     return Encoder(
         tokenizer,
         eos=SftSettings.of(entry).eos,
@@ -98,7 +98,7 @@ def entry_encoder(
 
 
 def ends_notes(entry: AdapterEntry, tokenizer: Any, vocabulary: "Vocabulary") -> list[str]:
-    """What to say where a base's files disagree about the token that ends an answer."""
+    """Tell where a base's files disagree about the token that ends an answer."""
     own, given = tokenizer.eos_token_id, SftSettings.of(entry).eos
     if given is not None or own is None or not vocabulary.ends or own in vocabulary.ends:
         return []
@@ -130,7 +130,7 @@ def _encoded(
 
 
 def eval_set(source: Source, encoded: Encoded, tokenizer: Any, stop: tuple[int, ...]) -> EvalSet:
-    """Everything is measured by loss; the first examples that have an answer are also asked."""
+    """Measure everything by loss; the first examples that have an answer are also asked."""
     prompts: list[EvalPrompt] = []
     longest = 1
     if source.kind != "text":
@@ -156,7 +156,7 @@ def eval_set(source: Source, encoded: Encoded, tokenizer: Any, stop: tuple[int, 
 
 
 def _last_answer(datum: Datum) -> tuple[int, int]:
-    """The positions, from and to, that predict the last answer.
+    """Return the positions, from and to, that predict the last answer.
 
     Prompts are cut out of what is trained, so they are tokenised exactly as it is.
     """

@@ -1,4 +1,4 @@
-"""What supervised fine-tuning would do, found by reading and tokenising its data."""
+"""Reading and tokenising its data shows what supervised fine-tuning would do."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def plan_sft(entry: AdapterEntry, tokenizer: Any, vocabulary: "Vocabulary") -> CoursePlan:
-    """The plan of an entry's course. Raises DataError and ConfigError, which name the adapter."""
+    """Return the plan of an entry's course. Raises DataError, ConfigError, naming the adapter."""
     sft = SftSettings.of(entry)
     notes = ends_notes(entry, tokenizer, vocabulary)
     train, held_out = (

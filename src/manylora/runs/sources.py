@@ -1,9 +1,9 @@
-"""Training examples from a local file (JSON Lines, CSV, Parquet) or a hub dataset.
+"""Training examples come from a local file (JSON Lines, CSV, Parquet) or a hub dataset.
 
-JSON Lines and CSV, packed with gzip or not, are read here, not by the `datasets` library: that
-one's errors do not name the line, and its cache takes a file for unchanged when its modification
-time is. Parquet files are streamed through the library, which caches nothing; hub datasets are
-cached by their revision. What a row may say is in `rows`.
+JSON Lines and CSV, packed with gzip or not, are read here, not by the `datasets` library, whose
+errors do not name the line, and whose cache takes a file for unchanged when its modification time
+is. Parquet files are streamed through the library, which caches nothing; hub datasets are
+cached by their revision. What a row may say is in `data_rows`.
 """
 
 import csv
@@ -41,7 +41,7 @@ Rows = Iterator[tuple[int, object]]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """All examples of a data source, which are of one kind, and what to call their places.
+    """A `Source` is all examples of a data source, of one kind, and what to call their places.
 
     Attributes:
         ignored: columns that are there and are not used.
@@ -57,7 +57,7 @@ class Source:
         return len(self.examples)
 
     def place(self, example: Example) -> str:
-        """Where an example stands (`data/reverse.jsonl:7`)."""
+        """Return where an example stands (`data/reverse.jsonl:7`)."""
         return _place(self.name, self.unit, example.line)
 
 
@@ -127,7 +127,7 @@ def _collect(
 
 
 def _of_file(path: Path, name: str, read: Callable[[BinaryIO, str], Rows]) -> Rows:
-    """The rows of a file, unpacked on the way."""
+    """Yield the rows of a file, unpacked on the way."""
     try:
         with path.open("rb") as file:
             if path.suffix.lower() != ".gz":
@@ -168,8 +168,7 @@ def _parse(place: str, raw: bytes) -> object:
 
 
 def _csv_rows(file: BinaryIO, name: str) -> Rows:
-    """Rows of a table with a line of titles; an empty cell of another column than the text's is
-    none at all."""
+    """Yield a table's rows by its line of titles, without cells that are empty, except a text's."""
     csv.field_size_limit(_LONGEST_CELL)
     reader = csv.reader(_decoded(file, name), strict=True)
     titles: list[str] | None = None
@@ -256,7 +255,7 @@ def _hub_rows(source: str) -> Rows:
 
 
 def _table_rows(load: Callable[[], Iterable[object]], complaint: str, remedy: str) -> Rows:
-    """Whatever a library raises, before the first row or at any, is the source's fault."""
+    """Yield a table's rows; whatever a library raises, at any of them, is the source's fault."""
     try:
         for number, row in enumerate(load(), start=1):
             yield number, without_nulls(row)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to stop, the second ends it at once."""
+"""The first Ctrl-C or SIGTERM asks the run to stop, the second ends it at once."""
 
 import asyncio
 import os
@@ -15,7 +15,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopper:
-    """Signal handlers for as long as a run lasts.
+    """A `Stopper` handles signals for as long as a run lasts.
 
     Before there is an event loop (hashing, opening the base) nothing has been trained, so the
     signal is an ordinary KeyboardInterrupt. From then on it only asks: adapters look at it between
@@ -45,7 +45,7 @@ class Stopper:
             signal.signal(number, handler)
 
     def watch(self, loop: asyncio.AbstractEventLoop, stop: Callable[[str], None]) -> None:
-        """From now on a signal calls `stop(name of the signal)` within the loop; one that came
+        """Have a signal call `stop(name of the signal)` within the loop from now on; one that came
         between two loops does so now."""
         self._loop, self._stop = loop, stop
         if self._asked_at is not None:

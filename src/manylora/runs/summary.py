@@ -1,4 +1,4 @@
-"""What a run says in the end: a table, where things are, and what to try next."""
+"""A run ends by printing a table, where things are, and what to try next."""
 
 import shlex
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _STYLES = {"completed": "green", "failed": "bold red", "cancelled": "yellow"}
 
 
 def print_summary(event: RunEnded, console: Console, columns: Mapping[str, CourseColumns]) -> None:
-    """The table of adapters, the errors in full, and the paths.
+    """Print the table of adapters, the errors in full, and the paths.
 
     Args:
         columns: what the figures of each adapter are.
@@ -52,7 +52,7 @@ def print_summary(event: RunEnded, console: Console, columns: Mapping[str, Cours
 
 
 def _changes(entry: Mapping[str, Any], columns: CourseColumns) -> dict[str, str]:
-    """An adapter's figures at first and at last, each under its label."""
+    """Return an adapter's figures at first and at last, each under its label."""
     before, after = entry["eval_before"] or {}, entry["eval_after"] or {}
     ends = [(c, entry[f"first_{c.name}"], entry[f"last_{c.name}"]) for c in columns.ends()]
     ends += [(c, before.get(c.name), after.get(c.name)) for c in columns.evaluation if c.label]
@@ -99,7 +99,7 @@ def _print_paths(event: RunEnded, console: Console) -> None:
 
 
 def _first_prompt(samples: Path) -> str | None:
-    """A prompt that the adapter was asked, if it fits a command line."""
+    """Return a prompt that the adapter was asked, if it fits a command line."""
     found = read_json(samples)
     answers = found.get("after") if isinstance(found, dict) else None
     prompt = str(answers[0]["prompt"]) if answers else ""

@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio.
+"""Metrics go to TensorBoard, Weights & Biases and Trackio besides metrics.jsonl.
 
 A tracker is a listener; if it fails in the middle of a run, the run goes on without it.
 """
@@ -18,7 +18,7 @@ from manylora.types import ConfigError
 
 
 class Tracker(Protocol):
-    """A listener that has something to close."""
+    """A `Tracker` is a listener that has something to close."""
 
     def __call__(self, event: Event) -> None: ...
 
@@ -27,7 +27,7 @@ class Tracker(Protocol):
 
 
 def open_trackers(run: RunFile, paths: RunPaths) -> list[Tracker]:
-    """The trackers that the run file asks for.
+    """Open the trackers that the run file asks for.
 
     Raises:
         ConfigError: a package that one of them needs is not installed.
@@ -60,7 +60,7 @@ def _package(name: str) -> ModuleType:
 
 
 def scalars(event: StepDone | EvalDone, columns: CourseColumns) -> dict[str, float]:
-    """The figures of an event by the names that trackers show."""
+    """Return the figures of an event by the names that trackers show."""
     figures = event.figures
     if isinstance(event, EvalDone):
         found = {f"eval/{one.name}": figures[one.name] for one in columns.evaluation if one.tracked}
@@ -71,7 +71,7 @@ def scalars(event: StepDone | EvalDone, columns: CourseColumns) -> dict[str, flo
 
 
 class TensorBoard:
-    """Event files below each adapter's own folder; `tensorboard --logdir OUT` compares them."""
+    """`TensorBoard` writes event files in adapters' folders, for `tensorboard --logdir OUT`."""
 
     def __init__(self, paths: RunPaths) -> None:
         try:
@@ -106,7 +106,7 @@ class TensorBoard:
 
 
 class RunPerAdapter:
-    """Weights & Biases or Trackio, which share an interface: one of their runs per adapter.
+    """A `RunPerAdapter` opens a run per adapter with Weights & Biases or Trackio, of one interface.
 
     Metrics go through the run object that `init` returns, never through the package's idea of the
     one current run, because several are open at once.

@@ -1,4 +1,4 @@
-"""A run file from beginning to end: claim the folder, open the base, run every adapter, report."""
+"""A run claims its folder, opens the base, runs every adapter of its file, and reports."""
 
 import asyncio
 import logging
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def open_trainer(run: RunFile) -> AbstractContextManager[Any]:
-    """A trainer on the run file's base."""
+    """Open a trainer on the run file's base."""
     from manylora.api import Trainer
     from manylora.processes.external_start import Meeting, started_by_others
 
@@ -58,7 +58,7 @@ def open_trainer(run: RunFile) -> AbstractContextManager[Any]:
 
 
 def newest_state(parent: Path) -> Path | None:
-    """The newest whole training state in a folder."""
+    """Return the newest whole training state in a folder."""
     from manylora.checkpoint import newest_state as newest
 
     return newest(parent)
@@ -66,7 +66,7 @@ def newest_state(parent: Path) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class Dependencies:
-    """What a run takes from other rooms; tests put small ones in their place."""
+    """`Dependencies` are what a run takes from other rooms; tests put small ones in their place."""
 
     open_client: OpenClient = open_trainer
     newest_state: NewestState = newest_state
@@ -98,7 +98,7 @@ def train_run_file(
 
 @dataclass(slots=True)
 class _Run:
-    """One call of `train_run_file`."""
+    """A `_Run` is one call of `train_run_file`."""
 
     run: RunFile
     overwrite: bool
@@ -182,7 +182,7 @@ class _Run:
             self.emit(Phase("", ""))
 
     async def _all(self, client: Any, stopper: Stopper, *, patient: bool = False) -> None:
-        """One task per adapter; none of them raises."""
+        """Run one task per adapter; none of them raises."""
         stop, preparing = asyncio.Event(), asyncio.Lock()
 
         def ask(reason: str) -> None:
@@ -214,7 +214,7 @@ class _Run:
         self._write_summary()
 
     def _cancel_all(self) -> None:
-        """Interrupted before any adapter was opened."""
+        """Call all adapters cancelled: the run was interrupted before any of them was opened."""
         for job in self.jobs:
             outcome = Outcome.earlier(self.paths.adapter(job.name), job.columns)
             outcome.total_steps = outcome.total_steps or job.steps
@@ -292,7 +292,7 @@ def _exit_code(outcomes: Iterable[Outcome]) -> int:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars of other libraries in the middle of ours."""
+    """Keep other libraries' progress bars out of ours."""
     from transformers.utils import logging as hub_logging
 
     shown = hub_logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""How a run shows itself: live on a terminal, plain lines elsewhere, JSON lines for machines.
+"""A run shows itself live on a terminal, as lines elsewhere, as JSON lines to machines.
 
 Progress goes to stderr; what the run has to say in the end goes to stdout.
 """
@@ -47,7 +47,7 @@ STYLES = {
 
 
 class View(Protocol):
-    """A listener that a person or a machine reads."""
+    """A `View` is a listener that a person or a machine reads."""
 
     def __call__(self, event: Event) -> None: ...
 
@@ -57,7 +57,7 @@ class View(Protocol):
 
 @contextmanager
 def open_view(kind: Literal["auto", "plain", "json"]) -> Iterator[View]:
-    """The view of this kind, for as long as the run lasts."""
+    """Give the view of this kind, for as long as the run lasts."""
     if kind == "json":
         yield JsonView(sys.stdout)
     elif kind == "auto" and sys.stderr.isatty():
@@ -69,7 +69,7 @@ def open_view(kind: Literal["auto", "plain", "json"]) -> Iterator[View]:
 
 
 class JsonView:
-    """One JSON object per line on stdout."""
+    """A `JsonView` prints one JSON object per line on stdout."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -79,11 +79,11 @@ class JsonView:
         self._out.flush()
 
     def restore_terminal(self) -> None:
-        """Nothing to tidy up."""
+        """Do nothing: there is nothing to tidy up."""
 
 
 class PlainView:
-    """Lines, few enough for a log file: begin, end, and in between one per five seconds."""
+    """A `PlainView` prints few lines, fit for a log file: begin, end, and one per five seconds."""
 
     def __init__(self, progress: TextIO, out: TextIO, clock: Clock = time.monotonic) -> None:
         self._progress, self._out, self._clock = progress, out, clock
@@ -123,7 +123,7 @@ class PlainView:
                 print_summary(event, console, self._board.columns)
 
     def restore_terminal(self) -> None:
-        """Nothing to tidy up."""
+        """Do nothing: there is nothing to tidy up."""
 
     def _due(self, event: StepDone) -> bool:
         now = self._clock()
@@ -153,12 +153,12 @@ class PlainView:
 
 
 def summary_width(out: TextIO) -> int | None:
-    """As wide as the terminal; in a file, wide enough for long names."""
+    """Return the terminal's own width (None); in a file, one that is enough for long names."""
     return None if out.isatty() else 120
 
 
 def step_text(row: Row) -> str:
-    """A step as one plain line."""
+    """Return a step as one plain line."""
     curve = f"{row.curve.label} {shown(row.curve, row.last)}  " if row.curve else ""
     return (
         f"step {row.step:>{len(str(row.steps))}}/{row.steps}  {curve}"
@@ -167,7 +167,7 @@ def step_text(row: Row) -> str:
 
 
 def eval_text(event: EvalDone, columns: CourseColumns) -> str:
-    """An evaluation as one plain line."""
+    """Return an evaluation as one plain line."""
     parts = [f"step {event.step:,}" if event.when == "during" else f"{event.when} training"]
     for column in columns.evaluation:
         value = event.figures[column.name]
@@ -178,7 +178,7 @@ def eval_text(event: EvalDone, columns: CourseColumns) -> str:
 
 
 class LiveView:
-    """A table that is drawn anew several times a second, by a thread of its own."""
+    """A `LiveView` draws a table anew several times a second, by a thread of its own."""
 
     def __init__(self, console: Console, out: TextIO) -> None:
         self._console, self._out = console, out
@@ -272,7 +272,7 @@ class LiveView:
 
 
 def curve_text(row: Row) -> Text:
-    """The figure by which people follow an adapter; green when it is better than at first."""
+    """Return the figure by which people follow an adapter; green when better than at first."""
     if row.curve is None:
         return Text(shown(Column(""), None))
     better = row.curve.badness(row.last) < row.curve.badness(row.first)
@@ -280,7 +280,7 @@ def curve_text(row: Row) -> Text:
 
 
 def status_text(row: Row) -> str:
-    """What the adapter is doing, in few words."""
+    """Say in few words what the adapter is doing."""
     if not row.phase:
         return row.status
     return f"{row.phase} {row.done:,}/{row.total:,}" if row.total else row.phase
