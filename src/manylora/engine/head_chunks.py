@@ -1,4 +1,4 @@
-"""A bounded number of rows of logits exists at a time, by the bytes that they take."""
+"""Logits exist for a bounded number of rows at a time, by the bytes that they take."""
 
 import torch
 

@@ -43,7 +43,7 @@ class LossShare:
 
 @dataclass(slots=True)
 class MoreTargets:
-    """`MoreTargets` are the targets of rows that have several, but each row's first, end to end.
+    """`MoreTargets` are the targets of rows that have several, without the first, end to end.
 
     Attributes:
         ends: how many there are up to and including each row (on the host).

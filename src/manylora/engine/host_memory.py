@@ -65,7 +65,7 @@ class FreeMemory:
         return self._found
 
     def beside(self, needed: int) -> int:
-        """Return the bytes that could be taken, exactly only where `needed` is a good part."""
+        """Return the bytes that could be taken, exact only if `needed` is a good part of them."""
         recent = time.monotonic() - self._read <= self.SECONDS
         if not recent or needed > self._found * self.SHARE:
             return self.now()

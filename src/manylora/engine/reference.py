@@ -1,4 +1,4 @@
-"""The oracle trains one adapter, one sequence at a time, by plain modules, autograd and AdamW.
+"""The oracle trains one adapter by single sequences, plain modules, autograd and torch's AdamW.
 
 Nothing here is shared with the engine but the layout, so that the two can be compared.
 

@@ -71,7 +71,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """`Columns` say where an input's lie in the whole input of `total`; others have the rest."""
+    """`Columns` say where an input's columns lie in the whole of `total`; others have the rest."""
 
     start: int
     total: int

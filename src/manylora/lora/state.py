@@ -1,4 +1,4 @@
-"""A state is all of an adapter's training state, detached from any engine.
+"""An adapter's training state is complete, and detached from any engine.
 
 S shares of an adapter's work (1 unless the work was spread over several processes), P parameters of
 the adapter.

@@ -115,7 +115,7 @@ def logit_factor(base: BaseModel, tokens: Tensor, stock_TV: Tensor) -> float:
 
 @contextmanager
 def _eager(base: BaseModel) -> Iterator[None]:
-    """Attend as transformers does, without a kernel of its own kind."""
+    """Have attention done as transformers does it, without a kernel of its own kind."""
     base.model.set_attn_implementation("eager")
     try:
         yield

@@ -56,7 +56,7 @@ class Head:
 
     @property
     def vocab(self) -> int:
-        """The whole vocabulary has this V."""
+        """The whole vocabulary has this many tokens, V."""
         layer = self.layer
         return layer.whole_out if isinstance(layer, SplitLinear) else layer.out_features
 
@@ -74,7 +74,7 @@ class Head:
         return raw_TV
 
     def cap_slope(self, logits_TV: Tensor) -> Tensor | None:
-        """Return the softcap's derivative at logits of `scaled_`; None where none is."""
+        """Return the softcap's derivative at logits of `scaled_`; None without a softcap."""
         if self.softcap is None:
             return None
         return (logits_TV / self.softcap).square_().neg_().add_(1.0)

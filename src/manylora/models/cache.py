@@ -45,7 +45,7 @@ class CachedLayer:
         return self.flat.view(-1, self.head_dim)
 
     def runs_of(self, extent: Extent, count: int, reach: int) -> Tensor:
-        """Return the first `reach` tokens of `count` adjacent, equal extents, [n, H, L, D]."""
+        """Return the first `reach` tokens of `count` adjacent extents this long, [n, H, L, D]."""
         row = self.head_dim
         return self.flat.as_strided(
             (count, self.heads, reach, row),

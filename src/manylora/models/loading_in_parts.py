@@ -38,7 +38,7 @@ SAMPLED = 256
 
 @dataclass(slots=True)
 class OpenedPart:
-    """An `OpenedPart` has a rank's model, how its head is gathered, and the base's fingerprint."""
+    """An `OpenedPart` has a rank's model, its head's gathering and the whole base's fingerprint."""
 
     model: Any
     head: Shared
@@ -231,7 +231,7 @@ class _Filling:
 
 
 def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
-    """Put the values in the place of a parameter that had none."""
+    """Make the values a parameter, for the place of one that had none."""
     if isinstance(like, DTensor):
         values = DTensor.from_local(
             values,

@@ -33,7 +33,7 @@ AT_ONCE = 1 << 18
 
 
 class WholeWeight(nn.Module):
-    """A `WholeWeight`, a parametrization of torch's, makes a weight [N, K] of codes and scales.
+    """A `WholeWeight`, torch's parametrization of a layer, makes [N, K] of codes and scales.
 
     Attributes:
         kind: how the numbers are coded.

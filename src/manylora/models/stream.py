@@ -27,7 +27,7 @@ def padded_rows(rows: int, multiple: int = ROW_MULTIPLE) -> int:
 
 
 def decode_multiple(dtype: torch.dtype, vocab: int) -> int:
-    """Return of what a decode step's rows, the longest of which are logits, are a multiple."""
+    """Return what a decode step's rows are a multiple of; the longest of them are logits."""
     return DECODE_MULTIPLE if dtype == torch.float32 and vocab % 2 == 0 else ROW_MULTIPLE
 
 

@@ -1,4 +1,4 @@
-"""A base's tokenizer is where its files are."""
+"""A base's tokenizer is opened from where its files are."""
 
 from pathlib import Path
 from typing import Any

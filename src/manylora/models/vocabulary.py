@@ -11,7 +11,7 @@ from manylora.types import BaseModelError
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A `Vocabulary` is of a base's tokens.
+    """A `Vocabulary` tells of a base's tokens.
 
     Attributes:
         size: rows of its embedding; None = the files do not say.

@@ -13,7 +13,7 @@ from manylora.types.data import Array
 
 
 def to_bytes(answers: Sequence[tuple[int, Answer]]) -> bytes:
-    """Return numbered answers as bytes; none of them are no bytes."""
+    """Return numbered answers as bytes; no answers give no bytes."""
     if not answers:
         return b""
     arrays: list[Array] = []
@@ -56,7 +56,7 @@ def to_bytes(answers: Sequence[tuple[int, Answer]]) -> bytes:
 
 
 def from_bytes(data: bytes) -> list[tuple[int, Answer]]:
-    """Return what was given to `to_bytes`."""
+    """Return the answers that `to_bytes` was given."""
     if not data:
         return []
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
