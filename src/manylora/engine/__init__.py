@@ -1,4 +1,4 @@
-"""The engine: the verbs on one base and many adapters.
+"""This room holds the engine: the verbs on one base and many adapters.
 
 Owns: the base model and every adapter's tensors; cutting work into pieces and packing them; the
 forward, the chunked loss, the backward; optimizer steps; snapshots.

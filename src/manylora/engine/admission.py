@@ -1,4 +1,4 @@
-"""What is let into the engine by its bytes, before anything of it is allocated.
+"""The engine lets work in by its bytes, before anything of it is allocated.
 
 On a mesh the ranks have to agree, and each sees its own memory only: there the bounds are the fixed
 ones, and adapters are admitted by the control process.
@@ -20,7 +20,7 @@ TOPK_BYTES = 16
 
 
 def kv_bytes(config: Any, itemsize: int, tp: int = 1) -> int:
-    """Bytes of one token's keys and values in all layers, by a base's config.
+    """Return the bytes of one token's keys and values in all layers, by a base's config.
 
     Args:
         config: the text config.
@@ -32,7 +32,7 @@ def kv_bytes(config: Any, itemsize: int, tp: int = 1) -> int:
 
 
 def cached_tokens(base: BaseModel, free: int) -> int | None:
-    """Tokens that the decode cache has memory for here; None = for all that it may hold."""
+    """Return how many tokens the decode cache has memory for here; None = all that it may hold."""
     if base.mesh.shape.size > 1:
         return None
     each = kv_bytes(base.model.config.get_text_config(), base.dtype.itemsize)

@@ -6,7 +6,7 @@ from manylora.types import WANTED, DataError, Datum, DatumTooLong, ForwardBackwa
 
 
 def check(work: ForwardBackward, base: BaseModel) -> tuple[Loss, Settings]:
-    """The operation's loss, if it can be run on this base.
+    """Return the operation's loss, if it can be run on this base.
 
     Raises:
         DataError, DatumTooLong

@@ -1,4 +1,4 @@
-"""The engine's sampling verbs: requests of many prompts over the decode loop of single ones."""
+"""The engine's sampling verbs take requests of many prompts to the decode loop of single ones."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +26,7 @@ from manylora.types.data import Array
 
 @dataclass(slots=True, eq=False)
 class _Open:
-    """A request in the loop, and the answers to its prompts so far."""
+    """An `_Open` is a request in the loop, with the answers to its prompts so far."""
 
     sample: Sample
     requests: list[Request]
@@ -34,7 +34,7 @@ class _Open:
 
 
 class Decoder:
-    """Admits requests, turns the loop, and puts the answers together.
+    """A decoder admits requests, turns the loop, and puts the answers together.
 
     An adapter's weights must not change while a request that uses them is here; the scheduler sees
     to it. Its weights are resolved at admission, so it, or its snapshot, may be forgotten.
@@ -68,12 +68,12 @@ class Decoder:
 
     @property
     def decoding(self) -> int:
-        """Requests that are not finished."""
+        """This many requests are not finished."""
         return len(self._whole) + len(self._ready)
 
     @property
     def promised_bytes(self) -> int:
-        """Bytes that the first sampling will take beside the cache and the answers."""
+        """The first sampling will take this many bytes beside the cache and the answers."""
         return self.loop.step_rows.promised_bytes
 
     def admit(self, samples: Sequence[Sample]) -> list[ManyloraError | None]:

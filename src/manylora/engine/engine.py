@@ -1,4 +1,4 @@
-"""The engine's verbs: one base, many adapters, one packed batch.
+"""The engine's verbs act on one base and many adapters, in packed batches.
 
 P parameters of an adapter, T tokens of a packed batch, H hidden size.
 """
@@ -63,7 +63,7 @@ from manylora.types.memory import admit_adapter
 
 
 class Engine:
-    """A base model and the adapters on it. One thread at a time; errors come back as values.
+    """An engine is a base with adapters, for one thread at a time; errors come back as values.
 
     The verbs that take several operations return, for each, its result or the typed error that
     concerns its adapter alone.
@@ -113,17 +113,17 @@ class Engine:
 
     @property
     def tokenizer(self) -> Any:
-        """The base's tokenizer; None if its folder has none."""
+        """The base has this tokenizer; None if its folder has none."""
         return self.base.tokenizer
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of the device that could be taken now."""
+        """This many bytes of the device could be taken now."""
         return self._memory.now()
 
     @property
     def room_bytes(self) -> int:
-        """Bytes that more adapters could take: what is free and not promised to those here."""
+        """More adapters could take this many bytes: what is free and not promised to those here."""
         promised = sum(a.promised_bytes() for a in self.adapters.values())
         return self.free_bytes - promised - self.decoder.promised_bytes
 
@@ -182,7 +182,7 @@ class Engine:
         self.snapshots[snapshot] = self._adapter(name).weights.snapshot(self.index)
 
     def snapshot_state(self, snapshot: str) -> AdapterState:
-        """A snapshot as a state (fp32), to be stored elsewhere."""
+        """Return a snapshot as a state (fp32), to be stored elsewhere."""
         weights = self.snapshots[snapshot]
         return AdapterState(weights.spec, weights.layout, gathered_weights(weights, self.mesh))
 
@@ -259,7 +259,7 @@ class Engine:
 
     @property
     def decoding(self) -> int:
-        """Sampling requests that are not finished."""
+        """This many sampling requests are not finished."""
         return self.decoder.decoding
 
     def admit(self, samples: Sequence[Sample]) -> list[ManyloraError | None]:
@@ -332,7 +332,7 @@ class Engine:
 
     @property
     def _ranks(self) -> int:
-        """Data-parallel ranks."""
+        """The mesh has this many data-parallel ranks."""
         return self.mesh.dp.size
 
     def _poison(self, work: ForwardBackward, error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""How many rows of logits exist at a time, and how many bytes they take."""
+"""Logits exist for a bounded number of rows at a time, by the bytes that they take."""
 
 import torch
 
@@ -17,7 +17,7 @@ FP32 = 4
 
 
 def row_bytes(vocab: int, dtype: torch.dtype, *, capped: bool) -> int:
-    """Bytes that one row of a chunk takes at most, forwards or backwards.
+    """Return how many bytes one row of a chunk takes at most, forwards or backwards.
 
     Args:
         vocab: words of which this process has the logits.
@@ -35,7 +35,7 @@ def row_bytes(vocab: int, dtype: torch.dtype, *, capped: bool) -> int:
 
 
 def chunk_rows(vocab: int, dtype: torch.dtype, *, capped: bool) -> int:
-    """The most rows of a chunk."""
+    """Return the most rows of a chunk."""
     most = MOST_BYTES // row_bytes(vocab, dtype, capped=capped)
     rows = min(max(CHUNK_ELEMENTS // vocab, FEW_ROWS), most)
     return max(ROW_MULTIPLE, rows // ROW_MULTIPLE * ROW_MULTIPLE)

@@ -1,4 +1,4 @@
-"""From hidden states to log-probabilities, losses and the hidden states' gradient, in chunks.
+"""The head makes log-probabilities, losses and the hidden states' gradient, in chunks.
 
 The head runs on the rows that are asked for, and backwards on the trained ones alone (see
 `head_rows`). Logits exist for one chunk of them at a time, so the memory of the loss does not grow
@@ -28,7 +28,7 @@ from manylora.models.stream import padded_rows
 
 @dataclass(slots=True)
 class HeadOutput:
-    """The head's results for a stream, in fp32 but for the gradient.
+    """A `HeadOutput` is what the head makes of a stream, in fp32 but for the gradient.
 
     Attributes:
         logprobs_L: log p(target) of each row, by its first target.
@@ -47,7 +47,7 @@ class HeadOutput:
 
 @dataclass(slots=True)
 class _Softmax:
-    """A chunk's forward.
+    """A `_Softmax` is a chunk's forward.
 
     Attributes:
         h_cH: its input.
@@ -78,7 +78,7 @@ class _Softmax:
 
 @dataclass(slots=True)
 class _More:
-    """A chunk's targets beyond the first.
+    """A `_More` has a chunk's targets beyond the first.
 
     Attributes:
         span: which of the stream's they are.
@@ -96,7 +96,7 @@ class _More:
 
 
 class HeadLoss:
-    """The output head with the losses behind it."""
+    """A `HeadLoss` is the output head with the losses behind it."""
 
     def __init__(self, head: Head, group: int):
         """`group` is the input group of the head's own site."""
@@ -212,7 +212,7 @@ class HeadLoss:
         )
 
     def _gradient(self, chunk: _Softmax, slope_c: Tensor, slope_m: Tensor | None) -> Tensor:
-        """The gradient of the chunk's hidden states [c, H]; uses up `exp_cV`."""
+        """Return the gradient of the chunk's hidden states [c, H]; it uses up `exp_cV`."""
         # d loss / d logits = sum over targets of slope · (onehot(target) - softmax)
         # and the head's factor belongs to every slope.
         factor = self.head.factor
@@ -238,7 +238,7 @@ class HeadLoss:
     def _logits(
         self, h_cH: Tensor, sizes: list[int], work: list[SegmentWork]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Uncapped logits [c, V] with the adapters on the head, and what their backward needs."""
+        """Return uncapped logits [c, V], adapters included, and what their backward needs."""
         raw_cV = product(h_cH, self.head.weight_VH.t(), self.head.bias_V)
         if not work:
             return raw_cV, []
@@ -248,7 +248,7 @@ class HeadLoss:
 def _losses(
     rows: HeadRows, inputs_L: Mapping[str, Tensor], chunk: Chunk, logprobs_c: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss and slope of each row under its own operation's loss."""
+    """Return loss and slope of each row under its own operation's loss."""
     inputs = {name: _filled_up(value[chunk.rows]) for name, value in inputs_L.items()}
     loss_c, slope_c = torch.zeros_like(logprobs_c), torch.zeros_like(logprobs_c)
     for share in rows.losses:
@@ -264,7 +264,7 @@ def _losses(
 def _more_targets(
     rows: HeadRows, chunk: Chunk, logits_cV: Tensor, part: VocabularyPart | WholeVocabulary
 ) -> _More | None:
-    """A chunk's targets beyond the first, and their shifted logits."""
+    """Return a chunk's targets beyond the first, and their shifted logits."""
     more = rows.more
     first, last = rows.more_span(chunk.start, chunk.stop)
     if more is None or first == last:
@@ -284,7 +284,7 @@ def _more_targets(
 
 
 def _more_losses(made: _Softmax, out: HeadOutput) -> Tensor | None:
-    """Fill in the chunk's share of `out`; the slope [m] of each target beyond the first."""
+    """Fill in the chunk's share of `out`; return the slope [m] of each target beyond the first."""
     more = made.more
     if more is None or out.more_logprobs_M is None or out.more_loss_M is None:
         return None
@@ -297,7 +297,7 @@ def _more_losses(made: _Softmax, out: HeadOutput) -> Tensor | None:
 
 
 def _filled_up(rows: Tensor) -> Tensor:
-    """Rows with zeros behind them, up to a safe number of rows (see `ROW_MULTIPLE`)."""
+    """Return the rows with zeros behind them, up to a safe number (see `ROW_MULTIPLE`)."""
     missing = padded_rows(len(rows)) - len(rows)
     if missing == 0:
         return rows

@@ -1,9 +1,9 @@
-"""The rows of a stream that the head runs on, in the order in which it takes them.
+"""The head runs on rows of a stream, in an order of its own.
 
-First the trained ones (see `Loss.trained`), in the order of the stream; behind them, in that order
-too, those of which an operation wants to read the log-probabilities and nothing else. The head runs
-on the first as if the second were not there, so an operation's loss and gradient have the same bits
-whatever it wants to read. The rest is not asked for and costs nothing.
+First come the trained ones (see `Loss.trained`), in the order of the stream; behind them, in that
+order too, those of which an operation wants to read the log-probabilities and nothing else. The
+head runs on the first as if the second were not there, so an operation's loss and gradient have the
+same bits whatever it wants to read. The rest is not asked for and costs nothing.
 
 L rows of the head, N tokens of a datum, M targets beyond the first of each row.
 """
@@ -26,7 +26,7 @@ Span = tuple[int, int]
 
 @dataclass(slots=True)
 class LossShare:
-    """One loss of the micro-batch and the rows that it acts on (None = all of them).
+    """A `LossShare` is one loss of the micro-batch with the rows that it acts on (None = all).
 
     `spans` are the same rows as ranges.
     """
@@ -43,7 +43,7 @@ class LossShare:
 
 @dataclass(slots=True)
 class MoreTargets:
-    """The targets of rows that have several, without each row's first, end to end.
+    """`MoreTargets` are the targets of rows that have several, without the first, end to end.
 
     Attributes:
         ends: how many there are up to and including each row (on the host).
@@ -62,7 +62,7 @@ class MoreTargets:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows [start, stop) of the head that run together.
+    """A chunk is rows [start, stop) of the head that run together.
 
     Attributes:
         trained: whether they are trained; the others have no gradient.
@@ -82,13 +82,13 @@ class Chunk:
 
     @property
     def rows(self) -> slice:
-        """The rows among all of the head's."""
+        """The chunk has these of the head's rows."""
         return slice(self.start, self.stop)
 
 
 @dataclass(slots=True)
 class HeadRows:
-    """What the head and the losses need to know of the rows that they run on.
+    """`HeadRows` say what the head and the losses need to know of the rows that they run on.
 
     Attributes:
         rows_L: int64 [L], which row of the stream each is.
@@ -123,7 +123,7 @@ class HeadRows:
         return first, last
 
     def chunks(self, apart: Collection[int], longest: int) -> Iterator[Chunk]:
-        """All rows in chunks of at most `longest`.
+        """Return all rows in chunks of at most `longest`.
 
         Args:
             apart: pieces with an adapter on the head. Each is cut on a grid of its own, so that
@@ -138,7 +138,7 @@ class HeadRows:
 
 
 def _runs(spans: Sequence[Span], apart: Collection[int]) -> Iterator[tuple[int, int, int | None]]:
-    """Neighbouring spans joined, those of `apart` by themselves and with their numbers."""
+    """Join neighbouring spans, those of `apart` by themselves and with their numbers."""
     if not spans:
         return
     begin = spans[0][0]
@@ -190,7 +190,7 @@ def _laid_out(
     losses: Sequence[tuple[Loss, Settings]],
     device: torch.device,
 ) -> HeadRows:
-    """`places`: the trained and the read rows of each piece; `data`: which of each datum's."""
+    """Lay out `places`, each piece's trained and read rows; `data` says which of each datum's."""
     count = len(pieces)
     ends = np.cumsum([0, *(len(rows) for section in places for rows in section)]).tolist()
     spans = list(pairwise(ends))
@@ -218,7 +218,7 @@ def _laid_out(
 
 
 def _first(values: Array) -> Array:
-    """Each position's only, or first, number."""
+    """Return each position's only, or first, number."""
     return values if values.ndim == 1 else values[:, 0]
 
 
@@ -254,7 +254,7 @@ def _shares(
     spans: Sequence[Span],
     device: torch.device,
 ) -> list[LossShare]:
-    """The distinct losses of the rows, each with its own; `spans` of the pieces, twice."""
+    """Return the distinct losses, each with its own rows; `spans` of the pieces, twice."""
     distinct: list[tuple[Loss, Settings]] = []
     for piece in pieces:
         if losses[piece.work] not in distinct:
@@ -271,6 +271,6 @@ def _shares(
 
 
 def _joined(parts: Sequence[Array], dtype: type, device: torch.device) -> Tensor:
-    """The parts end to end."""
+    """Join the parts end to end."""
     row = np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
     return torch.from_numpy(row).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Memory: how much is free, and keeping what a step has freed for the next one.
+"""Free memory is looked up here, and what a step has freed is kept for the next one.
 
 A training step on CPU allocates and frees the same large tensors over and over. By default glibc
 returns the top of the heap after each, and the next step faults every page in again: on two cores
@@ -44,7 +44,7 @@ def is_exhaustion(error: BaseException) -> bool:
 
 
 class FreeMemory:
-    """The free memory of a device, looked up again only where it could matter.
+    """A `FreeMemory` looks a device's free memory up again only where it could matter.
 
     The system takes half a millisecond to two for an answer. Asked for every operation, that was
     a twentieth of a step of eight.
@@ -59,13 +59,13 @@ class FreeMemory:
         self._read = -math.inf
 
     def now(self) -> int:
-        """Bytes that could be taken now."""
+        """Return the bytes that could be taken now."""
         self._found = free_bytes(self._device)
         self._read = time.monotonic()
         return self._found
 
     def beside(self, needed: int) -> int:
-        """Bytes that could be taken, exactly only where `needed` is a good part of them."""
+        """Return the bytes that could be taken, exact only if `needed` is a good part of them."""
         recent = time.monotonic() - self._read <= self.SECONDS
         if not recent or needed > self._found * self.SHARE:
             return self.now()

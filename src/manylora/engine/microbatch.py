@@ -1,4 +1,4 @@
-"""One packed stream with everything that its forward, loss and backward need.
+"""A micro-batch is one packed stream with all that its forward, loss and backward need.
 
 T tokens of the stream, padding rows at its end included.
 """
@@ -21,13 +21,14 @@ from manylora.types.data import Array
 
 @dataclass(slots=True)
 class MicroBatch:
-    """A packed stream.
+    """A `MicroBatch` is a packed stream.
 
     Attributes:
         pieces: in stream order.
         starts: first row of each piece.
         lengths: tokens of each sequence.
-        tokens_T, positions_T: int64 [T].
+        tokens_T: int64 [T].
+        positions_T: int64 [T].
         segments: one per piece, and one for the padding.
         head: the rows that the head runs on, with what their losses need.
     """
@@ -83,7 +84,7 @@ def build(
 
 
 def _tokens(parts: Sequence[Array], total: int, device: torch.device) -> Tensor:
-    """The parts end to end, zeros up to `total`."""
+    """Join the parts end to end, with zeros up to `total`."""
     row = np.zeros(total, np.int64)
     end = 0
     for part in parts:

@@ -1,6 +1,6 @@
-"""Cutting work into pieces, and dealing pieces out into micro-batches.
+"""A plan cuts work into pieces, and deals the pieces out into micro-batches.
 
-The one rule that makes every adapter's numbers its own: how an adapter's work is cut depends on
+One rule makes every adapter's numbers its own: how an adapter's work is cut depends on
 that work alone. Pieces are then packed whole beside other adapters' pieces, in order, so each
 adapter's gradient is the same sum of the same products, whatever neighbours it has.
 
@@ -24,7 +24,7 @@ PIECES_PER_BATCH = 4
 
 @dataclass(slots=True)
 class Piece:
-    """Neighbouring data of one operation that run together.
+    """A piece is neighbouring data of one operation that run together.
 
     Attributes:
         work: number of the operation in the call.
@@ -64,7 +64,7 @@ class Plan:
     shares: dict[str, int]
 
     def counts(self) -> dict[str, int]:
-        """Pieces of every adapter."""
+        """Count the pieces of every adapter."""
         counts: dict[str, int] = {}
         for piece in self.pieces:
             counts[piece.adapter] = counts.get(piece.adapter, 0) + 1
@@ -144,7 +144,7 @@ def deal(pieces: Sequence[Piece], shares: int) -> None:
 def choose_homes(
     pieces: Iterable[Piece], ranks: int, kept: Mapping[str, int | None]
 ) -> dict[str, int]:
-    """A home for every adapter, such that the ranks' tokens are as equal as may be.
+    """Choose a home for every adapter, such that the ranks' tokens are as equal as may be.
 
     The adapters that have a home come first, then the heaviest. Each goes where the sum of the
     squares of the loads stays smallest.

@@ -1,4 +1,4 @@
-"""The oracle: one adapter, one sequence at a time, plain modules, plain autograd, torch's AdamW.
+"""The oracle trains one adapter by single sequences, plain modules, autograd and torch's AdamW.
 
 Nothing here is shared with the engine but the layout, so that the two can be compared.
 
@@ -21,7 +21,7 @@ from manylora.types import AdamParams, Datum, Wanted
 
 
 class ReferenceLinear(nn.Module):
-    """y = x Wᵀ + scale · (x Aᵀ) Bᵀ, with A and B as ordinary parameters."""
+    """The layer gives y = x Wᵀ + scale · (x Aᵀ) Bᵀ, with A and B as ordinary parameters."""
 
     def __init__(self, base: nn.Linear, a_RK: Tensor, b_NR: Tensor, scale: float):
         super().__init__()
@@ -36,7 +36,7 @@ class ReferenceLinear(nn.Module):
 
 
 class ReferenceEngine:
-    """One adapter on its own copy of the base."""
+    """A reference engine is one adapter on its own copy of the base."""
 
     def __init__(self, base: str | Path, state: AdapterState, dtype: str = "fp32"):
         self.model: Any = AutoModelForCausalLM.from_pretrained(
@@ -63,7 +63,7 @@ class ReferenceEngine:
         self.optimizer = torch.optim.AdamW(parameters, lr=1.0)
 
     def logprobs(self, datum: Datum) -> Tensor:
-        """log p(target) of one datum, [N] or [N, K] as its targets are."""
+        """Return log p(target) of one datum, [N] or [N, K] as its targets are."""
         logits_NV = self.model(
             input_ids=torch.from_numpy(datum.tokens)[None], use_cache=False
         ).logits[0]
@@ -78,7 +78,7 @@ class ReferenceEngine:
         config: Mapping[str, float] | None = None,
         wanted: Wanted = "all",
     ) -> tuple[list[Tensor], float]:
-        """Accumulate gradients; returns what is wanted of each datum, and the summed loss."""
+        """Accumulate gradients; return what is wanted of each datum, and the summed loss."""
         logprobs: list[Tensor] = []
         total = 0.0
         for datum in data:
@@ -92,7 +92,7 @@ class ReferenceEngine:
         return logprobs, total
 
     def optim_step(self, params: AdamParams) -> float:
-        """Clip and step; returns the gradient's norm before clipping."""
+        """Clip and step; return the gradient's norm before clipping."""
         group = self.optimizer.param_groups[0]
         group.update(
             lr=params.lr,
@@ -110,11 +110,11 @@ class ReferenceEngine:
         return norm
 
     def weights(self) -> Tensor:
-        """All factors as one vector in the layout's order."""
+        """Return all factors as one vector in the layout's order."""
         return self._vector(lambda p: p)
 
     def gradient(self) -> Tensor:
-        """All gradients as one vector in the layout's order."""
+        """Return all gradients as one vector in the layout's order."""
         return self._vector(lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
 
     def _vector(self, read: Any) -> Tensor:
@@ -127,7 +127,7 @@ class ReferenceEngine:
 
 
 def trained_rows(name: str, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The positions [n] on which a datum's loss depends."""
+    """Return the positions [n] on which a datum's loss depends."""
     if name == "cross_entropy":
         weights = inputs["weights"]
         return weights.view(len(weights), -1).abs().sum(dim=1).nonzero()[:, 0]
@@ -142,7 +142,7 @@ def trained_rows(name: str, inputs: Mapping[str, Tensor]) -> Tensor:
 def reference_loss(
     name: str, logprobs_N: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]
 ) -> Tensor:
-    """Each token's loss [N] (or [N, K]) of a datum, written as the formulas stand, for autograd."""
+    """Return each token's loss [N] (or [N, K]), written as the formulas stand, for autograd."""
     if name == "cross_entropy":
         return -inputs["weights"] * logprobs_N
     advantages_N, sampler_N = inputs["advantages"], inputs["logprobs"]

@@ -1,4 +1,4 @@
-"""From the outputs of micro-batches to each operation's result.
+"""The outputs of micro-batches become each operation's result.
 
 L rows of the head, M targets beyond the first of each row, N tokens of a datum, n of them whose
 log-probabilities are wanted, K targets of each position.
@@ -23,7 +23,7 @@ from manylora.types.data import Array
 
 @dataclass(slots=True)
 class Rows:
-    """The results of one micro-batch, still on the device."""
+    """`Rows` are the results of one micro-batch, still on the device."""
 
     batch: MicroBatch
     out: HeadOutput
@@ -31,7 +31,7 @@ class Rows:
 
 @dataclass(slots=True)
 class PieceResult:
-    """One piece's results: each datum's wanted log-probabilities, and the sum of its losses."""
+    """A `PieceResult` has each datum's wanted log-probabilities, and the sum of the losses."""
 
     logprobs: list[Array]
     loss: float
@@ -120,19 +120,19 @@ def results(
 
 
 class _Section:
-    """A piece's numbers in one section of the head's rows, read datum by datum."""
+    """A section has a piece's numbers in one part of the head's rows, read datum by datum."""
 
     def __init__(self, first_2n: Array, more_2m: Array):
-        """Log-probabilities and losses, by the first target and by the others."""
+        """Take log-probabilities and losses, by the first target and by the others."""
         self._first, self._more = first_2n, more_2m
         self._row = self._other = 0
 
     def loss(self) -> float:
-        """The sum of the losses."""
+        """Return the sum of the losses."""
         return float(self._first[1].sum(dtype=np.float64) + self._more[1].sum(dtype=np.float64))
 
     def read(self, rows: int, datum: Datum) -> Array:
-        """The next rows' log-probabilities, [n] or [n, K] as the datum's targets are."""
+        """Return the next rows' log-probabilities, [n] or [n, K] as the datum's targets are."""
         first_n = self._first[0, self._row : self._row + rows]
         self._row += rows
         if datum.loss_inputs["target_tokens"].ndim == 1:
@@ -158,7 +158,7 @@ def _wanted(datum: Datum, loss: Loss, piece: Piece, trained: _Section, read: _Se
 
 
 def _shapes(piece: Piece, losses: Losses) -> list[tuple[int, ...]]:
-    """The shapes of what is wanted of each datum's log-probabilities."""
+    """Return the shapes of what is wanted of each datum's log-probabilities."""
     shapes = [datum.loss_inputs["target_tokens"].shape for datum in piece.data]
     if piece.wanted == "all":
         return shapes
@@ -170,7 +170,7 @@ def _shapes(piece: Piece, losses: Losses) -> list[tuple[int, ...]]:
 
 
 def _numbers(piece: Piece, losses: Losses) -> int:
-    """The number of fp32 numbers of a piece's result; a loss, in fp64, takes the place of two."""
+    """Count the fp32 numbers of a piece's result; a loss, in fp64, takes the place of two."""
     return 2 + sum(math.prod(shape) for shape in _shapes(piece, losses))
 
 
@@ -185,7 +185,7 @@ def _read(piece: Piece, losses: Losses, row: Array) -> PieceResult:
 
 
 def _more(out: HeadOutput) -> Array:
-    """Log-probabilities and losses [2, M] of the targets beyond the first."""
+    """Return log-probabilities and losses [2, M] of the targets beyond the first."""
     if out.more_logprobs_M is None or out.more_loss_M is None:
         return np.zeros((2, 0), np.float32)
     return torch.stack([out.more_logprobs_M, out.more_loss_M]).cpu().numpy()

@@ -1,4 +1,4 @@
-"""The softmax over a vocabulary, of which each rank has a part of the logits, or one process all.
+"""The softmax is over a vocabulary of which each rank has a part of the logits, or one process all.
 
 c rows of a chunk, n targets of them, r ranks, V tokens of this rank's part.
 
@@ -17,7 +17,7 @@ from manylora.parallel import Axis
 
 @dataclass(frozen=True, slots=True)
 class Mine:
-    """Targets as this rank sees them.
+    """A `Mine` has targets as this rank sees them.
 
     Attributes:
         place: where in the rank's logits; any place where a target is another rank's.
@@ -28,13 +28,13 @@ class Mine:
     inside: Tensor | None = None
 
     def only(self, values: Tensor) -> Tensor:
-        """The values of this rank's targets, zero for the others."""
+        """Return the values of this rank's targets, zero for the others."""
         return values if self.inside is None else values * self.inside
 
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """The logits of some targets of a chunk.
+    """A `Picked` has the logits of some targets of a chunk.
 
     Attributes:
         targets_n: the targets.
@@ -47,13 +47,13 @@ class Picked:
     rows_n: Tensor | None = None
 
     def of_rows(self, values_c: Tensor) -> Tensor:
-        """The value [..., n] of each target's row, of values [..., c]."""
+        """Return the value [..., n] of each target's row, of values [..., c]."""
         return values_c if self.rows_n is None else values_c[..., self.rows_n]
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """The softmax over the whole vocabulary.
+    """A `Whole` is the softmax over the whole vocabulary.
 
     Attributes:
         sum_c1: of the exponentials, relative to this rank's own maximum, as its exponentials are.
@@ -65,7 +65,7 @@ class Whole:
 
 
 class WholeVocabulary:
-    """All of the vocabulary, in one process."""
+    """A `WholeVocabulary` is all of the vocabulary, in one process."""
 
     def __init__(self, vocab: int):
         self.longest = vocab
@@ -85,7 +85,7 @@ class WholeVocabulary:
 
 
 class VocabularyPart:
-    """This rank's part of the vocabulary."""
+    """A `VocabularyPart` is this rank's part of the vocabulary."""
 
     def __init__(self, axis: Axis, vocab: int):
         self.axis = axis

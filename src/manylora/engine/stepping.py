@@ -1,4 +1,4 @@
-"""Optimizer steps of the adapters that are due, on a mesh (of one rank, mostly)."""
+"""The adapters that are due make their optimizer steps on a mesh (of one rank, mostly)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -31,7 +31,7 @@ def step_on_mesh(
 
 
 def passes(lengths: Sequence[int], most: int | None = None) -> Iterator[slice]:
-    """Neighbours of at most `most` numbers together (None = PASS_NUMBERS); a longer one alone."""
+    """Group neighbours of at most `most` numbers (None = PASS_NUMBERS); a longer one is alone."""
     most = PASS_NUMBERS if most is None else most
     start, sum_ = 0, 0
     for number, length in enumerate(lengths):

@@ -1,4 +1,4 @@
-"""Arithmetic on plain tensors: many adapters' low-rank terms, and the base's products beside them.
+"""This room computes on plain tensors: many adapters' low-rank terms, and the base's products.
 
 Owns: `shrink_expand` and its backward on row ranges, for each kind of device; the same for single
 rows; products with frozen weights, whose rows have the same bits whatever the number of rows;

@@ -1,4 +1,4 @@
-"""The low-rank operation of each kind of device.
+"""Each kind of device has its low-rank operation.
 
 A kernel for one kind stands here beside its twin, the plain loop, which serves all others.
 """
@@ -31,7 +31,7 @@ Backward = Callable[
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """The two halves of the operation; `lowrank` describes their arguments."""
+    """A `LowRank` has the operation's two halves; `lowrank` describes their arguments."""
 
     shrink_expand: Forward
     shrink_expand_backward: Backward

@@ -1,4 +1,4 @@
-"""What users call torch's dtypes (their bytes are in `types.memory`)."""
+"""Users call torch's dtypes by these names (their bytes are in `types.memory`)."""
 
 import torch
 

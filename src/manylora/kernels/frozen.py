@@ -1,4 +1,4 @@
-"""Products with frozen weights: a row has the same bits, however many rows there are.
+"""A row of a product with frozen weights has the same bits, however many rows there are.
 
 A CPU's vendor library picks its kernel, and the order in which it adds, by the size of the whole
 product; so what one tenant's row becomes may depend on how many rows its neighbours have. Whether
@@ -38,14 +38,14 @@ TRIED_WORK = 4_000_000_000
 
 
 def product(a_TK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """a · b, plus a bias for each column, as a new [T, N]."""
+    """Return a · b, plus a bias for each column, as a new [T, N]."""
     out_TN = a_TK.new_empty(len(a_TK), b_KN.shape[1])
     write_product(out_TN, a_TK, b_KN, bias_N)
     return out_TN
 
 
 def write_product(out_TN: Tensor, a_TK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> None:
-    """out = a · b, plus a bias for each column."""
+    """Write a · b, plus a bias for each column, to `out`."""
     if bias_N is None:
         _run(lambda rows_tK, out_tN: torch.mm(rows_tK, b_KN, out=out_tN), a_TK, out_TN)
     else:
@@ -53,7 +53,7 @@ def write_product(out_TN: Tensor, a_TK: Tensor, b_KN: Tensor, bias_N: Tensor | N
 
 
 def add_product(out_TN: Tensor, a_TK: Tensor, b_KN: Tensor) -> None:
-    """out += a · b."""
+    """Add a · b to `out`."""
     _run(lambda rows_tK, out_tN: out_tN.addmm_(rows_tK, b_KN), a_TK, out_TN)
 
 
@@ -72,7 +72,7 @@ def safe_plain(
     counts: tuple[int, ...],
     multiple: int,
 ) -> frozenset[int]:
-    """Of `counts`, those of which rows of a product of these sizes are known to keep their bits.
+    """Return those of `counts` of which rows of a product of these sizes surely keep their bits.
 
     Args:
         threads: torch's number of them, which the answer depends on.
@@ -116,7 +116,7 @@ def _run(multiply: Callable[[Tensor, Tensor], object], a_TK: Tensor, out_TN: Ten
 
 @cache
 def _safe_rows(dtype: torch.dtype, threads: int) -> int | None:
-    """From how many rows on products give a row the same bits; None if from more than a block's.
+    """Return from how many rows on a row has the same bits; None if from more than a block's.
 
     Args:
         threads: torch's number of them, which the answer depends on.
@@ -131,7 +131,7 @@ def _safe_rows(dtype: torch.dtype, threads: int) -> int | None:
 
 
 def _fewest_alike(dtype: torch.dtype, most: int) -> int | None:
-    """The fewest rows from which on all products that are tried give the bits that `most` give."""
+    """Return the fewest rows from which on all tried products give the bits that `most` give."""
     generator = torch.Generator().manual_seed(0)
     counts = [
         most >> shift for shift in range(1, most.bit_length()) if most >> shift >= FEWEST_ROWS

@@ -1,4 +1,4 @@
-"""Each segment's own A·B under a shared base product: a loop over segments in plain PyTorch.
+"""A loop in plain PyTorch adds each segment's own A·B to a shared base product.
 
 T tokens of the stream, t tokens of one segment, K input features, N output features, R rank
 (summed over the members of an input group).
@@ -42,7 +42,7 @@ FETCHING = not is_intel()
 
 @dataclass(slots=True)
 class SiteFactor:
-    """One site's B in a block. `output` says which of the group's outputs it adds to."""
+    """A `SiteFactor` is one site's B in a block; it adds to the group's output number `output`."""
 
     output: int
     rank: int
@@ -53,7 +53,7 @@ class SiteFactor:
 
 @dataclass(slots=True)
 class Block:
-    """One adapter's factors for one input group; views of the adapter's vectors.
+    """A block is one adapter's factors for one input group: views of the adapter's vectors.
 
     `scale` is that of all members, None if they differ.
     """
@@ -71,7 +71,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Where an input's columns lie in the whole input of `total`, of which others have the rest."""
+    """`Columns` say where an input's columns lie in the whole of `total`; others have the rest."""
 
     start: int
     total: int
@@ -79,7 +79,7 @@ class Columns:
 
 @dataclass(slots=True)
 class SegmentWork:
-    """A block applied to one segment.
+    """A `SegmentWork` is a block applied to one segment.
 
     `segment` is the segment's number in the split of the stream; `seed` fixes the dropout mask.
     """
@@ -170,7 +170,7 @@ def shrink_expand_backward(
 
 
 def _segments(rows_TK: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    """The rows of each segment, to be read only.
+    """Return the rows of each segment, to be read only.
 
     The vendor's products may round otherwise where an operand does not begin on a cache line. If
     rows are no whole number of those, a segment's place in the stream would show in its bits.
@@ -192,7 +192,7 @@ def _fetch(rows_tK: Tensor) -> None:
 
 
 def _rows(s_Rt: Tensor, block: Block) -> Sequence[Tensor]:
-    """The rows of each member."""
+    """Return the rows of each member."""
     return (s_Rt,) if len(block.ranks) == 1 else s_Rt.split_with_sizes(block.ranks)
 
 
@@ -212,7 +212,7 @@ def _dropped(x_tK: Tensor, item: SegmentWork, columns: Columns | None) -> Tensor
 
 
 def _keep_mask(x_tK: Tensor, item: SegmentWork, columns: Columns | None) -> Tensor:
-    """0 or 1/(1-p) for each element; made again in the backward rather than stored."""
+    """Make 0 or 1/(1-p) for each element, anew in the backward rather than stored."""
     keep = 1.0 - item.dropout
     generator = torch.Generator(x_tK.device).manual_seed(item.seed)
     if columns is None:
@@ -222,7 +222,7 @@ def _keep_mask(x_tK: Tensor, item: SegmentWork, columns: Columns | None) -> Tens
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in the wider of the two dtypes."""
+    """Return a @ b in the wider of the two dtypes."""
     if a.dtype == b.dtype:
         return a @ b
     dtype = torch.promote_types(a.dtype, b.dtype)
@@ -230,7 +230,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """out += alpha · a @ b, in one pass where the dtypes allow it."""
+    """Add alpha · a @ b to `out`, in one pass where the dtypes allow it."""
     if out.dtype == a.dtype == b.dtype:
         out.addmm_(a, b, alpha=alpha)
     else:
@@ -238,7 +238,7 @@ def _add_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
 
 
 def _write_matmul(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b."""
+    """Write a @ b to `out`."""
     if out.dtype == a.dtype == b.dtype:
         torch.mm(a, b, out=out)
     else:

@@ -1,4 +1,4 @@
-"""Products of few rows with frozen weights that are kept a second time, as oneDNN reads them.
+"""Products of few rows read frozen weights that are kept a second time, in oneDNN's own order.
 
 A vendor's product of a few rows spends most of its time bringing the weights into an order that its
 kernel reads, and one row alone goes through another kernel, with other bits. With weights that are
@@ -20,7 +20,7 @@ ROWS = 64
 
 
 class PackedWeight:
-    """A frozen weight [N, K] in oneDNN's own order, with the bias of each column."""
+    """A `PackedWeight` is a frozen weight [N, K] in oneDNN's order, with each column's bias."""
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None):
         """Copy the weight.
@@ -34,7 +34,7 @@ class PackedWeight:
         self._bias_N = bias_N
 
     def product(self, x_TK: Tensor) -> Tensor:
-        """x · Wᵀ + bias, as a new [T, N]."""
+        """Return x · Wᵀ + bias, as a new [T, N]."""
         return self._multiply(x_TK, self._packed, self._bias_N, "none", [], "")
 
 
@@ -47,7 +47,7 @@ def safe_packed(
     threads: int,
     counts: tuple[int, ...],
 ) -> frozenset[int]:
-    """Of `counts`, those of which rows keep their bits; none where there are no such products."""
+    """Return those of `counts` of which rows keep their bits; none without such products."""
     weight_NK = some_rows(columns, terms, dtype)
     bias_N = some_rows(1, columns, dtype)[0] if bias else None
     try:

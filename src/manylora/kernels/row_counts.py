@@ -1,4 +1,4 @@
-"""Which numbers of rows give a row the same bits: found by trying, and the same at every start.
+"""The numbers of rows that give a row the same bits are found by trying, alike at every start.
 
 Nothing is timed. What is tried are all the numbers that will be used, at changing places of a
 larger whole, bit for bit; so what comes out depends on the machine, the number of threads and the
@@ -42,7 +42,7 @@ FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class RowCounts:
-    """The numbers of rows that a step may have.
+    """`RowCounts` are the numbers of rows that a step may have.
 
     Attributes:
         counts: ascending.
@@ -53,13 +53,13 @@ class RowCounts:
     multiple: int
 
     def holding(self, rows: int) -> int:
-        """The least of them that holds `rows` rows."""
+        """Return the least of them that holds `rows` rows."""
         found = next((count for count in self.counts if count >= rows), None)
         return -(-rows // self.multiple) * self.multiple if found is None else found
 
 
 def ladder(most: int) -> tuple[int, ...]:
-    """The numbers that are worth trying: all up to 8, then eight for every doubling or fewer."""
+    """Return the numbers worth trying: all up to 8, then eight for every doubling or fewer."""
     counts: list[int] = []
     count = 1
     while count < most:
@@ -71,7 +71,7 @@ def ladder(most: int) -> tuple[int, ...]:
 def alike(
     make: Callable[[Tensor], Tensor], whole_TK: Tensor, counts: Iterable[int]
 ) -> frozenset[int]:
-    """Of `counts`, those of which rows get the bits that they get among all of `whole_TK`."""
+    """Return those of `counts` of which rows get the bits that they get among all of `whole_TK`."""
     expected_TN = make(whole_TK)
     found = []
     for count in counts:
@@ -83,7 +83,7 @@ def alike(
 
 
 def some_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Random numbers of several magnitudes, always the same."""
+    """Return random numbers of several magnitudes, always the same."""
     generator = torch.Generator().manual_seed(rows * columns)
     numbers = torch.randn(rows, columns, generator=generator)
     return numbers.mul_(torch.logspace(-1, 1, rows)[:, None]).to(dtype)
@@ -93,7 +93,7 @@ def some_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 def safe_for_functions(
     width: int, dtype: torch.dtype, threads: int, counts: tuple[int, ...]
 ) -> frozenset[int]:
-    """Of `counts`, those of which rows of this width keep their bits in elementwise functions."""
+    """Return the `counts` of which rows of this width keep their bits in elementwise functions."""
     even = tuple(count for count in counts if _even_shares(count * width, threads))
     tried = tuple(count for count in even if count * width <= TRIED_ELEMENTS)
     if not tried:
@@ -106,6 +106,6 @@ def safe_for_functions(
 
 
 def _even_shares(elements: int, threads: int) -> bool:
-    """Whether no thread's share of so many elements has a ragged end (see at::parallel_for)."""
+    """Return whether no thread's share of the elements has a ragged end (see at::parallel_for)."""
     used = 1 if elements < GRAIN else min(threads, -(-elements // GRAIN))
     return elements % UNROLLED == 0 and -(-elements // used) % UNROLLED == 0

@@ -1,4 +1,4 @@
-"""The low-rank terms of a few rows, each row by products of its own.
+"""A few rows get their low-rank terms, each row by products of its own.
 
 In a step of decoding an adapter has as many rows as it has sequences just then, and each must get
 the bits that it gets alone. A batched product of single rows does that where it treats every row as
@@ -24,7 +24,7 @@ AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """Rows [start, stop) of the stream, which one block acts on.
+    """A `RowBatch` is rows [start, stop) of the stream, which one block acts on.
 
     Attributes:
         a_tKR: the block's A for each row.
@@ -43,7 +43,7 @@ class RowBatch:
 def row_batches(
     x_TK: Tensor, ys: Sequence[Tensor], sizes: list[int], work: Sequence[SegmentWork]
 ) -> list[RowBatch]:
-    """How to add the low-rank terms to `ys`; it serves all streams of these segments and dtypes."""
+    """Plan how to add low-rank terms to `ys`, for all streams of these segments and dtypes."""
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + size)
@@ -66,7 +66,7 @@ def row_batches(
 
 
 def add_by_row(x_TK: Tensor, ys: Sequence[Tensor], batches: Sequence[RowBatch]) -> None:
-    """Add the low-rank term of every row to `ys`; see `lowrank.shrink_expand`. Without dropout."""
+    """Add every row's low-rank term to `ys`, without dropout; see `lowrank.shrink_expand`."""
     x_T1K, ys_T1N = x_TK.unsqueeze(1), [y_TN.unsqueeze(1) for y_TN in ys]
     for batch in batches:
         start, stop, a_tKR = batch.start, batch.stop, batch.a_tKR
@@ -96,7 +96,7 @@ def _add_batched(x_tK: Tensor, ys: Sequence[Tensor], block: Block) -> None:
 
 
 def _add_one_by_one(x_TK: Tensor, ys: Sequence[Tensor], rows: range, block: Block) -> None:
-    """Each row in tensors of its own, which begin on a cache line wherever the row lies."""
+    """Add each row in tensors of its own, which begin on a cache line wherever the row lies."""
     for row in rows:
         own = [y_TN[row : row + 1].clone() for y_TN in ys]
         _add_batched(x_TK[row : row + 1].clone(), own, block)
@@ -125,7 +125,7 @@ def _batched_is_safe(
     factors: torch.dtype,
     threads: int,
 ) -> bool:
-    """Whether rows of a batched product have the bits of rows alone, whatever their number.
+    """Return whether rows of a batched product have the bits of rows alone, however many.
 
     Args:
         members: output, rank and columns of each.

@@ -1,4 +1,4 @@
-"""What has to be done before the numbers of the CPU's vendor library can be relied on."""
+"""This has to be done before the numbers of the CPU's vendor library can be relied on."""
 
 import torch
 

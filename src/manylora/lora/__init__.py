@@ -1,4 +1,4 @@
-"""The adapter: one contiguous vector, its layout, and the layers that read it.
+"""This room holds the adapter: one contiguous vector, its layout, and the layers that read it.
 
 Owns: sites and targets, the layout, the adapter's vectors, initial factors, the wrapped linear
 layers, and the routing table that tells each token's adapter.

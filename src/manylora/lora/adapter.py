@@ -1,4 +1,4 @@
-"""The adapter itself: a few vectors of one length, and views of them for each input group.
+"""An adapter is a few vectors of one length, with views of them for each input group.
 
 On a mesh these are what one rank holds (see `sharding`).
 
@@ -21,19 +21,19 @@ from manylora.types.memory import adapter_bytes
 
 
 def to_tensor(array: Floats, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A copy of `array` on `device`, of its own memory."""
+    """Copy `array` to memory of its own on `device`."""
     return torch.tensor(array, dtype=dtype, device=device)
 
 
 def to_array(tensor: Tensor) -> Floats:
-    """A copy of `tensor` in host memory, fp32, of its own."""
+    """Copy `tensor` to host memory of its own, in fp32."""
     return tensor.detach().to("cpu", torch.float32, copy=True).numpy()
 
 
 class AdapterWeights:
-    """An adapter's factors as the layers read them: one vector and a block per input group.
+    """`AdapterWeights` are factors as the layers read them: a vector, and a block per input group.
 
-    Frozen as a snapshot, or the living weights of an `Adapter`.
+    They are frozen as a snapshot, or the living weights of an `Adapter`.
 
     Attributes:
         weights_P: the vector, in the adapter's dtype.
@@ -54,11 +54,11 @@ class AdapterWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the vector."""
+        """The vector takes this many bytes."""
         return self.weights_P.numel() * self.weights_P.element_size()
 
     def snapshot(self, sites: "SiteIndex") -> "AdapterWeights":
-        """A frozen copy: one clone of the vector."""
+        """Return a frozen copy: one clone of the vector."""
         return AdapterWeights(self.spec, self.part, self.weights_P.clone(), sites)
 
 
@@ -76,7 +76,7 @@ class SiteIndex:
 
 
 class Adapter:
-    """A trainable adapter: factors, gradient, master weights and moments.
+    """An `Adapter` can be trained: it has factors, gradient, master weights and moments.
 
     In fp32 the weights are their own master copy, so an adapter costs 16 bytes a parameter once
     it has stepped: weights, gradient and two moments.
@@ -129,7 +129,7 @@ class Adapter:
         return to_tensor(self.part.take(array)[self.part.own], self.master_P.device)
 
     def require_grad(self) -> Tensor:
-        """The gradient vector, made (as zeros) and tied to the blocks on first use."""
+        """Return the gradient vector, made (as zeros) and tied to the blocks on first use."""
         if self.grad_P is None:
             return self._tie_grad(torch.zeros_like(self.weights.weights_P, dtype=torch.float32))
         return self.grad_P
@@ -151,17 +151,17 @@ class Adapter:
             self._tie_grad(to_tensor(own_P, self.master_P.device))
 
     def note_grad(self, home: int, shares: int) -> None:
-        """Something was accumulated, on this rank or another."""
+        """Note that something was accumulated, on this rank or another."""
         self.has_grad, self.home = True, home
         self.shares = max(self.shares, shares)
 
     def share_ranks(self) -> list[int]:
-        """The dp ranks that hold what was accumulated, in the order of the shares."""
+        """Return the dp ranks that hold what was accumulated, in the order of the shares."""
         home = self.home or 0
         return [(home + share) % self.part.place["dp"].size for share in range(self.shares)]
 
     def require_moments(self) -> tuple[Tensor, Tensor]:
-        """AdamW's two moments, made (as zeros) on first use."""
+        """Return AdamW's two moments, made (as zeros) on first use."""
         if self.exp_avg_P is None or self.exp_avg_sq_P is None:
             self.exp_avg_P = torch.zeros_like(self.master_P)
             self.exp_avg_sq_P = torch.zeros_like(self.master_P)
@@ -169,7 +169,7 @@ class Adapter:
 
     @property
     def has_usable_grad(self) -> bool:
-        """Say whether the next step may use what was accumulated."""
+        """The next step may use what was accumulated."""
         return self.has_grad and self.poison is None
 
     def drop_grad(self) -> None:
@@ -185,14 +185,14 @@ class Adapter:
             self.weights.weights_P.copy_(self.master_P)
 
     def num_bytes(self) -> int:
-        """Bytes held by the adapter's vectors now."""
+        """Return the bytes that the adapter's vectors hold now."""
         vectors = [self.weights.weights_P, self.grad_P, self.exp_avg_P, self.exp_avg_sq_P]
         if self.spec.dtype != "fp32":
             vectors.append(self.master_P)
         return sum(v.numel() * v.element_size() for v in vectors if v is not None)
 
     def promised_bytes(self) -> int:
-        """Bytes that the adapter does not hold yet, and will once it has stepped."""
+        """Return the bytes that the adapter does not hold yet, and will once it has stepped."""
         count, dp = self.weights.weights_P.numel(), self.part.place["dp"].size
         return max(0, adapter_bytes(count, self.spec.dtype, dp) - self.num_bytes())
 
@@ -207,6 +207,6 @@ def _block(factors: tuple[Factor, ...], vector_P: Tensor, sites: SiteIndex) -> B
 
 
 def _a_rows(factors: tuple[Factor, ...], vector_P: Tensor) -> Tensor:
-    """The adjacent A factors of one input group as one [R, K] view."""
+    """Return the adjacent A factors of one input group as one [R, K] view."""
     rank, in_features = sum(f.rank for f in factors), factors[0].in_features
     return rows(vector_P, factors[0].a_start, rank, in_features)

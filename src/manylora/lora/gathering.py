@@ -1,4 +1,4 @@
-"""The whole of an adapter, out of the parts that the ranks of a mesh (or one process) hold.
+"""An adapter is made whole of the parts that the ranks of a mesh (or one process) hold.
 
 Each function is a collective: every rank calls it, for the same adapter.
 
@@ -15,7 +15,7 @@ from manylora.parallel import Mesh
 
 
 def gathered_state(adapter: Adapter, mesh: Mesh) -> AdapterState:
-    """A detached copy, in numpy arrays, of everything that training needs to go on.
+    """Copy everything that training needs to go on, detached, to numpy arrays.
 
     It is the same on each rank. Gradients that must not be used are left out, as the next step will
     be refused and drop them; that it will be is part of the state.
@@ -38,7 +38,7 @@ def gathered_state(adapter: Adapter, mesh: Mesh) -> AdapterState:
 
 
 def gathered_weights(weights: AdapterWeights, mesh: Mesh) -> Floats:
-    """fp32 [P]: what layers read on all ranks."""
+    """Return fp32 [P]: what layers read on all ranks."""
     return _joined(weights.weights_P, weights.part, mesh)
 
 
@@ -48,14 +48,14 @@ def _moment(slice_C: Tensor | None, part: Part, mesh: Mesh) -> Floats | None:
 
 
 def _unsliced(slice_C: Tensor, part: Part, mesh: Mesh) -> Tensor:
-    """The local vector [L] of its dp slices."""
+    """Join the dp slices of a local vector [L]."""
     if mesh.dp.size == 1:
         return slice_C
     return mesh.dp.gather(_padded(slice_C, part.slice_size)).view(-1)[: part.local.num_params]
 
 
 def _joined(vector_L: Tensor, part: Part, mesh: Mesh) -> Floats:
-    """The global vector of every tp rank's."""
+    """Join every tp rank's vector into the global one."""
     everyones = mesh.tp.gather(_padded(vector_L, part.longest))
     return part.join([to_array(own_L) for own_L in everyones])
 

@@ -1,4 +1,4 @@
-"""What layers that read one tensor are to everything else: sites, products and a gradient.
+"""Layers that read one tensor are a group to all else: sites, products and a gradient.
 
 Adapters, the engine and sampling know a group by this interface alone, so that another kind of
 layers can stand beside `linear.InputGroup`.
@@ -20,7 +20,7 @@ Saved = Sequence[Tensor]
 
 
 class Group(Protocol):
-    """Layers of the base that read one tensor, with the adapters on them.
+    """A group is layers of the base that read one tensor, with the adapters on them.
 
     Attributes:
         number: by which adapters' blocks and the routing table know the group.
@@ -59,7 +59,7 @@ class Group(Protocol):
 
 
 class GroupFunction(autograd.Function):
-    """A group's products as one operation of autograd."""
+    """A `GroupFunction` is a group's products as one operation of autograd."""
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override]
@@ -82,7 +82,7 @@ class GroupFunction(autograd.Function):
 
 
 class Adapted(nn.Module):
-    """A module that stands in a base's place and has its group compute for it."""
+    """An adapted module stands in a base's place and has its group compute for it."""
 
     def __init__(self, group: Group):
         super().__init__()

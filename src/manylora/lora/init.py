@@ -1,4 +1,4 @@
-"""First values of an adapter's factors.
+"""An adapter's factors get their first values.
 
 K input features, R rank, P parameters of the adapter.
 """
@@ -14,7 +14,7 @@ from manylora.types import AdapterSpec
 
 
 def fresh_state(spec: AdapterSpec, layout: Layout) -> AdapterState:
-    """A new adapter that changes nothing yet: A random, B zero.
+    """Make a new adapter that changes nothing yet: A is random, B zero.
 
     A is drawn per module from a generator seeded by (adapter seed, module name), so that its
     values depend neither on the other modules that are targeted nor on how the base is sharded.
@@ -34,6 +34,6 @@ def fresh_state(spec: AdapterSpec, layout: Layout) -> AdapterState:
 
 
 def named_seed(seed: int, name: str) -> int:
-    """A 63-bit seed for `name`, the same on every machine."""
+    """Return a 63-bit seed for `name`, the same on every machine."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

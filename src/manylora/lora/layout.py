@@ -1,4 +1,4 @@
-"""Where each module's factors lie in an adapter's one vector.
+"""A layout says where each module's factors lie in an adapter's one vector.
 
 K input features, N output features, R LoRA rank, P parameters of the adapter.
 
@@ -18,7 +18,7 @@ from manylora.types import AdapterSpec
 
 
 class Vector(Protocol):
-    """A numpy array or a torch tensor of one dimension."""
+    """A vector is a numpy array or a torch tensor of one dimension."""
 
     def __getitem__(self, index: slice, /) -> Any: ...
 
@@ -28,7 +28,7 @@ V = TypeVar("V", bound=Vector)
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """One site's share of the vector: A [R, K] at `a_start`, Bᵀ [R, N] at `b_start`."""
+    """A factor is one site's share of the vector: A [R, K] at `a_start`, Bᵀ [R, N] at `b_start`."""
 
     site: str
     group: int
@@ -41,29 +41,29 @@ class Factor:
     b_start: int
 
     def a(self, vector_P: V) -> V:
-        """A [R, K], a view of a numpy or torch vector."""
+        """Return A [R, K], a view of a numpy or torch vector."""
         return rows(vector_P, self.a_start, self.rank, self.in_features)
 
     def b_transposed(self, vector_P: V) -> V:
-        """Bᵀ [R, N], a view of a numpy or torch vector."""
+        """Return Bᵀ [R, N], a view of a numpy or torch vector."""
         return rows(vector_P, self.b_start, self.rank, self.out_features)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All factors of one adapter, in the order of the base's sites, and P."""
+    """A layout has all factors of one adapter, in the order of the base's sites, and P."""
 
     factors: tuple[Factor, ...]
     num_params: int
 
     def groups(self) -> Iterator[tuple[int, tuple[Factor, ...]]]:
-        """(input group, its factors); their A blocks are adjacent."""
+        """Return (input group, its factors); their A blocks are adjacent."""
         for group, factors in groupby(self.factors, key=lambda factor: factor.group):
             yield group, tuple(factors)
 
 
 def rows(vector_P: V, start: int, height: int, width: int) -> V:
-    """The [height, width] matrix that begins at `start`, a view."""
+    """Return the [height, width] matrix that begins at `start`, a view."""
     return vector_P[start : start + height * width].reshape(height, width)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers that add each token's own adapter to the frozen base.
+"""Linear layers add each token's own adapter to the frozen base.
 
 T tokens, K input features, N output features.
 
@@ -41,7 +41,7 @@ from manylora.types.mesh_shape import Split
 
 
 class InputGroup:
-    """The frozen linear layers that read one tensor; see `Group`."""
+    """An input group is the frozen linear layers that read one tensor; see `Group`."""
 
     def __init__(
         self, number: int, sites: Sequence[Site], layers: Sequence[nn.Linear], low_rank: LowRank
@@ -143,7 +143,7 @@ class InputGroup:
 
 
 class LoRALinear(Adapted):
-    """A frozen linear layer that adds, to each row, the term of that row's adapter.
+    """A `LoRALinear` is a frozen linear layer that adds to each row the term of its adapter.
 
     It holds no adapter weights: they are read from the routing table. Outside a stream it is
     the base layer.

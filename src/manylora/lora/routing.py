@@ -1,4 +1,4 @@
-"""Which adapter each row of the stream belongs to, while a forward and its backward run.
+"""The table says which adapter each row belongs to, while a forward and its backward run.
 
 The table is opened by one writer around forward *and* backward, so that a layer recomputed under
 activation checkpointing sees the table of its first forward, and deep layers need no arguments.
@@ -16,7 +16,7 @@ from manylora.lora.adapter import AdapterWeights
 
 @dataclass(slots=True)
 class Segment:
-    """Adjacent rows of the stream that one adapter (or none) acts on.
+    """A segment is adjacent rows of the stream that one adapter (or none) acts on.
 
     Attributes:
         rows: how many.
@@ -31,7 +31,7 @@ class Segment:
 
 @dataclass(slots=True)
 class RoutingTable:
-    """The segments of one stream, and what each input group has to do for them.
+    """A table has the segments of one stream, and what each input group has to do for them.
 
     Attributes:
         segments: they cover the stream from its first row to its last.
@@ -56,13 +56,13 @@ class RoutingTable:
         self.sizes = [segment.rows for segment in self.segments]
 
     def work(self, group: int) -> list[SegmentWork]:
-        """The segments whose adapter acts on this input group; worked out once per stream."""
+        """Return the segments whose adapter acts on this group, worked out once per stream."""
         if group not in self._work:
             self._work[group] = self._resolve(group)
         return self._work[group]
 
     def part(self, segment: int, within: int, group: int) -> list[SegmentWork]:
-        """The work of one group on rows of one segment that run by themselves, as segment 0.
+        """Return one group's work on rows of one segment that run by themselves, as segment 0.
 
         Args:
             within: where they begin among the segment's rows, in the order in which they run.
@@ -105,12 +105,12 @@ def routing(table: RoutingTable) -> Iterator[RoutingTable]:
 
 
 def current_table() -> RoutingTable | None:
-    """The table of the stream that is running, if any."""
+    """Return the table of the stream that is running, if any."""
     return _current
 
 
 def _mix(*numbers: int) -> int:
-    """A 62-bit hash of a few numbers (splitmix64's finaliser, folded over them)."""
+    """Return a 62-bit hash of a few numbers (splitmix64's finaliser, folded over them)."""
     mask = (1 << 64) - 1
     state = 0x9E3779B97F4A7C15
     for number in numbers:

@@ -1,4 +1,4 @@
-"""Which part of an adapter's vectors each rank of a mesh holds.
+"""Each rank of a mesh holds a part of an adapter's vectors.
 
 Along `tp` an adapter is cut as the base is: where a layer's outputs are split, A is whole and B is
 split; where its inputs are, A is split and B is whole. A rank's own vector holds the whole factors
@@ -29,7 +29,7 @@ from manylora.types.mesh_shape import Split
 
 
 class Coordinate(NamedTuple):
-    """The ranks of one axis of a mesh, and a rank's index among them."""
+    """A coordinate is the ranks of one axis of a mesh, and a rank's index among them."""
 
     size: int = 1
     index: int = 0
@@ -48,7 +48,7 @@ class Place:
         return self.axes.get(axis, Coordinate())
 
     def moved(self, axis: str, index: int) -> "Place":
-        """The place of the rank that has another index on one axis."""
+        """Return the place of the rank that has another index on one axis."""
         return Place({**self.axes, axis: self[axis]._replace(index=index)})
 
 
@@ -56,13 +56,13 @@ ALONE = Place()
 
 
 def place_on(mesh: Mesh) -> Place:
-    """This rank's place on a mesh."""
+    """Return this rank's place on a mesh."""
     return Place({name: Coordinate(axis.size, axis.index) for name, axis in mesh.axes.items()})
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The part of one adapter that one rank holds.
+    """A `Part` is the part of one adapter that one rank holds.
 
     Attributes:
         whole: the adapter's layout, the same on every mesh.
@@ -85,18 +85,18 @@ class Part:
 
     @property
     def slice_size(self) -> int:
-        """Numbers of one dp slice; the last slices may be shorter."""
+        """One dp slice has this many numbers; the last slices may be shorter."""
         return -(-self.longest // self.place["dp"].size)
 
     @property
     def own(self) -> slice:
-        """This rank's dp slice of the local vector."""
+        """This is the rank's dp slice of the local vector."""
         size, length = self.slice_size, self.local.num_params
         start = min(self.place["dp"].index * size, length)
         return slice(start, min(start + size, length))
 
     def take(self, vector_P: Array) -> Array:
-        """This rank's numbers [L] of a global vector: itself, or a copy."""
+        """Return this rank's numbers [L] of a global vector: itself, or a copy."""
         if self.place["tp"].size == 1:
             return vector_P
         local_L = np.empty(self.local.num_params, vector_P.dtype)
@@ -105,7 +105,7 @@ class Part:
         return local_L
 
     def join(self, parts: Sequence[Array]) -> Array:
-        """The global vector [P] of what every tp rank holds, the inverse of `take`.
+        """Join what every tp rank holds into the global vector [P], the inverse of `take`.
 
         What all of them have is read from the first.
 
@@ -127,7 +127,7 @@ class Part:
         return min(-(-num_rows // self.place["tp"].size), self.place["dp"].size)
 
     def pending(self, lanes: Mapping[tuple[int, int], Array]) -> Array:
-        """A pending gradient [S, P] of all ranks' sums: its rows add up to the gradient.
+        """Make a pending gradient [S, P] of all ranks' sums: its rows add up to the gradient.
 
         Row share · tp + i holds the terms that tp rank i has of the whole factors. The split
         ones, of which there is only one term, are in the rows of i = 0.
@@ -156,7 +156,7 @@ class Part:
         return grad_SP
 
     def take_pending(self, grad_SP: Array, home: int) -> Array | None:
-        """This rank's sum [L] of a pending gradient; None if it has none.
+        """Return this rank's sum [L] of a pending gradient; None if it has none.
 
         On the mesh that it comes from, every term comes back to where it was. On another, the rows
         are dealt out in turn, the whole factors' terms over tp too.
@@ -204,7 +204,7 @@ def _part(layout: Layout, splits: tuple[Split, ...], place: Place) -> Part:
 
 
 def _laid_out(layout: Layout, splits: Sequence[Split], place: Place) -> tuple[Layout, int]:
-    """A tp rank's layout, and how many numbers of it every rank has."""
+    """Return a tp rank's layout, and how many numbers of it every rank has."""
     factors = [
         _cut(factor, split, place["tp"])
         for factor, split in zip(layout.factors, splits, strict=True)
@@ -234,7 +234,7 @@ def _laid_out(layout: Layout, splits: Sequence[Split], place: Place) -> tuple[La
 
 
 def _cut(factor: Factor, split: Split, tp: Coordinate) -> Factor:
-    """The factor's size on one rank."""
+    """Return the factor's size on one rank."""
     if split == "whole":
         return factor
     size = factor.out_features if split == "column" else factor.in_features
@@ -252,7 +252,7 @@ def _spans(factor: Factor) -> list[tuple[int, int]]:
 
 
 def _views(part: Part, local_L: Array, vector_P: Array) -> Iterable[tuple[Array, Array]]:
-    """Pairs of views: a factor in the local vector, and the same numbers in the global one."""
+    """Yield pairs of views: a factor in the local vector, and its numbers in the global one."""
     tp = part.place["tp"]
     for own, its, split in zip(part.local.factors, part.whole.factors, part.splits, strict=True):
         for start, its_start, width, its_width, cut in (

@@ -1,4 +1,4 @@
-"""Where adapters can act: the linear layers of a base, and which of them an adapter names.
+"""Adapters can act on the linear layers of a base, and each names some of them.
 
 K input features, N output features.
 """
@@ -18,7 +18,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One linear layer of the base that can carry adapters.
+    """A site is one linear layer of the base that can carry adapters.
 
     Attributes:
         name: its module path, as in the base's own state dict (`model.layers.0.mlp.up_proj`).
@@ -47,7 +47,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A site that an adapter acts on, with the rank and alpha that hold there."""
+    """A target is a site that an adapter acts on, with the rank and alpha that hold there."""
 
     site: Site
     rank: int
@@ -55,7 +55,7 @@ class Target:
 
 
 def resolve_targets(spec: AdapterSpec, sites: Sequence[Site]) -> tuple[Target, ...]:
-    """The sites that `spec` names, in the order of `sites`.
+    """Return the sites that `spec` names, in the order of `sites`.
 
     A leaf name matches a module path's end, a regular expression the whole path, and a pattern of
     `rank_pattern` / `alpha_pattern` the path's end, all as in PEFT. Matching is bounded (see
@@ -99,7 +99,7 @@ def _is_target(targets: str | tuple[str, ...], site: Site, matching: Matching) -
 
 
 def _idle_targets(targets: str | tuple[str, ...], chosen: Sequence[Site]) -> list[str]:
-    """The targets that name no site."""
+    """Return the targets that name no site."""
     if isinstance(targets, str):
         return [] if chosen else [targets]
     endings = {ending for site in chosen for ending in endings_of(site.name)}
@@ -107,7 +107,7 @@ def _idle_targets(targets: str | tuple[str, ...], chosen: Sequence[Site]) -> lis
 
 
 def endings_of(name: str) -> list[str]:
-    """A module path and its endings: `a.b.c`, `b.c`, `c`."""
+    """Return a module path and its endings: `a.b.c`, `b.c`, `c`."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 

@@ -1,4 +1,4 @@
-"""An adapter's complete training state, detached from any engine.
+"""An adapter's training state is complete, and detached from any engine.
 
 S shares of an adapter's work (1 unless the work was spread over several processes), P parameters of
 the adapter.
@@ -18,7 +18,7 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 
 @dataclass(slots=True)
 class AdapterState:
-    """Everything that training needs to go on as if it had never stopped (numpy arrays).
+    """A state has all that training needs to go on as if it had never stopped (numpy arrays).
 
     Attributes:
         spec: the adapter's settings.

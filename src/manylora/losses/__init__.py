@@ -1,4 +1,4 @@
-"""Losses on per-token log-probabilities: pure functions, one file each.
+"""This room has the losses on per-token log-probabilities: pure functions, one file each.
 
 Owns: the formulas, their inputs and settings, and their derivatives.
 Does not own: how log-probabilities are computed, sums over tokens, clients' normalisation.

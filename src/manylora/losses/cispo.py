@@ -1,4 +1,4 @@
-"""CISPO: -sg[clip(r, low, high)]·A·l (https://arxiv.org/abs/2506.13585); sg stops the gradient."""
+"""CISPO is -sg[clip(r, low, high)]·A·l (https://arxiv.org/abs/2506.13585); sg stops gradients."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def cispo(
     logprobs_T: Tensor, inputs: Mapping[str, Tensor], settings: Mapping[str, float]
 ) -> tuple[Tensor, Tensor]:
-    """Per-token loss [T] and its derivative by l [T]; every token keeps a gradient."""
+    """Return per-token loss [T] and its derivative by l [T]; every token keeps a gradient."""
     ratio_T = torch.exp(logprobs_T - inputs["logprobs"])
     clipped_T = ratio_T.clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
     slope_T = -clipped_T * inputs["advantages"]

@@ -1,4 +1,4 @@
-"""DRO: -(l·A - ½·beta·(l - q)²), an off-policy loss with a quadratic pull towards the sampler."""
+"""DRO is -(l·A - ½·beta·(l - q)²), an off-policy loss with a quadratic pull to the sampler."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from torch import Tensor
 def dro(
     logprobs_T: Tensor, inputs: Mapping[str, Tensor], settings: Mapping[str, float]
 ) -> tuple[Tensor, Tensor]:
-    """Per-token loss [T] and its derivative by l [T]."""
+    """Return per-token loss [T] and its derivative by l [T]."""
     advantages_T, beta = inputs["advantages"], settings["beta"]
     distance_T = logprobs_T - inputs["logprobs"]
     loss_T = 0.5 * beta * distance_T * distance_T - logprobs_T * advantages_T

@@ -1,5 +1,5 @@
-"""GSPO with advantages per token (https://arxiv.org/abs/2507.18071): PPO's objective, but the ratio
-is one number for the whole sequence.
+"""GSPO, here with advantages per token, is PPO's objective with one ratio for the whole sequence
+(https://arxiv.org/abs/2507.18071).
 
     s   = exp(mean over the mask of (sg[l] - q))
     s_t = s · exp(l_t - sg[l_t])                      equal to s; l_t's derivative of it is s, too
@@ -22,7 +22,7 @@ from manylora.losses.ppo import clipped_objective
 def gspo(
     _logprobs_T: Tensor, inputs: Mapping[str, Tensor], settings: Mapping[str, float]
 ) -> tuple[Tensor, Tensor]:
-    """Per-token loss [T] and its derivative by l [T], zero where the clipped term is smaller."""
+    """Return the loss [T] and its derivative by l [T], zero where the clipped term is smaller."""
     ratio_T = torch.exp(inputs["sequence_log_ratio"])
     return clipped_objective(ratio_T, inputs["advantages"], settings)
 
@@ -30,7 +30,7 @@ def gspo(
 def sequence_log_ratio(
     logprobs_T: Tensor, inputs: Mapping[str, Tensor], lengths: Sequence[int]
 ) -> Tensor:
-    """log s [T] of each token's sequence; 0 where the mask is 0 throughout, and after the last.
+    """Return log s [T] of each token's sequence; 0 where its mask is all 0, and after the last.
 
     Each sequence is summed by itself, so its bits do not depend on the others.
     """

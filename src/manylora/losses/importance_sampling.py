@@ -1,4 +1,4 @@
-"""Importance-sampled policy gradient: -r·A, with r = exp(l - q)."""
+"""The importance-sampled policy gradient is -r·A, with r = exp(l - q)."""
 
 from collections.abc import Mapping
 
@@ -9,6 +9,6 @@ from torch import Tensor
 def importance_sampling(
     logprobs_T: Tensor, inputs: Mapping[str, Tensor], _settings: Mapping[str, float]
 ) -> tuple[Tensor, Tensor]:
-    """Per-token loss [T] and its derivative by l [T]; r's derivative is r itself."""
+    """Return per-token loss [T] and its derivative by l [T]; r's derivative is r itself."""
     loss_T = -torch.exp(logprobs_T - inputs["logprobs"]) * inputs["advantages"]
     return loss_T, loss_T

@@ -1,4 +1,4 @@
-"""The losses by name, with the inputs and settings each one takes.
+"""The registry has the losses by name, with the inputs and settings each one takes.
 
 T tokens, N tokens of a datum, K targets of each position.
 
@@ -32,7 +32,7 @@ POLICY_INPUTS = ("logprobs", "advantages")
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """One loss.
+    """A `Loss` is one loss, with what it takes.
 
     Attributes:
         name: as clients call it.
@@ -61,7 +61,7 @@ class Loss:
     trained_by: tuple[str, ...] = ()
 
     def settings(self, config: Mapping[str, float] | None) -> Settings:
-        """The complete settings.
+        """Return the complete settings.
 
         Raises:
             DataError: a setting is unknown, missing or not a finite number.
@@ -107,7 +107,7 @@ class Loss:
             self._check_numbers(name, datum.loss_inputs[name])
 
     def trained(self, datum: Datum) -> Array:
-        """Which positions [N] are trained: have a loss, or a part in the loss of others.
+        """Return which positions [N] are trained: have a loss, or a part in the loss of others.
 
         The others' loss and its derivative are 0, whatever their log-probabilities.
         """
@@ -173,12 +173,12 @@ _LOSSES = {
 
 
 def loss_names() -> tuple[str, ...]:
-    """The losses that can be asked for."""
+    """Return the losses that can be asked for."""
     return tuple(_LOSSES)
 
 
 def get_loss(name: str) -> Loss:
-    """The loss of that name.
+    """Return the loss of that name.
 
     Raises:
         DataError: there is none.

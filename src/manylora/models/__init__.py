@@ -1,4 +1,4 @@
-"""Base models: frozen, opened from a folder or a hub id, run on packed streams.
+"""This room opens base models from a folder or a hub id, and runs them frozen on packed streams.
 
 Owns: opening and checking a base, its linear layers (sites) and output head, packed attention,
 the key-value cache; the `seedling` model's files.

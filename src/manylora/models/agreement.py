@@ -1,4 +1,4 @@
-"""Whether a base on packed streams gives the numbers that transformers gives.
+"""A base on packed streams must give the numbers that transformers gives.
 
 T tokens, H hidden size, V vocabulary.
 """
@@ -53,7 +53,7 @@ def check_agreement(base: BaseModel) -> None:
 
 
 def stock_logits(base: BaseModel, sequences: Sequence[Tensor]) -> list[Tensor]:
-    """fp32 logits [T, V] of each sequence alone, as transformers' eager attention has them."""
+    """Return fp32 logits [T, V] of each sequence alone, by transformers' eager attention."""
     found = []
     with base.head.gathered(), _eager(base):
         for tokens in sequences:
@@ -66,7 +66,7 @@ def stock_logits(base: BaseModel, sequences: Sequence[Tensor]) -> list[Tensor]:
 def streamed_logits(
     base: BaseModel, sequences: Sequence[Tensor], stream: PackedStream | None = None
 ) -> list[Tensor]:
-    """fp32 logits [T, V] of sequences, or of their next tokens, in one stream.
+    """Return fp32 logits [T, V] of sequences, or of their next tokens, in one stream.
 
     Args:
         stream: where they lie, and what of each is kept; None = nothing is.
@@ -89,14 +89,14 @@ def streamed_logits(
 
 
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest difference, relative to the largest of the expected numbers."""
+    """Return the largest difference, relative to the largest of the expected numbers."""
     largest = max(numbers.abs().max().item() for numbers in expected)
     errors = [(a - b).abs().max().item() for a, b in zip(found, expected, strict=True)]
     return math.nan if any(map(math.isnan, errors)) or not largest else max(errors) / largest
 
 
 def logit_factor(base: BaseModel, tokens: Tensor, stock_TV: Tensor) -> float:
-    """Of the factors that the config names, and 1, the one that gives the stock logits."""
+    """Return which of the factors that the config names, and 1, gives the stock logits."""
     config: Any = base.model.config.get_text_config()
     named = [getattr(config, field, None) for field in LOGIT_FACTORS]
     numbers = [float(value) for value in named if isinstance(value, int | float) and value]
@@ -115,7 +115,7 @@ def logit_factor(base: BaseModel, tokens: Tensor, stock_TV: Tensor) -> float:
 
 @contextmanager
 def _eager(base: BaseModel) -> Iterator[None]:
-    """Attention as transformers does it, without a kernel of its own kind."""
+    """Have attention done as transformers does it, without a kernel of its own kind."""
     base.model.set_attn_implementation("eager")
     try:
         yield

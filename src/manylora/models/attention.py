@@ -1,4 +1,4 @@
-"""Attention over a packed stream, registered with transformers as `manylora`.
+"""Attention over a packed stream is registered with transformers as `manylora`.
 
 T tokens of the stream, n sequences of one length, L tokens of a sequence, H heads, D head
 dimension, S sequences.
@@ -42,7 +42,7 @@ def packed_attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of the stream.
+    """Attend causally within each sequence of the stream.
 
     Args:
         query: [1, H, T, D]; key and value may have fewer heads.
@@ -163,7 +163,7 @@ def _attend(
 def _softcapped(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float
 ) -> Tensor:
-    """Attention with capped scores; `mask` is True where a key may be seen."""
+    """Attend with capped scores; `mask` is True where a key may be seen."""
     # As `Head.scaled_` caps logits, but to the bits of transformers' attention, and for autograd.
     scores = softcap * torch.tanh((q @ k.transpose(-1, -2)) * (scale / softcap))
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -199,7 +199,7 @@ def _continued(
     sight: Sight,
     softcap: float | None,
 ) -> Tensor:
-    """Attention [L, H, D] of tokens that go on from what is kept of their sequence."""
+    """Return attention [L, H, D] of tokens that go on from what is kept of their sequence."""
     assert stream.filling is not None
     extent, kept = stream.filling.extents[number], stream.filling.kept[number]
     reach = kept + q_HLD.shape[1]
@@ -226,7 +226,7 @@ def decode_attention(
     sight: Sight,
     softcap: float | None,
 ) -> Tensor:
-    """One new token of each sequence against what is kept of it; padding rows get zeros.
+    """Attend from one new token of each sequence to what is kept of it; padding rows get zeros.
 
     A key-value head's query heads are taken as so many queries of it, so no key is repeated.
     """
@@ -258,7 +258,7 @@ def _decode_runs(
     sight: Sight,
     softcap: float | None,
 ) -> Tensor:
-    """In place, one call for each run of extents; a sequence's bits are its own."""
+    """Attend in place, one call for each run of extents; a sequence's bits are its own."""
     mask = step.mask(sight, q_SHGD.dtype)
     outputs = []
     for first, last in step.runs():
@@ -282,7 +282,7 @@ WHOLE_LINES = 8
 def _attend_apart(
     q_nHGD: Tensor, k_nHLD: Tensor, v_nHLD: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
-    """Attention of few queries, of which a sequence's bits are its own with several threads, too.
+    """Attend from few queries; a sequence's bits are its own with several threads, too.
 
     Each thread has a piece of one buffer, as long as its queries need, and the vendor's products
     may round otherwise where an operand does not begin on a cache line; so the queries are filled
@@ -308,7 +308,7 @@ def _decode_gathered(
     scale: float,
     sight: Sight,
 ) -> Tensor:
-    """All sequences in one call, their keys and values copied side by side."""
+    """Attend for all sequences in one call, their keys and values copied side by side."""
     rows, longest, device = step.rows, step.longest(), q_SHGD.device
     heads = layers[0].heads
     start_S, tokens_S = (torch.from_numpy(a).to(device) for a in (rows.start_S, rows.tokens_S))

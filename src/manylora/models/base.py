@@ -1,4 +1,4 @@
-"""A base model that is open, and its output head.
+"""A base model is open, and has an output head.
 
 T tokens, H hidden size, V vocabulary.
 """
@@ -27,7 +27,7 @@ SEEDLING = "seedling"
 
 @dataclass(slots=True)
 class Head:
-    """The frozen output head: logits = softcap·tanh(factor·(h Wᵀ + bias) / softcap).
+    """The frozen output head gives logits = softcap·tanh(factor·(h Wᵀ + bias) / softcap).
 
     On a mesh a rank has the logits of its part of the vocabulary, and the weight is read while
     `gathered` is open.
@@ -56,17 +56,17 @@ class Head:
 
     @property
     def vocab(self) -> int:
-        """V of the whole vocabulary."""
+        """The whole vocabulary has this many tokens, V."""
         layer = self.layer
         return layer.whole_out if isinstance(layer, SplitLinear) else layer.out_features
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """The part [first, last) of the vocabulary that this rank's logits are of."""
+        """This rank's logits are of this part [first, last) of the vocabulary."""
         return (0, self.vocab) if self.axis is None else self.axis.share(self.vocab)
 
     def scaled_(self, raw_TV: Tensor) -> Tensor:
-        """Logits [T, V] of what the layer gives (with the adapters' part), in place."""
+        """Make logits [T, V] of what the layer gives (with the adapters' part), in place."""
         if self.factor != 1.0:
             raw_TV.mul_(self.factor)
         if self.softcap is not None:
@@ -74,7 +74,7 @@ class Head:
         return raw_TV
 
     def cap_slope(self, logits_TV: Tensor) -> Tensor | None:
-        """The derivative of the softcap at logits of `scaled_`; None where there is no softcap."""
+        """Return the softcap's derivative at logits of `scaled_`; None without a softcap."""
         if self.softcap is None:
             return None
         return (logits_TV / self.softcap).square_().neg_().add_(1.0)
@@ -88,7 +88,7 @@ class Head:
 
 @dataclass(slots=True)
 class BaseModel:
-    """A frozen base, ready for packed streams.
+    """A `BaseModel` is frozen, and ready for packed streams.
 
     Attributes:
         name: as the user gave it; written into exported adapters.
@@ -118,7 +118,7 @@ class BaseModel:
     quantization: Quantization | None = None
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
-        """Last hidden states [T, H] of the stream that is open (see `packed`)."""
+        """Return the last hidden states [T, H] of the stream that is open (see `packed`)."""
         output = self.backbone(
             input_ids=tokens_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False
         )
@@ -128,13 +128,13 @@ class BaseModel:
 
     @torch.no_grad()
     def run_nothing(self) -> None:
-        """A forward of padding rows: every rank of a mesh runs as many as the others."""
+        """Run a forward of padding rows: every rank of a mesh runs as many as the others."""
         zeros_T = torch.zeros(padded_rows(1), dtype=torch.long, device=self.device)
         with packed(PackedStream([], len(zeros_T))):
             self.hidden(zeros_T, zeros_T)
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
-        """Logits [T, V] in fp32; adapters act on the head if a routing table is open.
+        """Return logits [T, V] in fp32; adapters act on the head if a routing table is open.
 
         Under tensor parallelism the ranks' parts are gathered: for a bounded number of rows.
         """
@@ -143,7 +143,7 @@ class BaseModel:
         return self.head.scaled_(self.joined(logits_TV))
 
     def joined(self, part_TV: Tensor) -> Tensor:
-        """The ranks' parts of the vocabulary side by side, [T, V]."""
+        """Put the ranks' parts of the vocabulary side by side, [T, V]."""
         axis = self.head.axis
         if axis is None:
             return part_TV
@@ -154,14 +154,14 @@ class BaseModel:
 
 
 def resolve_base(name: str | Path) -> str:
-    """The folder (or hub id) behind a base's name."""
+    """Return the folder (or hub id) behind a base's name."""
     if str(name) == SEEDLING:
         return str(files("manylora.models") / SEEDLING)
     return str(name)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over every parameter's name, shape, dtype and some of its values.
+    """Return the SHA-256 over every parameter's name, shape, dtype and some of its values.
 
     It reads a few hundred values of each tensor, so it costs milliseconds at any size.
     """
@@ -189,7 +189,7 @@ def checkpoint_activations(base: BaseModel) -> None:
 
 
 def find_head(model: Any, axis: Axis | None, shared: Shared) -> Head:
-    """The output head of a causal LM; its factor is not known yet.
+    """Return the output head of a causal LM; its factor is not known yet.
 
     Raises:
         Unsupported: it is not one linear layer.
@@ -205,7 +205,7 @@ def find_head(model: Any, axis: Axis | None, shared: Shared) -> Head:
 
 
 def find_backbone(model: Any) -> Any:
-    """All of a causal LM but its head.
+    """Return all of a causal LM but its head.
 
     Raises:
         Unsupported: the model does not tell them apart.

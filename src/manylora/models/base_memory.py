@@ -1,4 +1,4 @@
-"""What a base takes of a device's memory, and whether there is so much."""
+"""A base is opened only where a device has the memory that it takes."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ SCALE_BYTES = 4
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that could be taken on this device now."""
+    """Return the bytes that could be taken on this device now."""
     if device.type == "cuda":
         # What torch's allocator keeps of freed memory is there for the next allocation.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -26,14 +26,14 @@ def free_bytes(device: torch.device) -> int:
 
 
 def opened_dtype(config: Any, dtype: str) -> torch.dtype:
-    """The dtype that a base's weights are opened in: the named one, or as they are stored."""
+    """Return the dtype that a base's weights are opened in: the named one, or as stored."""
     text = config.get_text_config()
     named = DTYPES.get(dtype) or getattr(config, "dtype", None) or text.dtype or torch.float32
     return named if isinstance(named, torch.dtype) else getattr(torch, named)
 
 
 def base_bytes(model: nn.Module, dtype: torch.dtype, quantization: Quantization | None) -> int:
-    """Bytes of a base's weights once it is open.
+    """Return the bytes of a base's weights once it is open.
 
     Args:
         model: from its configuration; it may be on torch's meta device.

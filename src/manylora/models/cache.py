@@ -1,4 +1,4 @@
-"""Keys and values of the sequences that are being continued.
+"""The cache keeps keys and values of the sequences that are being continued.
 
 S sequences, n neighbouring ones, H key-value heads, D head dimension, L tokens of an extent.
 
@@ -26,7 +26,7 @@ FIRST_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """The tokens [start, start + tokens) of the cache; both are whole blocks."""
+    """An extent is the tokens [start, start + tokens) of the cache; both are whole blocks."""
 
     start: int
     tokens: int
@@ -34,18 +34,18 @@ class Extent:
 
 @dataclass(slots=True)
 class CachedLayer:
-    """One layer's keys or values, flat, with the heads and the size of a head."""
+    """A `CachedLayer` is one layer's keys or values, flat, with the heads and a head's size."""
 
     flat: Tensor
     heads: int
     head_dim: int
 
     def rows(self) -> Tensor:
-        """The layer as rows [tokens of the cache · H, D]."""
+        """Return the layer as rows [tokens of the cache · H, D]."""
         return self.flat.view(-1, self.head_dim)
 
     def runs_of(self, extent: Extent, count: int, reach: int) -> Tensor:
-        """The first `reach` tokens of `count` adjacent extents as long as this, [n, H, L, D]."""
+        """Return the first `reach` tokens of `count` adjacent extents this long, [n, H, L, D]."""
         row = self.head_dim
         return self.flat.as_strided(
             (count, self.heads, reach, row),
@@ -55,7 +55,7 @@ class CachedLayer:
 
 
 class KVCache:
-    """Room for the keys and values of a bounded number of tokens, dealt out in extents."""
+    """A `KVCache` deals out room for keys and values, of a bounded number of tokens, in extents."""
 
     def __init__(self, max_tokens: int):
         self.max_tokens = max(1, max_tokens // BLOCK) * BLOCK
@@ -65,7 +65,7 @@ class KVCache:
         self._layers: dict[int, tuple[CachedLayer, CachedLayer]] = {}
 
     def allocate(self, tokens: int) -> Extent | None:
-        """The first free extent that is long enough, zeroed; None if there is none.
+        """Return the first free extent that is long enough, zeroed; None if there is none.
 
         Zeroed, because what attention leaves out it multiplies by zero, and the last owner may
         have left NaN.
@@ -103,7 +103,7 @@ class KVCache:
             layer.runs_of(target, 1, tokens).copy_(layer.runs_of(source, 1, tokens))
 
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[CachedLayer, CachedLayer]:
-        """Keys and values of one call of attention, which is made on first use.
+        """Return keys and values of one call of attention, made on first use.
 
         Args:
             number: of the call among those of a forward, which are the same in every forward; a
@@ -134,7 +134,7 @@ class KVCache:
 
 @dataclass(slots=True)
 class Filling:
-    """Where a stream's keys and values go.
+    """A filling says where a stream's keys and values go.
 
     Attributes:
         extents: of each sequence.
@@ -147,7 +147,7 @@ class Filling:
 
 
 class DecodeRows:
-    """The sequences of a decode step in the order of their extents; lives as long as they stay."""
+    """`DecodeRows` are a step's sequences in the order of their extents, while all of them stay."""
 
     def __init__(self, cache: KVCache, extents: Sequence[Extent], device: torch.device):
         self.cache = cache
@@ -170,7 +170,7 @@ class DecodeRows:
 
 @dataclass(slots=True)
 class DecodeStep:
-    """One new token of each sequence: where it goes, and what it may see.
+    """A decode step is one new token of each sequence: where it goes, and what it may see.
 
     Attributes:
         rows: the sequences.
@@ -190,7 +190,7 @@ class DecodeStep:
         self._reach_S = (self._sorted_S // BLOCK + 1) * BLOCK
 
     def runs(self) -> list[tuple[int, int]]:
-        """Adjacent extents of one length, read equally far, as (first, last + 1)."""
+        """Return adjacent extents of one length, read equally far, as (first, last + 1)."""
         if self._runs is None:
             joined_S = self.rows.follows_S.copy()
             joined_S[1:] &= self._reach_S[1:] == self._reach_S[:-1]
@@ -199,14 +199,14 @@ class DecodeStep:
         return self._runs
 
     def reach(self, number: int) -> int:
-        """Tokens that are read of a sequence (by its place in the order of extents)."""
+        """Return how many tokens are read of a sequence (by its place in the order of extents)."""
         return int(self._reach_S[number])
 
     def longest(self) -> int:
         return int(self._reach_S.max())
 
     def places(self, heads: int) -> Tensor:
-        """int64 [S · H]: the new tokens' rows in a layer with so many heads."""
+        """Return int64 [S · H]: the new tokens' rows in a layer with so many heads."""
         if heads not in self._places:
             rows = self.rows
             first_SH = rows.start_S[:, None] * heads + rows.tokens_S[:, None] * np.arange(heads)
@@ -215,7 +215,7 @@ class DecodeStep:
         return self._places[heads]
 
     def mask(self, sight: Sight, dtype: torch.dtype) -> Tensor:
-        """[S, 1, 1, longest]: 0 where a token may look, -inf elsewhere."""
+        """Return [S, 1, 1, longest]: 0 where a token may look, -inf elsewhere."""
         key = (sight, dtype)
         if key not in self._masks:
             position_S = torch.from_numpy(self._sorted_S).to(self.rows.device)
@@ -227,5 +227,5 @@ class DecodeStep:
 
 
 def blocks(tokens: int) -> int:
-    """`tokens` rounded up to whole blocks."""
+    """Round `tokens` up to whole blocks."""
     return -(-tokens // BLOCK) * BLOCK

@@ -1,4 +1,4 @@
-"""Sharing a frozen base out over the data-parallel axis: `fully_shard` for each block.
+"""A frozen base is shared out over the data-parallel axis: `fully_shard` for each block.
 
 A block's parameters are gathered before its forward and its backward and dropped afterwards. There
 are no gradients to reduce. Embedding and head are gathered by those who read them, because losses
@@ -20,7 +20,7 @@ from manylora.types import Unsupported
 
 
 class Shared:
-    """A module's parameters, gathered while something uses them.
+    """A `Shared` is a module's parameters, gathered while something uses them.
 
     `sharded` is None where every rank holds them whole.
     """
@@ -52,7 +52,7 @@ class Shared:
 
 
 class Unit(nn.Module):
-    """Modules whose parameters are gathered together; it is never called."""
+    """A unit is modules whose parameters are gathered together; it is never called."""
 
     def __init__(self, *modules: nn.Module):
         super().__init__()
@@ -95,7 +95,7 @@ def share_out(model: Any, mesh: Mesh) -> Shared:
 
 
 def forget_forward(backbone: nn.Module) -> None:
-    """After a forward that no backward follows: what was noted for the backward is dropped."""
+    """Drop what a forward noted for the backward, where no backward follows."""
     if isinstance(backbone, FSDPModule):
         backbone.reset_iter_state()
 
@@ -116,13 +116,13 @@ def _gather_for_lookups(embedding: nn.Module, table: Shared) -> None:
 
 
 class CountedGather:
-    """FSDP's gather, counted as `dp.blocks`."""
+    """A `CountedGather` is FSDP's gather, counted as `dp.blocks`."""
 
     def __init__(self, traffic: Traffic):
         self._traffic = traffic
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The memory that is gathered from or into."""
+        """Allocate the memory that is gathered from or into."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(

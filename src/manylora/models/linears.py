@@ -1,4 +1,4 @@
-"""Finding the linear layers of a base, and which of them read the same tensor.
+"""The linear layers of a base are found here, and which of them read the same tensor.
 
 The architecture is not looked up in a table: a short stream runs once, and the layers that were
 given the very same tensor form an input group.
@@ -20,7 +20,7 @@ from manylora.types.weight_forms import Naming
 
 @dataclass(frozen=True, slots=True)
 class FoundLinear:
-    """A linear layer of the base and the number of its input group."""
+    """A `FoundLinear` is a linear layer of the base with the number of its input group."""
 
     name: str
     layer: nn.Linear
@@ -30,25 +30,25 @@ class FoundLinear:
 
     @property
     def in_features(self) -> int:
-        """K of the whole layer."""
+        """The whole layer has this K."""
         layer = self.layer
         return layer.whole_in if isinstance(layer, SplitLinear) else layer.in_features
 
     @property
     def out_features(self) -> int:
-        """N of the whole layer."""
+        """The whole layer has this N."""
         layer = self.layer
         return layer.whole_out if isinstance(layer, SplitLinear) else layer.out_features
 
     @property
     def split(self) -> Split:
-        """The way in which the layer is split over tp."""
+        """The layer is split over tp in this way."""
         return self.layer.split if isinstance(self.layer, SplitLinear) else "whole"
 
 
 @torch.no_grad()
 def find_linears(base: BaseModel) -> list[FoundLinear]:
-    """Every linear layer that a token passes, in the order of the first call, the head last."""
+    """Find every linear layer that a token passes, in the order of first calls, the head last."""
     names = {module: name for name, module in base.backbone.named_modules(prefix=_prefix(base))}
     called: list[tuple[nn.Linear, Tensor]] = []
 

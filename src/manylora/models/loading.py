@@ -1,4 +1,4 @@
-"""Opening a base model: any Hugging Face causal LM, by folder, hub id or the name `seedling`."""
+"""Any Hugging Face causal LM is opened as a base, by folder, hub id or the name `seedling`."""
 
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def open_base(
     Raises:
         ConfigError: there is no such quantization, or its library is not installed.
         BaseModelError: not found, unreadable, or not a causal LM.
-        DoesNotFit: there is not so much memory.
+        DoesNotFit: too little memory is free.
         Unsupported: a packed stream would change its numbers, or this mesh cannot split it.
     """
     folder, place = resolve_base(name), _device(device)

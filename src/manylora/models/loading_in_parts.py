@@ -1,4 +1,4 @@
-"""Opening a rank's part of a base: made without values, split, quantised, shared out, filled.
+"""A rank's part of a base is made without values, split, quantised, shared out, and filled.
 
 Memory is bounded by the rank's own part and one tensor's part as stored. One process is a mesh of
 one rank.
@@ -38,7 +38,7 @@ SAMPLED = 256
 
 @dataclass(slots=True)
 class OpenedPart:
-    """A rank's model; how its head is gathered; what the whole base's fingerprint is."""
+    """An `OpenedPart` has a rank's model, its head's gathering and the whole base's fingerprint."""
 
     model: Any
     head: Shared
@@ -84,7 +84,7 @@ def open_part(
 
 
 def sampled_fingerprint(values: Mapping[str, tuple[tuple[int, ...], torch.dtype, Tensor]]) -> str:
-    """SHA-256 over tensors' names, shapes, dtypes and values; see `base.fingerprint`."""
+    """Return the SHA-256 over tensors' names, shapes, dtypes and values; see `base.fingerprint`."""
     digest = hashlib.sha256()
     for name, (shape, dtype, sample) in sorted(values.items()):
         digest.update(json.dumps([name, list(shape), str(dtype)]).encode())
@@ -93,7 +93,7 @@ def sampled_fingerprint(values: Mapping[str, tuple[tuple[int, ...], torch.dtype,
 
 
 def sampling_stride(numel: int) -> int:
-    """Every so many values of a flattened tensor are sampled, `SAMPLED` + 1 at most."""
+    """Return the stride that samples a flattened tensor: `SAMPLED` + 1 values at most."""
     return max(1, numel // SAMPLED)
 
 
@@ -118,7 +118,7 @@ def _empty_model(folder: str, config: Any, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def _fill_buffers(model: Any) -> None:
-    """Rotary frequencies and the like, which the files do not hold, as transformers makes them.
+    """Fill in rotary frequencies and the like, which no file holds, as transformers makes them.
 
     Raises:
         Unsupported: it does not make one of them anew.
@@ -150,7 +150,7 @@ def _stored_dtype(config: Any, files: TensorFiles) -> torch.dtype:
 
 
 def _sources(model: Any, files: TensorFiles, folder: str) -> dict[str, str]:
-    """For each tensor of the model the name that it has in the files."""
+    """Return, for each tensor of the model, the name that it has in the files."""
     values = model.state_dict(keep_vars=True)
     prefix = f"{model.base_model_prefix}."
     sources: dict[str, str] = {}
@@ -179,7 +179,7 @@ def _fingerprint(model: Any, files: TensorFiles, sources: Mapping[str, str]) -> 
 
 @dataclass(slots=True)
 class _Filling:
-    """Reads this rank's parameters out of the files, and brings the buffers to the device."""
+    """A `_Filling` reads a rank's parameters from the files, and brings buffers to the device."""
 
     model: Any
     files: TensorFiles
@@ -217,7 +217,7 @@ class _Filling:
             owner._parameters[leaf] = _parameter(values, owner._parameters[leaf])
 
     def _stored(self, name: str, like: Tensor) -> Tensor:
-        """This rank's part of a parameter, as stored; of the rows those that `like` is of."""
+        """Return this rank's part of a parameter, as stored; it has the rows that `like` is of."""
         source = self.sources[name]
         slices = [slice(0, size) for size in self.files.stored[source].shape]
         part = self.parts.get(name)
@@ -231,7 +231,7 @@ class _Filling:
 
 
 def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
-    """The values in the place of a parameter that had none."""
+    """Make the values a parameter, for the place of one that had none."""
     if isinstance(like, DTensor):
         values = DTensor.from_local(
             values,

@@ -1,4 +1,4 @@
-"""How PEFT reads the names of a base's linear layers when it loads an adapter.
+"""PEFT reads the names of a base's linear layers in this way when it loads an adapter.
 
 PEFT 0.21 rewrites targets of families whose experts transformers 5 has fused: a target that ends in
 `gate_proj`, `up_proj` or `down_proj` (Mixtral's `w1`, `w2`, `w3`) becomes one on the experts, also
@@ -37,7 +37,7 @@ _PEFTS_OWN = {
 
 
 def rewritten_targets(model_type: str | None) -> tuple[str, ...]:
-    """The leaf names that PEFT takes for the experts' in this family."""
+    """Return the leaf names that PEFT takes for the experts' in this family."""
     families = {**conversion_mapping._MODEL_TO_CONVERSION_PATTERN, "mixtral": "mixtral"}
     family = families.get(model_type or "")
     if family is None or conversion_mapping.get_checkpoint_conversion_mapping(model_type) is None:
@@ -46,7 +46,7 @@ def rewritten_targets(model_type: str | None) -> tuple[str, ...]:
 
 
 def lost_names(model: Any, names: Iterable[str]) -> set[str]:
-    """Those of these layers whose factors PEFT would look for under another name."""
+    """Return those of these layers whose factors PEFT would look for under another name."""
     names = sorted(names, key=dot_natural_key)
     mapping = getattr(model, "_checkpoint_conversion_mapping", None) or {}
     lost = {name for name in names if _first_renamed(mapping, name) != name}
@@ -76,7 +76,7 @@ def _first_renamed(mapping: dict[str, str], name: str) -> str:
 
 
 def _taken(converter: WeightConverter) -> list[str]:
-    """Patterns of the factors that PEFT takes for those of the experts that this one fuses."""
+    """Return patterns of factors that PEFT takes for those of the experts that this one fuses."""
     targets = converter.target_patterns
     if len(targets) != 1 or not targets[0].endswith(("gate_up_proj", "down_proj")):
         return []
@@ -84,7 +84,7 @@ def _taken(converter: WeightConverter) -> list[str]:
 
 
 def namings(model: Any, linears: Collection[nn.Module]) -> dict[str, Naming]:
-    """How PEFT can be told of each of the model's linear layers, by its name."""
+    """Return how PEFT can be told of each of the model's linear layers, by its name."""
     own = set(linears)
     names = [name for name, module in model.named_modules() if module in own]
     rewritten = rewritten_targets(_family(model))

@@ -1,4 +1,4 @@
-"""Frozen weights that are kept in 4 or 8 bits, and made whole where a product reads them.
+"""Frozen weights are kept in 4 or 8 bits, and made whole where a product reads them.
 
 Every row of a weight is cut into blocks of 64 numbers with a scale each, so what becomes of a row
 depends on that row alone: a rank of a mesh that has some of the rows, or whole blocks of columns,
@@ -33,7 +33,7 @@ AT_ONCE = 1 << 18
 
 
 class WholeWeight(nn.Module):
-    """Makes a weight [N, K] of its codes and scales; torch's parametrization of a linear layer.
+    """A `WholeWeight`, torch's parametrization of a layer, makes [N, K] of codes and scales.
 
     Attributes:
         kind: how the numbers are coded.
@@ -48,7 +48,7 @@ class WholeWeight(nn.Module):
         self.dtype = dtype
 
     def forward(self, codes_NC: Tensor, scales_NS: Tensor) -> Tensor:
-        """The weight [N, K]."""
+        """Return the weight [N, K]."""
         shape = (len(codes_NC), self.columns)
         if not len(codes_NC):
             return torch.empty(shape, dtype=self.dtype, device=codes_NC.device)
@@ -60,7 +60,7 @@ class WholeWeight(nn.Module):
         return convert.dequantize_blockwise(codes_NC, state)
 
     def right_inverse(self, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [N, C] and scales [N, S] of a weight; without values on the meta device."""
+        """Return codes [N, C] and scales [N, S] of a weight; without values on the meta device."""
         rows = len(weight_NK)
         kept = (rows, self.columns * BITS[self.kind] // 8), (rows, self.columns // BLOCK)
         codes_NC = torch.empty(kept[0], dtype=torch.uint8, device=weight_NK.device)
@@ -86,7 +86,7 @@ class WholeWeight(nn.Module):
 
 
 def check_quantization(kind: str | None) -> Quantization | None:
-    """The kind by its name.
+    """Return the kind by its name.
 
     Raises:
         ConfigError: there is none of that name, or bitsandbytes is not installed.
@@ -123,7 +123,7 @@ def quantize_linears(model: Any, kind: Quantization) -> None:
 
 
 def quantized_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The layers whose weights are codes and scales, by name."""
+    """Return the layers whose weights are codes and scales, by name."""
     for name, module in model.named_modules():
         if is_quantized(module):
             assert isinstance(module, nn.Linear)
@@ -145,12 +145,12 @@ def kept(layer: nn.Linear) -> tuple[WholeWeight, Any]:
 
 
 def plain_type(layer: nn.Module) -> type[nn.Module]:
-    """A layer's class, whether its weight is quantised or not."""
+    """Return a layer's class, whether its weight is quantised or not."""
     return parametrize.type_before_parametrizations(layer)
 
 
 def quantized_fingerprint(whole: str, kind: Quantization) -> str:
-    """The fingerprint of a base that is opened with quantised weights.
+    """Return the fingerprint of a base that is opened with quantised weights.
 
     Args:
         whole: that of the base as it is stored.
@@ -160,13 +160,13 @@ def quantized_fingerprint(whole: str, kind: Quantization) -> str:
 
 @cache
 def _steps(device: torch.device) -> Tensor:
-    """The numbers that the 256 codes of int8 stand for."""
+    """Return the numbers that the 256 codes of int8 stand for."""
     return conversions().create_linear_map(signed=True, total_bits=8).to(device)
 
 
 @cache
 def conversions() -> Any:
-    """bitsandbytes' conversions.
+    """Import bitsandbytes' conversions.
 
     Its import would load machine code from a model hub where the package `kernels` is installed,
     for products that are not used here; it is told that there is no such package.
@@ -190,5 +190,5 @@ def conversions() -> Any:
 
 
 def _not_of_the_kernel(record: logging.LogRecord) -> bool:
-    """Whether a line of bitsandbytes' log tells of something else than the kernel kept away."""
+    """Return whether a line of bitsandbytes' log is not of the kernel that is kept away."""
     return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")

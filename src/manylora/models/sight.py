@@ -1,4 +1,4 @@
-"""What a token may see of its own sequence, taken from the masks that a model asks for.
+"""A token's sight of its own sequence is taken from the masks that a model asks for.
 
 Models tell an attention function their window as an argument, as a mask, or both; transformers' own
 attention follows the mask. So ours is registered with a maker of masks, which writes down what a
@@ -38,11 +38,11 @@ class Sight:
     chunk: int | None = None
 
     def covers(self, length: int) -> bool:
-        """Whether nothing is out of sight in a sequence of that length."""
+        """Return whether nothing is out of sight in a sequence of that length."""
         return all(size is None or size >= length for size in (self.window, self.chunk))
 
     def seen(self, query_Q: Tensor, key_K: Tensor) -> Tensor:
-        """bool: whether the query at each position sees the key at each; shapes broadcast."""
+        """Return bool: whether each position's query sees the key at each; shapes broadcast."""
         back = query_Q - key_K
         seen = back >= 0
         if self.window is not None:
@@ -59,7 +59,7 @@ class Sight:
 def make_sight(
     *, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **asked: Any
 ) -> Sight:
-    """What a model gets for a mask; the arguments are those of transformers' makers of masks.
+    """Make what a model gets for a mask; the arguments are those of transformers' mask makers.
 
     Raises:
         Unsupported: a mask of another kind than causal, with or without a window or chunks.
@@ -79,7 +79,7 @@ def make_sight(
 
 
 def _parts(function: Any) -> Iterator[Any]:
-    """The functions whose conjunction a mask function is."""
+    """Return the functions whose conjunction a mask function is."""
     if getattr(function, "__qualname__", None) != BOTH:
         yield function
         return

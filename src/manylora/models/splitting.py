@@ -1,4 +1,4 @@
-"""Splitting a base over the tensor-parallel axis, before it has any values.
+"""A base is split over the tensor-parallel axis before it has any values.
 
 K input features, N output features, V vocabulary, H hidden size.
 
@@ -29,7 +29,7 @@ BY_VOCABULARY = "embedding_rowwise"
 
 
 class SplitLinear(nn.Linear):
-    """A rank's part of a linear layer, which gives its part of the outputs (column) or all (row).
+    """A `SplitLinear` is a rank's part of a layer; it gives some outputs (column) or all (row).
 
     Attributes:
         split: which way.
@@ -60,7 +60,7 @@ class SplitLinear(nn.Linear):
 
 @dataclass(frozen=True, slots=True)
 class WeightPart:
-    """The part [start, stop) of dimension `dim` that a rank holds of a parameter."""
+    """A `WeightPart` is what a rank holds of a parameter: [start, stop) of dimension `dim`."""
 
     dim: int
     start: int
@@ -122,7 +122,7 @@ def _split_embedding(model: Any, head: nn.Linear, axis: Axis) -> dict[str, Weigh
 
 
 def _look_up_in_parts(embedding: nn.Module, first: int, last: int, axis: Axis) -> None:
-    """A token's row is looked up by the rank that has it; the others add zeros."""
+    """Look a token's row up on the rank that has it; the others add zeros."""
     strays: list[Tensor] = []
 
     def before(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -1,4 +1,4 @@
-"""What a base's folder says of itself, before anything of it is opened."""
+"""A base's folder is checked by what it says of itself, before anything of it is opened."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The packed stream that a base runs on: many sequences end to end in one row, no padding between.
+"""A base runs on a packed stream: many sequences end to end in one row, no padding between.
 
 T tokens of the stream (padding rows at its end included), S sequences.
 """
@@ -22,18 +22,18 @@ DECODE_MULTIPLE = 16
 
 
 def padded_rows(rows: int, multiple: int = ROW_MULTIPLE) -> int:
-    """The stream length that holds `rows` rows."""
+    """Return the stream length that holds `rows` rows."""
     return -(-rows // multiple) * multiple
 
 
 def decode_multiple(dtype: torch.dtype, vocab: int) -> int:
-    """Rows of a decode step, the longest of which are logits, are a multiple of this."""
+    """Return what a decode step's rows are a multiple of; the longest of them are logits."""
     return DECODE_MULTIPLE if dtype == torch.float32 and vocab % 2 == 0 else ROW_MULTIPLE
 
 
 @dataclass(slots=True)
 class PackedStream:
-    """Where the sequences lie in the stream, and what attention may read beside it.
+    """A `PackedStream` says where its sequences lie, and what attention may read beside it.
 
     Attributes:
         lengths: tokens of each sequence, in order; they end before the padding rows.
@@ -52,7 +52,7 @@ class PackedStream:
     _calls: int = field(default=0)
 
     def next_call(self) -> int:
-        """The number of this call of attention among those of the stream's forward."""
+        """Return the number of this call of attention among those of the stream's forward."""
         self._calls += 1
         return self._calls - 1
 
@@ -61,7 +61,7 @@ class PackedStream:
         return self.total - sum(self.lengths)
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
-        """int32 [S + 1 (+ 1)]: where each sequence begins and ends; padding is one more."""
+        """Return int32 [S + 1 (+ 1)]: where each sequence begins and ends; padding is one more."""
         if self._cu_seqlens is None:
             lengths = [*self.lengths, *([self.num_padding] if self.num_padding else [])]
             starts = torch.tensor([0, *lengths]).cumsum(0)
@@ -69,7 +69,7 @@ class PackedStream:
         return self._cu_seqlens
 
     def runs(self) -> list[tuple[int, int]]:
-        """Neighbouring sequences of one length, as (how many, length).
+        """Return neighbouring sequences of one length, as (how many, length).
 
         A sequence that goes on from what is kept of it is a run of its own.
         """
@@ -87,7 +87,7 @@ class PackedStream:
         return self._runs
 
     def kept(self, number: int) -> int:
-        """Tokens of a sequence that come before those in the stream."""
+        """Return how many tokens of a sequence come before those in the stream."""
         return 0 if self.filling is None else self.filling.kept[number]
 
 
@@ -107,5 +107,5 @@ def packed(stream: PackedStream) -> Iterator[PackedStream]:
 
 
 def current_stream() -> PackedStream | None:
-    """The stream that is running, if any."""
+    """Return the stream that is running, if any."""
     return _current

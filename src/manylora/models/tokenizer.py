@@ -1,4 +1,4 @@
-"""A base's tokenizer, where its files are."""
+"""A base's tokenizer is opened from where its files are."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 def open_tokenizer(folder: str) -> Any:
-    """The Hugging Face tokenizer of a folder or hub id; None if there is none.
+    """Open the Hugging Face tokenizer of a folder or hub id; None if there is none.
 
     Raises:
         BaseModelError: there is one, and it needs a package that is missing, or is garbled.

@@ -1,4 +1,4 @@
-"""Whether a base can be run as we run it: many sequences in a stream, and on from what is kept.
+"""A trial runs a base as we do: many sequences in a stream, and on from what is kept.
 
 It is tried on the base's twin, with sequences that are longer than its windows, and in fp64: there
 rounding is far smaller than anything that is wrong.
@@ -37,7 +37,7 @@ _found: dict[tuple[str, int, str], str | None] = {}
 
 
 class Precise(TorchFunctionMode):
-    """What asks for fp32 gets fp64: models go there for norms, rotations and probabilities."""
+    """Code that asks for fp32 gets fp64: models go there for norms, rotations and probabilities."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -122,7 +122,7 @@ def _as_base(model: Any, context_length: int, device: torch.device) -> BaseModel
 
 
 def _continued(base: BaseModel, sequences: Sequence[Tensor]) -> list[Tensor]:
-    """Logits [tokens, V] of each sequence, read in pieces and then token by token."""
+    """Return logits [tokens, V] of each sequence, read in pieces and then token by token."""
     cache = KVCache(2 * BLOCK * len(sequences))
     # In another order than the stream's.
     extents = [cache.allocate(2 * BLOCK) for _ in sequences][::-1]

@@ -1,4 +1,4 @@
-"""A base's twin: its class and config, narrow and with small windows, so that long is short.
+"""A base's twin has its class and config, but is narrow, with windows so small that long is short.
 
 What a base does at its windows' ends cannot be tried on the base itself: 4,096 tokens of seven
 billion parameters are minutes. The twin has as many layers, of the same kinds in the same order,
@@ -47,7 +47,7 @@ TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id")
 
 
 def make_twin(config: Any, device: torch.device) -> Any:
-    """A model of this config's class in fp64, whose attention is ours.
+    """Make a model of this config's class in fp64, whose attention is ours.
 
     Args:
         config: of the base; it stays as it is.
@@ -90,7 +90,7 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def _narrow(config: Any) -> None:
-    """Few heads of the true size, narrow layers between them, a small vocabulary, small windows."""
+    """Set few heads of the true size, narrow layers between, a small vocabulary, small windows."""
     heads, hidden = _get(config, "num_attention_heads"), _get(config, "hidden_size")
     if isinstance(heads, int) and isinstance(hidden, int):
         groups = _get(config, "num_key_value_heads") or heads
@@ -127,7 +127,7 @@ def _set(config: Any, field: str, value: Any) -> None:
 
 
 def _shorten(config: Any) -> None:
-    """Fewer layers, and of every list of what they are the beginning."""
+    """Keep fewer layers, and of every list of what they are the beginning."""
     layers = config.num_hidden_layers
     if layers <= FEW_LAYERS:
         return
@@ -150,7 +150,7 @@ def _made(config: Any) -> Any:
 
 @torch.no_grad()
 def _draw_weights(model: nn.Module) -> None:
-    """Matrices whose outputs are nearly as large as their inputs, so that every layer counts."""
+    """Draw matrices whose outputs are nearly as large as their inputs, so every layer counts."""
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             parameter.normal_(0.0, GAIN * parameter.shape[-1] ** -0.5)

@@ -1,4 +1,4 @@
-"""What a base's files say about its tokens: how many it knows, and which end an answer."""
+"""A base's files say how many tokens it knows, and which end an answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from manylora.types import BaseModelError
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A base's tokens.
+    """A `Vocabulary` tells of a base's tokens.
 
     Attributes:
         size: rows of its embedding; None = the files do not say.
@@ -53,8 +53,8 @@ def read_vocabulary(folder: str) -> Vocabulary:
 
 
 def answer_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end an answer: the model's, and the tokenizer's, which training puts behind what
-    is learned. (transformers' Trainer adds it to the model's in the same way.)"""
+    """Return the tokens that end an answer: the model's, and the tokenizer's, which training puts
+    behind what is learned. (transformers' Trainer adds it to the model's in the same way.)"""
     own = token_ids(getattr(model.generation_config, "eos_token_id", None))
     for config in (model.config, model.config.get_text_config()):
         own = own or token_ids(getattr(config, "eos_token_id", None))
@@ -62,7 +62,7 @@ def answer_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """One token, several, or none, as files have them."""
+    """Return one token, several, or none, as files have them."""
     if value is None:
         return ()
     return tuple(map(int, value)) if isinstance(value, Sequence) else (int(value),)

@@ -1,4 +1,4 @@
-"""Reading parts of a base's tensors out of its safetensors files.
+"""Parts of a base's tensors are read out of its safetensors files.
 
 Files are opened for one tensor at a time: what has been read of a mapped file counts as the
 process's memory for as long as it is mapped.
@@ -29,7 +29,7 @@ STORED = {
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file: the file, its first byte there, its type and shape."""
+    """A `Stored` is a tensor in a file: the file, its first byte there, its type and shape."""
 
     file: str
     start: int
@@ -38,7 +38,7 @@ class Stored:
 
 
 class TensorFiles:
-    """The tensors of a folder or hub id, by name."""
+    """`TensorFiles` have the tensors of a folder or hub id, by name."""
 
     def __init__(self, folder: str):
         """Read the files' tables of contents.
@@ -57,7 +57,7 @@ class TensorFiles:
             ) from error
 
     def part(self, name: str, slices: Sequence[slice]) -> Tensor:
-        """A tensor's part, on the CPU and as stored.
+        """Return a tensor's part, on the CPU and as stored.
 
         Raises:
             BaseModelError
@@ -92,7 +92,7 @@ def _files(folder: str) -> list[str]:
 
 
 def _contents(file: str) -> dict[str, Stored]:
-    """The file's header: 8 bytes of its length, then JSON."""
+    """Read the file's header: 8 bytes of its length, then JSON."""
     with Path(file).open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > Path(file).stat().st_size:

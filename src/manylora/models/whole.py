@@ -1,4 +1,4 @@
-"""A weight of a base in parts, put together again.
+"""A weight of a base in parts is put together again.
 
 N output features, K input features.
 """
@@ -12,7 +12,7 @@ from manylora.parallel import Axis, Mesh
 
 
 def whole_weight(layer: nn.Linear, mesh: Mesh) -> Tensor:
-    """A linear layer's frozen weight [N, K], on every rank; a collective."""
+    """Return a linear layer's frozen weight [N, K], on every rank; this is a collective."""
     if is_quantized(layer):
         whole, owner = kept(layer)
         weight: Tensor = whole(*(_own(each, mesh) for each in owner.parameters(recurse=False)))
@@ -26,14 +26,14 @@ def whole_weight(layer: nn.Linear, mesh: Mesh) -> Tensor:
 
 
 def _own(parameter: Tensor, mesh: Mesh) -> Tensor:
-    """What is a rank's own but for `fully_shard`, which shares out its rows."""
+    """Return what is a rank's own but for `fully_shard`, which shares out its rows."""
     if isinstance(parameter, DTensor):
         return _joined(parameter.to_local(), 0, parameter.shape[0], mesh.dp)
     return parameter
 
 
 def _joined(part: Tensor, dim: int, count: int, axis: Axis) -> Tensor:
-    """Shares of `count` things along a dimension (see `parallel.share`), side by side."""
+    """Put shares of `count` things along a dimension (see `parallel.share`) side by side."""
     if axis.size == 1:
         return part
     own = part.movedim(dim, 0)

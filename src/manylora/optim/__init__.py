@@ -1,4 +1,4 @@
-"""Optimizer arithmetic on an adapter's vectors.
+"""This room does the optimizer's arithmetic on an adapter's vectors.
 
 Owns: norms, clipping, AdamW; on a mesh, the sums of the gradients and the spreading of the weights.
 Does not own: which adapters step (engine), learning-rate schedules (clients).

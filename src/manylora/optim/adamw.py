@@ -1,4 +1,4 @@
-"""AdamW and clipping on flat fp32 vectors, one adapter each.
+"""AdamW and clipping act on flat fp32 vectors, one adapter each.
 
 P parameters of an adapter.
 """
@@ -13,7 +13,7 @@ from manylora.types import AdamParams
 
 
 def gradient_norms(grads_P: Sequence[Tensor]) -> Iterator[float]:
-    """L2 norm of each adapter's gradient, fetched from a device together.
+    """Return the L2 norm of each adapter's gradient, fetched from a device together.
 
     In host memory each is made when it is asked for, so that the step finds the gradient in cache.
     """
@@ -39,7 +39,7 @@ def adamw_step(
     step: int,
     params: AdamParams,
 ) -> None:
-    """One step of torch's own fused AdamW over the whole vector, in place.
+    """Make one step of torch's own fused AdamW over the whole vector, in place.
 
     Args:
         weights_P, grad_P, exp_avg_P, exp_avg_sq_P: fp32 [P].

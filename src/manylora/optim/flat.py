@@ -1,4 +1,4 @@
-"""One pass over the gradients of adapters that step together, on a mesh.
+"""Adapters that step together on a mesh share one pass over their gradients.
 
 The number of collectives does not depend on the number of adapters: each sends a flat buffer in
 which the adapters lie end to end. Along dp each rank gets one slice of every gradient, and adds
@@ -20,7 +20,7 @@ from manylora.parallel import Axis, Mesh
 
 @dataclass(slots=True)
 class PendingStep:
-    """One adapter's gradient on this rank, and how to add it up.
+    """A `PendingStep` is one adapter's gradient on this rank, and says how to add it up.
 
     Attributes:
         grad_L: fp32; None where this rank has no term of it.
@@ -40,7 +40,7 @@ class PendingStep:
 
 
 def reduced(due: Sequence[PendingStep], mesh: Mesh, device: torch.device) -> list[Tensor]:
-    """Each adapter's summed gradient: this rank's dp slice of it, fp32, [C] or less at the end.
+    """Return this rank's dp slice of each adapter's summed gradient: fp32, [C] or less at the end.
 
     With one dp rank these are the gradients themselves, changed in place.
     """
@@ -61,7 +61,7 @@ def reduced(due: Sequence[PendingStep], mesh: Mesh, device: torch.device) -> lis
 
 
 def norms(due: Sequence[PendingStep], slices: Sequence[Tensor], mesh: Mesh) -> Iterable[float]:
-    """L2 norm of each summed gradient, the same on every rank; every number counts once."""
+    """Return each summed gradient's L2 norm, the same on every rank; every number counts once."""
     if mesh.world.size == 1:
         return gradient_norms(slices)
     parts = []
@@ -107,7 +107,7 @@ def publish(
 
 
 def _exchanged(due: Sequence[PendingStep], axis: Axis, device: torch.device) -> list[Tensor]:
-    """This rank's slice of every gradient, summed over dp."""
+    """Return this rank's slice of every gradient, summed over dp."""
     if axis.size == 1:
         return [_grad(pending, device) for pending in due]
     sizes = [pending.slice_size for pending in due]
@@ -139,5 +139,5 @@ def _grad(pending: PendingStep, device: torch.device) -> Tensor:
 
 
 def _front(pending: PendingStep, start: int, slice_C: Tensor) -> int:
-    """Numbers of a slice, which begins at `start`, that every tp rank has a term of."""
+    """Count the numbers of a slice, which begins at `start`, that every tp rank has a term of."""
     return min(max(pending.num_whole - start, 0), len(slice_C))

@@ -1,4 +1,4 @@
-"""The mesh of processes that one engine runs on: its axes, their collectives, and their count.
+"""This room holds the mesh of processes under one engine: its axes, their collectives and counts.
 
 Owns: the process groups of the axes, sums whose order is fixed, the counting of what is sent.
 Does not own: what is split and why (models, lora, optim), starting and watching processes.

@@ -1,4 +1,4 @@
-"""A rank's place in the mesh, and the collectives along each axis.
+"""A rank has its place in the mesh, and collectives along each axis.
 
 Every rank of an axis calls the same collectives in the same order with tensors of the same shape.
 
@@ -26,7 +26,7 @@ gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """The ranks that differ from this one along one axis only, this one included.
+    """An axis is the ranks that differ from this one along it only, this one included.
 
     With one rank no collective is issued.
 
@@ -49,7 +49,7 @@ class Axis:
         return share(count, self.size, self.index)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, in place; the same bits on each of them."""
+        """Sum over the ranks, in place; each of them has the same bits."""
         if self.size == 1 or not tensor.numel():
             return tensor
         # Two numbers have the same sum in either order.
@@ -64,7 +64,7 @@ class Axis:
         return tensor.copy_(self._sum_in_order(tensor.reshape(-1)).view(tensor.shape))
 
     def max_(self, tensor: Tensor) -> Tensor:
-        """The largest over the ranks, in place."""
+        """Take the largest over the ranks, in place."""
         if self.size == 1 or not tensor.numel():
             return tensor
         self._count("max", 2 * tensor.nbytes * (self.size - 1) // self.size)
@@ -73,14 +73,14 @@ class Axis:
         return tensor if whole is tensor else tensor.copy_(whole)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Every rank's tensor, [size, *shape], in the order of the ranks."""
+        """Return every rank's tensor, [size, *shape], in the order of the ranks."""
         if self.size == 1:
             return tensor.unsqueeze(0)
         self._count("gather", tensor.nbytes * (self.size - 1))
         return self._gather(tensor)
 
     def exchange(self, tensor: Tensor) -> Tensor:
-        """Row i of `tensor` [size, n] goes to rank i; row i of the result came from rank i."""
+        """Send row i of `tensor` [size, n] to rank i; row i of the result came from rank i."""
         if self.size == 1:
             return tensor
         self._count("exchange", tensor.nbytes * (self.size - 1) // self.size)
@@ -116,7 +116,7 @@ class Axis:
 
 
 class Mesh:
-    """This rank's place among the others.
+    """A mesh is this rank's place among the others.
 
     Attributes:
         shape: ranks along each axis.
@@ -169,7 +169,7 @@ class Mesh:
 
     @property
     def is_leader(self) -> bool:
-        """Say whether this rank's answers are the ones that are read."""
+        """This rank's answers are the ones that are read."""
         return self.world_rank == 0
 
     def _axis(self, name: str, size: int, index: int) -> Axis:
@@ -180,7 +180,7 @@ class Mesh:
 
 
 def _added(parts: Tensor) -> Tensor:
-    """The sum of the rows [size, n], one after the other, in fp32 or wider."""
+    """Sum the rows [size, n], one after the other, in fp32 or wider."""
     total = parts[0].to(torch.promote_types(parts.dtype, torch.float32), copy=True)
     for part in parts[1:]:
         total += part

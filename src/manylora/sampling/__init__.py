@@ -1,4 +1,4 @@
-"""Continuing prompts.
+"""This room continues prompts.
 
 Owns: the embedded sampler: one decode loop for all requests, on the engine's own base and adapter
 vectors; how tokens are drawn, when an answer ends, what is reported beside it.

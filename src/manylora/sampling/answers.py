@@ -1,4 +1,4 @@
-"""Answers as bytes, from the ranks that found them to all others: arrays and JSON, no pickle."""
+"""Answers go as bytes (arrays and JSON, no pickle) from the ranks that found them to all others."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from manylora.types.data import Array
 
 
 def to_bytes(answers: Sequence[tuple[int, Answer]]) -> bytes:
-    """Numbered answers; nothing for none."""
+    """Return numbered answers as bytes; no answers give no bytes."""
     if not answers:
         return b""
     arrays: list[Array] = []
@@ -56,7 +56,7 @@ def to_bytes(answers: Sequence[tuple[int, Answer]]) -> bytes:
 
 
 def from_bytes(data: bytes) -> list[tuple[int, Answer]]:
-    """The inverse of `to_bytes`."""
+    """Return the answers that `to_bytes` was given."""
     if not data:
         return []
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:

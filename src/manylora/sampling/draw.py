@@ -1,4 +1,4 @@
-"""Choosing the next token of every row: greedy, or drawn with the row's own random numbers.
+"""The next token of every row is chosen greedily, or drawn with the row's own random numbers.
 
 T rows with padding, S rows, V vocabulary. Every row's numbers depend on that row alone: all that
 is computed over elements is computed for so many rows as keep their bits (see `sampling.rows`).
@@ -31,9 +31,9 @@ def stream_key(*numbers: int) -> int:
 
 
 def uniforms(key_S: Array, place_S: Array) -> Array:
-    """float64 [S] in [0, 1): number `place` of each stream (splitmix64).
+    """Return float64 [S] in [0, 1): number `place` of each stream (splitmix64).
 
-    52 bits, so that a draw times a sum stays below the sum.
+    They have 52 bits, so that a draw times a sum stays below the sum.
     """
     state_S = key_S + (place_S.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)
     state_S = (state_S ^ (state_S >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -49,7 +49,7 @@ def _mixed(state: int) -> int:
 
 
 class RowSettings:
-    """The sampling parameters of S rows as tensors; they last as long as the rows stay.
+    """`RowSettings` are sampling parameters of S rows as tensors, for as long as the rows stay.
 
     `rows` says what T is, and how many rows are drawn at a time.
     """
@@ -82,7 +82,7 @@ class RowSettings:
 
 @dataclass(slots=True)
 class _Rows:
-    """Some of the rows; `padded` repeats one of them up to a safe number."""
+    """`_Rows` are some of the rows; `padded` repeats one of them up to a safe number."""
 
     numbers: Array
     padded: Array
@@ -100,11 +100,13 @@ class _Rows:
 
 @dataclass(slots=True)
 class Choice:
-    """The next token of every row.
+    """A choice is the next token of every row.
 
     Attributes:
-        tokens_S: int64; logprobs_S: float32, of the scaled, untruncated distribution.
-        scaled_TV, norm_T1: log-probability = scaled - norm.
+        tokens_S: int64.
+        logprobs_S: float32, of the scaled, untruncated distribution.
+        scaled_TV: log-probability + norm.
+        norm_T1: the logarithm of the sum of exp(scaled).
     """
 
     tokens_S: Array
@@ -138,7 +140,7 @@ def choose(logits_TV: Tensor, settings: RowSettings, draw_S: Array) -> Choice:
 
 
 def _log(sum_T1: Tensor) -> Tensor:
-    """A number for each row is few of them: filled up, so that none is at a ragged end."""
+    """Take the logarithm of a number for each row, filled up so that none is at a ragged end."""
     missing = padded_rows(len(sum_T1), LOG_ROWS) - len(sum_T1)
     return functional.pad(sum_T1, (0, 0, 0, missing), value=1.0).log_()[: len(sum_T1)]
 
@@ -149,7 +151,7 @@ def _draw(weight_CV: Tensor, draw_C1: Tensor, _: RowSettings) -> Tensor:
 
 
 def _draw_cut(scaled_CV: Tensor, draw_C1: Tensor, settings: RowSettings) -> Tensor:
-    """After top-k and top-p."""
+    """Draw after top-k and top-p."""
     values_CV, tokens_CV = scaled_CV.sort(dim=-1, descending=True, stable=True)
     weight_CV = values_CV.exp().double()
     cumulative_CV = weight_CV.cumsum(-1)
@@ -161,6 +163,6 @@ def _draw_cut(scaled_CV: Tensor, draw_C1: Tensor, settings: RowSettings) -> Tens
 
 
 def _place(cumulative_CV: Tensor, draw_C1: Tensor) -> Tensor:
-    """The first token whose cumulative weight is above the draw's share of all."""
+    """Return the first token whose cumulative weight is above the draw's share of all."""
     place_C1 = torch.searchsorted(cumulative_CV, draw_C1 * cumulative_CV[:, -1:], right=True)
     return place_C1.squeeze(1).clamp_(max=cumulative_CV.shape[1] - 1)

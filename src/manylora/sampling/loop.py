@@ -1,4 +1,4 @@
-"""The decode loop: all tenants' sequences, each with its own adapter, a token at a time.
+"""The decode loop continues all tenants' sequences, each with its adapter, a token at a time.
 
 A step reads a bounded number of prompt tokens, then feeds one token of every sequence that runs,
 then chooses the next tokens of those and of the sequences that begin. Newcomers join, and who is
@@ -45,7 +45,7 @@ PREFILL_CHUNK = 512
 
 @dataclass(slots=True)
 class _Part:
-    """Rows whose next tokens are chosen together; `watched`: with strings or top-k."""
+    """A `_Part` is rows whose next tokens are chosen together; `watched`: with strings or top-k."""
 
     sequences: list[Sequence]
     watched: list[int]
@@ -56,7 +56,7 @@ class _Part:
 
 @dataclass(slots=True)
 class _Batch:
-    """The sequences that run, in the order of the stream; it lasts until one joins or leaves."""
+    """A `_Batch` is the sequences that run, in stream order; it lasts until one joins or leaves."""
 
     sequences: list[Sequence]
     slots_S: Array
@@ -66,7 +66,7 @@ class _Batch:
 
 
 class DecodeLoop:
-    """The loop. Not thread-safe: the engine's thread alone turns it."""
+    """The loop is not thread-safe: the engine's thread alone turns it."""
 
     def __init__(
         self,
@@ -99,11 +99,11 @@ class DecodeLoop:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence: the base's context, or what the cache can hold."""
+        """A sequence has at most this many tokens: the base's context, or what the cache holds."""
         return min(self._base.context_length, self._cache.max_tokens)
 
     def __len__(self) -> int:
-        """Requests in the loop, those that wait for room included."""
+        """Count the requests in the loop, those that wait for room included."""
         return len(self._prompts)
 
     def admit(self, requests: Iterable[Request]) -> None:
@@ -195,7 +195,7 @@ class DecodeLoop:
         return True
 
     def _leave(self, sequence: Sequence) -> None:
-        """Take a sequence out. Who is the source of some to come leaves the next its extent."""
+        """Take a sequence out. The source of some to come leaves the next its extent."""
         prompt = sequence.prompt
         if sequence in self._running:
             self._running.remove(sequence)
@@ -211,7 +211,7 @@ class DecodeLoop:
         self._room.give_back(prompt.request.tenant, prompt.tokens)
 
     def _end(self, sequence: Sequence, *, stopped: bool) -> None:
-        """A continuation is complete, and perhaps its request."""
+        """Complete a continuation, and perhaps its request."""
         slot, prompt = sequence.slot, sequence.prompt
         count = int(self._slots.generated[slot])
         topk = None if sequence.topk is None else joined(sequence.topk)
@@ -228,7 +228,7 @@ class DecodeLoop:
             self._answer(prompt, Answer(sequences, scores))
 
     def _fail(self, prompt: Prompt) -> None:
-        """The logits had NaN or Inf."""
+        """End a request whose logits had NaN or Inf."""
         if not prompt.dropped:
             self.cancel(prompt.request)
             self._finished.append((prompt.request, Answer((), None, finite=False)))
@@ -287,7 +287,7 @@ class DecodeLoop:
     # -- decoding -------------------------------------------------------------------------------
 
     def _feed(self) -> Tensor:
-        """Feed the last token of every running sequence; their hidden states [S, H]."""
+        """Feed the last token of every running sequence; return their hidden states [S, H]."""
         batch = self._batch = self._batch or self._new_batch()
         slots, slots_S = self._slots, batch.slots_S
         count = len(slots_S)

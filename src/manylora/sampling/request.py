@@ -1,4 +1,4 @@
-"""What the decode loop is asked, and what it answers. M tokens of the prompt."""
+"""The decode loop takes requests and gives answers. M tokens of the prompt."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from manylora.types.data import Array
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One prompt to continue; the same object comes back with its answer.
+    """A request is one prompt to continue; the same object comes back with its answer.
 
     Attributes:
         prompt: int64 [M], checked: 1 ≤ M < the loop's longest sequence.
@@ -30,7 +30,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Continuations in order, and scores if they were asked.
+    """An answer has the continuations in order, and scores if they were asked.
 
     `finite` is False if the logits had NaN or Inf; then there is nothing else.
     """
@@ -42,7 +42,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Kinds:
-    """The kinds of work in a step: read prompts, feed sequences, begin some that are read."""
+    """A step has these kinds of work: read prompts, feed sequences, begin some that are read."""
 
     read: bool
     feed: bool

@@ -1,4 +1,4 @@
-"""What the model thinks of a prompt's own tokens, and the likeliest tokens of a place.
+"""The model scores a prompt's own tokens, and names the likeliest tokens of a place.
 
 M tokens of the prompt, c rows of a chunk, V vocabulary, k likeliest tokens, C candidates.
 """
@@ -21,12 +21,12 @@ NO_TOKEN, NO_LOGPROB = 0, -99999.0
 
 
 def logits_rows(vocab: int) -> int:
-    """Rows whose logits may exist at a time."""
+    """Return how many rows' logits may exist at a time."""
     return max(ROW_MULTIPLE, LOGITS_ELEMENTS // vocab // ROW_MULTIPLE * ROW_MULTIPLE)
 
 
 class PromptScorer:
-    """Collects the scores of one prompt, in whatever pieces its hidden states come."""
+    """A scorer collects the scores of one prompt, in whatever pieces its hidden states come."""
 
     def __init__(self, request: Request):
         scoring, count = request.scoring, len(request.prompt)
@@ -63,7 +63,7 @@ class PromptScorer:
             self._take_chunk(start + 1, hidden_LH[start - first : end - first], head)
 
     def scores(self) -> PromptScores:
-        """After the last piece."""
+        """Return the scores, after the last piece."""
         return PromptScores(self._logprobs_M, self._topk, self._candidates)
 
     def _take_chunk(self, token: int, hidden_cH: Tensor, head: Callable[[Tensor], Tensor]) -> None:
@@ -93,13 +93,13 @@ class PromptScorer:
 
 
 def likeliest(logprobs_cV: Tensor, k: int) -> TopK:
-    """The k likeliest tokens of each row, best first; of equally likely ones the first."""
+    """Return the k likeliest tokens of each row, best first; of equally likely ones the first."""
     values_ck, tokens_ck = logprobs_cV.topk(k, dim=-1)
     return TopK(tokens_ck.int().cpu().numpy(), values_ck.cpu().numpy())
 
 
 def joined(parts: list[TopK]) -> TopK:
-    """Places of one sequence as one."""
+    """Join places of one sequence into one."""
     return TopK(
         np.concatenate([part.tokens for part in parts]),
         np.concatenate([part.logprobs for part in parts]),

@@ -1,4 +1,4 @@
-"""The numbers of every running sequence, side by side in arrays, so that no step loops over them.
+"""All running sequences' numbers lie side by side in arrays, so that no step loops over them.
 
 A sequence keeps its slot from its start to its end; a step takes the slots of those that run.
 """
@@ -14,7 +14,7 @@ NO_STOP = -1
 
 
 class Slots:
-    """Arrays of `count` slots.
+    """`Slots` are arrays of `count` slots.
 
     Attributes:
         prompt: tokens of the prompt.
@@ -43,7 +43,7 @@ class Slots:
     def take(
         self, params: SamplingParams, prompt: int, limit: int, stops: Sequence[int], key: int
     ) -> int:
-        """A free slot, set up for a new sequence."""
+        """Return a free slot, set up for a new sequence."""
         slot = self._free.pop()
         self.prompt[slot], self.generated[slot], self.limit[slot] = prompt, 0, limit
         self.key[slot] = key
@@ -80,7 +80,7 @@ class Slots:
 
 
 def _widened(array: Array, width: int, fill: int) -> Array:
-    """At least `width` columns; they double, so that it happens seldom."""
+    """Return at least `width` columns; they double, so that it happens seldom."""
     count, now = array.shape
     if width <= now:
         return array

@@ -1,9 +1,9 @@
-"""How many rows a step of decoding has: as few more than sequences as their bits allow.
+"""A step of decoding has as few more rows than sequences as their bits allow.
 
-It is found by trying, once for each base and number of threads (see `kernels.row_counts`). Two ways
-are open to a base's products: its weights once more in the order that products of few rows read, or
-as they are. What does not come from linear layers and elementwise functions, as experts do, is not
-tried; steps of such a base are filled up to multiples that hold for all.
+How many is found by trying, once for each base and number of threads (see `kernels.row_counts`).
+Two ways are open to a base's products: its weights once more in the order that products of few rows
+read, or as they are. What does not come from linear layers and elementwise functions, as experts
+do, is not tried; steps of such a base are filled up to multiples that hold for all.
 
 K terms of each sum, N columns.
 """
@@ -31,7 +31,7 @@ MOST_PACKED_BYTES = 1 << 31
 
 @dataclass(frozen=True, slots=True)
 class FoundRows:
-    """The numbers of rows that a step may have.
+    """`FoundRows` are the numbers of rows that a step may have.
 
     Attributes:
         hidden: for the blocks.
@@ -44,13 +44,13 @@ class FoundRows:
     packed: bool
 
     def told(self) -> str:
-        """The numbers of rows in words."""
+        """Tell the numbers of rows in words."""
         way = "weights kept twice" if self.packed else "weights as they are"
         return f"{way}; blocks of {_told(self.hidden)} rows, logits of {_told(self.logits)}"
 
 
 class StepRows:
-    """The numbers of rows that steps of decoding on one base may have."""
+    """A `StepRows` finds the numbers of rows that steps of decoding on one base may have."""
 
     def __init__(self, base: BaseModel, max_sequences: int, logits_rows: int):
         """Nothing is tried before it is asked for.
@@ -72,7 +72,7 @@ class StepRows:
 
     @property
     def promised_bytes(self) -> int:
-        """Bytes that weights which are kept twice will take, and do not take yet."""
+        """Weights that are kept twice will take this many bytes, and do not take them yet."""
         settled = torch.get_num_threads() in self._found
         if settled or any(found.packed for found in self._found.values()):
             return 0
@@ -103,7 +103,7 @@ class StepRows:
 
 
 class _Trial:
-    """The numbers of rows that were found for some input groups."""
+    """A trial has the numbers of rows that were found for some input groups."""
 
     def __init__(
         self,
@@ -158,19 +158,19 @@ def _alone(base: BaseModel) -> bool:
 
 
 def _only_known(model: nn.Module, layers: Iterable[nn.Module]) -> bool:
-    """Whether all of a base's matrices are read by its embedding and these linear layers."""
+    """Return whether a base's embedding and these linear layers read all of its matrices."""
     known = {id(parameter) for layer in layers for parameter in layer.parameters()}
     known.update(id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding))
     return all(id(p) in known or p.dim() < 2 for p in model.parameters())
 
 
 def kept_twice_bytes(base: BaseModel) -> int:
-    """Bytes that a base's weights will take once more from the first sampling on, at most."""
+    """Return the bytes that a base's weights take once more from the first sampling on, at most."""
     return twice_bytes(base.model, _layers(groups_of(base.model))) if _alone(base) else 0
 
 
 def twice_bytes(model: nn.Module, layers: Sequence[nn.Module], itemsize: int | None = None) -> int:
-    """Bytes of a model's linear layers that decoding on a CPU keeps twice; 0 if it does not.
+    """Return the bytes of linear layers that decoding on a CPU keeps twice; 0 if it does not.
 
     By the model alone, whatever memory is free: the two ways need not have the same bits.
 

@@ -1,4 +1,4 @@
-"""Whether an answer's text contains a stop string yet, a token at a time."""
+"""An answer's text is watched for stop strings, a token at a time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ LONGEST_WAIT = 64
 
 
 class StopStrings:
-    """Watches one answer.
+    """`StopStrings` watch one answer.
 
     A token's text depends on the tokens before it, and a character may need several, so what is
     decoded begins at a place where the text was whole, one such place back.
@@ -51,7 +51,7 @@ class StopStrings:
 
 
 def _shared(one: str, other: str) -> int:
-    """Length of the common beginning."""
+    """Return the length of the common beginning."""
     if other.startswith(one):
         return len(one)
     pairs = zip(one, other, strict=False)

@@ -1,4 +1,4 @@
-"""The decode loops of a mesh's ranks, turned together.
+"""The decode loops of a mesh's ranks are turned together.
 
 Requests are dealt over the data-parallel axis; the ranks of a tensor-parallel group work on the
 same ones. A turn begins with one small maximum over the mesh: what kinds of forwards any loop has
@@ -27,7 +27,7 @@ class _Dealt:
 
 
 class LoopsTogether:
-    """This rank's loop and its part in the others'. Every rank makes the same calls."""
+    """This rank's loop has its part in the others'. Every rank makes the same calls."""
 
     def __init__(self, loop: DecodeLoop, mesh: Mesh, device: torch.device):
         self._loop = loop
@@ -57,7 +57,7 @@ class LoopsTogether:
             self._loop.cancel(request)
 
     def turn(self, until: float) -> tuple[list[tuple[Request, Answer]], bool]:
-        """One turn of all loops.
+        """Make one turn of all loops.
 
         Args:
             until: when the time is up, by the leader's monotonic clock.

@@ -1,4 +1,4 @@
-"""Prompts that wait to be read or to be continued, and whose turn it is.
+"""Prompts wait to be read or to be continued, until it is their turn.
 
 A step reads at most so many tokens of prompts, a chunk of each at a time: a long prompt does not
 stall those that are being continued. Where a prompt is cut depends on the prompt alone, so its
@@ -30,7 +30,7 @@ PATIENCE = 256
 
 @dataclass(slots=True, eq=False)
 class Prompt:
-    """A request on its way through the loop.
+    """A prompt is a request on its way through the loop.
 
     Attributes:
         limit: most new tokens of each continuation.
@@ -55,7 +55,7 @@ class Prompt:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the cache that one continuation may need."""
+        """One continuation may need this many tokens of the cache."""
         return len(self.request.prompt) + self.limit
 
     @property
@@ -64,13 +64,13 @@ class Prompt:
 
     @property
     def leaves(self) -> bool:
-        """Say whether the prompt has nothing more to wait for."""
+        """The prompt has nothing more to wait for."""
         return self.dropped or (not self.unread and self.opened == self.request.num_samples)
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One continuation that has room: it runs, or is about to.
+    """A sequence is one continuation that has room: it runs, or is about to.
 
     Attributes:
         number: which of its prompt's.
@@ -94,7 +94,7 @@ class _Held:
 
 
 class WaitingRoom:
-    """Waiting prompts by tenant, and what each tenant holds of the loop's room."""
+    """The waiting room has prompts by tenant, and what each tenant holds of the loop's room."""
 
     def __init__(self, max_rows: int, max_tokens: int):
         self._free = _Held(max_rows, max_tokens)
@@ -103,7 +103,7 @@ class WaitingRoom:
         self._late: Prompt | None = None  # what becomes free is for this one
 
     def enter(self, prompt: Prompt) -> None:
-        """Behind the tenant's others; a tenant that has nothing here is next."""
+        """Put a prompt behind its tenant's others; a tenant that has nothing here is next."""
         tenant = prompt.request.tenant
         if tenant not in self._waiting:
             self._waiting[tenant] = deque()
@@ -111,7 +111,7 @@ class WaitingRoom:
         self._waiting[tenant].append(prompt)
 
     def give_back(self, tenant: str, tokens: int) -> None:
-        """A continuation that held so many tokens has ended."""
+        """Take back the room of a continuation that held so many tokens and has ended."""
         self._count(tenant, -1, -blocks(tokens))
 
     def tidy(self) -> None:
