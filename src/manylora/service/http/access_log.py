@@ -1,4 +1,4 @@
-"""One line of JSON for each request, its id in the answer, and no error without an answer.
+"""Each request gets one line of JSON, its id in the answer, and an answer to every error.
 
 A line says who asked what and how it went; never a body, a key, a query or an id of an object.
 """
@@ -20,7 +20,7 @@ logger = logging.getLogger("manylora.access")
 
 
 class AccessLog:
-    """ASGI middleware, the outermost: sets `scope["state"]["request_id"]`."""
+    """`AccessLog` is the outermost ASGI middleware: it sets `scope["state"]["request_id"]`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
