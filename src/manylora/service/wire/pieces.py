@@ -1,4 +1,4 @@
-"""Requests of the two big routes, decoded: what the hub gets instead of bytes.
+"""The hub gets requests of the two big routes decoded, instead of bytes.
 
 Shapes: N tokens of a datum, M tokens of a prompt, C candidates of a prompt token.
 """
@@ -12,7 +12,7 @@ from manylora.types.data import Array
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBackwardSubmit:
-    """A decoded forward_backward (or forward).
+    """A `ForwardBackwardSubmit` is a decoded forward_backward (or forward).
 
     Attributes:
         model_id: whose it is.
@@ -39,7 +39,7 @@ class ForwardBackwardSubmit:
 
 @dataclass(frozen=True, slots=True)
 class CSR:
-    """Where a sparse matrix has entries: `crow` int64 [rows + 1], `col` int64 [entries]."""
+    """A `CSR` places a sparse matrix's entries: `crow` int64 [rows + 1], `col` int64 [entries]."""
 
     crow: Array
     col: Array
@@ -48,7 +48,7 @@ class CSR:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What the answer to a sample must repeat of the question.
+    """A `Wanted` is what the answer to a sample must repeat of the question.
 
     Attributes:
         prompt_logprobs: log-probabilities of the prompt's own tokens were asked.
@@ -63,7 +63,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSubmit:
-    """A decoded asample.
+    """A `SampleSubmit` is a decoded asample.
 
     Attributes:
         sampling_session_id, seq_id: which sampler, and the client's number for this request.
@@ -97,7 +97,7 @@ class SampleSubmit:
 
     @property
     def decoded_bytes(self) -> int:
-        """What its arrays take, unpacked."""
+        """Its arrays take so many bytes, unpacked."""
         cells = 0 if self.wanted.candidates is None else self.wanted.candidates.size
         if self.packed is not None:
             rows, columns = self.packed[0].shape
@@ -105,7 +105,7 @@ class SampleSubmit:
         return self.prompt.nbytes + 8 * cells
 
     def params(self, *, room: int, seed: int) -> SamplingParams:
-        """The sampling settings, once the hub has filled in what the client left open.
+        """Return the sampling settings, once the hub has filled in what the client left open.
 
         Args:
             room: tokens that the context has left: more than that are never made, so they are
