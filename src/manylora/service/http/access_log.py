@@ -63,7 +63,7 @@ class AccessLog:
             "status": status,
             "ms": round(seconds * 1000, 2),
         }
-        # What anybody can cause without a key, or has refused at will, is not written for ever.
+        # What a client can cause without a key, or has refused at will, is not written for ever.
         ordinary = line["tenant"] is not None and (status < 400 or status == 408)
         like = None if ordinary else (line["tenant"], line["route"], status)
         logger.info(json.dumps(line), extra={"like": like})

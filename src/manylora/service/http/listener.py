@@ -20,7 +20,7 @@ from manylora.service.http_errors import ErrorAnswer
 from manylora.types import ConfigError
 
 BACKLOG = 2048
-# Connections that are accepted before anybody else has a turn.
+# Connections that are accepted before others have a turn.
 AT_ONCE = 32
 # What a client may have sent on a connection that is refused, so that it can read why.
 _GLANCE = 1 << 16

@@ -191,7 +191,7 @@ class OpenAdapters:
             self._next(adapter, Turn(seq, request, refusal=never_came(adapter.id, absent)))
 
     async def close_gap(self, adapter: OpenAdapter) -> None:
-        """`give_up`, in a way that a restart repeats. Raises SaveFailed."""
+        """Give up in a way that a restart repeats. Raises SaveFailed."""
         absent, last = adapter.order.next_seq, max(seq for seq, _ in adapter.order.early())
         id, until = f"{adapter.id}:{absent}", {"until": last + 1}
         record = Record(adapter.id, absent, GIVEN_UP, adapter.tenant, id, "", b"", until)

@@ -44,8 +44,7 @@ class Promise:
 
 
 class Promises:
-    """These are a server's accepted requests. Methods run on the event loop unless they say
-    else."""
+    """These are a server's requests. Methods run on the event loop unless they say else."""
 
     def __init__(self, results: Results):
         self.results = results

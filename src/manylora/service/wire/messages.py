@@ -138,7 +138,7 @@ class LoraConfig(WireRequest):
 
 
 class Slot(NamedTuple):
-    """A place for an adapter in a session: the session's id, and the adapter's number there."""
+    """A `Slot` holds an adapter in a session: the session's id, the adapter's number there."""
 
     session_id: str
     number: int
@@ -150,7 +150,7 @@ class Slot(NamedTuple):
 
 
 class OrderPlace(NamedTuple):
-    """A place in an adapter's own order: the adapter's id, and the operation's number there."""
+    """An `OrderPlace` is in an adapter's own order: the adapter's id, the operation's number."""
 
     model_id: str
     seq_id: int
@@ -298,7 +298,7 @@ class SaveWeightsExternalRequest(Numbered):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperationKind:
-    """What the server knows of one kind of numbered request, beside what it does (`Operations`).
+    """An `OperationKind` is what is known of a kind of numbered request, beside `Operations`.
 
     Attributes:
         name: its route's, and the journal's word for it.

@@ -17,7 +17,9 @@ class ForwardBackwardSubmit:
     Attributes:
         model_id: whose it is.
         seq_id: its place in that order.
-        data, loss, config: as `types.ForwardBackward` takes them.
+        data: as `types.ForwardBackward` takes it.
+        loss: likewise.
+        config: likewise.
         forward_only: no gradients.
         body: the bytes that came; decoding them again gives an equal submit (for a journal).
         digest: equal for equal content, however the bytes were laid out.
@@ -66,16 +68,22 @@ class SampleSubmit:
     """A `SampleSubmit` is a decoded asample.
 
     Attributes:
-        sampling_session_id, seq_id: which sampler, and the client's number for this request.
+        sampling_session_id: which sampler.
+        seq_id: the client's number for this request.
         prompt: int64 [M].
         max_tokens: None = up to the end of the context.
         seed: None = the hub's choice.
-        temperature, top_k, top_p, stop, stop_strings: as in `types.SamplingParams`.
+        temperature: as in `types.SamplingParams`.
+        top_k: likewise.
+        top_p: likewise.
+        stop: likewise.
+        stop_strings: likewise.
         scoring: as `types.Sample` takes it.
-        wanted: for `codec.encode_sample`.
+        wanted: for `sample_messages.encode_sample`.
         packed: candidates of the prompt that are still in the sparse form in which they came;
-            `sampling.unpack` puts them into `scoring` and `wanted`.
-        body, digest: as in `ForwardBackwardSubmit`; the body is JSON.
+            `sample_messages.unpack` puts them into `scoring` and `wanted`.
+        body: as in `ForwardBackwardSubmit`, but JSON.
+        digest: as in `ForwardBackwardSubmit`.
     """
 
     sampling_session_id: str
