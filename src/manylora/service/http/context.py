@@ -174,11 +174,7 @@ async def _read(context: RequestContext, request: Request, model: type[M], body:
 
 
 def check_type(request: Request, content_type: str) -> None:
-    """Refuse a body of another content type.
-
-    Raises:
-        WrongEncoding: it is of another type.
-    """
+    """Refuse a body of another content type. Raises WrongEncoding."""
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if given != content_type:
         raise WrongEncoding(f"this route takes a body of type {content_type}")

@@ -128,10 +128,7 @@ class Checkpoints:
 
     def link(self, row: CheckpointRow, target: Path) -> None:
         """Give the files a second name, under which they stay when the checkpoint goes.
-
-        Raises:
-            SaveFailed
-        """
+        Raises SaveFailed."""
         link_folder(self.folder_of(row), target)
 
     async def info(self, tenant: str, path: TinkerPath) -> WeightsInfo:

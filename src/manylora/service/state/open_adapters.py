@@ -208,10 +208,7 @@ class OpenAdapters:
 
     async def keep_last(self, adapter: OpenAdapter) -> None:
         """Write an adapter's state as its checkpoint `last`, unless a checkpoint has it already.
-
-        Raises:
-            SaveFailed, QuotaExceeded
-        """
+        Raises SaveFailed, QuotaExceeded."""
         saved = await self._checkpoints.of_model(adapter.tenant, adapter.id)
         steps = [row.step for row in saved if row.kind == "weights"]
         if not adapter.steps or adapter.steps in steps:

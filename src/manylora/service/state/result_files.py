@@ -149,11 +149,7 @@ class Results:
                 raise SaveFailed(f"{self.folder} could not be flushed: {error}") from error
 
     def sweep(self, now: float | None = None) -> int:
-        """Delete the results whose time is over.
-
-        Returns:
-            how many files that were.
-        """
+        """Delete the results whose time is over; return how many files that were."""
         now = self._clock() if now is None else now
         with self._lock:
             for kept in (self._recent, self._unwritten):
