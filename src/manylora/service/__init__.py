@@ -1,4 +1,4 @@
-"""The service over HTTP: the Tinker wire, spoken so that the stock `tinker` SDK drives it.
+"""This room serves over HTTP: it speaks the Tinker wire so that the stock `tinker` SDK drives it.
 
 Owns: in `http`, bytes: routes, bodies and their limits, keys in headers, what an error looks like
 to a client. In `wire`, the wire's messages and tensors. In `state`, sessions, sequence numbers,

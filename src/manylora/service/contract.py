@@ -1,9 +1,9 @@
-"""What the routes ask of the rest of the server: the torch-free wall between bytes and state.
+"""The contract, a torch-free wall between bytes and state, is what routes ask of the server.
 
 Every method takes the tenant first and sees only that tenant's things: an id of another tenant
-raises exactly what a missing id raises (`errors.NotFound`, with the same words). Methods raise
-`ManyloraError`s; `errors.answer_to` turns them into answers. They are called on the event loop, so
-they hand anything slow to a thread.
+raises exactly what a missing id raises (`http_errors.NotFound`, with the same words). Methods raise
+`ManyloraError`s; `http_errors.answer_to` turns them into answers. They are called on the event
+loop, so they hand anything slow to a thread.
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -51,7 +51,7 @@ PROTOBUF_TYPE = "application/x-protobuf"
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A request's result, as it goes out."""
+    """A `Ready` is a request's result, as it goes out."""
 
     content_type: str
     body: bytes = field(repr=False)
@@ -59,7 +59,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A request that failed; the client gets these words."""
+    """A `Failed` is a request that failed; the client gets these words."""
 
     error: str
     category: Category
@@ -67,7 +67,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request that is not done yet, and what holds it up."""
+    """A `Waiting` is a request that is not done yet, and what holds it up."""
 
     queue_state: QueueState = "active"
     reason: str | None = None
@@ -77,7 +77,7 @@ Outcome = Ready | Failed | Waiting
 
 
 class Archive(Protocol):
-    """A file that is made for one reader.
+    """An `Archive` is a file that is made for one reader.
 
     Attributes:
         size: its bytes.
@@ -86,17 +86,17 @@ class Archive(Protocol):
     size: int
 
     def chunks(self) -> AsyncIterator[bytes]:
-        """What it holds, once."""
+        """Yield what it holds, once."""
 
     def close(self) -> None:
         """Give its room back, read or not."""
 
 
 class SessionsApi(Protocol):
-    """Client processes that say that they live."""
+    """Sessions are client processes that say that they live."""
 
     async def create(self, tenant: str, request: CreateSessionRequest) -> str:
-        """A new session's id (no `/` in it)."""
+        """Return a new session's id (no `/` in it)."""
 
     async def require(self, tenant: str, session_id: str) -> object:
         """Keep a session alive. Raises `Gone` once it is over."""
@@ -106,7 +106,7 @@ class SessionsApi(Protocol):
 
 
 class TrainingApi(Protocol):
-    """Adapters and their operations.
+    """These requests make adapters and operate on them.
 
     Each method answers once the request is durable, and gives the same answer to a repeated one.
     """
@@ -121,48 +121,48 @@ class TrainingApi(Protocol):
     ) -> Submitted: ...
 
     async def forward_backward(self, tenant: str, outline: Outline) -> Submitted:
-        """What is wrong with its tensors is found here too, and uses its number up."""
+        """Take a forward_backward; a fault in its tensors is found here and uses its number up."""
 
     async def submit(self, tenant: str, request: Numbered) -> Submitted:
         """Take an operation whose message says all about it."""
 
     async def refuse(self, tenant: str, model_id: str, seq_id: int, error: ManyloraError) -> None:
-        """A numbered request was refused before it reached the hub: use its number up.
+        """Use up the number of a request that was refused before it reached the hub.
 
         The number counts as an operation that failed with `error`. Unknown models, and numbers
-        that were used before, are nothing to speak of: no error.
+        that were used before, are no error.
         """
 
 
 class SamplersApi(Protocol):
-    """Sampling sessions, and requests for samples."""
+    """These requests make sampling sessions and ask for samples."""
 
     async def create(
         self, tenant: str, request: CreateSamplingSessionRequest, path: TinkerPath | None
     ) -> str:
-        """A sampling session's id; `path` is the request's model_path, taken apart."""
+        """Return a sampling session's id; `path` is the request's model_path, taken apart."""
 
     async def info(self, tenant: str, id: str) -> SamplerInfo: ...
 
     async def sample(self, tenant: str, submit: SampleSubmit) -> Submitted:
-        """`Submitted.sample_sequence_ids` has one id for each of `submit.num_samples`."""
+        """Sample; `Submitted.sample_sequence_ids` has one id for each of `submit.num_samples`."""
 
 
 class RunsApi(Protocol):
-    """Runs that the server trains by itself."""
+    """The server trains these runs by itself."""
 
     async def submit(self, tenant: str, request: SubmitRunRequest) -> Run: ...
 
     async def page(self, tenant: str, limit: int, offset: int) -> RunList: ...
 
     async def get(self, tenant: str, id: str, after: int) -> Run:
-        """A run, with figures of its steps after that one."""
+        """Return a run, with figures of its steps after that one."""
 
     async def cancel(self, tenant: str, id: str) -> Run: ...
 
 
 class AdaptersApi(Protocol):
-    """The adapters that are open."""
+    """These adapters are open."""
 
     async def page(self, tenant: str) -> AdapterList: ...
 
@@ -172,7 +172,7 @@ class AdaptersApi(Protocol):
 
 
 class TrainingRunsApi(Protocol):
-    """Training runs, open or closed."""
+    """Training runs are open or closed."""
 
     async def model_info(self, tenant: str, model_id: str) -> ModelInfo: ...
 
@@ -181,11 +181,11 @@ class TrainingRunsApi(Protocol):
     async def page(self, tenant: str, limit: int, offset: int) -> TrainingRunList: ...
 
     async def checkpoints(self, tenant: str, model_id: str) -> CheckpointList:
-        """All checkpoints of one training run, without a cursor."""
+        """Return all checkpoints of one training run, without a cursor."""
 
 
 class CheckpointsApi(Protocol):
-    """Checkpoints by their `tinker://` paths."""
+    """Checkpoints are found by their `tinker://` paths."""
 
     async def page(self, tenant: str, limit: int, offset: int) -> CheckpointList: ...
 
@@ -199,11 +199,11 @@ class CheckpointsApi(Protocol):
     async def info(self, tenant: str, path: TinkerPath) -> WeightsInfo: ...
 
     async def external_files(self, tenant: str, path: TinkerPath) -> Mapping[str, Path]:
-        """The files of an external checkpoint: name inside it → file on disk."""
+        """Return the files of an external checkpoint: name inside it → file on disk."""
 
 
 class CopiesApi(Protocol):
-    """Copies of checkpoints."""
+    """Checkpoints can be copied."""
 
     async def make(
         self, tenant: str, request: CopyWeightsRequest, path: TinkerPath, key: str | None
@@ -212,14 +212,14 @@ class CopiesApi(Protocol):
 
 
 class ArchivesApi(Protocol):
-    """Checkpoints as files to be downloaded."""
+    """Checkpoints can be downloaded as files."""
 
     async def open(self, tenant: str, path: TinkerPath) -> Archive:
         """A checkpoint's adapter as one tar of PEFT's files; the caller has to close it."""
 
 
 class Hub(Protocol):
-    """State behind the routes, one object for each kind of thing."""
+    """A `Hub` is the state behind the routes, one object for each kind of thing."""
 
     @property
     def sessions(self) -> SessionsApi: ...
@@ -249,13 +249,13 @@ class Hub(Protocol):
     def archives(self) -> ArchivesApi: ...
 
     def ready(self) -> bool:
-        """Whether the engine answers (for /readyz). Never blocks."""
+        """Return whether the engine answers (for /readyz). Never blocks."""
 
     async def capabilities(self, tenant: str) -> ServerCapabilities:
-        """The base models by every name that they are served under."""
+        """Return the base models by every name that they are served under."""
 
     async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
-        """A request's outcome, waiting at most `timeout` seconds for it.
+        """Return a request's outcome, waiting at most `timeout` seconds for it.
 
         Raises:
             NotFound: there never was such a request.

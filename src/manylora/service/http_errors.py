@@ -1,4 +1,4 @@
-"""Errors of the service, and the one table from errors to what a client is told.
+"""This module holds the service's errors, and the one table from errors to what a client is told.
 
 Why these numbers: the SDK raises at once on 400, 401, 403, 404, 413, 415 and 422, retries 408, 409,
 429 and 5xx for up to five minutes, and takes 410 for a result or session that is gone. So a name
@@ -31,11 +31,11 @@ logger = logging.getLogger("manylora.service")
 
 
 class NotFound(ManyloraError, KeyError):
-    """No such session, model, sampler, request or checkpoint of this tenant."""
+    """The tenant has no such session, model, sampler, request or checkpoint."""
 
 
 class Gone(ManyloraError):
-    """A session that is over, or a result whose time to live has passed."""
+    """A session is over, or a result's time to live has passed."""
 
 
 class Unauthenticated(ManyloraError):
@@ -47,7 +47,7 @@ class Malformed(DataError):
 
 
 class WrongEncoding(ManyloraError):
-    """A body in a content type or content encoding that its route does not take."""
+    """A body has a content type or content encoding that its route does not take."""
 
 
 class TooLarge(ManyloraError):
@@ -55,11 +55,11 @@ class TooLarge(ManyloraError):
 
 
 class TooSlow(ManyloraError):
-    """A body that does not come on; the same request may be sent again."""
+    """A body does not come on; the same request may be sent again."""
 
 
 class WrongHost(ManyloraError):
-    """A request that was meant for another host than this server."""
+    """A request was meant for another host than this server."""
 
 
 class QuotaExceeded(ManyloraError):
@@ -71,7 +71,7 @@ class Backpressure(ManyloraError):
 
 
 def missing(what: str) -> NotFound:
-    """The error for an id that does not exist, and for one of another tenant: the same words."""
+    """Return the error for an id that does not exist or is another tenant's: the same words."""
     return NotFound(f"there is no such {what}")
 
 
@@ -80,7 +80,7 @@ class ModelFault(ManyloraError):
 
 
 class Lost(ManyloraError):
-    """A request that was accepted and cannot be run: a damaged part of the journal took it, or the
+    """A request was accepted and cannot be run. A damaged part of the journal took it, or the
     engine breaks down over it."""
 
 
@@ -90,7 +90,7 @@ class NotReady(ManyloraError):
 
 @dataclass(frozen=True, slots=True)
 class ErrorAnswer:
-    """What a client is told of an error."""
+    """An `ErrorAnswer` is what a client is told of an error."""
 
     status: int
     message: str
@@ -125,7 +125,7 @@ _STATUS: tuple[tuple[type[ManyloraError], int, Category], ...] = (
 
 
 def answer_to(error: BaseException, request_id: str) -> ErrorAnswer:
-    """What to tell the client of this error.
+    """Return what to tell the client of this error.
 
     An error raised on purpose keeps its message. Any other is logged here, whole, and the client
     learns only where to look.

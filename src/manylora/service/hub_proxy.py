@@ -1,4 +1,4 @@
-"""The hub while it is being made, or made again. No torch here."""
+"""A proxy stands for the hub while it is made, or made again. No torch here."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,10 +12,10 @@ START_SECONDS = 30.0
 
 
 class HubProxy:
-    """A hub that comes and goes: requests wait a while for it instead of failing."""
+    """A `HubProxy` is a hub that comes and goes: requests wait for it instead of failing."""
 
     def __init__(self, hub: Hub | None = None):
-        """`hub`: what answers from the beginning; None = requests wait for `arrive`."""
+        """Answer with `hub` from the beginning; None = requests wait for `arrive`."""
         self._hub = hub
         self._arrival: asyncio.Future[Hub] | None = None
         self._closed = False
@@ -24,18 +24,18 @@ class HubProxy:
         self._empty.set()
 
     def arrive(self, hub: Hub) -> None:
-        """From now on the hub answers."""
+        """Let the hub answer from now on."""
         self._hub = hub
         if self._arrival is not None:
             self._arrival.set_result(hub)
             self._arrival = None
 
     def depart(self) -> None:
-        """From now on requests wait for the next hub; those that the last one has are its own."""
+        """Have requests wait for the next hub; those that the last one has are its own."""
         self._hub = None
 
     def close(self) -> None:
-        """The server stops: no request waits for a hub any more."""
+        """Let no request wait for a hub any more: the server stops."""
         self._closed = True
         if self._arrival is not None:
             self._arrival.set_exception(NotReady("the server is stopping"))
@@ -47,12 +47,12 @@ class HubProxy:
         await self._empty.wait()
 
     def ready(self) -> bool:
-        """Whether the engine answers."""
+        """Return whether the engine answers."""
         return self._hub is not None and self._hub.ready()
 
     @asynccontextmanager
     async def entered(self) -> AsyncIterator[Hub]:
-        """The hub, which is not taken away from what runs inside.
+        """Give the body the hub, which is not taken away from what runs inside.
 
         Raises:
             NotReady: none has come in time, or the server stops.
@@ -68,7 +68,7 @@ class HubProxy:
                 self._empty.set()
 
     async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
-        """See `contract.Hub`; a poll is told to come again while there is no engine."""
+        """Return as `contract.Hub` does; a poll is told to come again while there is no engine."""
         try:
             async with self.entered() as hub:
                 return await hub.outcome(tenant, request_id, timeout)

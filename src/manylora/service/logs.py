@@ -1,4 +1,4 @@
-"""The server's log: lines of JSON on stderr, and no more of a kind than a person can read."""
+"""The server's log is lines of JSON on stderr, no more of a kind than a person can read."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ class _Kind:
 
 
 class Sparing(logging.Filter):
-    """Lets only so many lines of a kind pass: a client that can cause a line could fill a disk.
+    """A `Sparing` limits lines of a kind: a client that can cause a line could fill a disk.
 
     The kind of a record is its attribute `like`; None = it always passes. Without one, it is the
     logger's name and the message before anything is put into it.
@@ -34,7 +34,7 @@ class Sparing(logging.Filter):
         self._kinds: dict[object, _Kind] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is written; then `left_out` says how many like it were not."""
+        """Return whether the record is written; then `left_out` says how many like it were not."""
         like = getattr(record, "like", (record.name, record.levelno, record.msg))
         if like is None:
             return True
@@ -59,7 +59,7 @@ class Sparing(logging.Filter):
 
 
 class Lines(logging.Formatter):
-    """One JSON object a line. What our own loggers write as JSON is not quoted again."""
+    """`Lines` are one JSON object each. What our own loggers write as JSON is not quoted again."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
@@ -74,7 +74,7 @@ class Lines(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Send there what manylora's loggers write, and the warnings of the libraries around them."""
+    """Send to stderr what manylora's loggers write, and warnings of the libraries around them."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())
     handler.addFilter(Sparing())

@@ -1,4 +1,4 @@
-"""What a server keeps in its data folder, and that no other user of this machine may read it."""
+"""No other user of this machine may read what a server keeps in its data folder."""
 
 import logging
 import os
@@ -20,8 +20,8 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 def keep_private(folder: Path) -> None:
-    """Let no other user read what this process writes from now on, nor what an earlier one left in
-    its data folder. What cannot be changed is named in the log."""
+    """Let no other user read what this process writes from now on, or what its data folder holds.
+    What cannot be changed is named in the log."""
     os.umask(_OTHERS)
     for name in OURS:
         path = folder / name
@@ -43,7 +43,7 @@ def keep_private(folder: Path) -> None:
 
 
 def signing_secret(folder: Path) -> bytes:
-    """The key of download addresses; made once, readable by no other user.
+    """Return the key of download addresses; made once, readable by no other user.
 
     Raises:
         SaveFailed: it cannot be written or read.

@@ -1,4 +1,4 @@
-"""`manylora serve` as a process: a socket, uvicorn, the service behind it, signals."""
+"""`manylora serve` is a process: a socket, uvicorn, the service behind it, signals."""
 
 import asyncio
 import logging
@@ -41,14 +41,14 @@ ENGINE_SECONDS = 2.0
 
 
 class StoreAuthenticator:
-    """Keys of the store. While there is none, every `tml-…` key is the development tenant's."""
+    """The store has the keys. While it has none, each `tml-…` key is the development tenant's."""
 
     def __init__(self, keys: Keys, *, local: bool):
         self._keys = keys
         self._local = local
 
     def lookup(self, key: str) -> str | None:
-        """The tenant of a key, or None."""
+        """Return the tenant of a key, or None."""
         tenant = self._keys.lookup(key)
         if tenant is None and self._local and key.startswith(KEY_PREFIX):
             return None if self._keys.any_keys() else DEV_TENANT
@@ -56,7 +56,7 @@ class StoreAuthenticator:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Tells when a signal asks it to stop, and lets no client hold that up."""
+    """A `_Uvicorn` tells when a signal asks it to stop, and lets no client hold that up."""
 
     def __init__(self, config: uvicorn.Config, ending: Ending):
         super().__init__(config)
@@ -64,8 +64,8 @@ class _Uvicorn(uvicorn.Server):
         self._ending = ending
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal stops in order, a second without draining. Unlike uvicorn's own, it is
-        not raised again in the end: what is queued has still to be finished and saved."""
+        """Stop in order at the first signal, without draining at a second. Unlike uvicorn's own, it
+        is not raised again in the end: what is queued has still to be finished and saved."""
         if self.should_exit:
             self.force_exit = True
             self._ending.hurry()
@@ -93,7 +93,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 def run_server(settings: ServerFile) -> int:
-    """Serve until a signal; returns the exit code.
+    """Serve until a signal; return the exit code.
 
     Raises:
         ConfigError: the address cannot be used, or it is public and there is no API key.

@@ -1,4 +1,4 @@
-"""A running service over one data directory: how it starts, and how it stops."""
+"""A running service works over one data directory; this is how it starts and how it stops."""
 
 import asyncio
 import logging
@@ -32,7 +32,7 @@ RESULT_BYTES = 128 << 20
 
 
 class Service:
-    """The parts of a server, in the order in which they start and stop."""
+    """A `Service` has the parts of a server, in the order in which they start and stop."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Service:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ):
-        """`store`: open, and closed by `stop`. `clock` and `wall`: see `Resources`."""
+        """Take an open `store`, which `stop` closes. `clock` and `wall`: see `Resources`."""
         self.settings, self.store = settings, store
         self.folder = Path(settings.data_dir)
         self._limits = limits
@@ -125,8 +125,8 @@ class Service:
     async def stop(
         self, ending: Ending | None = None, give_up: Callable[[], None] = lambda: None
     ) -> None:
-        """Finish what is queued, for a while; save every adapter; what is left stays in the
-        journal and goes on with the next start.
+        """Finish what is queued, for a while; save every adapter. What is left stays in the journal
+        and goes on with the next start.
 
         Args:
             ending: until when; None = it begins now.
@@ -173,7 +173,7 @@ class Service:
 
 
 def _until(moment: float) -> float:
-    """Seconds from now on; none if it is over."""
+    """Return the seconds from now on; none if it is over."""
     return max(0.0, moment - time.monotonic())
 
 

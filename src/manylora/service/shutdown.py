@@ -1,4 +1,4 @@
-"""How a server's process ends: in order as long as there is time, and in time whatever waits.
+"""A server's process ends in order as long as there is time, and in time whatever waits.
 
 What was acknowledged is in the journal, so whatever is broken off goes on with the next start; what
 takes too long is therefore broken off.
@@ -25,17 +25,17 @@ _WORD_SECONDS = 0.5
 
 
 class Ending:
-    """When what has to be over, once the server was asked to stop; by `time.monotonic`."""
+    """An `Ending` says when each part of a stop has to be over, by `time.monotonic`."""
 
     def __init__(self, drain_seconds: float):
-        """`drain_seconds`: how long what is queued goes on."""
+        """Let what is queued go on for `drain_seconds`."""
         self._drain_seconds = drain_seconds
         self._asked_at: float | None = None
         # Its `put` may be called by a signal handler, whatever that interrupts.
         self._requests: SimpleQueue[int] = SimpleQueue()
 
     def enforce(self) -> None:
-        """From now on the process ends in time, whatever it waits for."""
+        """End the process in time from now on, whatever it waits for."""
         threading.Thread(target=self._watch, name="manylora-ending", daemon=True).start()
 
     def ask(self, status: int = 0) -> None:
@@ -54,22 +54,22 @@ class Ending:
 
     @property
     def drained(self) -> float:
-        """When what is queued has run, or waits for the next start."""
+        """By then, what is queued has run, or waits for the next start."""
         assert self._asked_at is not None
         return self._asked_at + self._drain_seconds
 
     @property
     def saved(self) -> float:
-        """When states are saved, or will be made again from the journal."""
+        """By then, states are saved, or will be made again from the journal."""
         return self.drained + SAVING_SECONDS
 
     @property
     def over(self) -> float:
-        """When the process is gone."""
+        """By then, the process is gone."""
         return self.drained + LAST_SECONDS
 
     def _watch(self) -> None:
-        """Threads that hang, and a disk that does, can only be left behind."""
+        """Leave threads that hang, and a disk that does, behind; nothing else can be done."""
         status = self._requests.get()
         while (rest := self.over - time.monotonic()) > 0:
             time.sleep(min(rest, 0.2))

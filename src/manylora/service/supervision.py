@@ -1,4 +1,4 @@
-"""An engine behind the hub, and another one when it is lost."""
+"""An engine stands behind the hub, and another one when it is lost."""
 
 import asyncio
 import logging
@@ -63,7 +63,7 @@ async def keep_up(
 
 
 class EngineFailure:
-    """Whether an engine was lost, and why. Noted by any thread, awaited on the event loop."""
+    """An `EngineFailure` tells why an engine was lost. Any thread notes it, the loop awaits it."""
 
     def __init__(self) -> None:
         self.reason = ""

@@ -1,1 +1,1 @@
-"""Bytes: connections, bodies and their limits, keys, routes, and errors as answers."""
+"""Bytes are handled here: connections, bodies, limits, keys, routes, and errors as answers."""

@@ -1,4 +1,4 @@
-"""One line of JSON for each request, its id in the answer, and no error without an answer.
+"""Each request gets one line of JSON, its id in the answer, and an answer to every error.
 
 A line says who asked what and how it went; never a body, a key, a query or an id of an object.
 """
@@ -20,7 +20,7 @@ logger = logging.getLogger("manylora.access")
 
 
 class AccessLog:
-    """ASGI middleware, the outermost: sets `scope["state"]["request_id"]`."""
+    """`AccessLog` is the outermost ASGI middleware: it sets `scope["state"]["request_id"]`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -63,7 +63,7 @@ class AccessLog:
             "status": status,
             "ms": round(seconds * 1000, 2),
         }
-        # What anybody can cause without a key, or has refused at will, is not written for ever.
+        # What a client can cause without a key, or has refused at will, is not written for ever.
         ordinary = line["tenant"] is not None and (status < 400 or status == 408)
         like = None if ordinary else (line["tenant"], line["route"], status)
         logger.info(json.dumps(line), extra={"like": like})

@@ -1,4 +1,4 @@
-"""The HTTP application: middleware, routes, and what an error looks like.
+"""The HTTP application consists of middleware, routes, and what an error looks like.
 
 From the outside in: AccessLog (request id, one log line, no error without an answer), Leaving (a
 refusal can be read), Outside (the host, the framing), Authentication (key → tenant), Admission (so
@@ -85,7 +85,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 class _Application(FastAPI):
-    """FastAPI, whose document also describes the bodies that our own readers take."""
+    """This FastAPI's document also describes the bodies that our own readers take."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -117,7 +117,7 @@ def build_app(
     connections: OpenConnections | None = None,
     lifespan: Lifespan[FastAPI] | None = None,
 ) -> FastAPI:
-    """The application around a hub.
+    """Build the application around a hub.
 
     Args:
         local_only: answer only clients on this machine (with `DevAuthenticator`).
@@ -163,7 +163,7 @@ def build_app(
 
 
 def _number_used_up(app: FastAPI) -> Callable[[Scope, bytes, TooLarge], Any]:
-    """The hook of BodyLimit: use up the number of a request whose body was too large."""
+    """Return BodyLimit's hook: it uses up the number of a request whose body was too large."""
 
     async def refused(scope: Scope, prefix: bytes, error: TooLarge) -> None:
         kind = _KIND_AT.get(scope["path"])
@@ -189,13 +189,13 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
-    """A path or query that FastAPI itself found wrong, told as we tell it of bodies."""
+    """Tell of a path or query that FastAPI itself found wrong as we tell of bodies."""
     found = error.errors() if isinstance(error, RequestValidationError) else []
     return error_response(Malformed(complaints(found)), request.state.request_id)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
-    """No such route, or not with this method."""
+    """Answer that no such route is there, or not with this method."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     words = {404: "there is no such route", 405: "this route does not take that method"}
     answer = ErrorAnswer(status, words.get(status, "the request was refused"), "user")

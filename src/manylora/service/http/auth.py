@@ -1,4 +1,4 @@
-"""Whose request it is: the key in `X-API-Key` becomes the tenant, once, before anything is read.
+"""The key in `X-API-Key` becomes the request's tenant, once, before anything is read.
 
 A key is never logged and never kept: the memory of known keys holds their digests.
 """
@@ -26,15 +26,15 @@ _FORWARDED = frozenset(
 
 
 class Authenticator(Protocol):
-    """Where keys are looked up."""
+    """An `Authenticator` looks keys up."""
 
     def lookup(self, key: str) -> str | None:
-        """The tenant of a key, or None. Called in a thread."""
+        """Return the tenant of a key, or None. Called in a thread."""
         ...
 
 
 class DevAuthenticator:
-    """Without any key on the server: every `tml-…` key is the development tenant's."""
+    """Without any key on the server, every `tml-…` key is the development tenant's."""
 
     def lookup(self, key: str) -> str | None:
         return DEV_TENANT if key.startswith(KEY_PREFIX) else None
@@ -42,7 +42,7 @@ class DevAuthenticator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenPaths:
-    """What needs no key.
+    """`OpenPaths` need no key.
 
     Attributes:
         exact: whole paths.
@@ -55,7 +55,7 @@ class OpenPaths:
     local: frozenset[str] = frozenset({"/metrics"})
 
     def lets_in(self, scope: Scope) -> bool:
-        """Whether this request needs no key."""
+        """Return whether this request needs no key."""
         path = scope["path"]
         if path in self.local:
             return is_near(scope)
@@ -63,7 +63,7 @@ class OpenPaths:
 
 
 class Authentication:
-    """ASGI middleware: sets `scope["state"]["tenant"]`, or answers 401.
+    """`Authentication` is ASGI middleware: it sets `scope["state"]["tenant"]`, or answers 401.
 
     Args:
         local_only: refuse every client that is not on this machine (the development tenant).
@@ -130,7 +130,7 @@ class Authentication:
 
 
 def is_near(scope: Scope) -> bool:
-    """Whether the client is on this machine, and no proxy that speaks for another."""
+    """Return whether the client is on this machine, and no proxy that speaks for another."""
     client = scope.get("client")
     if client is not None and client[0] not in LOOPBACK:
         return False
@@ -138,5 +138,5 @@ def is_near(scope: Scope) -> bool:
 
 
 def header_values(headers: Collection[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
-    """Every value of a header; ASGI gives names in lower case."""
+    """Return every value of a header; ASGI gives names in lower case."""
     return [value for key, value in headers if key == name]

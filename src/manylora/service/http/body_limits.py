@@ -1,5 +1,5 @@
-"""How large a body may be, how slowly it may come, and how much may be on its way at once: counted
-before it is held, whatever its header says.
+"""Limits bound a body's size, how slowly it may come, and how much may be on its way at once.
+All is counted before it is held, whatever its header says.
 
 Every route needs its whole body, so it is gathered here. One that is too large is answered with
 413, and its first bytes go to a hook: a refused request may have a number that must be used up.
@@ -28,7 +28,7 @@ Refused = Callable[[Scope, bytes, TooLarge], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BodyLimits:
-    """Bytes that a body may have, and the time that they may take.
+    """`BodyLimits` are the bytes that a body may have, and the time that they may take.
 
     Attributes:
         ordinary: of every route that is not named.
@@ -61,18 +61,18 @@ class BodyLimits:
     arriving_each: int = 512 * MIB
 
     def of(self, path: str, tenant: str | None) -> int:
-        """The limit of a path."""
+        """Return the limit of a path."""
         if tenant is None:
             return self.without_key
         return min(self.by_path.get(path, self.ordinary), self.arriving_each)
 
 
 async def _ignore(scope: Scope, prefix: bytes, error: TooLarge) -> None:
-    """No hook."""
+    """Do nothing: this is no hook."""
 
 
 class BodyLimit:
-    """ASGI middleware: hands on a whole body, or answers 408, 413 or 429."""
+    """`BodyLimit` is ASGI middleware: it hands on a whole body, or answers 408, 413 or 429."""
 
     def __init__(
         self, app: ASGIApp, *, limits: BodyLimits | None = None, on_refused: Refused = _ignore
@@ -107,7 +107,7 @@ class BodyLimit:
 
 
 class _Coming:
-    """A body on its way.
+    """A `_Coming` is a body on its way.
 
     Attributes:
         prefix: the first bytes of one that was too large.
@@ -123,7 +123,7 @@ class _Coming:
         self._lately = 0
 
     async def whole(self, limit: int, declared: int, prefix: int) -> bytes:
-        """All of it.
+        """Return all of it.
 
         Args:
             prefix: how much to look at of what says that it is too large.
@@ -199,7 +199,7 @@ def _declared(scope: Scope) -> int:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the gathered body at once, then what the server says."""
+    """Return a `receive` that gives the gathered body at once, then what the server says."""
     given = False
 
     async def replay() -> Message:

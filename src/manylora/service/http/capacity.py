@@ -1,4 +1,4 @@
-"""What several share, and none may take all of: counted before it is taken."""
+"""Several share a capacity, and none may take all of it: it is counted before it is taken."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ from manylora.service.http_errors import Backpressure
 
 
 class Capacity:
-    """So much in all, and so much for each owner. Belongs to the event loop's thread."""
+    """A `Capacity` is so much in all and for each owner. It belongs to the event loop's thread."""
 
     def __init__(self, most: int, most_each: int, what: str):
-        """`what`: is held, in the words of the refusal."""
+        """Call what is held `what` in the words of the refusal."""
         self.most, self.most_each = most, min(most_each, most)
         self._what = what
         self._held = 0
@@ -19,12 +19,12 @@ class Capacity:
 
     @property
     def held(self) -> int:
-        """What all hold together."""
+        """All together hold so much."""
         return self._held
 
     @contextmanager
     def holding(self, *owners: str) -> "Iterator[Held]":
-        """Something that grows, and is free again at the end."""
+        """Give the body something that grows, and is free again at the end."""
         held = Held(self, owners)
         try:
             yield held
@@ -32,7 +32,7 @@ class Capacity:
             held.shrink()
 
     def take(self, count: int, owners: tuple[str, ...]) -> None:
-        """Raises Backpressure: there is not so much left; nothing was taken."""
+        """Take `count`; raise Backpressure, with nothing taken, if there is not so much left."""
         if self._held + count > self.most:
             raise Backpressure(
                 f"the server has {self._held:,} {self._what}, and {self.most:,} is the limit; "
@@ -61,7 +61,7 @@ class Capacity:
 
 
 class Held:
-    """What one request holds of a room."""
+    """A `Held` is what one request holds of a capacity."""
 
     def __init__(self, room: Capacity, owners: tuple[str, ...]):
         self.count = 0
@@ -86,7 +86,7 @@ class Held:
 
 
 def neighbourhood(host: str) -> str:
-    """What counts as one address; of IPv6 a whole network, which one machine may have."""
+    """Return what counts as one address; of IPv6 a network, which one machine may have."""
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:

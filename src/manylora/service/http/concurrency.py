@@ -1,4 +1,4 @@
-"""How many requests of one tenant are served at once: each holds a connection, and its polls for
+"""Only so many requests of a tenant are served at once. Each holds a connection, and its polls for
 half a minute."""
 
 from functools import partial
@@ -12,8 +12,8 @@ from manylora.service.http_errors import Backpressure
 
 
 class Admission:
-    """ASGI middleware behind the authentication: a tenant's connection works from here on, and is
-    not closed for another's sake; a tenant with too many requests is answered 429.
+    """`Admission` is ASGI middleware behind the authentication. A tenant's connection works from
+    here on, and is not closed for another's sake; a tenant with too many requests is answered 429.
 
     Sets `scope["state"]["stays"]`, for those that prove their right in another way.
     """
@@ -21,7 +21,7 @@ class Admission:
     def __init__(
         self, app: ASGIApp, *, most_each: int, connections: OpenConnections | None
     ) -> None:
-        """`most_each`: requests of one tenant."""
+        """Serve at most `most_each` requests of one tenant at once."""
         self.app = app
         self.connections = connections
         self.room = Capacity(1 << 62, most_each, "requests in hand")

@@ -1,4 +1,4 @@
-"""Every open connection, and who has to go when there are too many.
+"""The table of open connections knows who has to go when there are too many.
 
 A connection *waits* until it has sent a request that may be served, and after each answer. One that
 waits can be closed for a newcomer's sake, the one that has waited longest first: so a client that
@@ -23,7 +23,7 @@ FEWEST = 8
 
 @dataclass(eq=False, slots=True)
 class Line:
-    """One connection.
+    """A `Line` is one connection.
 
     Attributes:
         close: ends it at once; None until its protocol runs.
@@ -43,10 +43,10 @@ class _Address:
 
 
 class OpenConnections:
-    """Belongs to the event loop's thread."""
+    """`OpenConnections` belong to the event loop's thread."""
 
     def __init__(self, most: int, most_each: int):
-        """`most`: open at once; `most_each`: of one address."""
+        """Let `most` be open at once, and `most_each` of one address."""
         self.most, self.most_each = most, most_each
         self._lines: dict[Peer, Line] = {}
         self._addresses: dict[str, _Address] = {}
@@ -55,8 +55,7 @@ class OpenConnections:
         return len(self._lines)
 
     def admit(self, peer: Peer) -> bool:
-        """Count a connection that was just accepted; False: every other is at work, and it must
-        go."""
+        """Count a connection just accepted; False: every other is at work, and it must go."""
         name = neighbourhood(peer[0])
         address = self._addresses.setdefault(name, _Address())
         if address.num >= self.most_each:
@@ -74,18 +73,18 @@ class OpenConnections:
         return made_room
 
     def opened(self, peer: Peer, close: Callable[[], None]) -> Line | None:
-        """The line of an admitted connection whose protocol runs now; None: it has to go."""
+        """Return an admitted connection's line once its protocol runs; None: it has to go."""
         line = self._lines.get(peer)
         if line is not None:
             line.close = close
         return line
 
     def find(self, peer: Peer | None) -> Line | None:
-        """The line of an open connection."""
+        """Return the line of an open connection."""
         return None if peer is None else self._lines.get(peer)
 
     def works(self, line: Line) -> None:
-        """Its request is being served: it stays."""
+        """Note that its request is being served: it stays."""
         self._addresses[line.address].waiting.pop(line.peer, None)
 
     def waits(self, line: Line) -> None:
@@ -124,7 +123,7 @@ class OpenConnections:
 
 
 def room_for(wanted: int, others: int) -> int:
-    """How many connections there may be at once. Raises this process's limit of open files as far
+    """Return how many connections may be open at once. The limit of open files is raised as far
     as is needed and allowed.
 
     Args:

@@ -1,4 +1,4 @@
-"""What every route needs: whose request it is, its body as a message, and the hub.
+"""Every route needs these: whose request it is, its body as a message, and the hub.
 
 A body beyond `INLINE` bytes is read in a thread: the event loop never computes. A numbered request
 that is refused here, before the hub saw it, uses its number up; later ones would wait for it.
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextSettings:
-    """How requests are served.
+    """`ContextSettings` say how requests are served.
 
     Attributes:
         bodies: limits on bytes.
@@ -63,7 +63,7 @@ class ContextSettings:
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """What routes share; `app.state.context`."""
+    """A `RequestContext` is what routes share; `app.state.context`."""
 
     hub: HubProxy
     settings: ContextSettings
@@ -81,7 +81,7 @@ class RequestContext:
     async def using_up(
         self, tenant: str, ids: Callable[[], tuple[str, int] | None]
     ) -> AsyncIterator[None]:
-        """Whatever is refused inside uses up the number that `ids` finds.
+        """Use up the number that `ids` finds for whatever is refused inside.
 
         The hub's own refusals are the hub's: do not call it inside.
         """
@@ -101,14 +101,14 @@ class RequestContext:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, and of which application."""
+    """A `Caller` is who asks, and of which application."""
 
     context: RequestContext
     tenant: str
     request_id: str
 
     def hub(self) -> AbstractAsyncContextManager[Hub]:
-        """The hub, once it is there. See `HubProxy.entered`."""
+        """Return the hub, once it is there. See `HubProxy.entered`."""
         return self.context.hub.entered()
 
 
@@ -132,7 +132,7 @@ _schemas: dict[str, type[BaseModel]] = {}
 
 
 def json_body(model: type[M]) -> Any:
-    """The dependency that reads a route's JSON body as `model`."""
+    """Return the dependency that reads a route's JSON body as `model`."""
     return Depends(_json_reader(model))
 
 
@@ -151,8 +151,8 @@ def _json_reader(model: type[M]) -> Callable[[Request], Awaitable[M]]:
 def straight(
     path: str, handler: Callable[[Caller, Any], Awaitable[Any]], model: type[BaseModel] | None
 ) -> Route:
-    """A route of FastAPI's once more, without what FastAPI does around the handler: for those that
-    every step of every client takes, it is more than what they do.
+    """Make a route of FastAPI's again, without what FastAPI does around the handler. For those that
+    every step of every client takes, that is more than what they do.
 
     Args:
         handler: the route's own, of a caller and of the message or (without a model) the request.
@@ -174,18 +174,14 @@ async def _read(context: RequestContext, request: Request, model: type[M], body:
 
 
 def check_type(request: Request, content_type: str) -> None:
-    """Refuse a body of another content type.
-
-    Raises:
-        WrongEncoding: it is of another type.
-    """
+    """Refuse a body of another content type. Raises WrongEncoding."""
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if given != content_type:
         raise WrongEncoding(f"this route takes a body of type {content_type}")
 
 
 class Routes(APIRouter):
-    """A router whose answers leave out what is None."""
+    """`Routes` leave out of their answers what is None."""
 
     def add_api_route(self, path: str, endpoint: Callable[..., Any], **settings: Any) -> None:
         settings["response_model_exclude_none"] = True
@@ -196,12 +192,12 @@ class Routes(APIRouter):
 
 
 def takes(model: type[BaseModel]) -> dict[str, Any]:
-    """`openapi_extra` of a route whose JSON body is `model`."""
+    """Return `openapi_extra` of a route whose JSON body is `model`."""
     _schemas[model.__name__] = model
     schema = {"$ref": f"#/components/schemas/{model.__name__}"}
     return {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": schema}}}}
 
 
 def body_schemas() -> list[type[BaseModel]]:
-    """Every message that a route takes."""
+    """Return every message that a route takes."""
     return list(_schemas.values())

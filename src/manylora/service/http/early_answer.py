@@ -1,4 +1,4 @@
-"""An answer that comes before the request has been read, so that its client can read it.
+"""An answer may come before the request has been read, and its client can still read it.
 
 A socket that is closed with bytes in it takes back what was sent on it: a client that writes its
 whole request first would see a broken connection instead of why it was refused. So the answer goes
@@ -15,10 +15,10 @@ _CLOSE = (b"connection", b"close")
 
 
 class Leaving:
-    """ASGI middleware around everything that may answer early."""
+    """`Leaving` is ASGI middleware around everything that may answer early."""
 
     def __init__(self, app: ASGIApp, *, most_bytes: int, seconds: float) -> None:
-        """`most_bytes`, `seconds`: what is thrown away of a request that was answered."""
+        """Throw away up to `most_bytes`, for up to `seconds`, of a request that was answered."""
         self.app = app
         self.most_bytes, self.seconds = most_bytes, seconds
 
@@ -49,7 +49,7 @@ class Leaving:
 
 
 class _Body:
-    """What a client sends; knows whether that has begun, and whether it was all."""
+    """A `_Body` is what a client sends; it knows whether that has begun, and was all."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive

@@ -1,5 +1,5 @@
-"""What is refused before anybody asks whose request it is: it was meant for another host, or its
-end can be read in two ways. And under which address this server is known.
+"""A request for another host, or whose end can be read in two ways, is refused at once. That is
+before it is known whose it is. This module also knows under which address the server is known.
 
 A browser that a hostile page has led here (DNS rebinding) sends that page's name as Host.
 """
@@ -20,7 +20,7 @@ ANY = "*"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """Under which names this server answers, and under which one it tells others to come.
+    """`Names` say under which this server answers, and under which it tells others to come.
 
     Attributes:
         allowed: hosts in lower case, without ports; `*.example.org` = all below; `*` = any. The
@@ -33,11 +33,11 @@ class Names:
     public_url: str | None = None
 
     def allows(self, host: str) -> bool:
-        """Whether requests for that host are answered."""
+        """Return whether requests for that host are answered."""
         return ANY in self.allowed or self.knows(host)
 
     def knows(self, host: str) -> bool:
-        """Whether that host is named, not just any."""
+        """Return whether that host is named, not just any."""
         if is_loopback(host) or host in self.allowed:
             return True
         return any(
@@ -46,7 +46,7 @@ class Names:
         )
 
     def base_url(self, scope: Scope, given: str | None) -> str:
-        """Where this client's later requests are to go."""
+        """Return where this client's later requests are to go."""
         if self.public_url is not None:
             return self.public_url.rstrip("/")
         scheme = scope.get("scheme", "http")
@@ -58,7 +58,7 @@ class Names:
 
 
 class HostCheck:
-    """ASGI middleware: sets `scope["state"]["base_url"]`, or refuses with 400."""
+    """`HostCheck` is ASGI middleware: it sets `scope["state"]["base_url"]`, or refuses with 400."""
 
     def __init__(self, app: ASGIApp, *, names: Names) -> None:
         self.app = app
@@ -94,7 +94,7 @@ class HostCheck:
 
 
 def host_of(given: str) -> str:
-    """The host in a Host header: without the port, in lower case, an IPv6 address bare."""
+    """Return a Host header's host: without the port, in lower case, an IPv6 address bare."""
     host = given.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]

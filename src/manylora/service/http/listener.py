@@ -1,4 +1,4 @@
-"""The server's end of TCP: who is let in, how long one may take, and when one is sent away.
+"""The server's end of TCP says who is let in, how long one may take, and when one must go.
 
 uvicorn has no deadline for a request's head, none for a client that does not read, and no limit on
 connections that send nothing. They are here, around its own protocol and its socket.
@@ -20,7 +20,7 @@ from manylora.service.http_errors import ErrorAnswer
 from manylora.types import ConfigError
 
 BACKLOG = 2048
-# Connections that are accepted before anybody else has a turn.
+# Connections that are accepted before others have a turn.
 AT_ONCE = 32
 # What a client may have sent on a connection that is refused, so that it can read why.
 _GLANCE = 1 << 16
@@ -28,18 +28,18 @@ _NOBODY = (BlockingIOError, InterruptedError, ConnectionAbortedError)
 
 
 class Listener(socket.socket):
-    """A listening socket that asyncio accepts from, with the limits of `connections`."""
+    """A `Listener` is a socket that asyncio accepts from, with the limits of `connections`."""
 
     connections: OpenConnections
     _taken = 0
     _exhausted = False
 
     def listen(self, backlog: int = BACKLOG, /) -> None:
-        """The queue of those that are not accepted yet is as long as it always was."""
+        """Listen; the queue of those that are not accepted yet is as long as it always was."""
         super().listen(BACKLOG)
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """The next connection that may stay; any other is told so and closed.
+        """Return the next connection that may stay; any other is told so and closed.
 
         Raises:
             BlockingIOError: no more in this turn of the loop.
@@ -63,7 +63,7 @@ class Listener(socket.socket):
 
 
 def listen_at(host: str, port: int, connections: OpenConnections) -> Listener:
-    """A socket that is bound and does not listen yet.
+    """Return a socket that is bound and does not listen yet.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -86,13 +86,14 @@ def listen_at(host: str, port: int, connections: OpenConnections) -> Listener:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1, with deadlines."""
+    """A `Protocol` is uvicorn's HTTP/1.1, with deadlines."""
 
     def __init__(
         self, *args: Any, connections: OpenConnections, head_seconds: float, write_seconds: float,
         **given: Any,
     ):  # fmt: skip
-        """
+        """Keep these deadlines.
+
         Args:
             head_seconds: from the first byte of a request, or from the connection, to the head's
                 end.
@@ -143,14 +144,14 @@ class Protocol(H11Protocol):
         _cancel(self._write_timer)
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP is told so in the form of every other refusal."""
+        """Refuse what is no HTTP in the form of every other refusal."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self._say(ErrorAnswer(400, f"{msg} This server speaks HTTP/1.1.", "user"))
         else:  # half an answer is out
             self.transport.abort()
 
     def _still_unread(self) -> None:
-        """A connection that is being closed waits for its last bytes to be read, for ever."""
+        """Break off a closing connection, which waits for ever for its last bytes to be read."""
         if self.transport.get_write_buffer_size():
             self.transport.abort()
 
@@ -178,7 +179,7 @@ class Protocol(H11Protocol):
 
 
 def raw_answer(answer: ErrorAnswer) -> bytes:
-    """A refusal where there is no application to make it."""
+    """Return a refusal where there is no application to make it."""
     body = json.dumps(
         {"error": answer.message, "category": answer.category, "request_id": uuid4().hex}
     ).encode()

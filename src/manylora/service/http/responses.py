@@ -1,4 +1,4 @@
-"""Answers as Starlette sends them: messages, and errors."""
+"""Answers are messages and errors, as Starlette sends them."""
 
 from pydantic import BaseModel
 from starlette.responses import Response
@@ -11,12 +11,12 @@ RETRY_SECONDS = "1"
 
 
 def json_response(message: BaseModel, status: int = 200) -> Response:
-    """A message as it goes out: without what is None."""
+    """Return a message as it goes out: without what is None."""
     return Response(message.model_dump_json(exclude_none=True), status, media_type=JSON_TYPE)
 
 
 def answer_response(answer: ErrorAnswer, request_id: str) -> Response:
-    """A refusal as it goes out."""
+    """Return a refusal as it goes out."""
     body = ErrorReply(error=answer.message, category=answer.category, request_id=request_id)
     response = json_response(body, answer.status)
     if answer.status in (429, 503):
@@ -25,5 +25,5 @@ def answer_response(answer: ErrorAnswer, request_id: str) -> Response:
 
 
 def error_response(error: BaseException, request_id: str) -> Response:
-    """The answer to an error."""
+    """Return the answer to an error."""
     return answer_response(answer_to(error, request_id), request_id)

@@ -1,4 +1,4 @@
-"""Routes of training runs and checkpoints.
+"""These are the routes of training runs and checkpoints.
 
 A checkpoint's id holds a slash (`weights/step-1`), so its two halves are two parts of the path.
 """
@@ -58,7 +58,7 @@ def _path(model_id: str, kind: str, name: str) -> TinkerPath:
 
 
 class ArchiveResponse(StreamingResponse):
-    """An archive as it is read; closed when its client has it, or has gone."""
+    """An `ArchiveResponse` is an archive as it is read; closed when its client has it or goes."""
 
     def __init__(self, archive: Archive, name: str) -> None:
         headers = {
@@ -224,7 +224,7 @@ async def download(context: TheContext, token: str, request: Request) -> FileRes
 
 
 class _Download(FileResponse):
-    """A file on its way, which is open until its last byte is sent."""
+    """A `_Download` is a file on its way, which is open until its last byte is sent."""
 
     def __init__(self, room: Capacity, file: FilePath):
         super().__init__(file, media_type="application/octet-stream")

@@ -1,4 +1,4 @@
-"""The route that hands out results: one long poll for each promise."""
+"""This route hands out results: one long poll for each promise."""
 
 import asyncio
 import time

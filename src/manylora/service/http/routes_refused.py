@@ -1,4 +1,4 @@
-"""Routes of the Tinker wire that this server knows and does not serve: each is refused by name.
+"""The server knows these routes of the Tinker wire but does not serve them; it refuses by name.
 
 With 400, not 501: the SDK tries a 5xx again for five minutes.
 """

@@ -1,4 +1,4 @@
-"""The plain API: runs that the server trains by itself, and the adapters that clients have open."""
+"""The plain API has runs that the server trains by itself, and adapters that clients have open."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Routes of samplers and samples."""
+"""These are the routes of samplers and samples."""
 
 from functools import partial
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Routes of sessions, of the SDK's switches, and of the server's health."""
+"""These are the routes of sessions, of the SDK's switches, and of the server's health."""
 
 from typing import Annotated
 

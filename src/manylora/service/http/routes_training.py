@@ -1,4 +1,4 @@
-"""Routes of models and training. All but get_info answer with a promise."""
+"""These are the routes of models and training. All but get_info answer with a promise."""
 
 from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any

@@ -1,4 +1,4 @@
-"""Addresses that carry their own permission: one file of one checkpoint, until a time."""
+"""An address carries its own permission: one file of one checkpoint, until a time."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ SECRET_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a token allows."""
+    """A `Grant` is what a token allows."""
 
     tenant: str
     path: TinkerPath
@@ -26,7 +26,7 @@ class Grant:
 
 
 class Signer:
-    """Makes tokens and takes them back.
+    """A `Signer` makes tokens and takes them back.
 
     Args:
         secret: who has it can make tokens. Tokens of another secret are worthless, so a secret
@@ -37,13 +37,13 @@ class Signer:
         self._secret = secret
 
     def token(self, grant: Grant) -> str:
-        """A token, safe in a URL."""
+        """Return a token, safe in a URL."""
         content = [grant.tenant, str(grant.path), grant.file, grant.expires]
         payload = json.dumps(content, separators=(",", ":")).encode()
         return f"{_encode(payload)}.{_encode(self._seal(payload))}"
 
     def grant(self, token: str) -> Grant:
-        """What a token allows.
+        """Return what a token allows.
 
         Raises:
             NotFound: it is none of ours. Gone: its time is over.

@@ -1,1 +1,1 @@
-"""State: what the routes change and read, through the one contract `service/contract.Hub`."""
+"""The routes change and read this state through one contract, `service/contract.Hub`."""

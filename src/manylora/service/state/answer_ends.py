@@ -1,4 +1,4 @@
-"""Where the answers of a checkpoint end, for requests that do not say so."""
+"""A checkpoint records where its answers end, for requests that do not say so."""
 
 import asyncio
 from collections import OrderedDict
@@ -15,16 +15,16 @@ MOST_KEPT = 10_000
 
 
 class Ends:
-    """What the files of samplers record. A sampler's weights never change, and neither do these."""
+    """`Ends` are what the files of samplers record. Like a sampler's weights, they never change."""
 
     def __init__(self, folder_of: Callable[[str], Path]):
-        """`folder_of`: where the snapshot of that name lies."""
+        """Look for the snapshot of a name where `folder_of` says."""
         self._folder_of = folder_of
         self._kept: OrderedDict[str, tuple[int, ...]] = OrderedDict()
 
     async def given(self, row: SamplerRow, submit: SampleSubmit) -> SampleSubmit:
-        """The request, with the tokens at which the adapter was trained to end; unchanged where it
-        names tokens itself, or where none are recorded: then the base's are right.
+        """Return the request with the tokens at which the adapter was trained to end. If it names
+        tokens itself, or none are recorded, it is unchanged: then the base's are right.
 
         Raises:
             CheckpointDamaged, TooManyFilesOpen

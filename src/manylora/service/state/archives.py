@@ -1,4 +1,4 @@
-"""Archives: a checkpoint's adapter as one tar file of PEFT's files, made when it is fetched."""
+"""An archive is a checkpoint's adapter as one tar file of PEFT's files, made when it is fetched."""
 
 import shutil
 import tarfile
@@ -23,21 +23,21 @@ SCRATCH = ".archive-"
 
 
 class TarArchive:
-    """A tar file without a name: nothing of it stays when it is closed, however that comes.
+    """A `TarArchive` has no name: nothing of it stays when it is closed, however that comes.
 
     Attributes:
         size: its bytes.
     """
 
     def __init__(self, file: IO[bytes], closed: Callable[[], None]):
-        """`file` is at its end; `closed` is called once, when the archive is closed."""
+        """Take a `file` at its end; `closed` is called once, when the archive is closed."""
         self.size = file.tell()
         self._file = file
         self._closed = closed
         file.seek(0)
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """What it holds, once."""
+        """Yield what it holds, once."""
         while chunk := await to_thread.run_sync(self._file.read, CHUNK):
             yield chunk
 
@@ -49,10 +49,10 @@ class TarArchive:
 
 
 class Archives:
-    """The archives of a server's checkpoints, each made when it is asked for."""
+    """`Archives` are those of a server's checkpoints, each made when it is asked for."""
 
     def __init__(self, resources: Resources, checkpoints: Checkpoints):
-        """What a server that was killed left of its archives in the data directory is removed."""
+        """Remove what a server that was killed left of its archives in the data directory."""
         for scratch in resources.folder.glob(f"{SCRATCH}*"):
             shutil.rmtree(scratch, ignore_errors=True)
         self._resources = resources
@@ -60,7 +60,7 @@ class Archives:
         self._open = 0
 
     async def open(self, tenant: str, path: TinkerPath) -> TarArchive:
-        """The archive of a checkpoint that the tenant may read; the caller has to close it.
+        """Open the archive of a checkpoint that the tenant may read; the caller has to close it.
 
         Raises:
             NotFound: there is no such checkpoint. Backpressure: too many are open.
@@ -92,7 +92,7 @@ class Archives:
 
 
 def _pack(folder: Path, place: Path) -> IO[bytes]:
-    """A folder's files as a tar: a nameless file on the disk of `place`, at its end."""
+    """Pack a folder's files as a tar: a nameless file on the disk of `place`, at its end."""
     target = tempfile.TemporaryFile(dir=place)  # noqa: SIM115 - the caller's to close
     with tarfile.open(fileobj=target, mode="w") as tar:
         for file in sorted(folder.iterdir()):

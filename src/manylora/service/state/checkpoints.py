@@ -1,4 +1,4 @@
-"""Checkpoints: `tinker://` paths, the folders behind them, and who may do what with them."""
+"""Checkpoints have `tinker://` paths, folders behind them, and rules of who may do what."""
 
 import asyncio
 import os
@@ -25,7 +25,7 @@ Spec = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointOrder:
-    """A checkpoint that was asked for."""
+    """A `CheckpointOrder` is a checkpoint that was asked for."""
 
     path: TinkerPath
     tenant: str
@@ -38,10 +38,10 @@ class CheckpointOrder:
 
 
 class Checkpoints:
-    """The checkpoints of a server."""
+    """`Checkpoints` are all those of a server."""
 
     def __init__(self, store: Store, folder: Path, settings: ServerFile):
-        """`folder`: the data directory."""
+        """Keep the files below `folder`, the data directory."""
         self._store = store
         self._folder = folder
         self._settings = settings
@@ -112,7 +112,7 @@ class Checkpoints:
     # -- using one ---------------------------------------------------
 
     async def readable(self, tenant: str, path: TinkerPath, *kinds: PathKind) -> CheckpointRow:
-        """A checkpoint that the tenant may read: its own, or a published one.
+        """Return a checkpoint that the tenant may read: its own, or a published one.
 
         Raises:
             NotFound: there is none. DataError: it is of another kind.
@@ -123,23 +123,20 @@ class Checkpoints:
         return row
 
     def folder_of(self, row: CheckpointRow) -> Path:
-        """Where its files lie."""
+        """Return where its files lie."""
         return self._folder / row.folder
 
     def link(self, row: CheckpointRow, target: Path) -> None:
         """Give the files a second name, under which they stay when the checkpoint goes.
-
-        Raises:
-            SaveFailed
-        """
+        Raises SaveFailed."""
         link_folder(self.folder_of(row), target)
 
     async def info(self, tenant: str, path: TinkerPath) -> WeightsInfo:
-        """What a checkpoint that the tenant may read was trained on, and how. See `readable`."""
+        """Tell what a checkpoint that is `readable` to the tenant was trained on, and how."""
         return weights_info(await self.readable(tenant, path, path.kind))
 
     async def external_files(self, tenant: str, path: TinkerPath) -> dict[str, Path]:
-        """The files of an external checkpoint by name."""
+        """Return the files of an external checkpoint by name."""
         row = await self.readable(tenant, path, "external_weights")
         folder = self.folder_of(row)
         return {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
@@ -147,15 +144,15 @@ class Checkpoints:
     # -- lists and changes ---------------------------------------------------
 
     async def get(self, tenant: str, path: TinkerPath) -> CheckpointRow:
-        """The tenant's own checkpoint. Raises NotFound."""
+        """Return the tenant's own checkpoint. Raises NotFound."""
         return _there(await asyncio.to_thread(self._store.checkpoints.get, tenant, str(path)))
 
     async def of_model(self, tenant: str, model_id: str) -> list[CheckpointRow]:
-        """All checkpoints of one training run, oldest first."""
+        """Return all checkpoints of one training run, oldest first."""
         return await asyncio.to_thread(self._store.checkpoints.of_model, tenant, model_id)
 
     async def page(self, tenant: str, limit: int, offset: int) -> CheckpointList:
-        """A tenant's checkpoints, newest first."""
+        """Return a tenant's checkpoints, newest first."""
         page = await asyncio.to_thread(self._store.checkpoints.page, tenant, limit, offset)
         return CheckpointList(
             checkpoints=[listed(row) for row in page.rows],
@@ -178,7 +175,7 @@ class Checkpoints:
         _there(await asyncio.to_thread(set_public, tenant, str(path), public))
 
     def remove_expired(self) -> int:
-        """Delete what is past its time (any thread); how many."""
+        """Delete what is past its time (any thread); return how many."""
         expired = self._store.checkpoints.expired()
         for row in expired:
             if self._store.checkpoints.drop(row):
@@ -190,7 +187,7 @@ class Checkpoints:
 
 
 def _there(row: CheckpointRow | None) -> CheckpointRow:
-    """The row that was found. Raises NotFound: there was none."""
+    """Return the row that was found. Raises NotFound: there was none."""
     if row is None:
         raise missing("checkpoint")
     return row

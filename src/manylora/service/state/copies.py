@@ -1,4 +1,4 @@
-"""Copies of checkpoints: training runs of their own that hold one checkpoint and are not trained.
+"""A copy of a checkpoint is a training run of its own that holds it alone and is not trained.
 
 A copy's files are those of its source by a second name, so it costs no room and stays when the
 source goes.
@@ -21,7 +21,7 @@ ID_BYTES = 12
 
 
 class Copies:
-    """Makes copies, each once however often it is asked for."""
+    """`Copies` makes copies, each once however often it is asked for."""
 
     def __init__(self, resources: Resources, checkpoints: Checkpoints, sessions: Sessions):
         self._resources = resources
@@ -70,7 +70,7 @@ class Copies:
 
 
 def _session(tenant: str, key: str | None) -> SessionRow:
-    """A session that is over before it begins, for a copy that belongs to no client's session."""
+    """Return a session that is over before it begins, for a copy of no client's session."""
     now, word = time.time(), key or secrets.token_hex(ID_BYTES)
     digest = hashlib.sha256(f"{tenant}\0{word}".encode()).hexdigest()
     return SessionRow(
@@ -80,7 +80,7 @@ def _session(tenant: str, key: str | None) -> SessionRow:
 
 
 def _row(tenant: str, slot: Slot, request: CopyWeightsRequest, source: CheckpointRow) -> ModelRow:
-    """A training run that is closed from its beginning."""
+    """Return a training run that is closed from its beginning."""
     now = time.time()
     return ModelRow(
         id=slot.model_id, tenant=tenant, session_id=slot.session_id,

@@ -1,4 +1,4 @@
-"""Operations that were running when an engine was lost.
+"""Operations that were running when an engine was lost are suspects.
 
 Most were there by chance. From then on each of them runs in a batch of its own, so that one that
 breaks the engine again is found out, and only its owner hears of it. One that runs to its end is
@@ -19,7 +19,7 @@ _SPOKEN = MOST_SILENT_LOSSES // MOST_LOSSES
 
 
 class CrashSuspects:
-    """How often each operation was there. `is_suspect` may be called from any thread.
+    """`CrashSuspects` counts how often each was there. Any thread may call `is_suspect`.
 
     Attributes:
         completed: operations that ran to their end since an engine was lost last.
@@ -44,15 +44,15 @@ class CrashSuspects:
         self._acquit(_numbered(adapter, seq))
 
     def is_suspect(self, operation: Operation) -> bool:
-        """Whether it should run alone."""
+        """Return whether it should run alone."""
         return bool(self._blame) and _key(operation) in self._blame
 
     def is_given_up(self, operation: Operation) -> bool:
-        """Whether it should not run again."""
+        """Return whether it should not run again."""
         return self._blame[_key(operation)] >= MOST_SILENT_LOSSES
 
     def is_numbered_given_up(self, adapter: str, seq: int) -> bool:
-        """Whether an adapter's operation of that number should not run again."""
+        """Return whether an adapter's operation of that number should not run again."""
         return self._blame[_numbered(adapter, seq)] >= MOST_SILENT_LOSSES
 
     def _acquit(self, key: str) -> None:

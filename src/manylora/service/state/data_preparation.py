@@ -1,4 +1,4 @@
-"""Whose data are read and tokenised now: one run's at a time, in turns between tenants.
+"""One run's data are read and tokenised at a time, in turns between tenants.
 
 Tokenizers are not made for several threads, and a tenant's data may take minutes. So a preparation
 is asked, every few examples, to let another tenant's go on; a tenant's own runs follow each other.
@@ -13,7 +13,7 @@ MOST_PAUSED = 32
 
 
 class Preparing:
-    """The turns of a server. Belongs to one event loop."""
+    """`Preparing` gives out the turns of a server. It belongs to one event loop."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -25,12 +25,12 @@ class Preparing:
         self._begun: set[str] = set()
 
     def of(self, tenant: str) -> "PreparationTurn":
-        """A preparation of that tenant: `async with` it."""
+        """Return a preparation of that tenant: `async with` it."""
         return PreparationTurn(self, tenant)
 
     @property
     def others_wait(self) -> bool:
-        """Whether another tenant's could go on. Any thread."""
+        """Another tenant's preparation could go on. Any thread."""
         return bool(self._next) and len(self._paused) < MOST_PAUSED
 
     async def begin(self, tenant: str) -> None:
@@ -60,7 +60,7 @@ class Preparing:
         await turn
 
     def end(self, tenant: str) -> None:
-        """The preparation is over, or has failed."""
+        """Note that the preparation is over, or has failed."""
         self._busy = False
         self._begun.discard(tenant)
         if self._lines.get(tenant):
@@ -87,7 +87,7 @@ class Preparing:
 
 
 class PreparationTurn:
-    """One preparation."""
+    """A `PreparationTurn` is one preparation."""
 
     def __init__(self, preparing: Preparing, tenant: str) -> None:
         self._preparing, self._tenant = preparing, tenant
@@ -106,7 +106,7 @@ class PreparationTurn:
         self._preparing.end(self._tenant)
 
     def pass_on(self) -> None:
-        """From the thread that prepares, between two examples: let other tenants go first."""
+        """Let other tenants go first, between two examples; called on the thread that prepares."""
         if self._loop is not None and self._preparing.others_wait:
             work = self._preparing.pass_on(self._tenant)
             asyncio.run_coroutine_threadsafe(work, self._loop).result()

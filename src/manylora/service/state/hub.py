@@ -1,4 +1,4 @@
-"""The state behind the routes: sessions, adapters, samplers, checkpoints and results, composed.
+"""The state behind the routes is composed: sessions, adapters, samplers, checkpoints and results.
 
 Each has a file of its own; here is only what concerns several of them.
 """
@@ -26,7 +26,7 @@ MANY_BATCHES = 16
 
 
 class TinkerHub:
-    """`contract.Hub`, over one engine and one data directory."""
+    """A `TinkerHub` is a `contract.Hub` over one engine and one data directory."""
 
     def __init__(self, resources: Resources):
         self.resources = resources
@@ -46,11 +46,11 @@ class TinkerHub:
         self._started_at = resources.wall()
 
     def ready(self) -> bool:
-        """Whether requests are taken."""
+        """Return whether requests are taken."""
         return not self.resources.promises.closing
 
     async def capabilities(self, tenant: str) -> ServerCapabilities:
-        """The base by every name that it is served under."""
+        """Return the base by every name that it is served under."""
         context = self.resources.host.engine.base.context_length
         return ServerCapabilities(
             supported_models=[
@@ -72,7 +72,7 @@ class TinkerHub:
     # -- results ---------------------------------------------------
 
     async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
-        """See `contract.Hub`."""
+        """Return an outcome; see `contract.Hub`."""
         promises = self.resources.promises
         outcome = await promises.outcome(tenant, request_id, timeout)
         if outcome is None and request_id in promises:  # it came just now
@@ -85,7 +85,7 @@ class TinkerHub:
         return await self._explained(tenant, request_id) if outcome is None else outcome
 
     async def _explained(self, tenant: str, request_id: str) -> Failed:
-        """What the owner of a request that has neither a promise nor a result is told.
+        """Return what the owner of a request with neither a promise nor a result is told.
 
         Most often there never was one. But what was acknowledged by an earlier server may have gone
         with a part of its journal: then its client must learn so, and its adapter must not go on as

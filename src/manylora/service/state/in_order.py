@@ -1,4 +1,4 @@
-"""The order of one training client's operations: by their numbers, whatever order they arrive in.
+"""One training client's operations are ordered by their numbers, however they arrive.
 
 A client numbers its operations from 1. They are sent concurrently, so a later one may arrive first
 and waits for the gap to fill; a number that arrives again is the same operation.
@@ -16,7 +16,7 @@ REMEMBERED = 1024
 
 
 class InOrder(Generic[Item]):
-    """Items by number, given out in order."""
+    """`InOrder` takes items by number, and gives them out in order."""
 
     def __init__(self, next_seq: int = 1):
         self.next_seq = next_seq
@@ -25,15 +25,15 @@ class InOrder(Generic[Item]):
 
     @property
     def num_early(self) -> int:
-        """Items that wait for a gap to fill."""
+        """So many items wait for a gap to fill."""
         return len(self._early)
 
     def early(self) -> list[tuple[int, Item]]:
-        """The items that wait, by number."""
+        """Return the items that wait, by number."""
         return sorted(self._early.items())
 
     def is_repeated(self, seq: int, digest: str) -> bool:
-        """Whether this number has been seen, with the same contents.
+        """Return whether this number has been seen, with the same contents.
 
         Raises:
             DataError: it was used for something else.
@@ -53,7 +53,7 @@ class InOrder(Generic[Item]):
             self._digests.popitem(last=False)
 
     def offer(self, seq: int, item: Item) -> list[tuple[int, Item]]:
-        """Add an item; returns those whose turn it is now, in order."""
+        """Add an item; return those whose turn it is now, in order."""
         self._early[seq] = item
         ready: list[tuple[int, Item]] = []
         while self.next_seq in self._early:
@@ -62,7 +62,7 @@ class InOrder(Generic[Item]):
         return ready
 
     def give_up(self) -> list[tuple[int, Item]]:
-        """The gap will not fill: take out what waits, and go on after it."""
+        """Take out what waits, as the gap will not fill, and go on after it."""
         waiting = self.early()
         if waiting:
             self.next_seq = waiting[-1][0] + 1

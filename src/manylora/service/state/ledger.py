@@ -1,4 +1,4 @@
-"""What tenants hold of something that is scarce: counted before it is spent."""
+"""A ledger counts what tenants hold of something scarce, before it is spent."""
 
 import asyncio
 from collections import deque
@@ -8,14 +8,14 @@ from manylora.types import Cancelled
 
 
 class Ledger:
-    """Bytes held, for each tenant and in all. On the event loop.
+    """A `Ledger` counts bytes held, for each tenant and in all. On the event loop.
 
     A tenant that holds nothing is let in with one thing of any size up to the smaller bound, so
     none waits for ever; what is larger than that is refused for good.
     """
 
     def __init__(self, what: str, each: int, in_all: int):
-        """`what`: is held, as messages call it; `each`, `in_all`: bytes of a tenant, of all."""
+        """Call what is held `what` in messages. A tenant may hold `each` bytes, all `in_all`."""
         self._what, self._each, self._in_all = what, each, in_all
         self._held: dict[str, int] = {}
         self._total = 0
@@ -24,15 +24,15 @@ class Ledger:
 
     @property
     def total(self) -> int:
-        """What all tenants hold."""
+        """All tenants hold so much."""
         return self._total
 
     def held(self, tenant: str) -> int:
-        """What one tenant holds."""
+        """Return what one tenant holds."""
         return self._held.get(tenant, 0)
 
     def check(self, size: int) -> None:
-        """Raises TooLarge: so much never fits."""
+        """Raise TooLarge if so much never fits."""
         allowed = min(self._each, self._in_all)
         if size > allowed:
             raise TooLarge(
@@ -41,7 +41,7 @@ class Ledger:
             )
 
     def fits(self, tenant: str, size: int) -> bool:
-        """Whether there is room now, and no earlier request waits for it."""
+        """Return whether there is room now, and no earlier request waits for it."""
         first = any(self._fits_its_own(who, needed) for who, needed, _ in self._waiting)
         return not first and self._fits_its_own(tenant, size) and self._fits_in_all(size)
 
@@ -80,7 +80,7 @@ class Ledger:
         self._wake()
 
     async def enter_in_turn(self, tenant: str, size: int) -> None:
-        """Count in as soon as there is room; those who wait are let in in the order in which they
+        """Count in as soon as there is room. Those who wait are let in in the order in which they
         came, except that none waits for another tenant's own bound.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Rows of the database as clients see them."""
+"""Rows of the database become what clients see."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ from manylora.store import CheckpointRow, ModelRow, RunRow
 
 
 def adapter_info(row: ModelRow, *, step: int, running: int, fault: str | None) -> Adapter:
-    """An open model."""
+    """Describe an open model."""
     return Adapter(
         adapter_id=row.id,
         session_id=row.session_id,
@@ -25,7 +25,7 @@ def adapter_info(row: ModelRow, *, step: int, running: int, fault: str | None) -
 
 
 def training_run(row: ModelRow, checkpoints: Sequence[CheckpointRow]) -> TrainingRun:
-    """A model, open or closed, with its newest checkpoints."""
+    """Describe a model, open or closed, with its newest checkpoints."""
     training = [listed(r) for r in checkpoints if r.kind == "weights"]
     sampler = [listed(r) for r in checkpoints if r.kind == "sampler_weights"]
     return TrainingRun(
@@ -42,7 +42,7 @@ def training_run(row: ModelRow, checkpoints: Sequence[CheckpointRow]) -> Trainin
 
 
 def weights_info(row: CheckpointRow) -> WeightsInfo:
-    """What a checkpoint was trained on, and how."""
+    """Tell what a checkpoint was trained on, and how."""
     return WeightsInfo(
         base_model=str(row.spec["base_model"]),
         lora_rank=int(row.spec["rank"]),
@@ -53,7 +53,7 @@ def weights_info(row: CheckpointRow) -> WeightsInfo:
 
 
 def listed(row: CheckpointRow) -> Checkpoint:
-    """A checkpoint as lists show it."""
+    """Return a checkpoint as lists show it."""
     path = TinkerPath.parse(row.path)
     return Checkpoint(
         checkpoint_id=path.checkpoint_id,
@@ -68,7 +68,7 @@ def listed(row: CheckpointRow) -> Checkpoint:
 
 
 def run_info(row: RunRow, figures: Mapping[str, Any] | None = None) -> Run:
-    """A run as it is now.
+    """Return a run as it is now.
 
     Args:
         figures: how far it is, if the database does not know yet; see `runs.Outcome.to_dict`.
@@ -104,5 +104,5 @@ def _evaluated(figures: Mapping[str, Any] | None) -> EvalFigures | None:
 
 
 def moment(seconds: float) -> datetime:
-    """Unix seconds as a time."""
+    """Return unix seconds as a time."""
     return datetime.fromtimestamp(seconds, UTC)

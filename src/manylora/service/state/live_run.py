@@ -1,4 +1,4 @@
-"""One submitted run while it trains: its adapter's run, what it says, and its place on disk."""
+"""A submitted run that trains has its adapter's run, what it says, and its place on disk."""
 
 import asyncio
 import logging
@@ -33,7 +33,7 @@ Note = Callable[["LiveRun"], None]
 
 @dataclass(slots=True, eq=False)
 class LiveRun:
-    """A run that is not over.
+    """A `LiveRun` is a run that is not over.
 
     Attributes:
         cancelled: its owner wants it to end.
@@ -54,7 +54,7 @@ class LiveRun:
 
     @property
     def data_bytes(self) -> int:
-        """What was uploaded for it."""
+        """So many bytes were uploaded for it."""
         return self.data.uploaded_bytes()
 
     @property
@@ -90,7 +90,7 @@ class LiveRun:
     _outcome: Outcome | None = None
 
     def figures(self) -> dict[str, Any]:
-        """How far it is: as `Outcome.to_dict` says it."""
+        """Return how far it is, as `Outcome.to_dict` says it."""
         if self._outcome is not None and self.started:
             self.progress = self._outcome.to_dict()
         return self.progress
@@ -127,6 +127,6 @@ def forget_older(newest: Path) -> None:
 
 
 def metrics_after(paths: AdapterPaths, step: int) -> list[dict[str, Any]]:
-    """Figures of a run that is over: the last ones, of the steps after that one."""
+    """Return the last figures of a run that is over, of the steps after that one."""
     rows = [row for row in read_metrics(paths.metrics) if row["step"] > step]
     return rows[-MOST_ROWS:]

@@ -1,4 +1,4 @@
-"""What a server does on its own from time to time."""
+"""A server does this on its own from time to time."""
 
 import asyncio
 import logging
@@ -21,10 +21,10 @@ JOURNAL_BYTES = 512 << 20
 
 
 class Maintenance:
-    """Saves states, closes silent sessions, forgets what is no longer needed."""
+    """`Maintenance` saves states, closes silent sessions, forgets what is no longer needed."""
 
     def __init__(self, hub: TinkerHub, gap_seconds: float = GAP_SECONDS):
-        """`gap_seconds`: how long operations wait for one that has not come."""
+        """Let operations wait `gap_seconds` for one that has not come."""
         self._hub = hub
         self._resources = hub.resources
         self._gap_seconds = gap_seconds
@@ -32,7 +32,7 @@ class Maintenance:
         self._closing: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Until cancelled. A fault in one round is logged, and the next one comes."""
+        """Run until cancelled. A fault in one round is logged, and the next one comes."""
         while True:
             await asyncio.sleep(EVERY_SECONDS)
             try:
@@ -81,7 +81,7 @@ class Maintenance:
             raise
 
     def _silent(self) -> list[Session]:
-        """Sessions that have been silent for too long and have nothing queued."""
+        """Return sessions that have been silent for too long and have nothing queued."""
         seconds = self._resources.settings.session_seconds
         return [s for s in self._hub.sessions.silent(seconds) if not self._is_busy(s)]
 
@@ -91,7 +91,7 @@ class Maintenance:
         return waiting or self._hub.samplers.is_busy(session.id)
 
     async def _close(self, session: Session) -> None:
-        """End a silent session; what its adapters have learned since they were last saved is kept
+        """End a silent session. What its adapters have learned since they were last saved is kept
         as a checkpoint."""
         log.info("session %s is silent; its models are saved and closed", session.id)
         try:

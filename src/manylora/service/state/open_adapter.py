@@ -1,4 +1,4 @@
-"""One open adapter: what its client asked for, and how far that is."""
+"""An open adapter knows what its client asked for, and how far that is."""
 
 import asyncio
 from collections import deque
@@ -14,7 +14,7 @@ from manylora.types import ManyloraError
 
 @dataclass(slots=True)
 class Turn:
-    """An operation whose turn has come.
+    """A `Turn` is an operation whose turn has come.
 
     Attributes:
         replayed: as for `Operations.run`.
@@ -29,7 +29,7 @@ class Turn:
 
 @dataclass(slots=True)
 class OpenAdapter:
-    """An open training run.
+    """An `OpenAdapter` is an open training run.
 
     Attributes:
         order: its operations, by number.
@@ -69,5 +69,5 @@ class OpenAdapter:
         return self.row.tenant
 
     def info(self) -> Adapter:
-        """The adapter as its owner sees it."""
+        """Return the adapter as its owner sees it."""
         return adapter_info(self.row, step=self.steps, running=self.running, fault=self.fault)

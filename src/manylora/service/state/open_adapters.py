@@ -1,4 +1,4 @@
-"""Open adapters, each with its client's operations in order.
+"""Each open adapter has its client's operations in order.
 
 What an operation does is in `wire_operations.py`; here is when: after every operation with a lower
 number, once, and for the tenant that owns the adapter.
@@ -39,7 +39,7 @@ GIVEN_UP = "given_up"
 
 
 class OpenAdapters:
-    """The open adapters of a server."""
+    """`OpenAdapters` are all those of a server."""
 
     def __init__(self, resources: Resources, checkpoints: Checkpoints, operations: Operations):
         self._resources = resources
@@ -52,7 +52,7 @@ class OpenAdapters:
         return iter(list(self._open.values()))
 
     def count(self, tenant: str) -> int:
-        """How many open adapters a tenant has."""
+        """Return how many open adapters a tenant has."""
         return sum(m.tenant == tenant and not m.closing for m in self._open.values())
 
     def add(
@@ -68,15 +68,15 @@ class OpenAdapters:
         return adapter
 
     def is_open(self, model_id: str) -> bool:
-        """Whether the adapter takes operations."""
+        """Return whether the adapter takes operations."""
         return model_id in self._open
 
     def peek(self, model_id: str) -> OpenAdapter | None:
-        """The open adapter of that id, of any tenant."""
+        """Return the open adapter of that id, of any tenant."""
         return self._open.get(model_id)
 
     async def require(self, tenant: str, model_id: str) -> OpenAdapter:
-        """The tenant's open adapter of that id.
+        """Return the tenant's open adapter of that id.
 
         Raises:
             NotFound: the tenant has none. Gone: it is closed.
@@ -97,15 +97,15 @@ class OpenAdapters:
     # -- as their owners see them ---------------------------------------------------
 
     async def page(self, tenant: str) -> AdapterList:
-        """A tenant's open adapters."""
+        """Return a tenant's open adapters."""
         return AdapterList(adapters=[one.info() for one in self if one.tenant == tenant])
 
     async def get(self, tenant: str, id: str) -> Adapter:
-        """One open adapter. See `require`."""
+        """Return one open adapter. See `require`."""
         return (await self.require(tenant, id)).info()
 
     async def end(self, tenant: str, id: str) -> Adapter:
-        """Close an adapter after what is queued for it; what it has learned since it was last saved
+        """Close an adapter after what is queued for it. What it has learned since it was last saved
         is kept as its checkpoint `last`. See `require` and `keep_last`."""
         adapter = await self.require(tenant, id)
         if adapter.fault is None:
@@ -162,8 +162,8 @@ class OpenAdapters:
         return reply
 
     async def refuse(self, tenant: str, model_id: str, seq: int, error: ManyloraError) -> None:
-        """Use up the number of a request that was refused, if the tenant has such an adapter: later
-        ones would wait for it."""
+        """Use up the number of a refused request, if the tenant has such an adapter. Later ones
+        would wait for it."""
         adapter = self._open.get(model_id)
         if adapter is None or adapter.tenant != tenant or adapter.closing or seq < FIRST_SEQ:
             return
@@ -191,7 +191,7 @@ class OpenAdapters:
             self._next(adapter, Turn(seq, request, refusal=never_came(adapter.id, absent)))
 
     async def close_gap(self, adapter: OpenAdapter) -> None:
-        """`give_up`, in a way that a restart repeats. Raises SaveFailed."""
+        """Give up in a way that a restart repeats. Raises SaveFailed."""
         absent, last = adapter.order.next_seq, max(seq for seq, _ in adapter.order.early())
         id, until = f"{adapter.id}:{absent}", {"until": last + 1}
         record = Record(adapter.id, absent, GIVEN_UP, adapter.tenant, id, "", b"", until)
@@ -208,10 +208,7 @@ class OpenAdapters:
 
     async def keep_last(self, adapter: OpenAdapter) -> None:
         """Write an adapter's state as its checkpoint `last`, unless a checkpoint has it already.
-
-        Raises:
-            SaveFailed, QuotaExceeded
-        """
+        Raises SaveFailed, QuotaExceeded."""
         saved = await self._checkpoints.of_model(adapter.tenant, adapter.id)
         steps = [row.step for row in saved if row.kind == "weights"]
         if not adapter.steps or adapter.steps in steps:
@@ -237,7 +234,7 @@ class OpenAdapters:
     # -- inside ---------------------------------------------------
 
     async def _prepared(self, adapter: OpenAdapter, request: OperationRequest) -> OperationRequest:
-        """A forward_backward whose turn it is, decoded, if there is room; otherwise as it came.
+        """Decode a forward_backward whose turn it is, if there is room; else return it as it came.
         What is wrong with it uses its number up."""
         outline: Outline = request.content
         try:
@@ -257,7 +254,7 @@ class OpenAdapters:
             raise
 
     async def _decoded(self, request: OperationRequest) -> OperationRequest:
-        """A request with its tensors; their bytes have been counted in."""
+        """Return a request with its tensors; their bytes have been counted in."""
         outline: Outline = request.content
         if max(outline.decoded_bytes, len(outline.body)) <= INLINE:
             content = outline.decode()
@@ -307,7 +304,7 @@ class OpenAdapters:
             await asyncio.wait([adapter.feeding])
 
     def _is_packed(self, adapter: OpenAdapter, turn: Turn) -> bool:
-        """Whether an operation has to be decoded before it can run."""
+        """Return whether an operation has to be decoded before it can run."""
         if not isinstance(turn.request.content, Outline) or turn.refusal is not None:
             return False
         if adapter.fault is not None:
@@ -366,10 +363,10 @@ class OpenAdapters:
 
 
 def never_came(model_id: str, seq: int) -> DataError:
-    """The error of operations that waited for that one."""
+    """Return the error of operations that waited for that one."""
     return DataError(f"operation {seq} of model {model_id!r} never arrived, so this one cannot run")
 
 
 def seed_of(model_id: str) -> int:
-    """A seed for an adapter whose client gave none; the same after a restart."""
+    """Return a seed for an adapter whose client gave none; the same after a restart."""
     return int.from_bytes(hashlib.sha256(model_id.encode()).digest()[:4], "big")

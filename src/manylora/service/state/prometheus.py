@@ -1,4 +1,4 @@
-"""Figures for Prometheus: what was asked, how long it waited and ran, and what is held where."""
+"""Prometheus gets figures: what was asked, how long it waited and ran, and what is held where."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Metrics:
-    """One server's figures, in a registry of their own."""
+    """`Metrics` are one server's figures, in a registry of their own."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -62,7 +62,7 @@ class Metrics:
             self._fill.observe(report.fill)
 
     def text(self, hub: "TinkerHub | None") -> str:
-        """Everything, as of now."""
+        """Return everything, as of now."""
         if hub is not None:
             resources = hub.resources
             for place, count in resources.host.counts().items():

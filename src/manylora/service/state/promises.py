@@ -1,4 +1,4 @@
-"""Requests that have been accepted: who waits for them, and what came out.
+"""A promise stands for an accepted request: who waits for it, and what came out.
 
 A promise lives in memory until its outcome is known; from then on the outcome is a stored result,
 readable until its time is over.
@@ -27,7 +27,7 @@ Then = Callable[[BaseException | None], None]
 
 @dataclass(slots=True)
 class Promise:
-    """One accepted request without an outcome yet.
+    """A `Promise` is one accepted request without an outcome yet.
 
     Attributes:
         digest: of its contents, to tell a repeated submit from another one.
@@ -44,7 +44,7 @@ class Promise:
 
 
 class Promises:
-    """All accepted requests of a server. Methods run on the event loop unless they say else."""
+    """These are a server's requests. Methods run on the event loop unless they say else."""
 
     def __init__(self, results: Results):
         self.results = results
@@ -67,7 +67,7 @@ class Promises:
         return promise
 
     def repeated(self, request_id: str, digest: str) -> Promise | None:
-        """The promise that an equal request was given before, if its outcome is still to come.
+        """Return the promise that an equal request was given, if its outcome is still to come.
 
         Raises:
             DataError: the number was used for something else.
@@ -115,8 +115,8 @@ class Promises:
         self.follow(request_id, future, encode)
 
     async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome | None:
-        """What came of a request, or that it is still to come after `timeout` seconds; None: the
-        tenant has no such request, or its result's time is over."""
+        """Return what came of a request, or that it is still to come after `timeout` seconds. None:
+        the tenant has no such request, or its result's time is over."""
         promise = self._open.get(request_id)
         if promise is not None:
             if promise.tenant != tenant:

@@ -1,4 +1,4 @@
-"""A server's start: what was acknowledged before it stopped is there again, and goes on."""
+"""A server starts with what was acknowledged before it stopped, and goes on with it."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ log = logging.getLogger("manylora.service")
 
 
 class Replay:
-    """Brings a hub to where the last server of this data directory was."""
+    """A `Replay` brings a hub to where the last server of this data directory was."""
 
     def __init__(self, hub: TinkerHub, limits: WireLimits):
         self._hub = hub
@@ -38,7 +38,7 @@ class Replay:
         self._limits = limits
 
     async def run(self, recovery: Recovery) -> int:
-        """Open what was open, and hand over what had not run; returns how many operations."""
+        """Open what was open, and hand over what had not run; return how many operations."""
         store, hub = self._resources.store, self._hub
         snapshots: set[Path] = set()
         for session in await asyncio.to_thread(store.sessions.open):
@@ -111,7 +111,7 @@ class Replay:
     async def _of_adapter(
         self, adapter: OpenAdapter, own: Mapping[int, Record], lost: Mapping[int, Record]
     ) -> int:
-        """An adapter's operations since its saved state; returns how many."""
+        """Hand over an adapter's operations since its saved state; return how many."""
         self._resources.covered.append((adapter.id, adapter.order.next_seq - 1))
         missing, until, count = 0, 0, 0
         for seq, record in sorted({**lost, **own}.items()):
@@ -139,8 +139,8 @@ class Replay:
         return count
 
     async def _check_end(self, adapter: OpenAdapter) -> None:
-        """An operation that has a result was there: if it is neither in the state nor in the
-        journal, something was lost, and its client will not send it again."""
+        """Set a fault if operations were lost. One that has a result was there: if it is neither in
+        the state nor in the journal, it was lost, and its client will not send it again."""
         if adapter.fault is not None:
             return
         seq, results = adapter.order.next_seq, self._resources.promises.results
@@ -214,8 +214,8 @@ def _described(damage: Damage) -> str:
 
 
 def saved_position(folder: Path) -> tuple[int | None, str | None]:
-    """The number of the last operation in a state on disk (None without one), and what is wrong
-    with it. Raises TooManyFilesOpen."""
+    """Return a saved state's last operation number (None without one) and what is wrong with it.
+    Raises TooManyFilesOpen."""
     if not folder.exists():
         return None, None
     try:

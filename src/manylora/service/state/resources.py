@@ -1,4 +1,4 @@
-"""What the objects of a running service share."""
+"""The objects of a running service share these."""
 
 import asyncio
 import logging
@@ -24,20 +24,20 @@ log = logging.getLogger("manylora.service")
 
 
 class Coming:
-    """Snapshots that are still being made, and who waits for them. On the event loop."""
+    """`Coming` knows snapshots still being made, and who waits for them. On the event loop."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, list[Callable[[], None]]] = {}
 
     def expect(self, name: str) -> None:
-        """An operation that makes it was accepted."""
+        """Note that an operation that makes it was accepted."""
         self._waiting.setdefault(name, [])
 
     def __contains__(self, name: str) -> bool:
         return name in self._waiting
 
     def arrived(self, name: str) -> None:
-        """The operation is over, whatever came of it."""
+        """Note that the operation is over, whatever came of it."""
         for call in self._waiting.pop(name, ()):
             call()
 
@@ -51,7 +51,7 @@ class Coming:
 
 @dataclass(frozen=True, slots=True)
 class HeldRequest:
-    """What a request is counted as until it is done.
+    """A `HeldRequest` is what a request is counted as until it is done.
 
     Attributes:
         tokens: in flight.
@@ -67,7 +67,7 @@ class HeldRequest:
 
 @dataclass(slots=True)
 class Resources:
-    """One server's settings and the things that it is made of.
+    """`Resources` are one server's settings and the things that it is made of.
 
     Attributes:
         suspects: operations that were running when an engine was lost.
@@ -104,11 +104,11 @@ class Resources:
 
     @property
     def base_names(self) -> list[str]:
-        """Every name that clients may call the base by."""
+        """Clients may call the base by each of these names."""
         return [self.settings.base, *self.settings.aliases]
 
     def check_base(self, name: str) -> None:
-        """Raises DataError: the server has another base."""
+        """Raise DataError if the server has another base."""
         if name not in self.base_names:
             names = " or ".join(self.base_names)
             raise DataError(f"base_model is {name!r}; this server's is {names}")
@@ -146,7 +146,7 @@ class Resources:
             log.error("something in the background failed", exc_info=task.exception())
 
     def finished(self, request_id: str) -> None:
-        """A request that changed nothing has its outcome."""
+        """Note that a request that changed nothing has its outcome."""
         self.covered.append((request_id, 1))
 
     def leave(self, tenant: str, tokens: int) -> None:

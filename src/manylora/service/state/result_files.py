@@ -1,4 +1,4 @@
-"""Results that wait for their clients: one file each, readable until its time is over.
+"""Results wait for their clients in one file each, readable until its time is over.
 
 A result is written when it is there, and made durable later, by `flush`, for many at once: until
 then the journal still has the operation, and would make it again. A file is its own description, so
@@ -36,7 +36,7 @@ _FEW = 4
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What an operation gave, as it goes over the wire.
+    """A `Result` is what an operation gave, as it goes over the wire.
 
     Attributes:
         owner: the tenant who may read it.
@@ -51,8 +51,8 @@ class Result:
 
 
 class Results:
-    """A folder of results, with the latest in memory too. Thread-safe; all but `recent` read or
-    write files, so they belong on a worker thread."""
+    """`Results` are a folder of results, with the latest in memory too. Thread-safe; all but
+    `recent` read or write files, so they belong on a worker thread."""
 
     def __init__(
         self,
@@ -61,7 +61,8 @@ class Results:
         memory_bytes: int = 64 << 20,
         clock: Callable[[], float] = time.time,
     ):
-        """
+        """Make the folder if it is missing, and remove what a killed process left half-written.
+
         Args:
             ttl_seconds: how long a result can be read.
             memory_bytes: how much of the latest is kept in memory.
@@ -104,7 +105,7 @@ class Results:
         self._write(result)
 
     def get(self, request_id: str) -> Result | None:
-        """A result, until its time is over; None = there is none. Raises TooManyFilesOpen."""
+        """Return a result until its time is over, else None. Raises TooManyFilesOpen."""
         found = self.recent(request_id)
         if found is None:
             found = _read(self._path(request_id))
@@ -115,13 +116,13 @@ class Results:
         return found
 
     def recent(self, request_id: str) -> Result | None:
-        """`get`, if memory has it. Touches no file."""
+        """Return what `get` does, if memory has it. Touches no file."""
         with self._lock:
             found = self._recent.get(request_id) or self._unwritten.get(request_id)
         return None if found is None or self._over(found.created_at) else found
 
     def is_written(self, request_id: str) -> bool:
-        """Whether a result is not kept in memory only."""
+        """Return whether a result is not kept in memory only."""
         with self._lock:
             return self._unwritten.get(request_id) is None
 
@@ -148,11 +149,7 @@ class Results:
                 raise SaveFailed(f"{self.folder} could not be flushed: {error}") from error
 
     def sweep(self, now: float | None = None) -> int:
-        """Delete the results whose time is over.
-
-        Returns:
-            how many files that were.
-        """
+        """Delete the results whose time is over; return how many files that were."""
         now = self._clock() if now is None else now
         with self._lock:
             for kept in (self._recent, self._unwritten):
@@ -225,7 +222,7 @@ class Results:
 
 
 class _Recent:
-    """The results that were used last, as many as fit. Not thread-safe."""
+    """`_Recent` holds the results that were used last, as many as fit. Not thread-safe."""
 
     def __init__(self, room: int):
         self._room = room
@@ -269,7 +266,7 @@ def _encoded(result: Result) -> bytes:
 
 
 def _read(path: Path, body: bool = True) -> Result | None:
-    """None if there is none, or it is damaged. Without the body nothing is checked.
+    """Read a result; None if there is none, or it is damaged. Without the body nothing is checked.
 
     Raises:
         TooManyFilesOpen: it may well be there.
@@ -294,7 +291,7 @@ def _read(path: Path, body: bool = True) -> Result | None:
 
 
 def _flush_file_system(folder: Path) -> None:
-    """One flush for thousands of small files, where flushing each would take minutes."""
+    """Flush once for thousands of small files, where flushing each would take minutes."""
     try:
         syncfs = ctypes.CDLL(None, use_errno=True).syncfs
     except (AttributeError, OSError):  # not Linux

@@ -1,4 +1,4 @@
-"""The data of a submitted run: what was uploaded, or files below the server's data folders."""
+"""A submitted run's data were uploaded, or are files below the server's data folders."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """Where the data of one run are.
+    """`RunData` say where the data of one run are.
 
     Attributes:
         roots: folders in which files may be named.
@@ -35,7 +35,7 @@ class RunData:
     stamps: dict[str, Stamp]
 
     def read(self, which: Which, between: Callable[[], None] | None = None) -> Source:
-        """The examples. Places are named as the client named its files.
+        """Return the examples. Places are named as the client named its files.
 
         Args:
             between: called every few rows.
@@ -53,7 +53,7 @@ class RunData:
         return read_source(str(path), name=name, between=between)
 
     def uploaded_bytes(self) -> int:
-        """What was uploaded."""
+        """Return how many bytes were uploaded."""
         paths = [_uploaded(self.paths, which) for which in ("train", "eval")]
         return sum(path.stat().st_size for path in paths if path.exists())
 
@@ -97,7 +97,7 @@ def accept(
 
 
 def find(roots: Sequence[Path], name: str) -> Path:
-    """A data file by its path below one of the roots; links that lead out of it are not followed.
+    """Find a data file by its path below one of the roots; links that lead out are not followed.
 
     Raises:
         DataError: there is none. Unsupported: a hub id.

@@ -1,4 +1,4 @@
-"""Sampling sessions: which frozen weights a client's samples come from."""
+"""A sampling session says which frozen weights a client's samples come from."""
 
 import asyncio
 import hashlib
@@ -37,7 +37,7 @@ TABLE_BYTES = 12
 
 
 class Samplers:
-    """The sampling sessions of a server."""
+    """`Samplers` are the sampling sessions of a server."""
 
     def __init__(self, resources: Resources, checkpoints: Checkpoints, sessions: Sessions):
         self._resources = resources
@@ -59,7 +59,7 @@ class Samplers:
     async def create(
         self, tenant: str, request: CreateSamplingSessionRequest, path: TinkerPath | None
     ) -> str:
-        """A sampling session on the bare base or on a checkpoint; its weights never change.
+        """Make a sampling session on the bare base or on a checkpoint; its weights never change.
 
         Raises:
             NotFound, Gone: no such session or checkpoint.
@@ -91,7 +91,7 @@ class Samplers:
     async def of_adapter(
         self, model: ModelRow, seq: int, kind: Literal["snapshot", "inflight"]
     ) -> None:
-        """A sampling session on an adapter's weights as they will be when its save has run."""
+        """Make a sampling session on an adapter's weights as they will be once its save has run."""
         await self._check_quota(model.tenant)
         id = sampler_id(model.session_id, seq)
         row = SamplerRow(
@@ -110,11 +110,11 @@ class Samplers:
         self._used_at.setdefault(id, self._wall())
 
     def publish(self, model_id: str, snapshot: str) -> None:
-        """From now on a model's `inflight` samplers use this snapshot."""
+        """Have a model's `inflight` samplers use this snapshot from now on."""
         self._published[model_id] = snapshot
 
     async def require(self, tenant: str, id: str) -> SamplerRow:
-        """The tenant's sampling session of that id. Raises NotFound."""
+        """Return the tenant's sampling session of that id. Raises NotFound."""
         row = self._rows.get(id)
         if row is None:
             row = await asyncio.to_thread(self._resources.store.samplers.get, tenant, id)
@@ -125,7 +125,7 @@ class Samplers:
         return row
 
     async def info(self, tenant: str, id: str) -> SamplerInfo:
-        """What a sampling session samples from. Raises NotFound."""
+        """Tell what a sampling session samples from. Raises NotFound."""
         row = await self.require(tenant, id)
         return SamplerInfo(sampler_id=id, base_model=row.base_model, model_path=row.model_path)
 
@@ -200,8 +200,7 @@ class Samplers:
                 self._published.pop(row.model_id, None)
 
     async def restore(self, tenant: str, session_id: str) -> set[Path]:
-        """Take up the snapshots of a session that was open when the server stopped; returns their
-        folders."""
+        """Take up the snapshots of a session open when the server stopped; return their folders."""
         rows = await asyncio.to_thread(
             self._resources.store.samplers.of_session, tenant, session_id
         )
@@ -232,18 +231,18 @@ class Samplers:
         return gone
 
     def _note_uses(self, uses: Mapping[str, float]) -> None:
-        """A folder's time says when it was last used, for the next start."""
+        """Have each folder's time say when it was last used, for the next start."""
         for name, at in uses.items():
             with suppress(OSError):
                 os.utime(self._resources.host.snapshot_folder(name), (at, at))
 
     @property
     def num_running(self) -> int:
-        """Requests without an outcome."""
+        """So many requests are without an outcome."""
         return self._running.total()
 
     def is_busy(self, session_id: str) -> bool:
-        """Whether requests of the session are without an outcome."""
+        """Return whether requests of the session are without an outcome."""
         return self._running[session_id] > 0
 
     # -- inside ---------------------------------------------------
@@ -260,7 +259,7 @@ class Samplers:
     async def _unpacked(
         self, submit: SampleSubmit, operation: Sample
     ) -> tuple[SampleSubmit, Sample]:
-        """Both with the request's arrays, whose bytes have been counted in."""
+        """Return both with the request's arrays, whose bytes have been counted in."""
         if submit.packed is None:
             return submit, operation
         submit = await asyncio.to_thread(unpack, submit)
@@ -303,7 +302,7 @@ class Samplers:
         return self._published[row.model_id]
 
     def _exists(self, snapshot: str) -> bool:
-        """Whether it can be used, or will be there soon."""
+        """Return whether it can be used, or will be there soon."""
         folder = self._resources.host.snapshot_folder(snapshot)
         return snapshot in self._resources.coming or folder.exists()
 
@@ -367,7 +366,7 @@ class Samplers:
 
 
 def _held_by(operation: Sample, submit: SampleSubmit) -> HeldRequest:
-    """What a request holds until it is done, with the tables that its answer will have."""
+    """Return what a request holds until it is done, with the tables that its answer will have."""
     scoring, length = submit.scoring, len(submit.prompt)
     answers = operation.num_samples * operation.params.max_tokens
     cells = length * scoring.topk_prompt + answers * scoring.topk_sampled
@@ -376,5 +375,5 @@ def _held_by(operation: Sample, submit: SampleSubmit) -> HeldRequest:
 
 
 def _seed_of(request_id: str) -> int:
-    """A seed for a request without one; the same when it is run again."""
+    """Return a seed for a request without one; the same when it is run again."""
     return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:6], "big")

@@ -1,4 +1,4 @@
-"""Sessions: client processes that say every few seconds that they live."""
+"""Sessions are client processes that say every few seconds that they live."""
 
 import asyncio
 import secrets
@@ -13,7 +13,7 @@ from manylora.store import SessionRow, Store
 
 @dataclass(slots=True)
 class Session:
-    """An open session; `heard_at` is when its client last gave a sign of life."""
+    """A `Session` is open; `heard_at` is when its client last gave a sign of life."""
 
     id: str
     tenant: str
@@ -21,7 +21,7 @@ class Session:
 
 
 class Sessions:
-    """The open sessions of a server, with those that ended in the database."""
+    """`Sessions` are the open ones of a server, with those that ended in the database."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Sessions:
         self._open: dict[str, Session] = {}
 
     async def create(self, tenant: str, request: CreateSessionRequest) -> str:
-        """A new session's id. Raises QuotaExceeded."""
+        """Make a session and return its id. Raises QuotaExceeded."""
         held = await asyncio.to_thread(self._store.tidying.count_sessions, tenant)
         if held >= self._most:
             raise QuotaExceeded(
@@ -62,11 +62,11 @@ class Sessions:
         return id
 
     def restore(self, row: SessionRow) -> None:
-        """A session that was open when the server stopped; its silence starts anew."""
+        """Take up a session open when the server stopped; its silence starts anew."""
         self._open[row.id] = Session(row.id, row.tenant, self._clock())
 
     async def require(self, tenant: str, session_id: str) -> Session:
-        """The session, which was just heard of.
+        """Return the session, which was just heard of.
 
         Raises:
             NotFound: the tenant has none of that id. Gone: it is over.
@@ -98,14 +98,14 @@ class Sessions:
         self._finished(session)
 
     def silent(self, seconds: float) -> Iterator[Session]:
-        """Open sessions that were not heard of for so long."""
+        """Yield open sessions that were not heard of for so long."""
         limit = self._clock() - seconds
         return iter([s for s in self._open.values() if s.heard_at < limit])
 
     def is_open(self, session_id: str) -> bool:
-        """Whether the session may still ask for things."""
+        """Return whether the session may still ask for things."""
         return session_id in self._open
 
     def open_ids(self) -> list[str]:
-        """Ids of the open sessions."""
+        """Return ids of the open sessions."""
         return list(self._open)

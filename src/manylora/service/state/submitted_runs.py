@@ -1,4 +1,4 @@
-"""Runs that the server trains by itself: submitted as JSON, clients of the queue like any other.
+"""The server trains runs by itself. Submitted as JSON, they are clients of the queue like others.
 
 All of them live in one event loop on a thread of their own, because preparing batches and writing
 metrics is more than the requests' loop may be kept from its work. A run's own folder (`runs/<id>`
@@ -46,7 +46,7 @@ STATE_KINDS: tuple[PathKind, ...] = ("weights", "sampler_weights")
 
 
 class SubmittedRuns:
-    """The runs of a server. Methods run on the requests' event loop unless they say else."""
+    """These are a server's runs. Methods run on the requests' event loop unless they say else."""
 
     def __init__(self, resources: Resources, checkpoints: Checkpoints, adapters: OpenAdapters):
         self._resources, self._checkpoints, self._adapters = resources, checkpoints, adapters
@@ -66,11 +66,11 @@ class SubmittedRuns:
     # -- requests ---------------------------------------------------
 
     def count(self, tenant: str) -> int:
-        """Runs of a tenant that are going on."""
+        """Return how many runs of a tenant are going on."""
         return sum(live.row.tenant == tenant for live in list(self._live.values()))
 
     def check_room(self, tenant: str) -> None:
-        """Raises QuotaExceeded: the tenant has all the adapters that it may, in runs or open."""
+        """Raise QuotaExceeded if the tenant has all adapters that it may, in runs or open."""
         quota = self._resources.settings.quotas.adapters
         if self._adapters.count(tenant) + self.count(tenant) >= quota:
             raise QuotaExceeded(
@@ -96,15 +96,14 @@ class SubmittedRuns:
         return run_info(self._start(row, data).row)
 
     def forget_old(self) -> None:
-        """Delete runs that are over, and their folders, beyond as many as are remembered. In a
-        thread."""
+        """Delete runs that are over, and their folders, beyond those remembered. In a thread."""
         for row in self._store.tidying.runs_beyond(self._resources.settings.quotas.runs):
             if row.id not in self._live:
                 shutil.rmtree(self._paths(row.id).root, ignore_errors=True)
                 self._store.runs.delete(row.tenant, row.id)
 
     def _check_data(self, tenant: str, data: Data | None) -> None:
-        """Raises TooLarge, QuotaExceeded: the tenant's runs bring more data than they may."""
+        """Raise TooLarge or QuotaExceeded if the tenant's runs bring more data than they may."""
         texts = () if data is None else (data.train, data.eval or "")
         size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
         limit = self._resources.settings.quotas.run_data_bytes
@@ -120,7 +119,7 @@ class SubmittedRuns:
             )
 
     async def page(self, tenant: str, limit: int, offset: int) -> RunList:
-        """A tenant's runs, newest first."""
+        """Return a tenant's runs, newest first."""
         page = await asyncio.to_thread(self._store.runs.page, tenant, limit, offset)
         return RunList(
             runs=[self._info(row) for row in page.rows],
@@ -128,7 +127,7 @@ class SubmittedRuns:
         )
 
     async def get(self, tenant: str, id: str, after: int = 0) -> Run:
-        """A run, with figures of its last steps after the one of that number. Raises NotFound."""
+        """Return a run, with figures of its last steps after that one. Raises NotFound."""
         row = await self._row(tenant, id)
         live = self._live.get(id)
         if live is not None:
@@ -151,7 +150,7 @@ class SubmittedRuns:
     # -- the server's life ---------------------------------------------------
 
     async def resume(self) -> int:
-        """Go on with what was going on when the last server stopped; returns how many runs."""
+        """Go on with what was going on when the last server stopped; return how many runs."""
         rows = await asyncio.to_thread(self._store.runs.with_status, *GOING_ON)
         for row in rows:
             # Where paging had put the adapter; its run has a training state of its own.
@@ -243,7 +242,7 @@ class SubmittedRuns:
         task.add_done_callback(self._tasks.discard)
 
     async def _train(self, live: LiveRun) -> None:
-        """On the runs' loop: the whole of a run."""
+        """Run the whole of a run, on the runs' loop."""
         try:
             outcome = await live.train(self._resources.host, self._preparing, self._note)
             await asyncio.to_thread(self._conclude, live, outcome)
@@ -296,8 +295,8 @@ class SubmittedRuns:
         )  # fmt: skip
 
     def _keep(self, live: LiveRun, outcome: Outcome) -> str | None:
-        """Make the newest training state, and PEFT's files of a finished run, checkpoints of a
-        model of the tenant; returns the model's id, or None if nothing was trained."""
+        """Make checkpoints of the newest training state, and of a finished run's PEFT files. They
+        are a model's of the tenant; return the model's id, or None if nothing was trained."""
         state = newest_state(live.paths.checkpoints)
         if state is None:
             return None
@@ -343,7 +342,7 @@ class SubmittedRuns:
 
 
 def _told(error: dict[str, str] | None, id: str) -> dict[str, str] | None:
-    """An error as its owner may read it: one that was not raised on purpose stays in the log."""
+    """Return an error as its owner may read it; one not raised on purpose stays in the log."""
     if error is None or hasattr(errors, error["type"]):
         return error
     return {"type": "InternalError", "message": f"internal error, run {id}"}

@@ -1,4 +1,4 @@
-"""Adapters as clients make and train them: each request is durable before it is answered."""
+"""Clients make and train adapters: each request is durable before it is answered."""
 
 import asyncio
 import time
@@ -39,7 +39,7 @@ CREATION = 0
 
 
 class Training:
-    """The requests that make adapters, and those that are numbered; see `contract.TrainingApi`."""
+    """`Training` takes requests that make adapters, or are numbered; see `contract.TrainingApi`."""
 
     def __init__(
         self,
@@ -105,8 +105,8 @@ class Training:
         path: TinkerPath,
         checkpoint: CheckpointRow,
     ) -> Submitted:
-        """A new adapter that begins with a checkpoint. A load is a copy of files, made before it is
-        acknowledged: from here on the adapter does not depend on the checkpoint."""
+        """Make an adapter that begins with a checkpoint. A load is a copy of files, made before it
+        is acknowledged: from here on the adapter does not depend on the checkpoint."""
         spec, id = dict(checkpoint.spec), slot.model_id
         host, folder = self._resources.host, self._checkpoints.folder_of(checkpoint)
         adapter = adapter_spec(spec, host.engine.sites)
@@ -174,12 +174,12 @@ class Training:
 
 
 def creation_of(model_id: str) -> str:
-    """The id of the request that made an adapter."""
+    """Return the id of the request that made an adapter."""
     return f"{model_id}:{CREATION}"
 
 
 def created(row: ModelRow) -> tuple[str, bytes]:
-    """The result of the request that made an adapter."""
+    """Return the result of the request that made an adapter."""
     if row.source_path is None:
         return json_result(CreateModelReply(model_id=row.id))
     return json_result(LoadWeightsReply(model_id=row.id, path=row.source_path))

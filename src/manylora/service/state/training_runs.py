@@ -1,4 +1,4 @@
-"""Training runs as lists show them: what was trained, open or closed, and its checkpoints."""
+"""Lists show training runs: what was trained, open or closed, and its checkpoints."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ from manylora.store import ModelRow, Store
 
 
 class TrainingRuns:
-    """The training runs of a server; see `contract.TrainingRunsApi`."""
+    """`TrainingRuns` are those of a server; see `contract.TrainingRunsApi`."""
 
     def __init__(self, store: Store, checkpoints: Checkpoints):
         self._store = store

@@ -1,4 +1,4 @@
-"""What each operation of a model does: from a wire request to the engine and back to bytes."""
+"""Each operation of a model goes from a wire request to the engine and back to bytes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -51,7 +51,7 @@ ALPHA = 32.0
 
 @dataclass(frozen=True, slots=True)
 class OperationRequest:
-    """One operation as it waits for its turn.
+    """An `OperationRequest` is one operation as it waits for its turn.
 
     Attributes:
         kind: what the server knows of such operations.
@@ -69,29 +69,29 @@ class OperationRequest:
     decoded_bytes: int = 0
 
     def held_by(self, tenant: str) -> HeldRequest:
-        """What it is counted as."""
+        """Return what it is counted as."""
         return HeldRequest(tenant, self.tokens, self.body_bytes, self.decoded_bytes)
 
     @property
     def leaves_no_trace(self) -> bool:
-        """Whether it leaves the adapter as it was."""
+        """It leaves the adapter as it was."""
         return self.kind.leaves_no_trace(self.content)
 
 
 class Load(NamedTuple):
-    """A load into an adapter that is there: the request, and the checkpoint that it names."""
+    """A `Load` goes into an adapter that is there: the request, and the checkpoint it names."""
 
     request: LoadWeightsRequest
     checkpoint: CheckpointRow
 
 
 class Operations:
-    """What the operations of each kind do."""
+    """`Operations` say what the operations of each kind do."""
 
     def __init__(
         self, resources: Resources, checkpoints: Checkpoints, published: Callable[[str, str], None]
     ):
-        """`published`: told the model and the snapshot of each new `inflight` target."""
+        """Tell `published` the model and the snapshot of each new `inflight` target."""
         self._resources = resources
         self._checkpoints = checkpoints
         self._published = published
@@ -133,7 +133,7 @@ class Operations:
         raise TypeError(f"nothing is known of an operation with {type(content).__name__}")
 
     def is_known(self, request_id: str) -> bool:
-        """Whether a request has a result."""
+        """Return whether a request has a result."""
         return self._resources.promises.results.get(request_id) is not None
 
     # -- training ---------------------------------------------------
@@ -221,7 +221,7 @@ class Operations:
         return self._call(row, seq, run), lambda _: json_result(reply)
 
     def keep_last(self, row: ModelRow) -> Future[CheckpointRow]:
-        """The adapter's state after everything that was handed over, as checkpoint `last`."""
+        """Save the adapter's state after everything that was handed over, as checkpoint `last`."""
         request_id = f"{row.id}:last"
 
         def run(pager: Pager) -> Future[CheckpointRow]:
@@ -258,18 +258,18 @@ class Operations:
 
 
 def sampler_id(session_id: str, seq: int) -> str:
-    """The id that the SDK expects of a session's sampler."""
+    """Return the id that the SDK expects of a session's sampler."""
     return f"{session_id}:sample:{seq}"
 
 
 def snapshot_made_by(row: ModelRow, request: OperationRequest) -> str | None:
-    """The snapshot that an operation makes, if it makes one."""
+    """Return the snapshot that an operation makes, if it makes one."""
     number = request.kind.sampler(request.content)
     return None if number is None else sampler_id(row.session_id, number)
 
 
 def adapter_spec(spec: Mapping[str, Any], sites: Sequence[Site]) -> AdapterSpec:
-    """The adapter that a model's row describes, on the linear layers of the base.
+    """Return the adapter that a model's row describes, on the linear layers of the base.
 
     Raises:
         DataError: nothing is left to train.
@@ -291,7 +291,7 @@ def adapter_spec(spec: Mapping[str, Any], sites: Sequence[Site]) -> AdapterSpec:
 
 
 def row_spec(adapter: AdapterSpec, base_model: str, sites: Sequence[Site]) -> dict[str, Any]:
-    """What a model's row says of an adapter that the wire's own words cannot describe."""
+    """Return a row's words for an adapter that the wire's own words cannot describe."""
     kinds = {_kind_of(target.site) for target in resolve_targets(adapter, sites)}
     return {
         "rank": adapter.rank,
@@ -310,5 +310,5 @@ def _kind_of(site: Site) -> str:
 
 
 def json_result(reply: Reply) -> tuple[str, bytes]:
-    """A result as it is stored: content type and body."""
+    """Return a result as it is stored: content type and body."""
     return JSON_TYPE, reply.model_dump_json(exclude_none=True).encode()

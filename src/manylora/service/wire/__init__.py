@@ -1,4 +1,4 @@
-"""The Tinker wire as data: JSON messages, the protobuf schema, and the way to `types` and back.
+"""The Tinker wire is data here: JSON messages, the protobuf schema, the way to `types` and back.
 
 Owns: what a request must look like, what an answer looks like, and every limit on both.
 Does not own: routes and status codes (service), what a request does (the hub).

@@ -1,4 +1,4 @@
-"""forward_backward between the wire's bytes and `types`, and digests of requests.
+"""A forward_backward goes from the wire's bytes to `types` and back, and requests have digests.
 
 Shapes: N tokens of one datum, K targets of each position.
 """
@@ -36,7 +36,7 @@ OUTPUT_TYPE = "ArrayRecord"
 def decode_forward_backward(
     body: bytes, limits: WireLimits, digest: str | None = None
 ) -> ForwardBackwardSubmit:
-    """A forward_backward body, decoded whole.
+    """Decode a whole forward_backward body.
 
     Args:
         digest: of the body, if it is known.
@@ -60,7 +60,7 @@ def decode_forward_backward(
 
 
 def parse_request(body: bytes, limits: WireLimits) -> pb.ForwardBackwardRequest:
-    """The message of a forward_backward body; no tensor in it has been looked at.
+    """Parse a forward_backward body; no tensor in it is looked at yet.
 
     Raises:
         DataError: it is none. TooLarge: it has too many parts. Unsupported: its loss.
@@ -87,7 +87,7 @@ def parse_request(body: bytes, limits: WireLimits) -> pb.ForwardBackwardRequest:
 
 
 def _settings(request: pb.ForwardBackwardRequest, limits: WireLimits) -> dict[str, float]:
-    """The loss's settings; the newer field says all that the older one says."""
+    """Return the loss's settings; the newer field says all that the older one says."""
     if max(len(request.loss_fn_config), len(request.loss_fn_config_v2)) > limits.settings:
         raise TooLarge(f"more than {limits.settings} settings of a loss")
     settings = dict(request.loss_fn_config)
@@ -129,7 +129,7 @@ def _data(data: Iterable[pb.Datum], limits: WireLimits) -> tuple[Datum, ...]:
 def datum_arrays(
     datum: pb.Datum, index: int, limits: WireLimits, cells_left: int
 ) -> tuple[Array, dict[str, Array], int]:
-    """One datum's tokens [N], its loss inputs ([N] or [N, K]), and the cells that they took."""
+    """Return one datum's tokens [N], loss inputs ([N] or [N, K]), and the cells that they took."""
     tokens_N = _tokens(datum.model_input, index)
     if not 1 <= tokens_N.size <= limits.tokens_each:
         raise DataError(
@@ -164,12 +164,12 @@ def _tokens(chunks: Iterable[pb.Chunk], index: int) -> Array:
 
 
 def _shown(name: str) -> str:
-    """A client's word inside a message, of bounded length."""
+    """Return a client's word for use inside a message, of bounded length."""
     return repr(name if len(name) <= 64 else f"{name[:64]}…")
 
 
 def encode_forward_backward(result: ForwardBackwardResult) -> bytes:
-    """A result as a ForwardBackwardOutput.
+    """Encode a result as a ForwardBackwardOutput.
 
     Data whose arrays differ in K cannot share a record; the SDK joins records in their order, so
     each run of equal ones gets its own.
@@ -195,12 +195,12 @@ def encode_forward_backward(result: ForwardBackwardResult) -> bytes:
 
 
 def _all_metrics(result: ForwardBackwardResult) -> Mapping[str, float]:
-    """`loss:sum` is always there: `forward_backward_custom` of the SDK takes it out."""
+    """Return the metrics with a `loss:sum`; the SDK's `forward_backward_custom` takes it out."""
     return {"loss:sum": result.loss, **result.metrics}
 
 
 def adam_params(message: WireAdamParams) -> AdamParams:
-    """One optimizer step's settings.
+    """Return one optimizer step's settings.
 
     Raises:
         ConfigError: one of them is out of its range.
@@ -219,13 +219,13 @@ def adam_params(message: WireAdamParams) -> AdamParams:
 
 
 def digest_json(message: BaseModel) -> str:
-    """Digest of a JSON request by what was understood of it, whatever its order and blanks."""
+    """Return the digest of what was understood of a JSON request, whatever its order and blanks."""
     content = message.model_dump(mode="json", exclude_none=True)
     return _digest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def digest_message(message: Message) -> str:
-    """Digest of a protobuf message."""
+    """Return the digest of a protobuf message."""
     return _digest(message.SerializeToString(deterministic=True))
 
 

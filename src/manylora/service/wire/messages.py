@@ -1,4 +1,4 @@
-"""The JSON requests of the Tinker wire, as pydantic models.
+"""The JSON requests of the Tinker wire are pydantic models.
 
 Unknown fields are ignored (the SDK gains some every month); known ones are strict: every text,
 list and number has a bound, and `NaN` is no number. What is known and not done (another optimizer,
@@ -44,7 +44,7 @@ TTL = Annotated[int, Field(ge=SECONDS_OF_AN_HOUR, le=SECONDS_OF_TEN_YEARS)]
 
 
 def _texts(value: object) -> object:
-    """Metadata values as text: the SDK promises texts when it reads them back."""
+    """Return metadata values as text: the SDK promises texts when it reads them back."""
     if not isinstance(value, dict):
         return value
     return {
@@ -138,19 +138,19 @@ class LoraConfig(WireRequest):
 
 
 class Slot(NamedTuple):
-    """A place for an adapter in a session: the session's id, and the adapter's number there."""
+    """A `Slot` holds an adapter in a session: the session's id, the adapter's number there."""
 
     session_id: str
     number: int
 
     @property
     def model_id(self) -> str:
-        """The adapter's id, which the SDK works out for itself when a load makes it."""
+        """The adapter has this id, which the SDK works out for itself when a load makes it."""
         return f"{self.session_id}:train:{self.number}"
 
 
 class OrderPlace(NamedTuple):
-    """A place in an adapter's own order: the adapter's id, and the operation's number there."""
+    """An `OrderPlace` is in an adapter's own order: the adapter's id, the operation's number."""
 
     model_id: str
     seq_id: int
@@ -181,7 +181,7 @@ class Numbered(WireRequest):
 
     @property
     def place(self) -> OrderPlace:
-        """Its place in that order."""
+        """It has this place in that order."""
         return OrderPlace(self.model_id, self.seq_id)
 
 
@@ -235,7 +235,7 @@ class LoadWeightsRequest(WireRequest):
 
     @property
     def target(self) -> Slot | OrderPlace:
-        """The slot of the adapter that it makes, or its place among an adapter's operations."""
+        """It makes the adapter of this slot, or has this place among an adapter's operations."""
         if self.session_id is not None and self.model_seq_id is not None:
             return Slot(self.session_id, self.model_seq_id)
         return OrderPlace(self.model_id or "", self.seq_id or 0)
@@ -298,7 +298,7 @@ class SaveWeightsExternalRequest(Numbered):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperationKind:
-    """What the server knows of one kind of numbered request, beside what it does (`Operations`).
+    """An `OperationKind` is what is known of a kind of numbered request, beside `Operations`.
 
     Attributes:
         name: its route's, and the journal's word for it.

@@ -1,4 +1,4 @@
-"""A forward_backward as it came, and what it will take once it is decoded.
+"""An outline is a forward_backward as it came, and what it will take once it is decoded.
 
 Nothing is decoded before it is known whose it is and that there is room; what waits for its turn
 waits in this form, which is as large as what the client sent.
@@ -24,7 +24,7 @@ _WIDTHS = {pb.DTYPE_FLOAT32: 4, pb.DTYPE_INT64: 8, pb.DTYPE_INT32: 4, pb.DTYPE_B
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outline:
-    """A forward_backward that is not decoded; see `ForwardBackwardSubmit` for what is not here.
+    """An `Outline` is not decoded; see `ForwardBackwardSubmit` for what is not here.
 
     Attributes:
         num_tokens: of all its data.
@@ -41,12 +41,12 @@ class Outline:
     limits: WireLimits = field(repr=False)
 
     def decode(self) -> ForwardBackwardSubmit:
-        """Raises as `codec.decode_forward_backward` does."""
+        """Decode it; raises as `codec.decode_forward_backward` does."""
         return decode_forward_backward(self.body, self.limits, self.digest)
 
 
 def outline_of(body: bytes, limits: WireLimits) -> Outline:
-    """Whose a forward_backward is and how large; none of its tensors is built.
+    """Return whose a forward_backward is and how large; none of its tensors is built.
 
     Raises:
         DataError: no such request, or nothing says whose it is.
@@ -72,7 +72,7 @@ def outline_of(body: bytes, limits: WireLimits) -> Outline:
 
 
 def _measure(datum: pb.Datum, limits: WireLimits) -> tuple[int, int]:
-    """N of a datum, and the bytes that it takes when it is decoded."""
+    """Return N of a datum, and the bytes that it takes when it is decoded."""
     tokens = sum(len(chunk.encoded_text.tokens) // 4 for chunk in datum.model_input)
     size = DATUM_BYTES + TOKEN_BYTES * tokens
     for tensor in datum.loss_fn_inputs.values():
@@ -82,8 +82,8 @@ def _measure(datum: pb.Datum, limits: WireLimits) -> tuple[int, int]:
 
 
 def _num_elements(tensor: pb.Tensor, tokens: int, limits: WireLimits) -> int:
-    """Elements of a loss input. A shape that does not fit is refused when it is decoded, before it
-    has cost anything, so here it counts as what it can be at most."""
+    """Return how many elements a loss input has. A shape that does not fit is refused when it is
+    decoded, before it has cost anything, so here it counts as what it can be at most."""
     if tensor.WhichOneof("encoding") == "dense":
         return len(tensor.dense) // _WIDTHS.get(tensor.dtype, 1)
     columns = tensor.shape[1] if len(tensor.shape) == 2 else 1

@@ -1,4 +1,4 @@
-"""`tinker://<run>/<kind>/<name>`: the name of a checkpoint, and the parts it is made of."""
+"""`tinker://<run>/<kind>/<name>` is the name of a checkpoint, and is made of these parts."""
 
 import re
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _TYPES: dict[PathKind, CheckpointType] = {
 
 @dataclass(frozen=True, slots=True)
 class TinkerPath:
-    """One checkpoint's path.
+    """A `TinkerPath` is one checkpoint's path.
 
     Attributes:
         model_id: the training run that it belongs to.
@@ -55,12 +55,12 @@ class TinkerPath:
 
     @property
     def checkpoint_id(self) -> str:
-        """`<kind>/<name>`, as lists of checkpoints show it."""
+        """Lists of checkpoints show it as `<kind>/<name>`."""
         return f"{self.kind}/{self.name}"
 
     @property
     def checkpoint_type(self) -> CheckpointType:
-        """The SDK's word for the kind."""
+        """The SDK has this word for the kind."""
         return _TYPES[self.kind]
 
     @classmethod
@@ -84,7 +84,7 @@ def _matches(pattern: str, text: str, longest: int) -> bool:
 
 
 def identifier(text: str, what: str) -> str:
-    """An id out of a URL. Raises NotFound: it cannot be one, so it is no tenant's."""
+    """Return an id out of a URL. Raises NotFound: it cannot be one, so it is no tenant's."""
     if not _matches(IDENTIFIER, text, MAX_IDENTIFIER):
         raise missing(what)
     return text

@@ -1,4 +1,4 @@
-"""Requests of the two big routes, decoded: what the hub gets instead of bytes.
+"""The hub gets requests of the two big routes decoded, instead of bytes.
 
 Shapes: N tokens of a datum, M tokens of a prompt, C candidates of a prompt token.
 """
@@ -12,12 +12,14 @@ from manylora.types.data import Array
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBackwardSubmit:
-    """A decoded forward_backward (or forward).
+    """A `ForwardBackwardSubmit` is a decoded forward_backward (or forward).
 
     Attributes:
         model_id: whose it is.
         seq_id: its place in that order.
-        data, loss, config: as `types.ForwardBackward` takes them.
+        data: as `types.ForwardBackward` takes it.
+        loss: likewise.
+        config: likewise.
         forward_only: no gradients.
         body: the bytes that came; decoding them again gives an equal submit (for a journal).
         digest: equal for equal content, however the bytes were laid out.
@@ -39,7 +41,7 @@ class ForwardBackwardSubmit:
 
 @dataclass(frozen=True, slots=True)
 class CSR:
-    """Where a sparse matrix has entries: `crow` int64 [rows + 1], `col` int64 [entries]."""
+    """A `CSR` places a sparse matrix's entries: `crow` int64 [rows + 1], `col` int64 [entries]."""
 
     crow: Array
     col: Array
@@ -48,7 +50,7 @@ class CSR:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What the answer to a sample must repeat of the question.
+    """A `Wanted` is what the answer to a sample must repeat of the question.
 
     Attributes:
         prompt_logprobs: log-probabilities of the prompt's own tokens were asked.
@@ -63,19 +65,25 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSubmit:
-    """A decoded asample.
+    """A `SampleSubmit` is a decoded asample.
 
     Attributes:
-        sampling_session_id, seq_id: which sampler, and the client's number for this request.
+        sampling_session_id: which sampler.
+        seq_id: the client's number for this request.
         prompt: int64 [M].
         max_tokens: None = up to the end of the context.
         seed: None = the hub's choice.
-        temperature, top_k, top_p, stop, stop_strings: as in `types.SamplingParams`.
+        temperature: as in `types.SamplingParams`.
+        top_k: likewise.
+        top_p: likewise.
+        stop: likewise.
+        stop_strings: likewise.
         scoring: as `types.Sample` takes it.
-        wanted: for `codec.encode_sample`.
+        wanted: for `sample_messages.encode_sample`.
         packed: candidates of the prompt that are still in the sparse form in which they came;
-            `sampling.unpack` puts them into `scoring` and `wanted`.
-        body, digest: as in `ForwardBackwardSubmit`; the body is JSON.
+            `sample_messages.unpack` puts them into `scoring` and `wanted`.
+        body: as in `ForwardBackwardSubmit`, but JSON.
+        digest: as in `ForwardBackwardSubmit`.
     """
 
     sampling_session_id: str
@@ -97,7 +105,7 @@ class SampleSubmit:
 
     @property
     def decoded_bytes(self) -> int:
-        """What its arrays take, unpacked."""
+        """Its arrays take so many bytes, unpacked."""
         cells = 0 if self.wanted.candidates is None else self.wanted.candidates.size
         if self.packed is not None:
             rows, columns = self.packed[0].shape
@@ -105,7 +113,7 @@ class SampleSubmit:
         return self.prompt.nbytes + 8 * cells
 
     def params(self, *, room: int, seed: int) -> SamplingParams:
-        """The sampling settings, once the hub has filled in what the client left open.
+        """Return the sampling settings, once the hub has filled in what the client left open.
 
         Args:
             room: tokens that the context has left: more than that are never made, so they are

@@ -1,4 +1,4 @@
-"""From the bytes of a JSON body to a message, and to the little that can be read of a bad one."""
+"""The bytes of a JSON body become a message; of a bad one, the little that can be read."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def read_json(model: type[M], body: bytes) -> M:
-    """A body as the message that its route takes.
+    """Read a body as the message that its route takes.
 
     Raises:
         Malformed: it is not one. The message names fields, and repeats nothing of what they hold.
@@ -28,7 +28,7 @@ def read_json(model: type[M], body: bytes) -> M:
 
 
 def complaints(errors: Sequence[Mapping[str, Any]]) -> str:
-    """Validation errors as one line, `field.subfield: what is wrong`."""
+    """Return validation errors as one line, `field.subfield: what is wrong`."""
     lines = []
     for error in errors[:MAX_COMPLAINTS]:
         where = ".".join(str(part)[:64] for part in error["loc"]) or "body"
@@ -39,7 +39,7 @@ def complaints(errors: Sequence[Mapping[str, Any]]) -> str:
 
 
 def peek_json_ids(prefix: bytes) -> tuple[str, int] | None:
-    """model_id and seq_id of a numbered request, from the start of a body that may be cut off."""
+    """Read model_id and seq_id of a numbered request from the start of a body, perhaps cut off."""
     try:
         content = from_json(prefix, allow_partial=True)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The JSON answers of the Tinker wire, as pydantic models.
+"""The JSON answers of the Tinker wire are pydantic models.
 
 Fields without a default are those that the SDK (0.25 to 0.38) refuses to miss. An answer leaves out
 what is None.

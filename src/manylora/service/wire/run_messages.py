@@ -1,4 +1,4 @@
-"""Requests and answers of the plain API: runs that the server trains by itself, and adapters."""
+"""The plain API has messages about runs that the server trains by itself, and about adapters."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal

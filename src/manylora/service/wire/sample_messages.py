@@ -1,4 +1,4 @@
-"""asample between the wire and `types`.
+"""An asample goes from the wire to `types`, and its result back.
 
 Shapes: M tokens of a prompt, C candidates of a prompt token, E listed entries, n new tokens.
 """
@@ -22,12 +22,12 @@ NOTHING = -1  # a candidate that asks nothing
 
 
 def decode_sample(body: bytes, limits: WireLimits) -> SampleSubmit:
-    """An asample body, decoded whole; raises as `read_sample` does."""
+    """Decode a whole asample body; raises as `read_sample` does."""
     return unpack(read_sample(body, limits))
 
 
 def unpack(submit: SampleSubmit) -> SampleSubmit:
-    """A request with its candidates [M - 1, C] in a dense array."""
+    """Return a request with its candidates [M - 1, C] in a dense array."""
     if submit.packed is None:
         return submit
     csr, values_E = submit.packed
@@ -41,7 +41,7 @@ def unpack(submit: SampleSubmit) -> SampleSubmit:
 
 
 def read_sample(body: bytes, limits: WireLimits) -> SampleSubmit:
-    """An asample body, but for what grows when it is decoded.
+    """Read an asample body, but for what grows when it is decoded.
 
     Raises:
         Malformed: it is not a SampleRequest.
@@ -131,7 +131,7 @@ def _check_sizes(request: SampleRequest, length: int, limits: WireLimits) -> Non
 
 
 def check_answer_cells(num_samples: int, max_tokens: int, topk: int, cells: int) -> None:
-    """Raises TooLarge: the likeliest tokens of all answers are more than `cells` numbers."""
+    """Raise TooLarge if the likeliest tokens of all answers are more than `cells` numbers."""
     if num_samples * max_tokens * topk > cells:
         raise TooLarge(
             f"topk_sample_logprobs of {num_samples} answers of {max_tokens} tokens has more than "
@@ -142,7 +142,7 @@ def check_answer_cells(num_samples: int, max_tokens: int, topk: int, cells: int)
 def _stops(
     stop: str | list[str] | list[int] | None,
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-    """Stop tokens and stop strings.
+    """Return stop tokens and stop strings.
 
     Token ids replace the model's own end, and an empty list is a list of them. Strings come beside
     it: renderers that stop at a string also expect an answer that the model itself ended.
@@ -160,7 +160,7 @@ def _stops(
 def _candidates(
     tensor: WireTensor | None, length: int, limits: WireLimits
 ) -> tuple[Array | None, tuple[CSR, Array] | None]:
-    """Candidates [M - 1, C], if they came dense; if they came sparse, their layout and values."""
+    """Return candidates [M - 1, C] if they came dense; if sparse, their layout and values."""
     if tensor is None:
         return None, None
     what = "target_prompt_logprobs"
@@ -190,7 +190,7 @@ def _candidates(
 
 
 def encode_sample(result: SampleResult, wanted: Wanted) -> bytes:
-    """A result as a SampleResponse.
+    """Encode a result as a SampleResponse.
 
     Args:
         wanted: what of the question the answer must repeat (`SampleSubmit.wanted`).

@@ -1,4 +1,4 @@
-"""Reading a protobuf body's outline without building it.
+"""A protobuf body's outline is read without building it.
 
 The parser makes an object of some hundred bytes from each part, and a part may be two bytes long;
 so parts are counted before anything is parsed. And a body that was cut off by a limit still says in
@@ -37,7 +37,7 @@ def _varint(body: bytes, place: int, end: int) -> tuple[int, int]:
 
 
 def _fields(body: bytes, place: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """(field number, wire type, start, end) of each field; start is the value of a VARINT."""
+    """Yield each field's (number, wire type, start, end); the start of a VARINT is its value."""
     while place < end:
         tag, place = _varint(body, place, end)
         number, wire_type = tag >> 3, tag & 7
@@ -58,7 +58,7 @@ def _fields(body: bytes, place: int, end: int) -> Iterator[tuple[int, int, int, 
 
 
 def peek_ids(prefix: bytes) -> tuple[str, int] | None:
-    """The model and sequence number of a forward_backward, from the start of its body.
+    """Read the model and sequence number of a forward_backward from the start of its body.
 
     Returns:
         (model_id, seq_id), or None if the start does not say.

@@ -1,4 +1,4 @@
-"""How much one request may hold. Every count and size on the wire has its bound here or in a
+"""One request may hold only so much. Every count and size on the wire has its bound here or in a
 message's own fields; what is beyond one is refused before it is expanded."""
 
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WireLimits:
-    """Bounds of one request's content.
+    """`WireLimits` bound one request's content.
 
     Attributes:
         data: sequences of a forward_backward. The SDK cuts at 1024.

@@ -1,4 +1,4 @@
-"""Tensors between the wire's bytes and numpy; no loop over elements.
+"""Tensors go between the wire's bytes and numpy, without a loop over elements.
 
 Shapes: R rows, K columns, E listed entries of a sparse matrix.
 """
@@ -22,7 +22,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 
 
 def from_bytes(data: bytes, dtype: int, what: str) -> Array:
-    """A flat array of its own memory: float32 from the floats, int64 from the whole numbers.
+    """Return a flat array of its own memory: float32 from the floats, int64 from whole numbers.
 
     Raises:
         DataError: an unknown dtype, or bytes that are no whole number of elements.
@@ -39,7 +39,7 @@ def from_bytes(data: bytes, dtype: int, what: str) -> Array:
 
 
 def from_tensor(tensor: pb.Tensor, rows: int, max_columns: int, what: str) -> tuple[Array, int]:
-    """A loss input of `rows` positions, dense.
+    """Return a loss input of `rows` positions, dense.
 
     Args:
         rows: number of tokens of the datum; the first dimension must be that.
@@ -84,7 +84,7 @@ def from_tensor(tensor: pb.Tensor, rows: int, max_columns: int, what: str) -> tu
 
 
 def check_csr(crow: Array, col_E: Array, shape: tuple[int, int], num_values: int, what: str) -> CSR:
-    """A sparse matrix's layout, once it is certain that it is one.
+    """Return a sparse matrix's layout, once it is certain that it is one.
 
     Raises:
         DataError: it is not.
@@ -109,14 +109,14 @@ def check_csr(crow: Array, col_E: Array, shape: tuple[int, int], num_values: int
 
 
 def densify(csr: CSR, values_E: Array, unlisted: int) -> Array:
-    """The matrix [R, K] with `unlisted` wherever it lists nothing."""
+    """Return the matrix [R, K] with `unlisted` wherever it lists nothing."""
     dense_RK = np.full(csr.shape, unlisted, dtype=values_E.dtype)
     dense_RK[_rows_of(csr), csr.col] = values_E
     return dense_RK
 
 
 def listed(csr: CSR, dense_RK: Array) -> Array:
-    """The listed entries [E] of a dense matrix, in the layout's order."""
+    """Return the listed entries [E] of a dense matrix, in the layout's order."""
     return dense_RK[_rows_of(csr), csr.col]
 
 
