@@ -4,9 +4,10 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Two processes run the tests, each a file at a time. `make test PYTEST_FLAGS="-n 0"` takes one.
+# Processes run the tests, each a file at a time: three, because servers' tests wait a lot, and two
+# for the slow ones, some of which measure memory. `make test PYTEST_FLAGS="-n 0"` takes one.
 PYTEST_FLAGS ?=
-PYTEST := -m pytest -n 2 --dist loadfile
+PYTEST := -m pytest --dist loadfile
 
 # The name of the stamp that says which version of Python made the environment.
 VERSION_STAMP := import sys; print("$(VENV)/.created-%d.%d" % sys.version_info[:2])
@@ -40,7 +41,7 @@ quickstart: $(RUNTIME) ## install what a user needs, then train the quickstart's
 
 test: check ## install what a developer needs, then run every check and every test but the slow ones
 	@echo "==> Tests"
-	$(BIN)/python $(PYTEST) $(PYTEST_FLAGS)
+	$(BIN)/python $(PYTEST) -n 3 $(PYTEST_FLAGS)
 
 check: $(DEV) ## lint, formatting, types, and which room may import which
 	@echo "==> Lint"
@@ -53,7 +54,7 @@ check: $(DEV) ## lint, formatting, types, and which room may import which
 	$(BIN)/lint-imports --no-logo
 
 slow: $(DEV) ## run the tests marked slow
-	$(BIN)/python $(PYTEST) -m slow $(PYTEST_FLAGS)
+	$(BIN)/python $(PYTEST) -n 2 -m slow $(PYTEST_FLAGS)
 
 cookbook: $(DEV) ## run every recipe of tinker-cookbook that is tested, against a server
 	$(BIN)/python -m pytest tests/cookbook -m "not slow" $(PYTEST_FLAGS)

@@ -96,15 +96,23 @@ def samples(engine: Engine, neighbours: int, dtype: DType) -> list[object]:
     return [(s.tokens, s.logprobs) for result in results[:2] for s in result.sequences]
 
 
-def assert_neighbours_do_not_matter(folder: str | Path, dtype: DType, threads: int) -> None:
+def assert_neighbours_do_not_matter(
+    folder: str | Path,
+    dtype: DType,
+    threads: int,
+    *,
+    lengths: Sequence[int] = (20, 200),
+    beside: Sequence[int] = (40, 140, 300),
+    # The last makes one adapter's rows as many as change the order of its own products' sums.
+    requests: Sequence[int] = (3, 30, 252),
+) -> None:
     engine = Engine(Opening(str(folder), dtype=dtype, threads=threads))
-    for own in (20, 200):
+    for own in lengths:
         alone = gradient(engine, own, 0, dtype)
-        for others in (40, 140, 300):
+        for others in beside:
             assert gradient(engine, own, others, dtype) == alone, (own, others)
     alone_too = samples(engine, 0, dtype)
-    # The last makes one adapter's rows as many as change the order of its own products' sums.
-    for others in (3, 30, 252):
+    for others in requests:
         assert samples(engine, others, dtype) == alone_too, others
 
 
@@ -114,13 +122,19 @@ def assert_neighbours_do_not_matter(folder: str | Path, dtype: DType, threads: i
     [
         ("fp32", 1),
         ("fp32", 2),
-        ("bf16", 1),
+        pytest.param("bf16", 1, marks=pytest.mark.slow),
         pytest.param("bf16", 2, marks=pytest.mark.slow),
     ],
     indirect=["threads"],
 )
 def test_a_wide_base(dtype: DType, tiny, threads: int):
     assert_neighbours_do_not_matter(tiny("llama", **WIDE), dtype, threads)
+
+
+def test_a_wide_base_in_bf16_with_few_neighbours(tiny, threads: int):
+    assert_neighbours_do_not_matter(
+        tiny("llama", **WIDE), "bf16", threads, lengths=(20,), beside=(140,), requests=(30,)
+    )
 
 
 @BOTH_THREADS
