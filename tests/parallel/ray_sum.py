@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from manylora.processes import ray_launcher as launch_ray
+from manylora.processes import ray_launcher
 from manylora.processes.commands import Assignment
 from manylora.processes.ray_actor import RankActor, prepare
 
@@ -33,10 +33,10 @@ class SumActor(RankActor):
 
 
 def main(address: str, folder: str) -> None:
-    launch_ray.RankActor = SumActor  # type: ignore[misc]
-    launch_ray.connected(address, print)
+    ray_launcher.RankActor = SumActor  # type: ignore[misc]
+    ray_launcher.connected(address, print)
     assignment = Assignment(folder, "", 2, "", "cpu")
-    launch_ray.keep_up(assignment, launch_ray.placed(assignment, address, 30))
+    ray_launcher.keep_up(assignment, ray_launcher.placed(assignment, address, 30))
 
 
 if __name__ == "__main__":

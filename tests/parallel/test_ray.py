@@ -135,7 +135,7 @@ def test_a_process_that_takes_too_long_says_where_it_stood(cluster: TwoNodes, ba
 def test_a_launcher_that_is_killed_is_replaced(cluster: TwoNodes, base: str) -> None:
     with opened(cluster, base) as group:
         engine = group.open()[0]
-        [launcher] = [pid for pid in below(os.getpid()) if "launch_ray" in command_of(pid)]
+        [launcher] = [pid for pid in below(os.getpid()) if "ray_launcher" in command_of(pid)]
         kill(launcher)
         wait_for(lambda: not cluster.actors())
         with pytest.raises(EngineLost):
