@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from manylora.models.vocabulary import Vocabulary
 
 
-class Samplable:
+class Samplable(ABC):
     """`Samplable` weights continue prompts: an adapter's, a snapshot's, or the bare base's."""
 
     def sample(
@@ -83,9 +84,9 @@ class Samplable:
         )
         return self._ask(request)
 
+    @abstractmethod
     def _ask(self, request: Sample) -> Future[SampleResult]:
         """Queue a request of the bare base as one of these weights."""
-        raise NotImplementedError
 
 
 class AdapterClient(Samplable):
