@@ -6,10 +6,11 @@ Does not own: what the settings mean to the engine, reading data, anything of th
 Talks to: types below; runs, quickstart and cli use it. No torch.
 """
 
+from manylora.config.data_sources import DATA_SUFFIXES, data_suffix, is_data_file
 from manylora.config.load import load_run_file, load_server_file
 from manylora.config.render import resolved_yaml, run_json_schema
+from manylora.config.rl import RlSettings
 from manylora.config.run_file import (
-    DATA_SUFFIXES,
     AdapterEntry,
     LoraSettings,
     OptimizerSettings,
@@ -18,8 +19,6 @@ from manylora.config.run_file import (
     SftSettings,
     TrackioSettings,
     WandbSettings,
-    data_suffix,
-    is_data_file,
     is_template,
 )
 from manylora.config.server_file import Memory, Quotas, RequestLimits, Saving, ServerFile
@@ -34,6 +33,7 @@ __all__ = [
     "OptimizerSettings",
     "Quotas",
     "RequestLimits",
+    "RlSettings",
     "RunFile",
     "Saving",
     "Schedule",

@@ -11,12 +11,11 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from manylora.config.data_sources import DATA_SUFFIXES, is_data_file
 from manylora.config.overrides import apply_override
 from manylora.config.run_file import (
-    DATA_SUFFIXES,
     AdapterEntry,
     RunFile,
-    is_data_file,
     is_name,
     is_template,
 )
@@ -138,12 +137,16 @@ def _with_absolute_paths(run: RunFile, folder: Path) -> RunFile:
             )
         return text
 
+    def code(name: str) -> str:
+        path, colon, symbol = name.rpartition(":")
+        return f"{_below(folder, path)}:{symbol}" if colon and path.endswith(".py") else name
+
     def entry(adapter: AdapterEntry) -> AdapterEntry:
         lora = adapter.lora
         start = None if lora.init_from is None else _below(folder, lora.init_from)
         return adapter.model_copy(
             update={
-                adapter.kind: adapter.kind_settings.with_sources(source),
+                adapter.kind: adapter.kind_settings.with_sources(source).with_code(code),
                 "lora": lora.model_copy(update={"init_from": start}),
             }
         )

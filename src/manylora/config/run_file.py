@@ -4,12 +4,14 @@ An attribute's docstring is its description in the JSON schema.
 """
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeGuard
+from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import Field, field_validator, model_validator
 
+from manylora.config.data_sources import check_source
+from manylora.config.kind_settings import KindSettings, check_one_length
+from manylora.config.rl import RlSettings
 from manylora.config.settings import (
     MOST_STEPS,
     Beta,
@@ -33,33 +35,7 @@ from manylora.types.weight_forms import Quantization
 
 Schedule = Literal["constant", "linear", "cosine"]
 
-DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
-# What names a file as well, though none that is read: nothing of the kind is asked of a hub.
-_OTHER_SUFFIXES = frozenset(
-    {".json", ".ndjson", ".tsv", ".txt", ".md", ".yaml", ".yml", ".xml", ".html"}
-    | {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"}
-    | {".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx", ".ods", ".db", ".sqlite"}
-    | {".pkl", ".npy", ".npz", ".h5", ".bin", ".safetensors"}
-)
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-
-
-def data_suffix(source: str) -> str:
-    """Return how a file's name ends: one of `DATA_SUFFIXES`, or something that is not read."""
-    known = [suffix for suffix in DATA_SUFFIXES if source.lower().endswith(suffix)]
-    return max(known, key=len) if known else Path(source).suffix.lower()
-
-
-def is_data_file(source: str) -> bool:
-    """Return whether a data source is a local file (otherwise it is a hub id): it looks like a
-    path, or ends as files do. Whether it can be read is another question."""
-    return (
-        source.startswith((".", "/", "~"))
-        or "\\" in source
-        or source.count("/") > 1
-        or data_suffix(source) in {*DATA_SUFFIXES, *_OTHER_SUFFIXES}
-    )
 
 
 def is_template(text: str) -> bool:
@@ -167,46 +143,6 @@ class OptimizerSettings(Settings):
         )
 
 
-class KindSettings(Settings):
-    """What one kind of run asks for; the key that it stands under in an entry tells the kind."""
-
-    LENGTHS: ClassVar[tuple[str, ...]]
-    """Its settings that say how long an adapter trains; one of them is given."""
-    SOURCES: ClassVar[tuple[str, ...]]
-    """Its settings that name data."""
-
-    @classmethod
-    def of(cls, entry: "AdapterEntry") -> Self:
-        """Return an entry's settings; raise TypeError if they are not of this kind."""
-        settings = entry.kind_settings
-        if not isinstance(settings, cls):
-            raise TypeError(f"adapter {entry.name!r} is of kind {entry.kind}")
-        return settings
-
-    @property
-    def length(self) -> tuple[str, int]:
-        """The name and the value are those of the setting that says how long an adapter trains."""
-        return next(
-            (name, value) for name in self.LENGTHS if (value := getattr(self, name)) is not None
-        )
-
-    @property
-    def known_steps(self) -> int:
-        """A run has so many optimizer steps, if that is known before data are read; else 0."""
-        name, value = self.length
-        return value if name == "max_steps" else 0
-
-    def sources(self) -> dict[str, str]:
-        """Return the data that are named, by the setting that names them."""
-        named = {name: getattr(self, name) for name in self.SOURCES}
-        return {name: source for name, source in named.items() if source is not None}
-
-    def with_sources(self, change: Callable[[str], str]) -> Self:
-        """Return these settings with every data source changed."""
-        changed = {name: change(source) for name, source in self.sources().items()}
-        return self.model_copy(update=changed)
-
-
 class SftSettings(KindSettings):
     """Supervised fine-tuning: which data, how often."""
 
@@ -235,27 +171,12 @@ class SftSettings(KindSettings):
     @model_validator(mode="before")
     @classmethod
     def _one_length(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        if data.get("epochs") is not None and data.get("max_steps") is not None:
-            raise problem("epochs is given too; keep one of them", "max_steps")
-        if data.get("epochs") is None and data.get("max_steps") is None:
-            return {**data, "epochs": 1}
-        return data
+        return check_one_length(data)
 
     @field_validator("train", "eval")
     @classmethod
     def _check_source(cls, value: str | None) -> str | None:
-        files = f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]}"
-        if value is not None and is_data_file(value):
-            if data_suffix(value) not in DATA_SUFFIXES:
-                raise problem(f"is {value!r}; of local files {files} are read")
-            return value
-        if value is None or _HUB_ID.fullmatch(value):
-            return value
-        raise problem(
-            f"is {value!r}; name a {files} file, or a hub id such as org/name or org/name:split"
-        )
+        return None if value is None else check_source(value)
 
 
 class CheckpointSettings(Settings):
@@ -275,8 +196,10 @@ class AdapterEntry(Settings):
     """Shape of the adapter."""
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     """AdamW and its learning rate over the run."""
-    sft: SftSettings
-    """Supervised fine-tuning: which data, how often."""
+    sft: SftSettings | None = None
+    """Supervised fine-tuning: which data, how often. An adapter has either this or `rl`."""
+    rl: RlSettings | None = None
+    """Reinforcement learning: prompts, rewards, and the objective."""
     save_every: Annotated[int, Field(ge=0, le=MOST_STEPS)] = 100
     """Steps between saved training states; 0 = only at the end."""
     checkpoints: CheckpointSettings | None = None
@@ -296,6 +219,14 @@ class AdapterEntry(Settings):
                 ". nor -"
             )
         return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.sft is None) == (self.rl is None):
+            if self.sft is None:
+                raise problem("is missing; an adapter has either sft or rl", "sft")
+            raise problem("sft is given too; keep one of them", "rl")
+        return self
 
     @property
     def kind(self) -> str:

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session as OrmSession
 
 from manylora.store.database import Database, chunks
 from manylora.store.records import ModelRow, Page, SamplerRow
-from manylora.store.tables import ModelTable, Sampler
+from manylora.store.tables import ModelTable, SamplerTable
 from manylora.types import Conflict
 
 
@@ -110,10 +110,14 @@ class SamplerQueries:
         """
 
         def work(session: OrmSession) -> SamplerRow:
-            taken = (Sampler.session_id == row.session_id) & (Sampler.seq_id == row.seq_id)
-            present = session.scalar(select(Sampler).where(taken | (Sampler.id == row.id)))
+            taken = (SamplerTable.session_id == row.session_id) & (
+                SamplerTable.seq_id == row.seq_id
+            )
+            present = session.scalar(
+                select(SamplerTable).where(taken | (SamplerTable.id == row.id))
+            )
             if present is None:
-                session.add(Sampler.of(row))
+                session.add(SamplerTable.of(row))
                 return row
             _check_same(present.row(), row)
             return present.row()
@@ -121,22 +125,24 @@ class SamplerQueries:
         return self._database.write(work)
 
     def get(self, tenant: str, id: str) -> SamplerRow | None:
-        return self._database.one(Sampler, Sampler.id == id, Sampler.tenant == tenant)
+        return self._database.one(
+            SamplerTable, SamplerTable.id == id, SamplerTable.tenant == tenant
+        )
 
     def of_model(self, tenant: str, model_id: str) -> list[SamplerRow]:
-        where = [Sampler.model_id == model_id, Sampler.tenant == tenant]
+        where = [SamplerTable.model_id == model_id, SamplerTable.tenant == tenant]
         return self._database.all(
-            Sampler,
+            SamplerTable,
             *where,
             order=(
-                Sampler.created_at,
-                Sampler.id,
+                SamplerTable.created_at,
+                SamplerTable.id,
             ),
         )
 
     def of_session(self, tenant: str, session_id: str) -> list[SamplerRow]:
-        where = [Sampler.session_id == session_id, Sampler.tenant == tenant]
-        return self._database.all(Sampler, *where, order=(Sampler.seq_id,))
+        where = [SamplerTable.session_id == session_id, SamplerTable.tenant == tenant]
+        return self._database.all(SamplerTable, *where, order=(SamplerTable.seq_id,))
 
 
 def _check_same(present: ModelRow | SamplerRow, wanted: ModelRow | SamplerRow) -> None:

@@ -104,7 +104,7 @@ class ModelTable(RowOf[ModelRow], Base):
     fault: Mapped[str | None]
 
 
-class Sampler(RowOf[SamplerRow], Base):
+class SamplerTable(RowOf[SamplerRow], Base):
     __tablename__ = "samplers"
     __table_args__ = (
         UniqueConstraint("session_id", "seq_id", name="uq_samplers_session_id_seq_id"),

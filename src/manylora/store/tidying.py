@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session as OrmSession
 
 from manylora.store.database import Database
 from manylora.store.records import RunRow
-from manylora.store.tables import CheckpointTable, ModelTable, RunTable, Sampler, SessionTable
+from manylora.store.tables import CheckpointTable, ModelTable, RunTable, SamplerTable, SessionTable
 
 ENDED = ("completed", "failed", "cancelled")
 
@@ -29,7 +29,7 @@ class Tidying:
 
     def count_samplers(self, tenant: str) -> int:
         """Count a tenant's sampling sessions."""
-        return self._count(Sampler, tenant)
+        return self._count(SamplerTable, tenant)
 
     def forget(self, empty_seconds: float, all_seconds: float) -> int:
         """Delete what is over.
@@ -48,12 +48,12 @@ class Tidying:
             old = select(SessionTable.id).where(SessionTable.ended_at < now - all_seconds)
             unused = ~exists().where(CheckpointTable.model_id == ModelTable.id)
             submitted = exists().where(RunTable.model_id == ModelTable.id)
-            sampled = exists().where(Sampler.model_id == ModelTable.id)
+            sampled = exists().where(SamplerTable.model_id == ModelTable.id)
             empty = ~exists().where(ModelTable.session_id == SessionTable.id) & ~exists().where(
-                Sampler.session_id == SessionTable.id
+                SamplerTable.session_id == SessionTable.id
             )
             steps: list[tuple[Any, ColumnElement[bool]]] = [
-                (Sampler, Sampler.session_id.in_(old)),
+                (SamplerTable, SamplerTable.session_id.in_(old)),
                 (
                     ModelTable,
                     ModelTable.session_id.in_(old) & ModelTable.closed_at.is_not(None)
@@ -87,7 +87,10 @@ class Tidying:
         )
 
     def _count(
-        self, table: type[SessionTable] | type[Sampler], tenant: str, *where: ColumnElement[bool]
+        self,
+        table: type[SessionTable] | type[SamplerTable],
+        tenant: str,
+        *where: ColumnElement[bool],
     ) -> int:
         query = select(func.count()).select_from(table).where(table.tenant == tenant, *where)
         return self._database.read(lambda session: session.scalar(query) or 0)

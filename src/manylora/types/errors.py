@@ -11,6 +11,8 @@
     ├── AdapterNotFound (KeyError)        no adapter of that name
     ├── AdapterExists (ValueError)        the name is taken
     ├── NotFinite (ArithmeticError)       NaN or Inf in one adapter's loss or gradient
+    ├── RewardError                       a reward that raised, or gave no number
+    ├── RolloutFailed                     a rollout that raised, hung, or gave nothing to train on
     ├── StepRefused                       an optimizer step whose gradients were dropped
     ├── Cancelled                         an operation that was dropped before it ran
     ├── EngineLost                        the processes of an engine are gone, and what they held
@@ -75,6 +77,14 @@ class AdapterExists(ManyloraError, ValueError):
 
 class NotFinite(ManyloraError, ArithmeticError):
     """One adapter's loss or gradient holds NaN or Inf."""
+
+
+class RewardError(ManyloraError):
+    """Somebody's reward raised, or what it returned is not a finite number for each sample."""
+
+
+class RolloutFailed(ManyloraError):
+    """A rollout raised, took longer than it may, or gave nothing to train on."""
 
 
 class StepRefused(ManyloraError):

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manylora.config import RunFile, load_run_file, resolved_yaml, run_json_schema
+from manylora.config import RunFile, SftSettings, load_run_file, resolved_yaml, run_json_schema
 from manylora.types import AdamParams, AdapterSpec, ConfigError
 
 SMALL = """\
@@ -76,7 +76,11 @@ def test_ten_lines_are_enough(write):
     run = load_run_file(write(SMALL))
     (adapter,) = run.adapters
     assert (run.token_budget, run.dtype, run.out) == (4096, "auto", Path("runs/first"))
-    assert (adapter.sft.epochs, adapter.sft.max_steps, adapter.sft.batch_size) == (1, None, 16)
+    assert (
+        SftSettings.of(adapter).epochs,
+        SftSettings.of(adapter).max_steps,
+        SftSettings.of(adapter).batch_size,
+    ) == (1, None, 16)
     assert adapter.spec() == AdapterSpec()
     assert adapter.optimizer.adam_params(0.5) == AdamParams(lr=0.5, clip_norm=1.0)
 
@@ -98,17 +102,17 @@ def test_every_setting_reaches_its_place(write):
     assert adapter.optimizer.adam_params(1.0) == AdamParams(
         lr=1.0, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.1, clip_norm=0.0
     )
-    assert adapter.sft.epochs is None and adapter.sft.shuffle is False
+    assert SftSettings.of(adapter).epochs is None and SftSettings.of(adapter).shuffle is False
 
 
 def test_what_is_read_lies_beside_the_run_file_and_what_is_written_does_not(write, tmp_path):
     run = load_run_file(write(FULL.replace("base: seedling", "base: ../b"), "deep/run.yaml"))
     (adapter,) = run.adapters
-    assert adapter.sft.train == str(tmp_path / "deep/data/a.jsonl")
+    assert SftSettings.of(adapter).train == str(tmp_path / "deep/data/a.jsonl")
     assert adapter.lora.init_from == tmp_path / "deep/old/final"
     assert run.base == str(tmp_path / "b")
     assert run.out == Path("runs/quickstart")
-    assert adapter.sft.eval == "org/name:test"
+    assert SftSettings.of(adapter).eval == "org/name:test"
 
 
 @pytest.mark.parametrize("text", [SMALL, FULL])
@@ -166,7 +170,7 @@ adapters:
     adapters = load_run_file(write(text)).adapters
     assert [a.name for a in adapters] == ["a", "b", "c", "d"]
     assert [a.lora.rank for a in adapters] == [3, 3, 3, 3]
-    assert [a.sft.batch_size for a in adapters] == [2, 2, 9, 2]
+    assert [SftSettings.of(a).batch_size for a in adapters] == [2, 2, 9, 2]
 
 
 def test_a_mapping_with_merged_keys_can_itself_be_shared(write):
@@ -382,6 +386,6 @@ def test_every_setting_is_described_in_the_schema():
         if not setting.get("description") and "$ref" not in setting
     ]
     assert bare == []
-    assert len(models) == 8
+    assert len(models) == 19
     assert all(model["additionalProperties"] is False for model in models)
     assert schema["required"] == ["base", "out", "adapters"]

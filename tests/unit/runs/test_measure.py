@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from manylora.cli.main import main
-from manylora.config import RunFile
+from manylora.config import RunFile, SftSettings
 from manylora.runs.events import Event, Phase
 from manylora.runs.measure import STEPS, Measured, measure_run
 from manylora.runs.train import Dependencies
@@ -44,7 +44,9 @@ def measured(
     data: dict[str, Any], client: FakeClient | None = None, events: list[Event] | None = None
 ) -> Measured:
     run, fake = RunFile.model_validate(data), client or FakeClient()
-    tokens = {entry.name: 2 * LENGTH * (entry.sft.max_steps or 0) for entry in run.adapters}
+    tokens = {
+        entry.name: 2 * LENGTH * (SftSettings.of(entry).max_steps or 0) for entry in run.adapters
+    }
     told = [] if events is None else events
     return measure_run(
         run, tokens, emit=told.append, outside=Dependencies(open_client=lambda _: fake)

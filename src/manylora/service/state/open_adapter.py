@@ -13,8 +13,8 @@ from manylora.types import ManyloraError
 
 
 @dataclass(slots=True)
-class Turn:
-    """A `Turn` is an operation whose turn has come.
+class DueOperation:
+    """A `DueOperation` is an operation whose turn has come.
 
     Attributes:
         replayed: as for `Operations.run`.
@@ -49,7 +49,7 @@ class OpenAdapter:
     row: ModelRow
     order: InOrder[OperationRequest] = field(default_factory=InOrder)
     restored: bool = False
-    due: deque[Turn] = field(default_factory=deque)
+    due: deque[DueOperation] = field(default_factory=deque)
     feeding: asyncio.Task[None] | None = None
     running: int = 0
     steps: int = 0

@@ -16,7 +16,7 @@ from manylora.journal import Record
 from manylora.service.http_errors import Backpressure, Gone, ModelFault, missing
 from manylora.service.state.checkpoints import Checkpoints
 from manylora.service.state.in_order import InOrder
-from manylora.service.state.open_adapter import OpenAdapter, Turn
+from manylora.service.state.open_adapter import DueOperation, OpenAdapter
 from manylora.service.state.resources import Resources
 from manylora.service.state.wire_operations import OperationRequest, Operations, snapshot_made_by
 from manylora.service.wire.messages import REFUSED
@@ -180,7 +180,7 @@ class OpenAdapters:
         if snapshot is not None:
             self._resources.coming.expect(snapshot)
         for due, waiting in adapter.order.offer(seq, request):
-            self._next(adapter, Turn(due, waiting, replayed))
+            self._next(adapter, DueOperation(due, waiting, replayed))
         if adapter.fault is not None:
             self.give_up(adapter)
 
@@ -188,7 +188,7 @@ class OpenAdapters:
         """Fail the operations that wait for one that never came."""
         absent = adapter.order.next_seq
         for seq, request in adapter.order.give_up():
-            self._next(adapter, Turn(seq, request, refusal=never_came(adapter.id, absent)))
+            self._next(adapter, DueOperation(seq, request, refusal=never_came(adapter.id, absent)))
 
     async def close_gap(self, adapter: OpenAdapter) -> None:
         """Give up in a way that a restart repeats. Raises SaveFailed."""
@@ -263,7 +263,7 @@ class OpenAdapters:
                 content = await asyncio.to_thread(outline.decode)
         return replace(request, content=content, decoded_bytes=outline.decoded_bytes)
 
-    def _next(self, adapter: OpenAdapter, turn: Turn) -> None:
+    def _next(self, adapter: OpenAdapter, turn: DueOperation) -> None:
         """Hand the operation to the queue whose turn it is, behind those that are due before."""
         adapter.running += 1
         if not adapter.due and not self._is_packed(adapter, turn):
@@ -287,7 +287,7 @@ class OpenAdapters:
             adapter.running -= len(adapter.due)
             adapter.feeding = None
 
-    async def _unpack(self, adapter: OpenAdapter, turn: Turn) -> None:
+    async def _unpack(self, adapter: OpenAdapter, turn: DueOperation) -> None:
         size = turn.request.content.decoded_bytes
         await self._resources.decoded.enter_in_turn(adapter.tenant, size)
         try:
@@ -303,7 +303,7 @@ class OpenAdapters:
         if adapter.feeding is not None:
             await asyncio.wait([adapter.feeding])
 
-    def _is_packed(self, adapter: OpenAdapter, turn: Turn) -> bool:
+    def _is_packed(self, adapter: OpenAdapter, turn: DueOperation) -> bool:
         """Return whether an operation has to be decoded before it can run."""
         if not isinstance(turn.request.content, Outline) or turn.refusal is not None:
             return False
@@ -312,7 +312,7 @@ class OpenAdapters:
         known = turn.replayed and turn.request.leaves_no_trace
         return not (known and self._operations.is_known(f"{adapter.id}:{turn.seq}"))
 
-    def _run(self, adapter: OpenAdapter, turn: Turn) -> None:
+    def _run(self, adapter: OpenAdapter, turn: DueOperation) -> None:
         """Hand an operation to the queue; with a `refusal`, one that fails so."""
         seq, request, refusal = turn.seq, turn.request, turn.refusal
         request_id = f"{adapter.id}:{seq}"

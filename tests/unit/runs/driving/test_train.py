@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from manylora.config import RunFile, load_run_file
+from manylora.config import RunFile, SftSettings, load_run_file
 from manylora.runs.run_folder import RunPaths
 from manylora.types import ConfigError
 from tests.unit.runs.driving.conftest import final_weights, metrics, summary, train
@@ -22,7 +22,7 @@ def test_a_run_leaves_all_its_files(run_file: RunFile):
     assert load_run_file(paths.run_yaml) == run_file
     for entry in run_file.adapters:
         folder = paths.adapter(entry.name)
-        steps = entry.sft.max_steps or 0
+        steps = SftSettings.of(entry).max_steps or 0
         rows = metrics(run_file, entry.name)
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
         assert set(rows[0]) == {
@@ -52,7 +52,7 @@ def test_rates_are_over_the_time_of_the_device_and_evaluation_is_apart(run_file:
     rate = told["tokens"] / told["training_seconds"]
     assert told["tokens_per_second"] == pytest.approx(rate, abs=0.1)
     # Each evaluation is a forward pass over one chunk and one of answers, before and after.
-    evaluated = sum(entry.sft.eval is not None for entry in run_file.adapters)
+    evaluated = sum(SftSettings.of(entry).eval is not None for entry in run_file.adapters)
     assert told["evaluation_seconds"] == pytest.approx(2 * (0.1 + 0.3) * evaluated)
 
 
