@@ -16,7 +16,7 @@ from manylora.types.data import Array
 
 @dataclass(frozen=True, slots=True)
 class RolloutSegment:
-    """A `RolloutSegment` is a sequence that is trained as one: prompts, and what was sampled in between.
+    """A `RolloutSegment` is trained as one sequence: prompts, and what was sampled in between.
 
     Attributes:
         tokens: int32 [N].
