@@ -18,7 +18,7 @@ from manylora.hosting.engine_protocol import Resident
 from manylora.hosting.futures import flattened
 from manylora.hosting.host import Host
 from manylora.hosting.pager import Pager
-from manylora.hosting.state_files import read_state, term, write_peft
+from manylora.hosting.state_files import read_state, term, write_peft, write_state
 from manylora.lora.layout import plan_layout
 from manylora.lora.sites import Site, resolve_targets
 from manylora.lora.state import AdapterState
@@ -319,6 +319,18 @@ class AdapterHandle(Samplable):
         client._host.snapshot(self.name, snapshot, tenant=client._tenant)
         return SnapshotHandle(self, snapshot)
 
+    def restore_snapshot(self, folder: str | Path) -> SnapshotHandle:
+        """Make a snapshot again of which `SnapshotHandle.save` wrote the folder.
+
+        Raises:
+            CheckpointDamaged, CheckpointMismatch
+        """
+        client, spec = self._client, self.spec
+        state = read_state(client._host.engine, Path(folder), spec=spec).state
+        snapshot = f"{self.name}@{next(client._snapshot_numbers)}"
+        client._host.install_snapshot(self.name, snapshot, state, tenant=client._tenant)
+        return SnapshotHandle(self, snapshot)
+
     def save(self, folder: str | Path, client: Mapping[str, JSON] | None = None) -> Future[Path]:
         """Write the complete training state, atomically.
 
@@ -417,13 +429,7 @@ class AdapterHandle(Samplable):
         """Copy the adapter's state in its turn; write it while others go on."""
 
         def run(pager: Pager) -> Future[Path]:
-            state = pager.whole_state(self.name)
-
-            def put() -> Path:
-                write(state)
-                return folder
-
-            return pager.write(put, state, quiet=True)
+            return _written(pager, pager.whole_state(self.name), folder, write)
 
         return flattened(self._client._call(self.name, run))
 
@@ -443,6 +449,33 @@ class SnapshotHandle(Samplable):
         self.name = name
         self.text_format = handle.text_format
 
+    def save(self, folder: str | Path) -> Future[Path]:
+        """Write the frozen weights, atomically, for `AdapterHandle.restore_snapshot`.
+
+        Returns:
+            A future of the folder. It raises SaveFailed.
+        """
+        engine, folder = self._handle._client._host.engine, Path(folder)
+        return self._copy_then(folder, lambda it: write_state(engine, folder, it, position=0))
+
+    def export(self, folder: str | Path) -> Future[Path]:
+        """Write the frozen weights as a PEFT folder.
+
+        Returns:
+            A future of the folder. It raises SaveFailed.
+        """
+        engine, folder = self._handle._client._host.engine, Path(folder)
+        return self._copy_then(
+            folder, lambda state: write_peft(engine, folder, state, self.text_format)
+        )
+
+    def _copy_then(self, folder: Path, write: Callable[[AdapterState], None]) -> Future[Path]:
+        def run(pager: Pager) -> Future[Path]:
+            state = pager.snapshots.state(self.name)
+            return _written(pager, state, folder, write)
+
+        return flattened(self._handle._client._call(self.adapter, run))
+
     def drop(self) -> Future[None]:
         """Free the copy."""
         client = self._handle._client
@@ -451,3 +484,15 @@ class SnapshotHandle(Samplable):
     def _ask(self, request: Sample) -> Future[SampleResult]:
         request = replace(request, adapter=self.adapter, snapshot=self.name)
         return self._handle._queue.submit(self._handle._own(request, self.text_format))
+
+
+def _written(
+    pager: Pager, state: AdapterState, folder: Path, write: Callable[[AdapterState], None]
+) -> Future[Path]:
+    """Write a copy of a state while others go on; return a future of its folder."""
+
+    def put() -> Path:
+        write(state)
+        return folder
+
+    return pager.write(put, state, quiet=True)

@@ -164,6 +164,15 @@ class Host:
             number, adapter, lambda pager: pager.snapshot(adapter, snapshot, seq), tenant, seq
         )
 
+    def install_snapshot(
+        self, adapter: str, snapshot: str, state: AdapterState, *, tenant: str = ""
+    ) -> Future[None]:
+        """Queue the making of a snapshot of an adapter from a state that was read from disk."""
+        number = self.placement.add_snapshot(snapshot, adapter)
+        return self._call(
+            number, adapter, lambda pager: pager.snapshots.install(snapshot, state), tenant
+        )
+
     def drop_snapshot(
         self, snapshot: str, *, adapter: str | None = None, tenant: str = ""
     ) -> Future[None]:

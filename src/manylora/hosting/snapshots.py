@@ -7,6 +7,7 @@ from manylora.hosting.engine_protocol import EngineProtocol
 from manylora.hosting.page import bytes_of, file_name
 from manylora.hosting.state_files import read_state, write_state
 from manylora.hosting.state_writer import Writer
+from manylora.lora.state import AdapterState
 from manylora.scheduler import Residency
 from manylora.types import AdapterNotFound
 
@@ -41,12 +42,20 @@ class Snapshots:
         """Freeze a copy of a resident adapter's weights; it is on disk soon."""
         self._engine.snapshot(adapter, snapshot)
         self._note(snapshot)
-        if self._folder is None:
-            return
-        state, folder = self._engine.snapshot_state(snapshot), self.folder_of(snapshot)
-        self._writer.write(
-            lambda: write_state(self._engine, folder, state, position=0), bytes_of(state)
-        )
+        if self._folder is not None:
+            self._write(snapshot, self._engine.snapshot_state(snapshot))
+
+    def install(self, snapshot: str, state: AdapterState) -> None:
+        """Make a snapshot of a state that `EngineProtocol.snapshot_state` gave earlier."""
+        self._engine.install_snapshot(snapshot, state)
+        self._note(snapshot)
+        if self._folder is not None:
+            self._write(snapshot, state)
+
+    def state(self, snapshot: str) -> AdapterState:
+        """Return a snapshot as a state. Raises AdapterNotFound."""
+        self.bring(snapshot)
+        return self._engine.snapshot_state(snapshot)
 
     def bring(self, snapshot: str) -> None:
         """Bring a snapshot into the engine, if it is not there.
@@ -69,6 +78,12 @@ class Snapshots:
         if self._folder is not None:
             folder = self.folder_of(snapshot)
             self._writer.write(lambda: shutil.rmtree(folder, ignore_errors=True), 0)
+
+    def _write(self, snapshot: str, state: AdapterState) -> None:
+        folder = self.folder_of(snapshot)
+        self._writer.write(
+            lambda: write_state(self._engine, folder, state, position=0), bytes_of(state)
+        )
 
     def _note(self, snapshot: str) -> None:
         self._resident.use(snapshot, self._engine.snapshots[snapshot].num_bytes)

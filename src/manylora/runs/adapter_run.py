@@ -99,8 +99,10 @@ class AdapterRun:
         # Tokenizers are not made for several threads; one adapter's data at a time.
         self._preparing = preparing
         self._adapter: Any = None
-        # Once its steps have begun.
+        # Once the adapter is open.
         self._course: Course | None = None
+        # Its first step may have begun.
+        self._training = False
         self._states = States(job.name, paths, job.keep, job.columns, emit)
         self.outcome = Outcome(job.columns, total_steps=job.steps)
 
@@ -149,7 +151,7 @@ class AdapterRun:
         if self.outcome.steps == 0 and course.evals:
             self.outcome.eval_before = await self._evaluate("before", course)
         with MetricsFile(self._paths.metrics) as self._metrics:
-            self._course = course
+            self._training = True
             await self._steps(course)
         await self._finish(course)
 
@@ -173,7 +175,6 @@ class AdapterRun:
             self._adapter, saved = await asyncio.to_thread(
                 self._client.restore, job.name, state, spec=job.spec
             )
-            course.recall(saved.get("course", {}))
         outcome.num_params = self._adapter.num_params
         outcome.resumed_from = self._states.saved_step = int(saved.get("step", 0))
         outcome.eval_before = saved.get("eval_before")
@@ -182,6 +183,8 @@ class AdapterRun:
         outcome.steps = outcome.resumed_from
         # A lost metrics file costs the curve, not its ends.
         outcome.ends |= {name: saved[name] for name in outcome.ends if name in saved}
+        self._course = course
+        await course.begin(self._adapter, self._paths, outcome.steps, saved.get("course", {}))
 
     async def _steps(self, course: Course) -> None:
         pending: Pending = deque()
@@ -266,6 +269,7 @@ class AdapterRun:
             "evaluations": told.evaluations,
             **({"course": memory} if memory else {}),
         }
+        await course.keep()
         await self._states.save(self._adapter, told.steps, saved, first=self._metrics.sync)
 
     # ------------------------------------------------------------------ evaluation
@@ -293,7 +297,7 @@ class AdapterRun:
     async def _leave(self) -> None:
         """Save where the adapter is, as asked to stop; what is in flight has been read."""
         try:
-            if self._course is not None:
+            if self._course is not None and self._training:
                 await self._save(self._course)
                 await self._states.written()
         except Exception as error:
@@ -322,7 +326,13 @@ class AdapterRun:
         )
 
     async def _release(self) -> None:
-        """Give the adapter's memory back; a state still being written is waited for."""
+        """End the course, and give the adapter's memory back; a state still being written is
+        waited for."""
+        if self._course is not None:
+            try:
+                await self._course.end()
+            except Exception as error:
+                log.debug("adapter %s: %s", self._job.name, error)
         try:
             await self._states.written()
         except Exception as error:

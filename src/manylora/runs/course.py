@@ -14,10 +14,13 @@ from manylora.checkpoint.peft_config import refuse_lost
 from manylora.config import AdapterEntry
 from manylora.lora.sites import Site, resolve_targets
 from manylora.runs.columns import CourseColumns
+from manylora.runs.run_folder import AdapterPaths
 from manylora.types import AdapterSpec, Datum, DeviceTime, TextFormat
 
 # Told what is being done and how far it is, (text, done, total); it may raise to end the work.
 Progress = Callable[[str, int, int], None]
+# What a course's `memory` returned, read back from JSON.
+Memory = Mapping[str, Any]
 # Told what a part of an evaluation cost, in seconds of the device.
 Spend = Callable[[float], None]
 
@@ -92,14 +95,28 @@ class Course(Protocol):
     @property
     def notes(self) -> Sequence[str]: ...
 
+    async def begin(
+        self, adapter: Any, paths: AdapterPaths | None, step: int, memory: Memory
+    ) -> None:
+        """Get ready for the steps that follow; called once the adapter is open.
+
+        Args:
+            paths: the adapter's files; None = nothing is to be kept.
+            step: the steps that are behind the adapter.
+            memory: what `memory` returned for the training state of that step; empty at the start.
+        """
+
     def start(self, adapter: Any, step: int) -> StartedStep:
         """Start a step (1, 2, …) without waiting for it. Called on the run's event loop."""
 
     def memory(self) -> dict[str, Any]:
         """Return what a training state must hold besides the adapter, as JSON can hold it."""
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        """Go on from a training state's `memory`; called before the first step that follows."""
+    async def keep(self) -> None:
+        """Write what a training state of now needs beside itself; called before it is asked for."""
+
+    async def end(self) -> None:
+        """Let go of whatever is still at work; nothing of the course is asked afterwards."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,6 +192,7 @@ class _Measuring:
             client.create, job.name, job.spec, init_from=job.init_from
         )
         self.adapter.text_format = self.course.text_format
+        await self.course.begin(self.adapter, None, 0, {})
 
     async def warm_up(self) -> None:
         """Evaluate very little."""
@@ -231,9 +232,10 @@ class _Measuring:
         self._tick("measuring steps", len(self.made), steps)
 
     async def unload(self) -> None:
-        """Give the adapter's memory back."""
+        """End the course, and give the adapter's memory back."""
         if self.adapter is not None:
             try:
+                await self.course.end()
                 await wrap_future(self.adapter.unload())
             except Exception as error:
                 self.error = self.error or error

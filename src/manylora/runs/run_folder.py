@@ -53,15 +53,31 @@ class AdapterPaths:
         """TensorBoard's event files are here."""
         return self.root / "tensorboard"
 
+    @property
+    def rollouts(self) -> Path:
+        """This folder has what was sampled: a file for each step, and what waits to be trained."""
+        return self.root / "rollouts"
+
+    @property
+    def versions(self) -> Path:
+        """This folder has earlier weights that samples of steps to come are drawn from."""
+        return self.root / "versions"
+
+    @property
+    def user_log(self) -> Path:
+        """This file has what the user's own code has printed."""
+        return self.root / "user.log"
+
     def state(self, step: int) -> Path:
         """Return the folder of the training state after `step` steps."""
         return self.checkpoints / f"step-{step}"
 
     def delete(self) -> None:
         """Delete what a run wrote here, and nothing else."""
-        for file in (self.metrics, self.samples, self.result):
+        for file in (self.metrics, self.samples, self.result, self.user_log):
             file.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.final, self.tensorboard):
+        folders = (self.checkpoints, self.final, self.tensorboard, self.rollouts, self.versions)
+        for folder in folders:
             if folder.is_dir() and not folder.is_symlink():
                 shutil.rmtree(folder)
         if self.root.is_dir() and not any(self.root.iterdir()):

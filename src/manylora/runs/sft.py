@@ -10,6 +10,7 @@ import numpy as np
 from manylora.runs.columns import Column, CourseColumns
 from manylora.runs.course import StepFigures
 from manylora.runs.evaluate import EvalSet, settle
+from manylora.runs.run_folder import AdapterPaths
 from manylora.types import AdamParams, DataError, Datum, TextFormat
 
 # The loss is the mean over a batch's trained tokens, the gradient's norm L2 before clipping.
@@ -91,12 +92,20 @@ class SftCourse:
         tokens = sum(len(datum) for datum in batch)
         return SftStep(adam.lr, tokens, trained, wrap_future(loss), wrap_future(update))
 
+    async def begin(
+        self, adapter: Any, paths: AdapterPaths | None, step: int, memory: Mapping[str, Any]
+    ) -> None:
+        """Nothing is to be got ready: batches and learning rates follow from the step."""
+
     def memory(self) -> dict[str, Any]:
-        """A training state needs nothing: batches and learning rates follow from the step."""
+        """A training state needs nothing, for the same reason."""
         return {}
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        """See `memory`."""
+    async def keep(self) -> None:
+        """Nothing stands beside a training state."""
+
+    async def end(self) -> None:
+        """Nothing is at work between steps."""
 
 
 def mean_weights(batch: Sequence[Datum]) -> tuple[list[Datum], int]:

@@ -6,11 +6,11 @@ unknown version is an error, never the newest, and never the base.
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from manylora.types import SamplingParams
+from manylora.types import DeviceTime, SamplingParams, Scoring
 from manylora.types.data import Array
 
 StopReason = Literal["stop", "length", "interrupted"]
@@ -52,12 +52,14 @@ class Turn:
         logprobs: of each new token, under the temperature-scaled, untruncated distribution.
         version: of the weights that every token was drawn from.
         stop_reason: `stop`, `length` (max_tokens or the context's end), or `interrupted`.
+        device: what it cost, as far as that is known; two turns are compared without it.
     """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     version: int
     stop_reason: StopReason
+    device: DeviceTime = field(default=DeviceTime(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +80,15 @@ class ServerState:
 
 
 class Weights(Protocol):
-    """`Weights` are an adapter's, to be published as they are at this point.
+    """`Weights` are a frozen copy of an adapter's; its owner drops it, after it was retired.
 
-    `api.AdapterHandle` has both methods; which one is called is the sampler's matter.
+    `api.SnapshotHandle` has these methods; which of them are called is the sampler's matter.
     """
 
-    def snapshot(self) -> Any:
-        """Freeze a copy in the engine."""
+    def sample(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, scoring: Scoring
+    ) -> Future[Any]:
+        """Continue prompts in the engine."""
 
     def export(self, folder: Path) -> Future[Path]:
         """Write a PEFT folder."""

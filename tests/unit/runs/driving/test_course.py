@@ -19,7 +19,7 @@ from manylora.runs.course import CoursePlan, StepFigures
 from manylora.runs.evaluate import EvalSet
 from manylora.runs.kinds import Kind
 from manylora.runs.report import report_data
-from manylora.runs.run_folder import RunPaths
+from manylora.runs.run_folder import AdapterPaths, RunPaths
 from manylora.types import (
     AdamParams,
     DeviceTime,
@@ -92,8 +92,16 @@ class Rewarded:
     def memory(self) -> dict[str, Any]:
         return {"baseline": self.baseline}
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        self.baseline = memory["baseline"]
+    async def begin(
+        self, adapter: Any, paths: AdapterPaths | None, step: int, memory: Mapping[str, Any]
+    ) -> None:
+        self.baseline = memory.get("baseline", self.baseline)
+
+    async def keep(self) -> None:
+        """Nothing stands beside a training state."""
+
+    async def end(self) -> None:
+        """Nothing is at work between steps."""
 
 
 def no_plan(entry: AdapterEntry, tokenizer: Any, vocabulary: Any) -> CoursePlan:

@@ -1,0 +1,195 @@
+"""Reinforcement learning is a course: a step samples, has the samples scored, and trains on them.
+
+Step s begins with the weights after s - 1 steps. It publishes them as version s - 1, has the groups
+made that may be sampled from it, and trains on its own groups, which earlier steps have begun.
+"""
+
+import asyncio
+import time
+from asyncio import wrap_future
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from manylora.config import RlSettings
+from manylora.runs.course import StepFigures
+from manylora.runs.evaluate import settle
+from manylora.runs.rl.collecting import LagCollector, PromptOrder
+from manylora.runs.rl.objective import Objective
+from manylora.runs.rl.record import Record
+from manylora.runs.rl.rollout import SampleGroup
+from manylora.runs.rl.step_figures import step_figures, step_rows
+from manylora.runs.rl.training import PhaseSeconds, train_batch
+from manylora.runs.rl.versions import Versions
+from manylora.runs.run_folder import AdapterPaths
+from manylora.runs.saved_states import saved_steps
+from manylora.servers import Sampler
+from manylora.types import AdamParams, RolloutFailed, TextFormat
+from manylora.types.data import Datum
+
+# Steps in a row without a difference between any rewards, after which an adapter fails.
+MOST_SILENT_STEPS = 20
+
+
+class Players(Protocol):
+    """`Players` play and score; they hold the threads in which users' code runs."""
+
+    async def play(self, step: int, number: int, row: int, policy: Any) -> SampleGroup:
+        """Play and score one group; see `collecting.py::PlayGroup`."""
+
+    async def close(self) -> None:
+        """End whatever is being played."""
+
+
+@dataclass(slots=True)
+class RlStep:
+    """An `RlStep` is a step that is being made."""
+
+    task: asyncio.Task[StepFigures]
+
+    async def read(self) -> StepFigures:
+        """Wait for the step."""
+        return await self.task
+
+    async def settle(self) -> None:
+        """End the step, and wait for what of it is with the engine."""
+        self.task.cancel()
+        await settle((self.task,))
+
+
+@dataclass(slots=True)
+class RlCourse:
+    """An `RlCourse` is what reading an adapter's prompts gives; see `runs/course.py::Course`.
+
+    Attributes:
+        sampler: where the samples come from; the course does not know which one it is.
+        players: make an adapter's players, given its files; called once it is open.
+        order: of the prompts.
+        adam: the optimizer's parameters of each step.
+        base_forward: `forward` of the base without an adapter.
+    """
+
+    rl: RlSettings
+    steps: int
+    sampler: Sampler
+    players: Callable[[Any, AdapterPaths | None], Players]
+    order: PromptOrder
+    adam: Callable[[int], AdamParams]
+    base_forward: Callable[..., Any]
+    evals: Any = ()
+    eval_every: int = 0
+    text_format: TextFormat = field(default_factory=TextFormat)
+    notes: Sequence[str] = ()
+    ahead: int = 1
+    _adapter: Any = field(init=False, default=None)
+    _paths: AdapterPaths | None = field(init=False, default=None)
+    _playing: Players = field(init=False)
+    _versions: Versions = field(init=False)
+    _record: Record | None = field(init=False, default=None)
+    _collector: LagCollector = field(init=False)
+    # Steps that were made, and those of them, the last ones, that had nothing to learn from.
+    _made: int = field(init=False, default=0)
+    _silent: int = field(init=False, default=0)
+
+    async def begin(
+        self, adapter: Any, paths: AdapterPaths | None, step: int, memory: Mapping[str, Any]
+    ) -> None:
+        """Publish what the next steps sample from; see `runs/course.py::Course.begin`."""
+        self._adapter, self._paths, self._made = adapter, paths, step
+        self._silent = memory.get("silent_steps", 0)
+        folder = None if paths is None else paths.versions
+        self._versions = Versions(self.sampler, adapter, folder)
+        if paths is not None:
+            keep = self.rl.keep_rollouts
+            self._record = Record(paths.rollouts, None if keep == "all" else keep, step)
+        self._playing = self.players(adapter, paths)
+        objective = Objective(self.rl)
+        self._collector = LagCollector(
+            self.rl,
+            self._playing.play,
+            objective.teaches,
+            self._versions,
+            self._record,
+            self.order,
+        )
+        self._collector.begin(step + 1, memory.get("place", step * self.rl.groups))
+        for version in self._needed(step):
+            if version < step:
+                await self._versions.restore(version)
+        await self._versions.publish(step)
+
+    def start(self, adapter: Any, step: int) -> RlStep:
+        """Begin a step; its groups may be there already."""
+        return RlStep(asyncio.create_task(self._step(step)))
+
+    def memory(self) -> dict[str, Any]:
+        """Return where the prompts of the next step begin, and how long nothing was learned."""
+        return {"place": self._collector.place_after(self._made), "silent_steps": self._silent}
+
+    async def keep(self) -> None:
+        """Write the versions that the steps after this one sample from."""
+        needed = self._needed(self._made)
+        if needed:
+            await self._versions.keep(min(needed), max(needed))
+        if self._paths is not None:
+            kept = {v for step in saved_steps(self._paths.checkpoints) for v in self._needed(step)}
+            self._versions.forget_kept(kept | set(needed))
+        if self._record is not None:
+            self._record.cover(self._covered())
+
+    async def end(self) -> None:
+        """Have what is in the making end, and forget what was published."""
+        await self._collector.close()
+        await self._playing.close()
+        await self._versions.retire(below=self._made + 1)
+        if self._record is not None:
+            self._record.close()
+
+    async def publish(self) -> Any:
+        """Publish the weights as they are, and return how requests name them."""
+        await self._versions.publish(self._made)
+        return self._versions.policy(self._made)
+
+    def _needed(self, step: int) -> list[int]:
+        """Return the versions, but for that of `step`, which the steps after it sample from."""
+        first = max(0, step - (self.rl.off_policy.lag or 0))
+        start = [0] if self.rl.kl.coef > 0 and self.rl.kl.reference == "start" else []
+        return sorted({*start, *range(first, step)})
+
+    def _covered(self) -> int:
+        """Return the newest step of which a whole training state is on the disk."""
+        steps = [] if self._paths is None else saved_steps(self._paths.checkpoints)
+        return max((step for step in steps if step <= self._made), default=0)
+
+    async def _step(self, step: int) -> StepFigures:
+        seconds = PhaseSeconds()
+        await self._versions.publish(step - 1)
+        for coming in range(step, min(step + (self.rl.off_policy.lag or 0), self.steps) + 1):
+            self._collector.launch(coming)
+        began = time.perf_counter()
+        collected = await self._collector.take(step)
+        seconds.waiting = time.perf_counter() - began
+        batch = Objective(self.rl).batch(collected.groups)
+        trained = await train_batch(
+            self.rl, self._adapter, self._reference, self.adam(step), batch, seconds
+        )
+        self._silent = 0 if trained.updates else self._silent + 1
+        if self._silent == MOST_SILENT_STEPS:
+            raise RolloutFailed(
+                f"no learning signal: in {MOST_SILENT_STEPS} steps in a row all rewards of a group "
+                "were the same; look at the rollouts, and at what the reward gives them"
+            )
+        figures = step_figures(self.rl, step, collected, batch, trained, seconds)
+        if self._record is not None:
+            rows = step_rows(collected, batch)
+            await asyncio.to_thread(self._record.write_step, step, rows)
+        self._made = step
+        self._collector.forget(step)
+        start = 0 if self.rl.kl.reference == "start" else -1
+        await self._versions.retire(below=step - (self.rl.off_policy.lag or 0), but=start)
+        return StepFigures(figures, trained.passes, trained.update)
+
+    async def _reference(self, data: Sequence[Datum], **settings: Any) -> Any:
+        if self.rl.kl.reference == "base":
+            return await wrap_future(self.base_forward(data, **settings))
+        return await wrap_future(self._versions.frozen(0).forward(data, **settings))
