@@ -5,9 +5,9 @@ in the making while a step trains, and it never matters which of them comes firs
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from manylora.config import RlSettings
 from manylora.runs.data_order import epoch_order
@@ -56,6 +56,31 @@ class PromptOrder:
         return int(order[within])
 
 
+class Collector(Protocol):
+    """A `Collector` has the groups of each step made, in its own way."""
+
+    def begin(self, step: int, memory: Mapping[str, Any]) -> None:
+        """Begin before a step; `memory` is what `memory` returned when the step before was over."""
+
+    def memory(self, step: int) -> dict[str, Any]:
+        """Return what the steps behind one must know, as JSON can hold it."""
+
+    def needed(self, step: int) -> range:
+        """Return the versions before that of `step` which the steps behind it may ask for."""
+
+    def launch(self, step: int) -> None:
+        """Have groups made that can be made now, as a step begins whose version is published."""
+
+    async def take(self, step: int) -> Collected:
+        """Wait for a step's groups; raise what went wrong with them."""
+
+    def oldest(self, step: int) -> int:
+        """Return the oldest version that is in use once a step is over."""
+
+    async def close(self) -> None:
+        """Have what is in the making end."""
+
+
 class LagCollector:
     """A `LagCollector` samples each step's groups `lag` steps ahead of their training."""
 
@@ -67,16 +92,18 @@ class LagCollector:
         versions: Versions,
         record: Record | None,
         order: PromptOrder,
+        steps: int,
     ):
         """Nothing is in the making yet; `begin` says where it begins.
 
         Args:
             teaches: whether some sample of a group is better than another.
             record: where groups are written, and found again; None = nowhere.
+            steps: of the whole run.
         """
         self._rl, self._play, self._versions, self._record = rl, play, versions, record
         self._teaches = teaches
-        self._order, self._lag = order, rl.off_policy.lag or 0
+        self._order, self._lag, self._steps = order, rl.off_policy.lag or 0, steps
         self._tasks: dict[int, asyncio.Task[Collected]] = {}
         # Where each step's prompts begin, once that is known.
         self._places: dict[int, asyncio.Future[int]] = {}
@@ -85,31 +112,37 @@ class LagCollector:
         """Return the version that a step's samples are drawn from."""
         return max(0, step - 1 - self._lag)
 
-    def begin(self, step: int, place: int) -> None:
-        """Begin before a step whose prompts begin at a place of the order."""
-        self._place(step).set_result(place)
+    def begin(self, step: int, memory: Mapping[str, Any]) -> None:
+        """See `Collector.begin`."""
+        self._place(step).set_result(memory.get("place", (step - 1) * self._rl.groups))
 
-    def place_after(self, step: int) -> int:
-        """Return where the prompts of the step behind one that was taken begin."""
-        return self._place(step + 1).result()
+    def memory(self, step: int) -> dict[str, Any]:
+        """Return where the prompts of the step behind this one begin."""
+        return {"place": self._place(step + 1).result()}
+
+    def needed(self, step: int) -> range:
+        """See `Collector.needed`."""
+        return range(self.version_of(step + 1), step)
+
+    def oldest(self, step: int) -> int:
+        """See `Collector.oldest`."""
+        return self.version_of(step + 1)
 
     def launch(self, step: int) -> None:
-        """Have a step's groups made, unless they are; its version must be published."""
-        if step not in self._tasks:
-            policy = self._versions.policy(self.version_of(step))
-            self._tasks[step] = asyncio.create_task(self._collect(step, policy))
+        """Have the groups of this step and of the next `lag` ones made, those that are not."""
+        for coming in range(step, min(step + self._lag, self._steps) + 1):
+            if coming not in self._tasks:
+                policy = self._versions.policy(self.version_of(coming))
+                self._tasks[coming] = asyncio.create_task(self._collect(coming, policy))
 
     async def take(self, step: int) -> Collected:
-        """Wait for a step's groups; raise what went wrong with them."""
-        return await self._tasks[step]
-
-    def forget(self, step: int) -> None:
-        """Forget a step that is over."""
-        self._tasks.pop(step, None)
-        self._places.pop(step, None)
+        """See `Collector.take`."""
+        collected = await self._tasks[step]
+        del self._tasks[step], self._places[step]
+        return collected
 
     async def close(self) -> None:
-        """Have what is in the making end."""
+        """See `Collector.close`."""
         await cancelled(self._tasks.values())
         self._tasks.clear()
 
@@ -164,7 +197,7 @@ class LagCollector:
 
 
 async def all_of(work: Iterable[Awaitable[SampleGroup]]) -> list[SampleGroup]:
-    """Return the results in order; when one fails the others are ended, and that error is raised."""
+    """Return the results in order; when one fails, the others are ended and its error is raised."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         return list(await asyncio.gather(*tasks))

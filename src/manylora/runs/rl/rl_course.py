@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from manylora.config import RlSettings
 from manylora.runs.course import StepFigures
 from manylora.runs.evaluate import settle
-from manylora.runs.rl.collecting import LagCollector, PromptOrder
+from manylora.runs.rl.collecting import Collector, LagCollector, PromptOrder
+from manylora.runs.rl.free_running import FreeCollector
 from manylora.runs.rl.objective import Objective
 from manylora.runs.rl.record import Record
 from manylora.runs.rl.rollout import SampleGroup
@@ -86,7 +87,7 @@ class RlCourse:
     _playing: Players = field(init=False)
     _versions: Versions = field(init=False)
     _record: Record | None = field(init=False, default=None)
-    _collector: LagCollector = field(init=False)
+    _collector: Collector = field(init=False)
     # Steps that were made, and those of them, the last ones, that had nothing to learn from.
     _made: int = field(init=False, default=0)
     _silent: int = field(init=False, default=0)
@@ -103,19 +104,10 @@ class RlCourse:
             keep = self.rl.keep_rollouts
             self._record = Record(paths.rollouts, None if keep == "all" else keep, step)
         self._playing = self.players(adapter, paths)
-        objective = Objective(self.rl)
-        self._collector = LagCollector(
-            self.rl,
-            self._playing.play,
-            objective.teaches,
-            self._versions,
-            self._record,
-            self.order,
-        )
-        self._collector.begin(step + 1, memory.get("place", step * self.rl.groups))
+        self._collector = self._make_collector()
+        self._collector.begin(step + 1, memory)
         for version in self._needed(step):
-            if version < step:
-                await self._versions.restore(version)
+            await self._versions.restore(version)
         await self._versions.publish(step)
 
     def start(self, adapter: Any, step: int) -> RlStep:
@@ -124,13 +116,12 @@ class RlCourse:
 
     def memory(self) -> dict[str, Any]:
         """Return where the prompts of the next step begin, and how long nothing was learned."""
-        return {"place": self._collector.place_after(self._made), "silent_steps": self._silent}
+        return {**self._collector.memory(self._made), "silent_steps": self._silent}
 
     async def keep(self) -> None:
         """Write the versions that the steps after this one sample from."""
         needed = self._needed(self._made)
-        if needed:
-            await self._versions.keep(min(needed), max(needed))
+        await self._versions.keep(needed)
         if self._paths is not None:
             kept = {v for step in saved_steps(self._paths.checkpoints) for v in self._needed(step)}
             self._versions.forget_kept(kept | set(needed))
@@ -150,11 +141,20 @@ class RlCourse:
         await self._versions.publish(self._made)
         return self._versions.policy(self._made)
 
+    def _make_collector(self) -> Collector:
+        rl, play, teaches = self.rl, self._playing.play, Objective(self.rl).teaches
+        if rl.off_policy.lag is None:
+            return FreeCollector(rl, play, teaches, self._versions, self._record, self.order)
+        return LagCollector(rl, play, teaches, self._versions, self._record, self.order, self.steps)
+
     def _needed(self, step: int) -> list[int]:
-        """Return the versions, but for that of `step`, which the steps after it sample from."""
-        first = max(0, step - (self.rl.off_policy.lag or 0))
-        start = [0] if self.rl.kl.coef > 0 and self.rl.kl.reference == "start" else []
-        return sorted({*start, *range(first, step)})
+        """Return the versions, but for that of `step`, which the steps after it need."""
+        start = [0] if self._start_is_needed and step > 0 else []
+        return sorted({*start, *self._collector.needed(step)})
+
+    @property
+    def _start_is_needed(self) -> bool:
+        return self.rl.kl.coef > 0 and self.rl.kl.reference == "start"
 
     def _covered(self) -> int:
         """Return the newest step of which a whole training state is on the disk."""
@@ -164,8 +164,7 @@ class RlCourse:
     async def _step(self, step: int) -> StepFigures:
         seconds = PhaseSeconds()
         await self._versions.publish(step - 1)
-        for coming in range(step, min(step + (self.rl.off_policy.lag or 0), self.steps) + 1):
-            self._collector.launch(coming)
+        self._collector.launch(step)
         began = time.perf_counter()
         collected = await self._collector.take(step)
         seconds.waiting = time.perf_counter() - began
@@ -184,9 +183,8 @@ class RlCourse:
             rows = step_rows(collected, batch)
             await asyncio.to_thread(self._record.write_step, step, rows)
         self._made = step
-        self._collector.forget(step)
-        start = 0 if self.rl.kl.reference == "start" else -1
-        await self._versions.retire(below=step - (self.rl.off_policy.lag or 0), but=start)
+        start = 0 if self._start_is_needed else -1
+        await self._versions.retire(below=self._collector.oldest(step), but=start)
         return StepFigures(figures, trained.passes, trained.update)
 
     async def _reference(self, data: Sequence[Datum], **settings: Any) -> Any:

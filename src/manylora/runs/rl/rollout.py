@@ -135,6 +135,18 @@ class SampleGroup:
     rollouts: tuple[Rollout, ...]
     errors: tuple[str, ...] = ()
 
+    @property
+    def oldest(self) -> int:
+        """The oldest weights that drew a token of it."""
+        drawn = (
+            segment.versions[segment.sampled]
+            for rollout in self.rollouts
+            for segment in rollout.segments
+        )
+        return min(
+            (int(versions.min()) for versions in drawn if len(versions)), default=self.version
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return plain data from which `of_json` makes the same group."""
         return {

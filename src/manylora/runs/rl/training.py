@@ -1,4 +1,4 @@
-"""A step's batch is trained on: what the objective must know beforehand, then its optimizer steps."""
+"""A batch is trained on: what the objective must know beforehand, then the optimizer steps."""
 
 import time
 from asyncio import wrap_future
@@ -42,8 +42,8 @@ class Trained:
     first: list[tuple[Minibatch, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
-    passes: DeviceTime = DeviceTime()
-    update: DeviceTime = DeviceTime()
+    passes: DeviceTime = field(default_factory=DeviceTime)
+    update: DeviceTime = field(default_factory=DeviceTime)
 
     @property
     def updates(self) -> int:

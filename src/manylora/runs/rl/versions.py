@@ -8,6 +8,7 @@ import asyncio
 import re
 import shutil
 from asyncio import wrap_future
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,13 @@ class Versions:
         frozen = await asyncio.to_thread(self._adapter.restore_snapshot, folder)
         await self._put(version, frozen)
 
-    async def keep(self, first: int, last: int) -> None:
-        """Write the versions from `first` to `last` to disk, those that are not there."""
+    async def keep(self, needed: Iterable[int]) -> None:
+        """Write versions to disk, those that are not there."""
         if self._folder is None:
             return
         writing = [
             wrap_future(self._frozen[version].save(self._path(version)))
-            for version in range(first, last + 1)
+            for version in needed
             if version in self._frozen and not self._path(version).exists()
         ]
         for one in writing:
