@@ -1,6 +1,6 @@
 """Log-probabilities, losses and every gradient on a mesh are those of a single process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from manylora.models import PackedStream, packed
 from manylora.models.stream import padded_rows
 from manylora.parallel import Mesh
 from manylora.parallel.traffic import Sent
-from manylora.types import AdapterSpec, Opening
+from manylora.types import AdapterSpec, ForwardBackward, Opening
 from tests.laws.tenants import must, random_data, work_of
 from tests.models import TinyBases
 from tests.parallel.processes import run_ranks
@@ -67,6 +67,12 @@ def engine_with(
     return engine
 
 
+def at_its_temperature(work: ForwardBackward) -> ForwardBackward:
+    """The operation at 1 or another temperature; all but one report entropies."""
+    number = list(SPECS).index(work.adapter)
+    return replace(work, temperature=(1.0, 0.6, 1.7)[number % 3], entropy=number != 1)
+
+
 def worked(mesh: Mesh | None, folder: str, names: list[str], checkpointing: bool, count: int = 4):
     """Two calls with gradients and one without; what they gave."""
     engine = engine_with(mesh, folder, names, checkpointing=checkpointing)
@@ -78,11 +84,13 @@ def worked(mesh: Mesh | None, folder: str, names: list[str], checkpointing: bool
     ]
     forward = [work_of(n, "cross_entropy", random_data(rng, 2, vocab=vocab)) for n in names]
     calls.append([type(w)(adapter=w.adapter, data=w.data, backward=False) for w in forward])
+    calls = [[at_its_temperature(work) for work in call] for call in calls]
     results = [result for call in calls for result in must(engine.forward_backward(call))]
     states = {name: engine.state(name) for name in names}
     return {
         "losses": [float(result.loss) for result in results],
         "logprobs": [row for result in results for row in result.logprobs],
+        "entropies": [row for result in results for row in result.entropies or ()],
         "gradients": {n: s.grad.sum(0) for n, s in states.items() if s.grad is not None},
     }
 
@@ -109,6 +117,9 @@ def compare(folder: str, names: list[str], mesh: str, *, checkpointing: bool = F
         assert len(result["logprobs"]) == len(expected["logprobs"])
         for number, row in enumerate(expected["logprobs"]):
             close(result["logprobs"][number], row, 2e-6, f"log-probabilities {number}")
+        assert len(result["entropies"]) == len(expected["entropies"]) > 0
+        for number, row in enumerate(expected["entropies"]):
+            close(result["entropies"][number], row, 2e-6, f"entropies {number}")
         close(np.array(result["losses"]), np.array(expected["losses"]), 1e-5, "losses")
     leader = results[0]["gradients"]
     assert leader.keys() == expected["gradients"].keys() == set(names)

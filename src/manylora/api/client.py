@@ -267,6 +267,8 @@ class AdapterHandle(Samplable):
         config: Mapping[str, float] | None = None,
         *,
         logprobs: Wanted = "all",
+        temperature: float = 1.0,
+        entropy: bool = False,
     ) -> Future[ForwardBackwardResult]:
         """Add the gradient of the summed loss of `data` to what has accumulated.
 
@@ -277,12 +279,15 @@ class AdapterHandle(Samplable):
             logprobs: "all", or "trained" if those of the positions without a weight (or
                 advantage) are not needed; the less is trained, the more time that saves. Loss and
                 gradient are the same.
+            temperature: T > 0; log-probabilities, loss and gradient are those of softmax(z / T), z
+                the logits: for a policy, the temperature that it was sampled at.
+            entropy: also report the exact entropy, in nats, wherever a log-probability comes back.
 
         Returns:
             A future of log p(target) of every token, or every trained one, and the summed loss. It
             raises DataError, DatumTooLong or NotFinite; then the next `optim_step` is refused.
         """
-        return self._work(data, loss, config, logprobs, backward=True)
+        return self._work(data, loss, config, logprobs, temperature, entropy, backward=True)
 
     def forward(
         self,
@@ -291,9 +296,11 @@ class AdapterHandle(Samplable):
         config: Mapping[str, float] | None = None,
         *,
         logprobs: Wanted = "all",
+        temperature: float = 1.0,
+        entropy: bool = False,
     ) -> Future[ForwardBackwardResult]:
         """Compute the loss of `data` as `forward_backward` does, without gradients."""
-        return self._work(data, loss, config, logprobs, backward=False)
+        return self._work(data, loss, config, logprobs, temperature, entropy, backward=False)
 
     def optim_step(
         self, params: AdamParams | None = None, **settings: float
@@ -411,6 +418,8 @@ class AdapterHandle(Samplable):
         loss: str,
         config: Mapping[str, float] | None,
         logprobs: Wanted,
+        temperature: float,
+        entropy: bool,
         *,
         backward: bool,
     ) -> Future[ForwardBackwardResult]:
@@ -421,6 +430,8 @@ class AdapterHandle(Samplable):
             config=config or {},
             backward=backward,
             logprobs=logprobs,
+            temperature=temperature,
+            entropy=entropy,
             tenant=self._client._tenant,
         )
         return self._queue.submit(work)

@@ -1,5 +1,7 @@
 """Operations that cannot be run are refused before anything runs."""
 
+import numpy as np
+
 from manylora.losses import Loss, Settings, get_loss
 from manylora.models import BaseModel
 from manylora.types import WANTED, DataError, Datum, DatumTooLong, ForwardBackward
@@ -17,6 +19,7 @@ def check(work: ForwardBackward, base: BaseModel) -> tuple[Loss, Settings]:
         settings = loss.settings(work.config)
         if work.logprobs not in WANTED:
             raise DataError(f"logprobs is {work.logprobs!r}; it is one of {', '.join(WANTED)}")
+        _check_temperature(work.temperature)
         for number, datum in enumerate(work.data):
             where = f"adapter {work.adapter!r}, datum {number}"
             loss.check(datum)
@@ -24,6 +27,17 @@ def check(work: ForwardBackward, base: BaseModel) -> tuple[Loss, Settings]:
     except DataError as error:
         raise type(error)(f"{where}: {error}") from error
     return loss, settings
+
+
+def _check_temperature(temperature: object) -> None:
+    if isinstance(temperature, int | float) and not isinstance(temperature, bool):
+        # The rows of the head have it in single precision, and divide by it.
+        most = float(np.finfo(np.float32).max)
+        if 1 / most <= temperature <= most:
+            return
+    raise DataError(
+        f"temperature is {temperature!r}; it must be a finite number > 0 (1.0 changes nothing)"
+    )
 
 
 def _check_tokens(datum: Datum, base: BaseModel) -> None:

@@ -23,7 +23,7 @@ from manylora.kernels import SegmentWork, low_rank_on, product
 from manylora.lora.routing import RoutingTable
 from manylora.losses.cross_entropy import cross_entropy
 from manylora.models import Head
-from manylora.models.stream import padded_rows
+from manylora.models.stream import ROW_MULTIPLE, padded_rows
 
 
 @dataclass(slots=True)
@@ -36,6 +36,7 @@ class HeadOutput:
         grad_TH: gradient of the sum of all losses by the hidden states; None without a backward.
         more_logprobs_M: of the targets beyond the first; None where there are none.
         more_loss_M: of the same targets.
+        entropy_L: of each row whose entropy was asked, in nats; None where there is none.
     """
 
     logprobs_L: Tensor
@@ -43,6 +44,7 @@ class HeadOutput:
     grad_TH: Tensor | None
     more_logprobs_M: Tensor | None = None
     more_loss_M: Tensor | None = None
+    entropy_L: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -61,6 +63,8 @@ class _Softmax:
         sum_c1: of the exponentials of the whole vocabulary.
         logprobs: of the first targets [c], and of those beyond [m] if there are any.
         more: the targets beyond the first; None where there are none.
+        temperature_c1: of each row; None where all are 1.
+        entropy_c: in nats; None where it is not asked.
     """
 
     h_cH: Tensor
@@ -74,6 +78,8 @@ class _Softmax:
     sum_c1: Tensor
     logprobs: list[Tensor]
     more: "_More | None"
+    temperature_c1: Tensor | None
+    entropy_c: Tensor | None
 
 
 @dataclass(slots=True)
@@ -129,6 +135,8 @@ class HeadLoss:
         if rows.more is not None:
             out.more_logprobs_M = torch.empty_like(rows.more.weights_M)
             out.more_loss_M = torch.empty_like(rows.more.weights_M)
+        if rows.entropic:
+            out.entropy_L = torch.empty_like(logprobs_L)
         for chunk in chunks:
             self._chunk(hidden_TH, rows, inputs, table, chunk, out)
         if out.grad_TH is not None:
@@ -172,6 +180,8 @@ class HeadLoss:
         loss_c, slope_c = _losses(rows, inputs_L, chunk, logprobs_c)
         out.logprobs_L[chunk.rows] = logprobs_c[: len(chunk)]
         out.loss_L[chunk.rows] = loss_c[: len(chunk)]
+        if out.entropy_L is not None and made.entropy_c is not None:
+            out.entropy_L[chunk.rows] = made.entropy_c[: len(chunk)]
         slope_m = _more_losses(made, out)
         if out.grad_TH is not None and chunk.trained:
             grad_cH = self._gradient(made, slope_c, slope_m)[: len(chunk)]
@@ -191,12 +201,19 @@ class HeadLoss:
         # One exponential serves the normaliser, the log-probabilities and the gradient.
         max_c1 = logits_cV.amax(dim=1, keepdim=True)
         logits_cV = logits_cV.sub_(max_c1)
+        temperature_c1 = None
+        if (temperature_c := rows.temperatures(chunk)) is not None:
+            # As the sampler does. Dividing by one changes nothing.
+            temperature_c1 = _filled_up(temperature_c, 1.0).unsqueeze(1)
+            logits_cV, max_c1 = logits_cV.div_(temperature_c1), max_c1 / temperature_c1
         mine = self.part.mine(targets_c.unsqueeze(1))
         first = Picked(targets_c, logits_cV.gather(1, mine.place).squeeze(1))
         more = _more_targets(rows, chunk, logits_cV, self.part)
         picked = [first] if more is None else [first, more.picked]
         exp_cV = logits_cV.exp_()
-        whole = self.part.whole(max_c1, exp_cV.sum(dim=1, keepdim=True), picked)
+        sum_c1 = exp_cV.sum(dim=1, keepdim=True)
+        weighted_c1 = _weighted_logits(exp_cV) if rows.wants_entropy(chunk) else None
+        whole = self.part.whole(max_c1, sum_c1, picked, weighted_c1)
         return _Softmax(
             h_cH=h_cH,
             mine=mine,
@@ -209,13 +226,17 @@ class HeadLoss:
             sum_c1=whole.sum_c1,
             logprobs=whole.logprobs,
             more=more,
+            temperature_c1=temperature_c1,
+            entropy_c=whole.entropy_c,
         )
 
     def _gradient(self, chunk: _Softmax, slope_c: Tensor, slope_m: Tensor | None) -> Tensor:
         """Return the gradient of the chunk's hidden states [c, H]; it uses up `exp_cV`."""
         # d loss / d logits = sum over targets of slope · (onehot(target) - softmax)
-        # and the head's factor belongs to every slope.
-        factor = self.head.factor
+        # and the head's factor and 1 / T belong to every slope.
+        factor: float | Tensor = self.head.factor
+        if chunk.temperature_c1 is not None:
+            factor = factor / chunk.temperature_c1
         slope_c1 = total_c1 = slope_c.unsqueeze(1) * factor
         if chunk.more is not None:
             total_c1 = slope_c1 - chunk.more.weight_c1 * factor
@@ -223,6 +244,8 @@ class HeadLoss:
         grad_cV.scatter_add_(1, chunk.mine.place, chunk.mine.only(slope_c1))
         if chunk.more is not None and slope_m is not None:
             mine = chunk.more.mine
+            if isinstance(factor, Tensor):
+                factor = chunk.more.picked.of_rows(factor.view(-1))
             # One dimension is added up in order, also where a row names a token twice.
             grad_cV.view(-1).scatter_add_(0, mine.place, mine.only(slope_m * factor))
         if chunk.cap_cV is not None:
@@ -296,9 +319,19 @@ def _more_losses(made: _Softmax, out: HeadOutput) -> Tensor | None:
     return slope_m
 
 
-def _filled_up(rows: Tensor) -> Tensor:
-    """Return the rows with zeros behind them, up to a safe number (see `ROW_MULTIPLE`)."""
+def _weighted_logits(exp_cV: Tensor) -> Tensor:
+    """Return each row's sum [c, 1] of exponentials times their logarithms, which are the logits.
+
+    The logarithms exist for a few rows at a time.
+    """
+    least = torch.finfo(exp_cV.dtype).tiny  # zero times its logarithm is zero here
+    parts = exp_cV.split(ROW_MULTIPLE)
+    return torch.cat([part.clamp(min=least).log_().mul_(part).sum(1, True) for part in parts])
+
+
+def _filled_up(rows: Tensor, value: float = 0.0) -> Tensor:
+    """Return the rows with `value` behind them, up to a safe number (see `ROW_MULTIPLE`)."""
     missing = padded_rows(len(rows)) - len(rows)
     if missing == 0:
         return rows
-    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+    return torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), value)])

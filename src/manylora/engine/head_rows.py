@@ -38,7 +38,7 @@ class LossShare:
 
     def within(self, start: int, stop: int) -> bool:
         """Say whether any of the rows [start, stop) is this loss's."""
-        return self.rows_L is None or any(a < stop and start < b for a, b in self.spans)
+        return self.rows_L is None or _any_within(self.spans, start, stop)
 
 
 @dataclass(slots=True)
@@ -100,6 +100,9 @@ class HeadRows:
         losses: usually one.
         more: None where every row has one target. Otherwise `targets_L` and `inputs` hold each
             row's first, and this the others.
+        temperature_L: fp32 [L], of each row's operation; None where all are 1.
+        tempered: the rows whose temperature is not 1.
+        entropic: the rows whose entropy is asked.
     """
 
     rows_L: Tensor
@@ -110,10 +113,23 @@ class HeadRows:
     inputs: dict[str, Tensor]
     losses: list[LossShare]
     more: MoreTargets | None = None
+    temperature_L: Tensor | None = None
+    tempered: list[Span] = field(default_factory=list)
+    entropic: list[Span] = field(default_factory=list)
 
     @property
     def total(self) -> int:
         return len(self.rows_L)
+
+    def temperatures(self, chunk: Chunk) -> Tensor | None:
+        """Return the temperatures [c] of a chunk's rows; None if all are 1."""
+        if self.temperature_L is None or not _any_within(self.tempered, chunk.start, chunk.stop):
+            return None
+        return self.temperature_L[chunk.rows]
+
+    def wants_entropy(self, chunk: Chunk) -> bool:
+        """Say whether the entropy of any of a chunk's rows is asked."""
+        return _any_within(self.entropic, chunk.start, chunk.stop)
 
     def more_span(self, start: int, stop: int) -> Span:
         """Find where the targets beyond the first of the rows [start, stop) lie in `more`."""
@@ -148,6 +164,11 @@ def _runs(spans: Sequence[Span], apart: Collection[int]) -> Iterator[tuple[int, 
         yield first, last, number
         begin = last
     yield begin, spans[-1][1], None
+
+
+def _any_within(spans: Sequence[Span], start: int, stop: int) -> bool:
+    """Say whether any of the rows [start, stop) lies in one of the spans."""
+    return any(a < stop and start < b for a, b in spans)
 
 
 def _length(span: Span) -> int:
@@ -214,7 +235,27 @@ def _laid_out(
         inputs={name: column(name, np.float32) for name in names},
         losses=_shares(pieces, losses, spans, device),
         more=_more_targets(data, device),
+        temperature_L=_temperatures(pieces, spans, device),
+        tempered=_spans_of(spans, [piece.temperature != 1.0 for piece in pieces]),
+        entropic=_spans_of(spans, [piece.entropy for piece in pieces]),
     )
+
+
+def _spans_of(spans: Sequence[Span], chosen: Sequence[bool]) -> list[Span]:
+    """Return the spans that are not empty of the chosen pieces; `spans` of the pieces, twice."""
+    both = zip(spans, [*chosen, *chosen], strict=True)
+    return [span for span, own in both if own and _length(span)]
+
+
+def _temperatures(
+    pieces: Sequence[Piece], spans: Sequence[Span], device: torch.device
+) -> Tensor | None:
+    """Return each row's temperature, if any is not 1; `spans` of the pieces, twice."""
+    if all(piece.temperature == 1.0 for piece in pieces):
+        return None
+    each = zip(spans, [*pieces, *pieces], strict=True)
+    parts = [np.full(_length(span), piece.temperature) for span, piece in each]
+    return _joined(parts, np.float32, device)
 
 
 def _first(values: Array) -> Array:

@@ -35,6 +35,8 @@ class Piece:
         draw: its position in the adapter's random stream.
         share: which share of the operation it belongs to.
         wanted: which log-probabilities the operation wants.
+        temperature: of the operation.
+        entropy: whether the operation wants entropies.
     """
 
     work: int
@@ -45,6 +47,8 @@ class Piece:
     draw: int = 0
     share: int = 0
     wanted: Wanted = "all"
+    temperature: float = 1.0
+    entropy: bool = False
 
 
 @dataclass(slots=True)
@@ -117,8 +121,10 @@ def cut(number: int, work: ForwardBackward, token_budget: int) -> list[Piece]:
     pieces: list[Piece] = []
 
     def close(start: int, stop: int, rows: int) -> None:
-        data = work.data[start:stop]
-        pieces.append(Piece(number, work.adapter, start, data, rows, wanted=work.logprobs))
+        piece = Piece(number, work.adapter, start, work.data[start:stop], rows)
+        piece.wanted, piece.temperature = work.logprobs, work.temperature
+        piece.entropy = work.entropy
+        pieces.append(piece)
 
     start, rows = 0, 0
     for index, datum in enumerate(work.data):

@@ -62,12 +62,16 @@ class ReferenceEngine:
         parameters = [p for m in self.modules.values() for p in (m.lora_a, m.lora_b)]
         self.optimizer = torch.optim.AdamW(parameters, lr=1.0)
 
-    def logprobs(self, datum: Datum) -> Tensor:
-        """Return log p(target) of one datum, [N] or [N, K] as its targets are."""
+    def distributions(self, datum: Datum, temperature: float = 1.0) -> Tensor:
+        """Return the log-probabilities [N, V] of all tokens at the positions of one datum."""
         logits_NV = self.model(
             input_ids=torch.from_numpy(datum.tokens)[None], use_cache=False
         ).logits[0]
-        logprobs_NV = torch.log_softmax(logits_NV.float(), dim=-1)
+        return torch.log_softmax(logits_NV.float() / temperature, dim=-1)
+
+    def logprobs(self, datum: Datum, temperature: float = 1.0) -> Tensor:
+        """Return log p(target) of one datum, [N] or [N, K] as its targets are."""
+        logprobs_NV = self.distributions(datum, temperature)
         targets = torch.from_numpy(datum.loss_inputs["target_tokens"])
         return logprobs_NV.gather(1, targets.view(len(datum), -1)).view(targets.shape)
 
@@ -77,12 +81,13 @@ class ReferenceEngine:
         loss: str = "cross_entropy",
         config: Mapping[str, float] | None = None,
         wanted: Wanted = "all",
+        temperature: float = 1.0,
     ) -> tuple[list[Tensor], float]:
         """Accumulate gradients; return what is wanted of each datum, and the summed loss."""
         logprobs: list[Tensor] = []
         total = 0.0
         for datum in data:
-            logprobs_N = self.logprobs(datum)
+            logprobs_N = self.logprobs(datum, temperature)
             inputs = {k: torch.from_numpy(v) for k, v in datum.loss_inputs.items()}
             value = reference_loss(loss, logprobs_N, inputs, config or {}).sum()
             value.backward()

@@ -51,17 +51,19 @@ class Picked:
         return values_c if self.rows_n is None else values_c[..., self.rows_n]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Whole:
     """A `Whole` is the softmax over the whole vocabulary.
 
     Attributes:
         sum_c1: of the exponentials, relative to this rank's own maximum, as its exponentials are.
         logprobs: of the targets of each `Picked`.
+        entropy_c: in nats; None if it was not asked.
     """
 
     sum_c1: Tensor
     logprobs: list[Tensor]
+    entropy_c: Tensor | None = None
 
 
 class WholeVocabulary:
@@ -74,10 +76,19 @@ class WholeVocabulary:
         """Find out which of the targets lie here, and where: all."""
         return Mine(targets)
 
-    def whole(self, max_c1: Tensor, sum_c1: Tensor, picked: Sequence[Picked]) -> Whole:
+    def whole(
+        self,
+        max_c1: Tensor,
+        sum_c1: Tensor,
+        picked: Sequence[Picked],
+        weighted_c1: Tensor | None = None,
+    ) -> Whole:
         """Complete what was found; see `VocabularyPart.whole`."""
         log_c = sum_c1.log().view(-1)
-        return Whole(sum_c1, [one.logits_n - one.of_rows(log_c) for one in picked])
+        whole = Whole(sum_c1, [one.logits_n - one.of_rows(log_c) for one in picked])
+        if weighted_c1 is not None:
+            whole.entropy_c = log_c - (weighted_c1 / sum_c1).view(-1)
+        return whole
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the parts: it is the only one."""
@@ -97,17 +108,29 @@ class VocabularyPart:
         inside = (targets >= self.first) & (targets < self.last)
         return Mine((targets - self.first).clamp(0, self.last - self.first - 1), inside)
 
-    def whole(self, max_c1: Tensor, sum_c1: Tensor, picked: Sequence[Picked]) -> Whole:
+    def whole(
+        self,
+        max_c1: Tensor,
+        sum_c1: Tensor,
+        picked: Sequence[Picked],
+        weighted_c1: Tensor | None = None,
+    ) -> Whole:
         """Complete what this rank has found.
 
         Args:
             max_c1: the largest of the part's logits.
             sum_c1: of the logits' exponentials relative to it.
             picked: the targets.
+            weighted_c1: the sum of the logits relative to it, each times its exponential, where the
+                entropy is asked: H = log Z - sum(exp(z - max)·(z - max)) / Z, with Z the sum of the
+                exponentials.
         """
-        lengths = [len(max_c1), len(sum_c1), *(len(one.logits_n) for one in picked)]
-        own = torch.cat([max_c1.view(-1), sum_c1.view(-1), *(one.logits_n for one in picked)])
-        max_rc, sum_rc, *found = self.axis.gather(own).split(lengths, dim=1)
+        parts = [max_c1.view(-1), sum_c1.view(-1), *(one.logits_n for one in picked)]
+        if weighted_c1 is not None:
+            parts.append(weighted_c1.view(-1))
+        lengths = [len(part) for part in parts]
+        max_rc, sum_rc, *found = self.axis.gather(torch.cat(parts)).split(lengths, dim=1)
+        weighted_rc = None if weighted_c1 is None else found.pop()
         top_c = max_rc.amax(dim=0)
         factor_rc = (max_rc - top_c).exp()
         total_c = torch.zeros_like(top_c)
@@ -120,7 +143,12 @@ class VocabularyPart:
             max_1n = one.of_rows(max_rc).gather(0, owner_1n)
             logits_1n = logits_rn.gather(0, owner_1n) + max_1n - one.of_rows(top_c)
             logprobs.append(logits_1n.view(-1) - one.of_rows(log_c))
-        return Whole((total_c / factor_rc[self.axis.index]).unsqueeze(1), logprobs)
+        whole = Whole((total_c / factor_rc[self.axis.index]).unsqueeze(1), logprobs)
+        if weighted_rc is not None:
+            # Relative to the whole's maximum, as `total_c` is.
+            weighted_rc = (weighted_rc + (max_rc - top_c) * sum_rc) * factor_rc
+            whole.entropy_c = log_c - weighted_rc.sum(dim=0) / total_c
+        return whole
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the parts, in place."""

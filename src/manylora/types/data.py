@@ -124,14 +124,16 @@ class ForwardBackwardResult:
     """`forward_backward` and `forward` return a `ForwardBackwardResult` for each operation.
 
     Attributes:
-        logprobs: per datum float32, log p(target) at temperature 1, of the shape of its
-            `target_tokens`: [N] or [N, K]. If the operation wanted the trained positions only,
+        logprobs: per datum float32, log p(target) at the operation's temperature, of the shape of
+            its `target_tokens`: [N] or [N, K]. If the operation wanted the trained positions only,
             there are no others: [n] or [n, K].
         loss: sum of the losses over all targets, tokens and data.
         metrics: further figures, named `name:reduction`; `loss:sum` is always there.
         positions: per datum int64 [n], the positions whose log-probabilities these are; None if
             they are those of all positions.
         device: what it cost; two results are compared without it.
+        entropies: per datum float32, the entropy in nats of the distribution at each of the
+            positions whose log-probabilities these are: [N] or [n]; None if it was not asked.
     """
 
     logprobs: tuple[Array, ...]
@@ -139,6 +141,7 @@ class ForwardBackwardResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
     positions: tuple[Array, ...] | None = None
     device: DeviceTime = field(default=DeviceTime(), compare=False)
+    entropies: tuple[Array, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,10 @@ class ForwardBackward:
             of a model with many words, runs on the trained positions only: by `cross_entropy` those
             with a weight that is not 0, by the policy losses those with such an advantage (`gspo`:
             or in the ratio's mask), by `dro` all. Loss and gradient are the same to the bit.
+        temperature: T > 0: log-probabilities, losses and gradients are those of softmax(z / T), z
+            the base's logits. With the temperature that a policy was sampled at, its ratio to the
+            sampler is 1.
+        entropy: whether the entropy of softmax(z / T) comes back beside each log-probability.
     """
 
     adapter: str
@@ -37,6 +41,8 @@ class ForwardBackward:
     config: Mapping[str, float] = field(default_factory=dict)
     backward: bool = True
     logprobs: Wanted = "all"
+    temperature: float = 1.0
+    entropy: bool = False
     tenant: str = ""
     seq: int = 0
 
