@@ -41,7 +41,7 @@ class FreeCollector:
         self._rl, self._play, self._teaches = rl, play, teaches
         self._versions, self._record, self._order = versions, record, order
         self._staleness = rl.off_policy.max_staleness or 0
-        self._running: dict[asyncio.Task[SampleGroup], tuple[int, int]] = {}
+        self._running: dict[asyncio.Future[SampleGroup], tuple[int, int]] = {}
         self._ready: deque[SampleGroup] = deque()
         self._others: list[SampleGroup] = []
         # Groups that were trained on, the next place of the order, and rows to be asked again.
@@ -53,18 +53,18 @@ class FreeCollector:
     def begin(self, step: int, memory: Mapping[str, Any]) -> None:
         """See `Collector.begin`; groups that an earlier attempt had ready are taken up."""
         self._trained = (step - 1) * self._rl.groups
-        self._place = self._number = memory.get("place", self._trained)
-        found = {} if self._record is None else self._record.found
-        for group in found.values():
-            self._place = max(self._place, group.number + 1)
+        self._place = memory.get("place", self._trained)
+        self._number = memory.get("number", self._trained)
+        self._again.extend(memory.get("again", ()))
+        for group in () if self._record is None else tuple(self._record.found.values()):
+            self._number = max(self._number, group.number + 1)
             if self._is_fresh(group, step - 1):
                 self._sort(group)
-        self._number = self._place
-        found.clear()
 
     def memory(self, step: int) -> dict[str, Any]:
-        """Return where the prompts that were not asked yet begin."""
-        return {"place": self._place}
+        """Return which prompts are to be asked next, and the next group's number."""
+        again = [*(row for _, row in self._running.values()), *self._again]
+        return {"place": self._place, "number": self._number, "again": again}
 
     def needed(self, step: int) -> range:
         """No step asks for older weights than the newest."""
@@ -85,7 +85,7 @@ class FreeCollector:
                 return
             row = self._again.popleft() if self._again else self._next_row()
             policy = self._versions.policy(version)
-            task = asyncio.create_task(self._play(step, self._number, row, policy))
+            task = asyncio.ensure_future(self._play(step, self._number, row, policy))
             self._running[task] = (version, row)
             self._number += 1
             task.add_done_callback(self._ended)
@@ -104,7 +104,8 @@ class FreeCollector:
             await self._arrived.wait()
         groups = [self._ready.popleft() for _ in range(min(self._rl.groups, len(self._ready)))]
         others, stale = tuple(self._others), self._stale
-        self._others, self._stale = [], 0
+        self._others.clear()
+        self._stale = 0
         self._trained += self._rl.groups
         dropped = stale + sum(len(group.rollouts) < FEWEST_SAMPLES for group in others)
         return Collected(tuple(groups), others, dropped=dropped)
@@ -119,7 +120,7 @@ class FreeCollector:
         self._place += 1
         return row
 
-    def _ended(self, task: asyncio.Task[SampleGroup]) -> None:
+    def _ended(self, task: asyncio.Future[SampleGroup]) -> None:
         self._running.pop(task, None)
         self._arrived.set()
         if task.cancelled():

@@ -12,21 +12,21 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from manylora.config import RlSettings
-from manylora.runs.course import StepFigures
+from manylora.runs.course import Evaluation, StepFigures
 from manylora.runs.evaluate import settle
-from manylora.runs.rl.collecting import Collector, LagCollector, PromptOrder
+from manylora.runs.rl.collecting import Collected, Collector, LagCollector, PromptOrder
 from manylora.runs.rl.free_running import FreeCollector
 from manylora.runs.rl.objective import Objective
 from manylora.runs.rl.record import Record
-from manylora.runs.rl.rollout import SampleGroup
-from manylora.runs.rl.step_figures import step_figures, step_rows
-from manylora.runs.rl.training import PhaseSeconds, train_batch
+from manylora.runs.rl.rollout import Rollout, SampleGroup
+from manylora.runs.rl.step_batch import StepBatch
+from manylora.runs.rl.step_figures import step_figures
+from manylora.runs.rl.training import PhaseSeconds, Trained, added, train_batch
 from manylora.runs.rl.versions import Versions
 from manylora.runs.run_folder import AdapterPaths
 from manylora.runs.saved_states import saved_steps
-from manylora.servers import Sampler
-from manylora.types import AdamParams, RolloutFailed, TextFormat
-from manylora.types.data import Datum
+from manylora.servers import Policy, Sampler
+from manylora.types import AdamParams, Datum, DeviceTime, RolloutFailed, TextFormat
 
 # Steps in a row without a difference between any rewards, after which an adapter fails.
 MOST_SILENT_STEPS = 20
@@ -35,8 +35,14 @@ MOST_SILENT_STEPS = 20
 class Players(Protocol):
     """`Players` play and score; they hold the threads in which users' code runs."""
 
-    async def play(self, step: int, number: int, row: int, policy: Any) -> SampleGroup:
+    async def play(self, step: int, number: int, row: int, policy: Policy) -> SampleGroup:
         """Play and score one group; see `collecting.py::PlayGroup`."""
+
+    async def answer(self, step: int, row: int, sample: int, policy: Policy) -> Rollout:
+        """Answer an evaluation's prompt and score the answer."""
+
+    def spent(self) -> DeviceTime:
+        """Return the device's time in samples since this was asked last."""
 
     async def close(self) -> None:
         """End whatever is being played."""
@@ -63,6 +69,7 @@ class RlCourse:
     """An `RlCourse` is what reading an adapter's prompts gives; see `runs/course.py::Course`.
 
     Attributes:
+        parts: the names of the reward's parts.
         sampler: where the samples come from; the course does not know which one it is.
         players: make an adapter's players, given its files; called once it is open.
         order: of the prompts.
@@ -71,13 +78,14 @@ class RlCourse:
     """
 
     rl: RlSettings
+    parts: Sequence[str]
     steps: int
     sampler: Sampler
     players: Callable[[Any, AdapterPaths | None], Players]
     order: PromptOrder
     adam: Callable[[int], AdamParams]
     base_forward: Callable[..., Any]
-    evals: Any = ()
+    evals: Evaluation
     eval_every: int = 0
     text_format: TextFormat = field(default_factory=TextFormat)
     notes: Sequence[str] = ()
@@ -88,6 +96,7 @@ class RlCourse:
     _versions: Versions = field(init=False)
     _record: Record | None = field(init=False, default=None)
     _collector: Collector = field(init=False)
+    _publishing: float = field(init=False, default=0.0)
     # Steps that were made, and those of them, the last ones, that had nothing to learn from.
     _made: int = field(init=False, default=0)
     _silent: int = field(init=False, default=0)
@@ -136,7 +145,7 @@ class RlCourse:
         if self._record is not None:
             self._record.close()
 
-    async def publish(self) -> Any:
+    async def publish(self) -> Policy:
         """Publish the weights as they are, and return how requests name them."""
         await self._versions.publish(self._made)
         return self._versions.policy(self._made)
@@ -158,7 +167,7 @@ class RlCourse:
 
     def _covered(self) -> int:
         """Return the newest step of which a whole training state is on the disk."""
-        steps = [] if self._paths is None else saved_steps(self._paths.checkpoints)
+        steps = () if self._paths is None else saved_steps(self._paths.checkpoints)
         return max((step for step in steps if step <= self._made), default=0)
 
     async def _step(self, step: int) -> StepFigures:
@@ -168,7 +177,8 @@ class RlCourse:
         began = time.perf_counter()
         collected = await self._collector.take(step)
         seconds.waiting = time.perf_counter() - began
-        batch = Objective(self.rl).batch(collected.groups)
+        objective = Objective(self.rl)
+        batch = objective.batch(collected.groups)
         trained = await train_batch(
             self.rl, self._adapter, self._reference, self.adam(step), batch, seconds
         )
@@ -178,16 +188,57 @@ class RlCourse:
                 f"no learning signal: in {MOST_SILENT_STEPS} steps in a row all rewards of a group "
                 "were the same; look at the rollouts, and at what the reward gives them"
             )
-        figures = step_figures(self.rl, step, collected, batch, trained, seconds)
+        figures = step_figures(
+            objective,
+            batch,
+            step - 1,
+            proximal=trained.proximal,
+            reference=trained.reference,
+            passes=trained.passes,
+            parts=self.parts,
+        )
+        figures |= self._own_figures(step, collected, trained, seconds)
+        figures["zero_variance_groups"] += len(collected.others) - collected.dropped
         if self._record is not None:
-            rows = step_rows(collected, batch)
+            rows = _rows(collected, batch)
             await asyncio.to_thread(self._record.write_step, step, rows)
         self._made = step
         start = 0 if self._start_is_needed else -1
         await self._versions.retire(below=self._collector.oldest(step), but=start)
-        return StepFigures(figures, trained.passes, trained.update)
+        return StepFigures(figures, added(trained.device, self._playing.spent()), trained.update)
+
+    def _own_figures(
+        self, step: int, collected: Collected, trained: Trained, seconds: PhaseSeconds
+    ) -> dict[str, Any]:
+        """Return the figures that follow neither from the groups nor from log-probabilities."""
+        rollouts = [one for group in collected.groups for one in group.rollouts]
+        published = self._versions.seconds - self._publishing
+        self._publishing = self._versions.seconds
+        return {
+            "loss": sum(trained.losses) / len(trained.losses) if trained.losses else None,
+            "lr": self.adam(step).lr,
+            "grad_norm": max(trained.grad_norms, default=None),
+            "waves": collected.waves,
+            "dropped_groups": collected.dropped,
+            "retried": 0,
+            "sampling_seconds": sum(one.seconds - one.reward_seconds for one in rollouts),
+            "reward_seconds": sum(one.reward_seconds for one in rollouts),
+            "waiting_seconds": seconds.waiting,
+            "forward_seconds": seconds.forward,
+            "backward_seconds": seconds.backward,
+            "publish_seconds": published,
+        }
 
     async def _reference(self, data: Sequence[Datum], **settings: Any) -> Any:
         if self.rl.kl.reference == "base":
             return await wrap_future(self.base_forward(data, **settings))
         return await wrap_future(self._versions.frozen(0).forward(data, **settings))
+
+
+def _rows(collected: Collected, batch: StepBatch) -> list[dict[str, Any]]:
+    """Return the groups of a step as its file holds them, those that were not trained on behind."""
+    trained = [
+        {**group.to_json(), "advantages": advantages_G.tolist()}
+        for group, advantages_G in zip(batch.groups, batch.advantages, strict=True)
+    ]
+    return [*trained, *({**group.to_json(), "advantages": None} for group in collected.others)]

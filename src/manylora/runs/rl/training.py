@@ -10,6 +10,7 @@ from manylora.config import RlSettings
 from manylora.runs.evaluate import settle
 from manylora.runs.rl.objective import Objective
 from manylora.runs.rl.step_batch import Minibatch, StepBatch
+from manylora.runs.rl.step_figures import TrainedPass
 from manylora.types import AdamParams, DeviceTime
 from manylora.types.data import Array
 
@@ -30,19 +31,19 @@ class Trained:
     Attributes:
         proximal: p of each sequence, where it was computed before the step.
         reference: ref of each sequence, where the objective needs it.
-        first: the minibatches of the first pass, each with its result.
+        passes: every minibatch of every pass, with what the engine returned for it.
         losses: of all optimizer steps.
         grad_norms: of all optimizer steps.
-        passes: the device's time in forwards and backwards.
+        device: the device's time in forwards and backwards.
         update: the device's time in optimizer steps.
     """
 
     proximal: list[Array] | None = None
     reference: list[Array] | None = None
-    first: list[tuple[Minibatch, Any]] = field(default_factory=list)
+    passes: list[TrainedPass] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
-    passes: DeviceTime = field(default_factory=DeviceTime)
+    device: DeviceTime = field(default_factory=DeviceTime)
     update: DeviceTime = field(default_factory=DeviceTime)
 
     @property
@@ -52,7 +53,7 @@ class Trained:
 
     def spend(self, device: DeviceTime) -> None:
         """Count a forward or a backward."""
-        self.passes = added(self.passes, device)
+        self.device = added(self.device, device)
 
 
 async def train_batch(
@@ -129,8 +130,9 @@ async def _pass(
             trained.update = added(trained.update, stepped.device)
             trained.losses.append(float(result.loss))
             trained.grad_norms.append(float(stepped.grad_norm))
-            if first:
-                trained.first.append((minibatch, result))
+            trained.passes.append(
+                TrainedPass(minibatch, result.logprobs, result.positions, result.entropies)
+            )
     except BaseException:
         await settle(future for _, *both in submitted for future in both)
         raise
