@@ -59,7 +59,7 @@ class Following:
         self._client, self._run, self._folder = client, run, folder
         self._as_json = as_json
         self._followed: list[Followed] = []
-        self._columns = {entry.name: kind_of(entry).columns for entry in run.adapters}
+        self._columns = {entry.name: kind_of(entry).columns(entry) for entry in run.adapters}
         self._waiting = False
 
     def go(self, entries: Sequence[AdapterEntry]) -> int:

@@ -146,9 +146,9 @@ def plan_text(plan: "RunPlan", measured: "Measured | None" = None) -> str:
     ]
     rows += [(name, "cannot be planned", *[""] * (len(titles) - 2)) for name in plan.faults]
     told = [] if measured is None else measured_lines(measured)
-    return "\n".join(
-        [head, "", *table(titles, rows), "", *memory_lines(plan.memory), *told, f"out: {plan.out}"]
-    )
+    details = [f"{one.name}: {line}" for one in plan.adapters for line in one.details]
+    lines = [head, "", *table(titles, rows), "", *details, *([""] if details else [])]
+    return "\n".join([*lines, *memory_lines(plan.memory), *told, f"out: {plan.out}"])
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -9,7 +9,7 @@ Talks to: types below; runs, quickstart and cli use it. No torch.
 from manylora.config.data_sources import DATA_SUFFIXES, data_suffix, is_data_file
 from manylora.config.load import load_run_file, load_server_file
 from manylora.config.render import resolved_yaml, run_json_schema
-from manylora.config.rl import KeepRollouts, RlSettings
+from manylora.config.rl import KeepRollouts, RlEvalSettings, RlSettings
 from manylora.config.run_file import (
     AdapterEntry,
     LoraSettings,
@@ -34,6 +34,7 @@ __all__ = [
     "OptimizerSettings",
     "Quotas",
     "RequestLimits",
+    "RlEvalSettings",
     "RlSettings",
     "RunFile",
     "Saving",

@@ -151,6 +151,7 @@ class CoursePlan:
         longest: tokens of the longest example, evaluation included.
         heaviest: the data of the step with the most tokens.
         notes: what is worth knowing of its data.
+        details: lines of the plan for people that only this kind of run has.
     """
 
     num_examples: int
@@ -161,6 +162,7 @@ class CoursePlan:
     longest: int
     heaviest: Sequence[Datum]
     notes: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
 
 
 def refuse_unwritable(entry: AdapterEntry, sites: Sequence[Site]) -> None:

@@ -12,6 +12,8 @@ from manylora.config import AdapterEntry
 from manylora.runs.columns import CourseColumns
 from manylora.runs.course import Course, CoursePlan, Job, Progress
 from manylora.runs.encode import Between, nothing
+from manylora.runs.rl.rl_data import check_rl, columns_of, prepare_rl
+from manylora.runs.rl.rl_plan import plan_rl
 from manylora.runs.sft import SFT_COLUMNS
 from manylora.runs.sft_data import Read, prepare_sft
 from manylora.runs.sft_plan import plan_sft
@@ -24,14 +26,22 @@ PlanCourse = Callable[[AdapterEntry, Any, Any], CoursePlan]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A `Kind` is one kind of run: the figures of its steps, its course, and the plan of that."""
+    """A `Kind` is one kind of run: the figures of its steps, its course, and the plan of that.
 
-    columns: CourseColumns
+    Attributes:
+        check: refuses, before the base is opened, what of an entry can be seen to be wrong.
+    """
+
+    columns: Callable[[AdapterEntry], CourseColumns]
     prepare: Prepare
     plan: PlanCourse
+    check: Callable[[AdapterEntry], None] = lambda entry: None
 
 
-KINDS: Mapping[str, Kind] = {"sft": Kind(SFT_COLUMNS, prepare_sft, plan_sft)}
+KINDS: Mapping[str, Kind] = {
+    "sft": Kind(lambda entry: SFT_COLUMNS, prepare_sft, plan_sft),
+    "rl": Kind(columns_of, prepare_rl, plan_rl, check_rl),
+}
 
 
 def kind_of(entry: AdapterEntry) -> Kind:
@@ -63,7 +73,7 @@ def plan_job(
     return Job(
         name=entry.name if name is None else name,
         spec=entry.spec(),
-        columns=kind.columns,
+        columns=kind.columns(entry),
         prepare=prepare,
         steps=entry.kind_settings.known_steps,
         save_every=entry.save_every,

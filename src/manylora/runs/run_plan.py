@@ -53,6 +53,7 @@ class AdapterPlan:
         num_tokens: that go through the base over all steps.
         longest: tokens of the longest example, evaluation included.
         notes: what is worth knowing of its data.
+        details: lines for people that only its kind of run has.
     """
 
     name: str
@@ -67,6 +68,7 @@ class AdapterPlan:
     num_tokens: int
     longest: int
     notes: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,5 +274,6 @@ def _plan_adapter(
         num_tokens=planned.num_tokens,
         longest=planned.longest,
         notes=planned.notes,
+        details=planned.details,
     )
     return plan, planned.heaviest

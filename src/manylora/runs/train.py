@@ -16,7 +16,7 @@ from manylora.runs.columns import CourseColumns
 from manylora.runs.course import Job
 from manylora.runs.events import Listeners, Phase, RunEnded, RunStarted, Stopping
 from manylora.runs.hardware import hardware, versions
-from manylora.runs.kinds import plan_job
+from manylora.runs.kinds import kind_of, plan_job
 from manylora.runs.outcome import Outcome
 from manylora.runs.report import write_report
 from manylora.runs.resume import claim
@@ -135,6 +135,8 @@ class _Run:
             return self._end()
 
     def _begin(self, stack: ExitStack) -> None:
+        for entry in self.run.adapters:
+            kind_of(entry).check(entry)
         try:
             claim(
                 self.run,

@@ -94,16 +94,20 @@ class Weights(Protocol):
         """Write a PEFT folder."""
 
 
-class Sampler(Protocol):
-    """A `Sampler` takes ids and gives ids; texts are not its matter."""
-
-    async def publish(self, adapter: str, version: int, weights: Weights) -> Published:
-        """Return once the version may be named. A version that is published stays as it is."""
+class Generating(Protocol):
+    """`Generating` is what a rollout needs of a sampler."""
 
     async def generate(
         self, policy: Policy, ids: Sequence[int], params: SamplingParams, seed: int
     ) -> Turn:
         """Continue token ids. Raises AdapterNotFound where the policy is not published."""
+
+
+class Sampler(Generating, Protocol):
+    """A `Sampler` takes ids and gives ids; texts are not its matter."""
+
+    async def publish(self, adapter: str, version: int, weights: Weights) -> Published:
+        """Return once the version may be named. A version that is published stays as it is."""
 
     async def score(self, policy: Policy, ids: Sequence[int]) -> Array:
         """Return log-probabilities, float32, of `ids[1:]` at temperature 1."""

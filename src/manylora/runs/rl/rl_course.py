@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from manylora.config import RlSettings
-from manylora.runs.course import Evaluation, StepFigures
+from manylora.runs.course import StepFigures
 from manylora.runs.evaluate import settle
 from manylora.runs.rl.collecting import Collected, Collector, LagCollector, PromptOrder
 from manylora.runs.rl.free_running import FreeCollector
 from manylora.runs.rl.objective import Objective
 from manylora.runs.rl.record import Record
-from manylora.runs.rl.rollout import Rollout, SampleGroup
+from manylora.runs.rl.rl_evals import RlEvaluation
+from manylora.runs.rl.rollout import SampleGroup
 from manylora.runs.rl.step_batch import StepBatch
 from manylora.runs.rl.step_figures import step_figures
 from manylora.runs.rl.training import PhaseSeconds, Trained, added, train_batch
@@ -28,18 +29,17 @@ from manylora.runs.saved_states import saved_steps
 from manylora.servers import Policy, Sampler
 from manylora.types import AdamParams, Datum, DeviceTime, RolloutFailed, TextFormat
 
+# Gives the policy with which an interrupted answer goes on.
+Renew = Callable[[], Policy]
 # Steps in a row without a difference between any rewards, after which an adapter fails.
 MOST_SILENT_STEPS = 20
 
 
-class Players(Protocol):
-    """`Players` play and score; they hold the threads in which users' code runs."""
+class Playing(Protocol):
+    """`Playing` plays and scores; see `players.py::Players`."""
 
     async def play(self, step: int, number: int, row: int, policy: Policy) -> SampleGroup:
         """Play and score one group; see `collecting.py::PlayGroup`."""
-
-    async def answer(self, step: int, row: int, sample: int, policy: Policy) -> Rollout:
-        """Answer an evaluation's prompt and score the answer."""
 
     def spent(self) -> DeviceTime:
         """Return the device's time in samples since this was asked last."""
@@ -71,7 +71,8 @@ class RlCourse:
     Attributes:
         parts: the names of the reward's parts.
         sampler: where the samples come from; the course does not know which one it is.
-        players: make an adapter's players, given its files; called once it is open.
+        players: make an adapter's players, given its files, and how an interrupted answer is to go
+            on; called once it is open.
         order: of the prompts.
         adam: the optimizer's parameters of each step.
         base_forward: `forward` of the base without an adapter.
@@ -81,18 +82,18 @@ class RlCourse:
     parts: Sequence[str]
     steps: int
     sampler: Sampler
-    players: Callable[[Any, AdapterPaths | None], Players]
+    players: Callable[[AdapterPaths | None, Renew | None], Any]
     order: PromptOrder
     adam: Callable[[int], AdamParams]
     base_forward: Callable[..., Any]
-    evals: Evaluation
+    evals: RlEvaluation
     eval_every: int = 0
     text_format: TextFormat = field(default_factory=TextFormat)
     notes: Sequence[str] = ()
     ahead: int = 1
     _adapter: Any = field(init=False, default=None)
     _paths: AdapterPaths | None = field(init=False, default=None)
-    _playing: Players = field(init=False)
+    _playing: Playing = field(init=False)
     _versions: Versions = field(init=False)
     _record: Record | None = field(init=False, default=None)
     _collector: Collector = field(init=False)
@@ -112,7 +113,8 @@ class RlCourse:
         if paths is not None:
             keep = self.rl.keep_rollouts
             self._record = Record(paths.rollouts, None if keep == "all" else keep, step)
-        self._playing = self.players(adapter, paths)
+        self._playing = self.players(paths, self._newest if self.rl.off_policy.interrupt else None)
+        self.evals.players, self.evals.publish = self._playing, self.publish
         self._collector = self._make_collector()
         self._collector.begin(step + 1, memory)
         for version in self._needed(step):
@@ -150,6 +152,9 @@ class RlCourse:
         await self._versions.publish(self._made)
         return self._versions.policy(self._made)
 
+    def _newest(self) -> Policy:
+        return self._versions.policy(self._versions.newest)
+
     def _make_collector(self) -> Collector:
         rl, play, teaches = self.rl, self._playing.play, Objective(self.rl).teaches
         if rl.off_policy.lag is None:
@@ -173,6 +178,8 @@ class RlCourse:
     async def _step(self, step: int) -> StepFigures:
         seconds = PhaseSeconds()
         await self._versions.publish(step - 1)
+        if self.rl.off_policy.interrupt:
+            await self.sampler.interrupt(self._adapter.name)
         self._collector.launch(step)
         began = time.perf_counter()
         collected = await self._collector.take(step)

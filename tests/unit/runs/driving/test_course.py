@@ -111,7 +111,7 @@ def no_plan(entry: AdapterEntry, tokenizer: Any, vocabulary: Any) -> CoursePlan:
 @pytest.fixture
 def run(run_data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> RunFile:
     """Two adapters of the new kind."""
-    kind = Kind(COLUMNS, lambda *_: Rewarded(), no_plan)
+    kind = Kind(lambda entry: COLUMNS, lambda *_: Rewarded(), no_plan)
     monkeypatch.setattr(kinds, "KINDS", {"sft": kind})
     return RunFile.model_validate({**run_data, "adapters": run_data["adapters"][:2]})
 
@@ -157,7 +157,7 @@ def test_a_figure_that_is_not_finite_fails_this_adapter(
     run: RunFile, monkeypatch: pytest.MonkeyPatch
 ):
     made = iter((Rewarded(spoiled=2), Rewarded()))
-    kind = Kind(COLUMNS, lambda *_: next(made), no_plan)
+    kind = Kind(lambda entry: COLUMNS, lambda *_: next(made), no_plan)
     monkeypatch.setattr(kinds, "KINDS", {"sft": kind})
     assert train(run) == 1
     told = summary(run)["adapters"]
