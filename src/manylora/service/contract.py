@@ -36,13 +36,7 @@ from manylora.service.wire.replies import (
     TrainingRunList,
     WeightsInfo,
 )
-from manylora.service.wire.run_messages import (
-    Adapter,
-    AdapterList,
-    Run,
-    RunList,
-    SubmitRunRequest,
-)
+from manylora.service.wire.run_messages import Adapter, AdapterList, Run, RunList, SubmitRunRequest
 from manylora.types import ManyloraError
 
 JSON_TYPE = "application/json"

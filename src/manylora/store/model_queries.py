@@ -55,14 +55,7 @@ class ModelQueries:
     def open(self) -> list[ModelRow]:
         """Return all tenants' models that are not closed, in the order of their creation."""
         where = [ModelTable.closed_at.is_(None)]
-        return self._database.all(
-            ModelTable,
-            *where,
-            order=(
-                ModelTable.created_at,
-                ModelTable.id,
-            ),
-        )
+        return self._database.all(ModelTable, *where, order=(ModelTable.created_at, ModelTable.id))
 
     def touch(self, ids: Iterable[str], at: float | None = None) -> None:
         """Note that a request for each of them came."""
@@ -125,14 +118,7 @@ class SamplerQueries:
 
     def of_model(self, tenant: str, model_id: str) -> list[SamplerRow]:
         where = [Sampler.model_id == model_id, Sampler.tenant == tenant]
-        return self._database.all(
-            Sampler,
-            *where,
-            order=(
-                Sampler.created_at,
-                Sampler.id,
-            ),
-        )
+        return self._database.all(Sampler, *where, order=(Sampler.created_at, Sampler.id))
 
     def of_session(self, tenant: str, session_id: str) -> list[SamplerRow]:
         where = [Sampler.session_id == session_id, Sampler.tenant == tenant]

@@ -43,14 +43,7 @@ class RunQueries:
     def with_status(self, *statuses: str) -> list[RunRow]:
         """Return all tenants' runs of these statuses, in the order of their creation."""
         where = [RunTable.status.in_(statuses)]
-        return self._database.all(
-            RunTable,
-            *where,
-            order=(
-                RunTable.created_at,
-                RunTable.id,
-            ),
-        )
+        return self._database.all(RunTable, *where, order=(RunTable.created_at, RunTable.id))
 
     def update(
         self,

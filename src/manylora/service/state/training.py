@@ -11,12 +11,7 @@ from manylora.service.state.resources import Resources
 from manylora.service.state.samplers import Samplers
 from manylora.service.state.sessions import Sessions
 from manylora.service.state.submitted_runs import SubmittedRuns
-from manylora.service.state.wire_operations import (
-    Load,
-    OperationRequest,
-    adapter_spec,
-    json_result,
-)
+from manylora.service.state.wire_operations import Load, OperationRequest, adapter_spec, json_result
 from manylora.service.wire.codec import digest_json
 from manylora.service.wire.messages import (
     KIND_OF_MESSAGE,
