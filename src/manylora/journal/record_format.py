@@ -14,7 +14,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +147,12 @@ def _read_frame(descriptor: int, offset: int, size: int, bodies: bool) -> Found:
         body = os.pread(descriptor, body_len, start + header_len)
         if len(body) != body_len or zlib.crc32(body) != body_crc:
             return Found(offset, end - offset, record, "the body is damaged")
-        whole = Record(**dict(zip(_HEADER, about, strict=True)), body=_plain(body), meta=meta)
+        whole = replace(record, body=body.replace(_ESCAPED, _MARK))
         return Found(offset, end - offset, whole)
     except OSError as error:
         return Found(offset, 0, None, f"cannot be read: {error.strerror}")
     except (ValueError, TypeError) as error:  # written by something else that knows the checksums
         return Found(offset, 0, None, f"the header makes no sense: {error}")
-
-
-def _plain(body: bytes) -> bytes:
-    return body.replace(_ESCAPED, _MARK)
 
 
 def _up_to_next(descriptor: int, found: Found, size: int) -> Found:
