@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import Lifespan, Scope
+from starlette.types import Scope
 
 from manylora.service.http import (
     routes_checkpoints,
@@ -115,7 +115,6 @@ def build_app(
     metrics: Callable[[], str] | None = None,
     names: Names | None = None,
     connections: OpenConnections | None = None,
-    lifespan: Lifespan[FastAPI] | None = None,
 ) -> FastAPI:
     """Build the application around a hub.
 
@@ -132,7 +131,6 @@ def build_app(
         version="1",
         docs_url=None,
         redoc_url=None,
-        lifespan=lifespan,
         redirect_slashes=False,
         responses=_REFUSALS,
     )

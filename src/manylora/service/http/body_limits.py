@@ -74,11 +74,9 @@ async def _ignore(scope: Scope, prefix: bytes, error: TooLarge) -> None:
 class BodyLimit:
     """`BodyLimit` is ASGI middleware: it hands on a whole body, or answers 408, 413 or 429."""
 
-    def __init__(
-        self, app: ASGIApp, *, limits: BodyLimits | None = None, on_refused: Refused = _ignore
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, limits: BodyLimits, on_refused: Refused = _ignore) -> None:
         self.app = app
-        self.limits = limits = BodyLimits() if limits is None else limits
+        self.limits = limits
         self.on_refused = on_refused
         self.room = Capacity(limits.arriving, limits.arriving_each, "bytes of requests in hand")
 

@@ -7,6 +7,7 @@ that is refused here, before the hub saw it, uses its number up; later ones woul
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -15,10 +16,10 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.routing import Route
 
-from manylora.service.contract import Hub
+from manylora.service.contract import JSON_TYPE, Hub
 from manylora.service.http.body_limits import BodyLimits
 from manylora.service.http.capacity import Capacity
-from manylora.service.http.responses import JSON_TYPE, json_response
+from manylora.service.http.responses import json_response
 from manylora.service.http.signing import Signer
 from manylora.service.http_errors import WrongEncoding
 from manylora.service.hub_proxy import HubProxy
@@ -140,10 +141,10 @@ def _json_reader(model: type[M]) -> Callable[[Request], Awaitable[M]]:
     async def read(request: Request) -> M:
         caller, body = _caller(request), await request.body()
         kind = KIND_OF_MESSAGE.get(model)
-        if kind is None:
-            return await _read(caller.context, request, model, body)
-        async with caller.context.using_up(caller.tenant, lambda: kind.peek(body)):
-            return await _read(caller.context, request, model, body)
+        ids = (lambda: None) if kind is None else partial(kind.peek, body)
+        async with caller.context.using_up(caller.tenant, ids):
+            check_type(request, JSON_TYPE)
+            return await caller.context.read(partial(read_json, model), body)
 
     return read
 
@@ -166,11 +167,6 @@ def straight(
         return reply if isinstance(reply, Response) else json_response(reply)
 
     return Route(path, answer, methods=["POST"])
-
-
-async def _read(context: RequestContext, request: Request, model: type[M], body: bytes) -> M:
-    check_type(request, JSON_TYPE)
-    return await context.read(lambda content: read_json(model, content), body)
 
 
 def check_type(request: Request, content_type: str) -> None:

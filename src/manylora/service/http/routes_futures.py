@@ -6,9 +6,9 @@ from typing import Annotated
 
 from starlette.responses import Response
 
-from manylora.service.contract import PROTOBUF_TYPE, Failed, Ready, Waiting
+from manylora.service.contract import JSON_TYPE, PROTOBUF_TYPE, Failed, Ready, Waiting
 from manylora.service.http.context import Caller, Routes, TheCaller, json_body, takes
-from manylora.service.http.responses import JSON_TYPE, json_response
+from manylora.service.http.responses import json_response
 from manylora.service.wire.messages import RetrieveFutureRequest
 from manylora.service.wire.replies import CompleteMetadata, ErrorReply, TryAgain
 

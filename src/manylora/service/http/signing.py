@@ -54,9 +54,7 @@ class Signer:
                 raise missing("file")
             tenant, path, file, expires = json.loads(payload)
             grant = Grant(tenant, TinkerPath.parse(path), file, expires)
-        except ManyloraError:
-            raise missing("file") from None
-        except ValueError:
+        except (ManyloraError, ValueError):
             raise missing("file") from None
         if time.time() > grant.expires:
             raise Gone("this address has expired; ask for a new one")

@@ -53,11 +53,6 @@ class LiveRun:
     over: bool = False
 
     @property
-    def data_bytes(self) -> int:
-        """So many bytes were uploaded for it."""
-        return self.data.uploaded_bytes()
-
-    @property
     def paths(self) -> AdapterPaths:
         return self.data.paths
 

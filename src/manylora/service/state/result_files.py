@@ -160,18 +160,15 @@ class Results:
         partial = self._partial / str(next(self._number))
         path = self._path(result.request_id)
         try:
-            try:
-                partial.write_bytes(_encoded(result))
-                os.utime(partial, (result.created_at, result.created_at))
-                with self._lock:  # not while `sweep` finds the older one's time to be over
-                    partial.rename(path)
-                    self._unwritten.drop(lambda kept: kept.request_id == result.request_id)
-                    self._remember(path)
-            except OSError:
-                with suppress(OSError):
-                    partial.unlink()
-                raise
+            partial.write_bytes(_encoded(result))
+            os.utime(partial, (result.created_at, result.created_at))
+            with self._lock:  # not while `sweep` finds the older one's time to be over
+                partial.rename(path)
+                self._unwritten.drop(lambda kept: kept.request_id == result.request_id)
+                self._remember(path)
         except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
             with self._lock:
                 self._unwritten.put(result)
             raise SaveFailed(f"{result.request_id}: the result was not saved: {error}") from error
@@ -265,20 +262,16 @@ def _encoded(result: Result) -> bytes:
     return b"".join((_HEAD.pack(_MAGIC, len(header), checksum), header, result.body))
 
 
-def _read(path: Path, body: bool = True) -> Result | None:
-    """Read a result; None if there is none, or it is damaged. Without the body nothing is checked.
-
-    Raises:
-        TooManyFilesOpen: it may well be there.
-    """
+def _read(path: Path) -> Result | None:
+    """Read a result; None if there is none, or it is damaged. Raises TooManyFilesOpen: it may well
+    be there."""
     try:
         with path.open("rb") as file:
             magic, length, checksum = _HEAD.unpack(file.read(_HEAD.size))
             if magic != _MAGIC:
                 raise ValueError("not a result")
-            header = file.read(length)
-            content = file.read() if body else b""
-        if body and zlib.crc32(content, zlib.crc32(header)) != checksum:
+            header, content = file.read(length), file.read()
+        if zlib.crc32(content, zlib.crc32(header)) != checksum:
             raise ValueError("its checksum is wrong")
         request_id, owner, content_type, created_at = json.loads(header)
         return Result(request_id, owner, content_type, content, created_at)

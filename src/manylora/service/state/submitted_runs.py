@@ -13,7 +13,6 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -109,9 +108,8 @@ class SubmittedRuns:
         limit = self._resources.settings.quotas.run_data_bytes
         if size > limit:
             raise TooLarge(f"the run's data have {size:,} bytes, and {limit:,} are allowed")
-        held = sum(
-            live.data_bytes for live in list(self._live.values()) if live.row.tenant == tenant
-        )
+        own = [live for live in list(self._live.values()) if live.row.tenant == tenant]
+        held = sum(live.data.uploaded_bytes() for live in own)
         if held + size > limit:
             raise QuotaExceeded(
                 f"the data of your runs that are not over have {held:,} bytes, this one's "
@@ -233,13 +231,10 @@ class SubmittedRuns:
         if live.cancelled:
             live.stop.set()
         self._live[row.id] = live
-        self._spawn(self._train(live))
-        return live
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.run_coroutine_threadsafe(work, self._loop)
+        task = asyncio.run_coroutine_threadsafe(self._train(live), self._loop)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return live
 
     async def _train(self, live: LiveRun) -> None:
         """Run the whole of a run, on the runs' loop."""

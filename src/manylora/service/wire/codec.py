@@ -6,8 +6,7 @@ Shapes: N tokens of one datum, K targets of each position.
 import hashlib
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import groupby
 
 import numpy as np
@@ -17,7 +16,7 @@ from pydantic import BaseModel
 from manylora.service.http_errors import TooLarge
 from manylora.service.wire import wire_pb2 as pb
 from manylora.service.wire.messages import WireAdamParams
-from manylora.service.wire.paths import IDENTIFIER, MAX_IDENTIFIER
+from manylora.service.wire.paths import is_identifier
 from manylora.service.wire.pieces import ForwardBackwardSubmit
 from manylora.service.wire.scan import check_outline
 from manylora.service.wire.wire_limits import WireLimits
@@ -72,7 +71,7 @@ def parse_request(body: bytes, limits: WireLimits) -> pb.ForwardBackwardRequest:
     except DecodeError:
         raise DataError("the body is no ForwardBackwardRequest") from None
     model_id = request.model_id
-    if len(model_id) > MAX_IDENTIFIER or not re.fullmatch(IDENTIFIER, model_id):
+    if not is_identifier(model_id):
         raise DataError("model_id is missing or no identifier")
     if request.seq_id < 1:
         raise DataError(f"seq_id is {request.seq_id}; a model's numbers start at 1")
@@ -180,7 +179,9 @@ def encode_forward_backward(result: ForwardBackwardResult) -> bytes:
     for name in result.metrics:
         if name.count(":") != 1:
             raise ValueError(f"metric {name!r} is not named `name:reduction`")
-    output = pb.ForwardBackwardOutput(loss_fn_output_type=OUTPUT_TYPE, metrics=_all_metrics(result))
+    # The SDK's `forward_backward_custom` takes `loss:sum` out.
+    metrics = {"loss:sum": result.loss, **result.metrics}
+    output = pb.ForwardBackwardOutput(loss_fn_output_type=OUTPUT_TYPE, metrics=metrics)
     for trailing, group in groupby(result.logprobs, key=lambda array: array.shape[1:]):
         arrays = [np.ascontiguousarray(array, dtype="<f4") for array in group]
         offsets = np.zeros(len(arrays) + 1, dtype="<i8")
@@ -192,11 +193,6 @@ def encode_forward_backward(result: ForwardBackwardResult) -> bytes:
         field.dtype = pb.DTYPE_FLOAT32
         field.trailing_shape.extend(trailing)
     return output.SerializeToString(deterministic=True)
-
-
-def _all_metrics(result: ForwardBackwardResult) -> Mapping[str, float]:
-    """Return the metrics with a `loss:sum`; the SDK's `forward_backward_custom` takes it out."""
-    return {"loss:sum": result.loss, **result.metrics}
 
 
 def adam_params(message: WireAdamParams) -> AdamParams:
