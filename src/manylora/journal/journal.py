@@ -95,16 +95,10 @@ class Journal:
     recover = staticmethod(recover)
 
     def append(self, record: Record) -> Future[None]:
-        """Write a record, and return at once.
-
-        Returns:
-            a future that is done when the record is durable, and fails with SaveFailed if it could
-            not be written (a full disk); it is then as if it had never come. It cannot be
-            cancelled. What is called back by it runs on the writing thread: be brief.
-
-        Raises:
-            DataError: the body is longer than a record may be.
-        """
+        """Write a record, and return at once a future that is done when the record is durable. It
+        fails with SaveFailed if it could not be written (a full disk); it is then as if it had
+        never come. It cannot be cancelled. What is called back by it runs on the writing thread: be
+        brief. Raises DataError: the body is longer than a record may be."""
         if len(record.body) > self.max_record_bytes:
             raise DataError(
                 f"{record.request_id}: {len(record.body)} bytes; a request may have "

@@ -41,8 +41,7 @@ class Record:
         seq: its number there.
         kind: what to do with it.
         tenant: whose it is.
-        request_id: with the digest, tells a repeated request from another.
-        digest: see `request_id`.
+        request_id, digest: together they tell a repeated request from another.
         body: what the client sent.
         meta: what else is known of it (JSON).
     """
@@ -95,10 +94,8 @@ def read_segment(path: Path, bodies: bool = True) -> Iterator[Found]:
     where no descriptor is left to open it, OSError.
 
     It reads a record at a time. A file that ends inside a record gives a last place with the reason
-    `TORN`; so does one that ends in nothing but zeros (it had grown, and the power failed).
-
-    Args:
-        bodies: False = skip them (they are then not checked either).
+    `TORN`; so does one that ends in nothing but zeros (it had grown, and the power failed). With
+    `bodies` = False they are skipped (and then not checked either).
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)

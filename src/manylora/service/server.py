@@ -56,14 +56,9 @@ class Service:
         self._maintenance: asyncio.Task[None] | None = None
 
     async def start(self, engines: Sequence[EngineProtocol]) -> TinkerHub:
-        """Take up what was going on when the last server stopped, or the last engine was lost.
-
-        Args:
-            engines: open on the base of the settings.
-
-        Raises:
-            StoreError: the data directory is in use.
-        """
+        """Take up what was going on when the last server stopped, or the last engine was lost. The
+        `engines` are open on the base of the settings. Raises StoreError: the data directory is in
+        use."""
         settings, folder, loop = self.settings, self.folder, asyncio.get_running_loop()
         results = Results(
             folder / "results",

@@ -15,12 +15,9 @@ class CheckpointQueries(Queries):
     def put(self, row: CheckpointRow, overwrite: bool = False) -> CheckpointRow | None:
         """Name a folder that is complete. The request that made a checkpoint may come again.
 
-        Returns:
-            the row that this one replaced (its folder may go); None if there was none, or if this
-            request had made it already, which leaves everything as it was.
-
-        Raises:
-            CheckpointExists: the path is taken, and `overwrite` is false.
+        Return the row that this one replaced (its folder may go); None if there was none, or if
+        this request had made it already, which leaves everything as it was. Raises
+        CheckpointExists: the path is taken, and `overwrite` is false.
         """
 
         def work(session: OrmSession) -> CheckpointRow | None:

@@ -93,12 +93,8 @@ class Database:
         self.engine.dispose()
 
     def read(self, work: Callable[[OrmSession], T]) -> T:
-        """Run `work` in a transaction that writes nothing.
-
-        Raises:
-            DataError: an argument that no column can hold.
-            StoreError: the database failed.
-        """
+        """Run `work` in a transaction that writes nothing. Raises DataError: an argument that no
+        column can hold; StoreError: the database failed."""
         with _translated(self.where), self._reading() as session, session.begin():
             return work(session)
 

@@ -105,11 +105,7 @@ class BodyLimit:
 
 
 class _Coming:
-    """A `_Coming` is a body on its way.
-
-    Attributes:
-        prefix: the first bytes of one that was too large.
-    """
+    """A `_Coming` is a body on its way; `prefix` are the first bytes of one that was too large."""
 
     def __init__(self, receive: Receive, limits: BodyLimits, held: Held):
         self._receive, self._limits, self._held = receive, limits, held
@@ -121,10 +117,7 @@ class _Coming:
         self._lately = 0
 
     async def whole(self, limit: int, declared: int, prefix: int) -> bytes:
-        """Return all of it.
-
-        Args:
-            prefix: how much to look at of what says that it is too large.
+        """Return all of it; of what says that it is too large, look at `prefix` bytes.
 
         Raises:
             TooLarge: it is, or says that it is; of what came, `prefix` is kept.

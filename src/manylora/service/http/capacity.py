@@ -63,11 +63,8 @@ class Held:
         self._room, self._owners = room, owners
 
     def grow(self, count: int) -> None:
-        """Hold `count` in all; less than now changes nothing.
-
-        Raises:
-            Backpressure: there is no room for it.
-        """
+        """Hold `count` in all; less than now changes nothing. Raises Backpressure: there is no room
+        for it."""
         more = count - self.count
         if more > 0:
             self._room.take(more, self._owners)

@@ -153,11 +153,8 @@ def straight(
     path: str, handler: Callable[[Caller, Any], Awaitable[Any]], model: type[BaseModel] | None
 ) -> Route:
     """Make a route of FastAPI's again, without what FastAPI does around the handler. For those that
-    every step of every client takes, that is more than what they do.
-
-    Args:
-        handler: the route's own, of a caller and of the message or (without a model) the request.
-        model: of its JSON body.
+    every step of every client takes, that is more than what they do. The `handler` is the route's
+    own, of a caller and of the message (`model`, its JSON body) or, without a model, the request.
     """
     read = None if model is None else _json_reader(model)
 

@@ -50,10 +50,7 @@ class Checkpoints:
 
     def write(self, host: Host, order: CheckpointOrder, state: AdapterState) -> CheckpointRow:
         """Write an adapter's state as a checkpoint. A request that comes again changes nothing.
-
-        Raises:
-            CheckpointExists: the name is taken. QuotaExceeded. SaveFailed.
-        """
+        Raises CheckpointExists (the name is taken), QuotaExceeded, SaveFailed."""
 
         def put(folder: Path) -> None:
             if order.path.kind == "external_weights":
@@ -112,11 +109,8 @@ class Checkpoints:
     # -- using one ---------------------------------------------------
 
     async def readable(self, tenant: str, path: TinkerPath, *kinds: PathKind) -> CheckpointRow:
-        """Return a checkpoint that the tenant may read: its own, or a published one.
-
-        Raises:
-            NotFound: there is none. DataError: it is of another kind.
-        """
+        """Return a checkpoint that the tenant may read: its own, or a published one. Raises
+        NotFound: there is none; DataError: it is of another kind."""
         row = _there(await asyncio.to_thread(self._store.checkpoints.readable, tenant, str(path)))
         if row.kind not in kinds:
             raise DataError(f"{path} holds {row.kind}; here {' or '.join(kinds)} is needed")

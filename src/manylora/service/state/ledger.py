@@ -41,11 +41,7 @@ class Ledger:
         return not first and self._fits_its_own(tenant, size) and self._fits_in_all(size)
 
     def enter(self, tenant: str, size: int) -> None:
-        """Count in.
-
-        Raises:
-            TooLarge: it never fits. Backpressure: it does not fit now.
-        """
+        """Count in. Raises TooLarge: it never fits; Backpressure: it does not fit now."""
         self.check(size)
         if not self.fits(tenant, size):
             held = self.held(tenant)
@@ -76,11 +72,8 @@ class Ledger:
 
     async def enter_in_turn(self, tenant: str, size: int) -> None:
         """Count in as soon as there is room. Those who wait are let in in the order in which they
-        came, except that none waits for another tenant's own bound.
-
-        Raises:
-            Cancelled: the server stops.
-        """
+        came, except that none waits for another tenant's own bound. Raises Cancelled: the server
+        stops."""
         if self._closed:
             raise Cancelled("the server is stopping")
         if self.fits(tenant, size):

@@ -68,11 +68,8 @@ def listed(row: CheckpointRow) -> Checkpoint:
 
 
 def run_info(row: RunRow, figures: Mapping[str, Any] | None = None) -> Run:
-    """Return a run as it is now.
-
-    Args:
-        figures: how far it is, if the database does not know yet; see `runs.Outcome.to_dict`.
-    """
+    """Return a run as it is now. The `figures` say how far it is, if the database does not know
+    yet; see `runs.Outcome.to_dict`."""
     known = row.progress if figures is None else figures
     error, name = known.get("error"), "final" if row.status == "completed" else "last"
     path = None if row.model_id is None else f"tinker://{row.model_id}"

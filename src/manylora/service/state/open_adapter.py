@@ -14,12 +14,8 @@ from manylora.types import ManyloraError
 
 @dataclass(slots=True)
 class Turn:
-    """A `Turn` is an operation whose turn has come.
-
-    Attributes:
-        replayed: as for `Operations.run`.
-        refusal: it is to fail so.
-    """
+    """A `Turn` is an operation whose turn has come. `replayed` is as for `Operations.run`; with a
+    `refusal`, it is to fail so."""
 
     seq: int
     request: OperationRequest

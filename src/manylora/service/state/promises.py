@@ -68,10 +68,7 @@ class Promises:
 
     def repeated(self, request_id: str, digest: str) -> Promise | None:
         """Return the promise that an equal request was given, if its outcome is still to come.
-
-        Raises:
-            DataError: the number was used for something else.
-        """
+        Raises DataError: the number was used for something else."""
         promise = self._open.get(request_id)
         if promise is not None and promise.digest != digest:
             raise DataError(
@@ -89,13 +86,9 @@ class Promises:
     def follow(
         self, request_id: str, future: Future[Any], encode: Encode, then: Then = lambda error: None
     ) -> None:
-        """Store what a future brings.
-
-        Args:
-            encode: result → content type and body; runs on a thread of its own.
-            then: called on the event loop once the outcome can be read; with the error, if it is
-                one.
-        """
+        """Store what a future brings. `encode` turns a result into content type and body, on a
+        thread of its own; `then` is called on the event loop once the outcome can be read, with the
+        error, if it is one."""
 
         def finish(done: Future[Any]) -> None:
             try:

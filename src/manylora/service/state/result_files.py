@@ -61,15 +61,9 @@ class Results:
         memory_bytes: int = 64 << 20,
         clock: Callable[[], float] = time.time,
     ):
-        """Make the folder if it is missing, and remove what a killed process left half-written.
-
-        Args:
-            ttl_seconds: how long a result can be read.
-            memory_bytes: how much of the latest is kept in memory.
-
-        Raises:
-            SaveFailed: the folder cannot be made.
-        """
+        """Make the folder if it is missing, and remove what a killed process left half-written. A
+        result can be read for `ttl_seconds`; of the latest, `memory_bytes` are kept in memory.
+        Raises SaveFailed: the folder cannot be made."""
         self.folder = Path(folder)
         self.ttl_seconds = ttl_seconds
         self.memory_bytes = memory_bytes
@@ -93,12 +87,8 @@ class Results:
             raise SaveFailed(f"the results' folder {folder} cannot be made: {error}") from error
 
     def put(self, request_id: str, owner: str, content_type: str, body: bytes) -> None:
-        """Keep a result; it replaces an older one of that request.
-
-        Raises:
-            SaveFailed: it could not be written. It can be read as long as memory has it, and
-                `flush` tries again to write it.
-        """
+        """Keep a result; it replaces an older one of that request. Raises SaveFailed: it could not
+        be written. It can be read as long as memory has it, and `flush` tries again to write it."""
         result = Result(request_id, owner, content_type, bytes(body), self._clock())
         with self._lock:
             self._recent.put(result)
@@ -127,11 +117,8 @@ class Results:
             return self._unwritten.get(request_id) is None
 
     def flush(self) -> None:
-        """Make everything that was put so far durable.
-
-        Raises:
-            SaveFailed: something is not. What can make it again must stay.
-        """
+        """Make everything that was put so far durable. Raises SaveFailed: something is not. What
+        can make it again must stay."""
         with self._flushing:
             with self._lock:
                 unwritten = self._unwritten.all()

@@ -167,11 +167,8 @@ class Samplers:
         return reply
 
     async def replay(self, tenant: str, submit: SampleSubmit, snapshot: str | None) -> None:
-        """Run a request again that had no outcome when the server stopped.
-
-        Args:
-            snapshot: that it was accepted for.
-        """
+        """Run a request again that had no outcome when the server stopped, on the `snapshot` that
+        it was accepted for."""
         row = await self.require(tenant, submit.sampling_session_id)
         request_id = f"{row.id}:{submit.seq_id}"
         submit = await self._ends.given(row, submit)
@@ -210,12 +207,8 @@ class Samplers:
         return {folder_of(row.snapshot) for row in rows if row.snapshot is not None}
 
     async def drop_unused(self, seconds: float) -> list[str]:
-        """Drop the snapshots that no request has used for so long. Requests that run are not
-        touched, and neither is what a model's `inflight` samplers use.
-
-        Returns:
-            the names of those that went.
-        """
+        """Drop the snapshots that no request has used for so long, and return their names. Requests
+        that run are not touched, and neither is what a model's `inflight` samplers use."""
         limit, kept = self._wall() - seconds, {*self._in_use, *self._published.values()}
         gone = [name for name, at in self._used_at.items() if at < limit and name not in kept]
         for name in gone:

@@ -78,12 +78,8 @@ class SubmittedRuns:
             )
 
     async def submit(self, tenant: str, request: SubmitRunRequest) -> Run:
-        """Take a run: durable when this returns.
-
-        Raises:
-            DataError, Unsupported, TooLarge: something that cannot be trained here.
-            QuotaExceeded, SaveFailed.
-        """
+        """Take a run: durable when this returns. Raises DataError, Unsupported, TooLarge: something
+        that cannot be trained here; QuotaExceeded, SaveFailed."""
         if request.base_model is not None:
             self._resources.check_base(request.base_model)
         self.check_room(tenant)
@@ -175,11 +171,8 @@ class SubmittedRuns:
             await asyncio.wait(waiting, timeout=seconds)
 
     def close(self, seconds: float | None = None) -> None:
-        """Wait for what `stop` asked to end; any thread, when the queue takes no more.
-
-        Args:
-            seconds: what is preparing its data after that is left to it; None = all is waited for.
-        """
+        """Wait for what `stop` asked to end; any thread, when the queue takes no more. What is
+        preparing its data after `seconds` is left to it; None = all is waited for."""
         if wait(list(self._tasks), seconds).not_done:
             log.warning("runs that are still preparing their data are left behind")
             return

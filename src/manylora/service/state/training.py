@@ -114,12 +114,8 @@ class Training:
         return await self._open(row, lambda pager: pager.register(id, adapter, 0))
 
     async def _open(self, row: ModelRow, make: Callable[[Pager], object]) -> Submitted:
-        """Make an adapter's row durable and open it, unless it had been made before.
-
-        Raises:
-            QuotaExceeded: the tenant has all that it may have.
-            Conflict: the number is taken.
-        """
+        """Make an adapter's row durable and open it, unless it had been made before. Raises
+        QuotaExceeded: the tenant has all that it may have; Conflict: the number is taken."""
         if not self._adapters.is_open(row.id):
             self._runs.check_room(row.tenant)
         request_id, promises = creation_of(row.id), self._resources.promises

@@ -35,10 +35,7 @@ OUTPUT_TYPE = "ArrayRecord"
 def decode_forward_backward(
     body: bytes, limits: WireLimits, digest: str | None = None
 ) -> ForwardBackwardSubmit:
-    """Decode a whole forward_backward body.
-
-    Args:
-        digest: of the body, if it is known.
+    """Decode a whole forward_backward body, whose `digest` is given if it is known.
 
     Raises:
         DataError: it is malformed; the message names the datum and the field.
@@ -59,11 +56,8 @@ def decode_forward_backward(
 
 
 def parse_request(body: bytes, limits: WireLimits) -> pb.ForwardBackwardRequest:
-    """Parse a forward_backward body; no tensor in it is looked at yet.
-
-    Raises:
-        DataError: it is none. TooLarge: it has too many parts. Unsupported: its loss.
-    """
+    """Parse a forward_backward body; no tensor in it is looked at yet. Raises DataError: it is
+    none; TooLarge: it has too many parts; Unsupported: its loss."""
     check_outline(body, limits)
     request = pb.ForwardBackwardRequest()
     try:
@@ -171,10 +165,8 @@ def encode_forward_backward(result: ForwardBackwardResult) -> bytes:
     """Encode a result as a ForwardBackwardOutput.
 
     Data whose arrays differ in K cannot share a record; the SDK joins records in their order, so
-    each run of equal ones gets its own.
-
-    Raises:
-        ValueError: a metric is not named `name:reduction`; the SDK would fail on it.
+    each run of equal ones gets its own. Raises ValueError: a metric is not named `name:reduction`;
+    the SDK would fail on it.
     """
     for name in result.metrics:
         if name.count(":") != 1:
@@ -196,11 +188,7 @@ def encode_forward_backward(result: ForwardBackwardResult) -> bytes:
 
 
 def adam_params(message: WireAdamParams) -> AdamParams:
-    """Return one optimizer step's settings.
-
-    Raises:
-        ConfigError: one of them is out of its range.
-    """
+    """Return one optimizer step's settings. Raises ConfigError: one of them is out of its range."""
     return AdamParams(
         lr=message.learning_rate,
         beta1=message.beta1,

@@ -65,11 +65,7 @@ class TinkerPath:
 
     @classmethod
     def parse(cls, text: str) -> "TinkerPath":
-        """Take a path apart.
-
-        Raises:
-            DataError: it is not `tinker://<run>/<kind>/<name>`.
-        """
+        """Take a path apart. Raises DataError: it is not `tinker://<run>/<kind>/<name>`."""
         parts = text.removeprefix(SCHEME).split("/")
         if not text.startswith(SCHEME) or len(parts) != 3:
             raise DataError(

@@ -15,11 +15,8 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def read_json(model: type[M], body: bytes) -> M:
-    """Read a body as the message that its route takes.
-
-    Raises:
-        Malformed: it is not one. The message names fields, and repeats nothing of what they hold.
-    """
+    """Read a body as the message that its route takes. Raises Malformed: it is not one. The message
+    names fields, and repeats nothing of what they hold."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:

@@ -74,12 +74,8 @@ def peek_ids(prefix: bytes) -> tuple[str, int] | None:
 
 
 def check_outline(body: bytes, limits: WireLimits) -> None:
-    """Refuse a forward_backward body with too many parts, before it is parsed.
-
-    Raises:
-        TooLarge: more data or parts than the limits allow.
-        DataError: no protobuf.
-    """
+    """Refuse a forward_backward body with too many parts, before it is parsed. Raises TooLarge:
+    more data or parts than the limits allow; DataError: no protobuf."""
     data = parts = 0
     try:
         for number, wire_type, start, end in _fields(body, 0, len(body)):
