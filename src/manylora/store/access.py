@@ -116,26 +116,15 @@ class SessionQueries(Queries):
     def touch(self, ids: Iterable[str], at: float | None = None) -> None:
         """Note that they are alive. Time does not run backwards, and the ended stay as they are."""
         at = self._clock() if at is None else at
+        older = (SessionTable.ended_at.is_(None), SessionTable.last_seen_at < at)
         for some in chunks(ids):
-            self._database.change(
-                update(SessionTable)
-                .where(
-                    SessionTable.id.in_(some),
-                    SessionTable.ended_at.is_(None),
-                    SessionTable.last_seen_at < at,
-                )
-                .values(last_seen_at=at)
-            )
+            query = update(SessionTable).where(SessionTable.id.in_(some), *older)
+            self._database.change(query.values(last_seen_at=at))
 
     def end(self, tenant: str, id: str, reason: str, detail: str = "") -> SessionRow | None:
         """End a session; the first reason stays. Return the session, or None if there is none."""
-        self._database.change(
-            update(SessionTable)
-            .where(
-                SessionTable.id == id,
-                SessionTable.tenant == tenant,
-                SessionTable.ended_at.is_(None),
-            )
-            .values(ended_at=self._clock(), end_reason=reason, end_detail=detail)
-        )
+        own = (SessionTable.id == id, SessionTable.tenant == tenant)
+        query = update(SessionTable).where(*own, SessionTable.ended_at.is_(None))
+        ended = query.values(ended_at=self._clock(), end_reason=reason, end_detail=detail)
+        self._database.change(ended)
         return self.get(tenant, id)

@@ -46,12 +46,8 @@ class CheckpointQueries(Queries):
         own = self.get(tenant, path)
         if own is not None:
             return own
-        return self._database.one(
-            CheckpointTable,
-            CheckpointTable.path == path,
-            CheckpointTable.public.is_(True),
-            self._alive(),
-        )
+        public = (CheckpointTable.path == path, CheckpointTable.public.is_(True), self._alive())
+        return self._database.one(CheckpointTable, *public)
 
     def anybodys(self, path: str) -> CheckpointRow | None:
         """Return a checkpoint of any tenant, for a user who may read the data folder anyway."""
@@ -59,13 +55,9 @@ class CheckpointQueries(Queries):
 
     def of_model(self, tenant: str, model_id: str) -> list[CheckpointRow]:
         """Return a training run's checkpoints, in the order in which they were made."""
-        where = [
-            CheckpointTable.tenant == tenant,
-            CheckpointTable.model_id == model_id,
-            self._alive(),
-        ]
+        own = (CheckpointTable.tenant == tenant, CheckpointTable.model_id == model_id)
         order = (CheckpointTable.created_at, CheckpointTable.path)
-        return self._database.all(CheckpointTable, *where, order=order)
+        return self._database.all(CheckpointTable, *own, self._alive(), order=order)
 
     def page(self, tenant: str, limit: int = 20, offset: int = 0) -> Page[CheckpointRow]:
         """Return a tenant's checkpoints, the newest first."""

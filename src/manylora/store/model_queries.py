@@ -44,12 +44,10 @@ class ModelQueries(Queries):
     def touch(self, ids: Iterable[str], at: float | None = None) -> None:
         """Note that a request for each of them came."""
         at = self._clock() if at is None else at
+        older = ModelTable.last_request_at < at
         for some in chunks(ids):
-            self._database.change(
-                update(ModelTable)
-                .where(ModelTable.id.in_(some), ModelTable.last_request_at < at)
-                .values(last_request_at=at)
-            )
+            query = update(ModelTable).where(ModelTable.id.in_(some), older)
+            self._database.change(query.values(last_request_at=at))
 
     def set_steps(self, steps: Mapping[str, int]) -> None:
         """Set how many optimizer steps each of them made."""

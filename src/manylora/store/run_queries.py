@@ -1,7 +1,5 @@
 """Run files are submitted to the server, and each has a row."""
 
-from typing import Any
-
 from sqlalchemy import delete, update
 
 from manylora.store.database import Queries
@@ -47,12 +45,7 @@ class RunQueries(Queries):
         model_id: str | None = None,
     ) -> RunRow | None:
         """Change what is given; return the run, or None if there is none."""
-        given: dict[str, Any] = {
-            "status": status,
-            "error": error,
-            "progress": progress,
-            "model_id": model_id,
-        }
+        given = {"status": status, "error": error, "progress": progress, "model_id": model_id}
         values = {name: value for name, value in given.items() if value is not None}
         query = update(RunTable).where(RunTable.id == id, RunTable.tenant == tenant)
         self._database.change(query.values(updated_at=self._clock(), **values))

@@ -96,9 +96,8 @@ class _Application(FastAPI):
             )
             components = document.setdefault("components", {})
             components["schemas"] = {**bodies["$defs"], **components.get("schemas", {})}
-            components["securitySchemes"] = {
-                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"}
-            }
+            key = {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+            components["securitySchemes"] = {"key": key}
             no_scopes: list[str] = []
             document["security"] = [{"key": no_scopes}]
             self.openapi_schema = document

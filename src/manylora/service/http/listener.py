@@ -174,9 +174,8 @@ class Protocol(H11Protocol):
 
 def raw_answer(answer: ErrorAnswer) -> bytes:
     """Return a refusal where there is no application to make it."""
-    body = json.dumps(
-        {"error": answer.message, "category": answer.category, "request_id": uuid4().hex}
-    ).encode()
+    told = {"error": answer.message, "category": answer.category, "request_id": uuid4().hex}
+    body = json.dumps(told).encode()
     words = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}
     lines = [
         f"HTTP/1.1 {answer.status} {words[answer.status]}",

@@ -162,8 +162,9 @@ class Promises:
         except BaseException as caught:
             if isinstance(caught, EngineLost) or (self.closing and isinstance(caught, Cancelled)):
                 return  # it is in the journal, and runs after the next start
-            error = caught
-            content_type, body = FAILURE_TYPE, _failure(request_id, caught)
+            error, answer = caught, answer_to(caught, request_id)
+            told = {"error": answer.message, "category": answer.category}
+            content_type, body = FAILURE_TYPE, json.dumps(told).encode()
         if promise is not None:
             try:
                 self.results.put(request_id, promise.tenant, content_type, body)
@@ -186,8 +187,3 @@ def _outcome(content_type: str, body: bytes) -> Outcome:
         failure = json.loads(body)
         return Failed(failure["error"], failure["category"])
     return Ready(content_type, body)
-
-
-def _failure(request_id: str, error: BaseException) -> bytes:
-    answer = answer_to(error, request_id)
-    return json.dumps({"error": answer.message, "category": answer.category}).encode()

@@ -140,10 +140,8 @@ class Samplers:
         """
         row = await self.require(tenant, submit.sampling_session_id)
         request_id = f"{row.id}:{submit.seq_id}"
-        reply = Submitted(
-            request_id=request_id,
-            sample_sequence_ids=[f"{request_id}:{n}" for n in range(submit.num_samples)],
-        )
+        ids = [f"{request_id}:{n}" for n in range(submit.num_samples)]
+        reply = Submitted(request_id=request_id, sample_sequence_ids=ids)
         submit = await self._ends.given(row, submit)
         operation = self._operation(row, request_id, submit, await self._snapshot(row))
         if self._resources.promises.repeated(request_id, submit.digest) is None:

@@ -115,10 +115,8 @@ class SubmittedRuns:
     async def page(self, tenant: str, limit: int, offset: int) -> RunList:
         """Return a tenant's runs, newest first."""
         page = await asyncio.to_thread(self._store.runs.page, tenant, limit, offset)
-        return RunList(
-            runs=[self._info(row) for row in page.rows],
-            cursor=Cursor(offset=offset, limit=limit, total_count=page.total),
-        )
+        cursor = Cursor(offset=offset, limit=limit, total_count=page.total)
+        return RunList(runs=[self._info(row) for row in page.rows], cursor=cursor)
 
     async def get(self, tenant: str, id: str, after: int = 0) -> Run:
         """Return a run, with figures of its last steps after that one. Raises NotFound."""

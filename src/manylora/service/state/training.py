@@ -141,13 +141,9 @@ class Training:
             # A retry of an ephemeral save comes with another number for its sampler.
             digest = digest_json(request.model_copy(update={"sampling_session_seq_id": 0}))
             await self._expect_sampler(tenant, request, digest)
-        return await self._adapters.submit(
-            tenant,
-            *request.place,
-            OperationRequest(KIND_OF_MESSAGE[type(request)], request),
-            request.model_dump_json().encode(),
-            digest,
-        )
+        operation = OperationRequest(KIND_OF_MESSAGE[type(request)], request)
+        body = request.model_dump_json().encode()
+        return await self._adapters.submit(tenant, *request.place, operation, body, digest)
 
     async def _expect_sampler(
         self, tenant: str, request: SaveWeightsForSamplerRequest, digest: str

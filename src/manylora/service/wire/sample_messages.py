@@ -190,10 +190,9 @@ def encode_sample(result: SampleResult, wanted: Wanted) -> bytes:
     (`SampleSubmit.wanted`)."""
     response = pb.SampleResponse()
     for sequence in result.sequences:
+        stopped = sequence.stop_reason == "stop"
         message = response.sequences.add(
-            stop_reason=pb.STOP_REASON_STOP
-            if sequence.stop_reason == "stop"
-            else pb.STOP_REASON_LENGTH,
+            stop_reason=pb.STOP_REASON_STOP if stopped else pb.STOP_REASON_LENGTH,
             tokens=np.asarray(sequence.tokens, dtype="<i4").tobytes(),
             logprobs=np.asarray(sequence.logprobs, dtype="<f4").tobytes(),
         )
