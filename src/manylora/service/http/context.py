@@ -113,17 +113,13 @@ class Caller:
         return self.context.hub.entered()
 
 
-def _caller(request: Request) -> Caller:
-    return Caller(request.app.state.context, request.state.tenant, request.state.request_id)
-
-
 # FastAPI runs a dependency that is no coroutine in a thread.
 async def _find_context(request: Request) -> RequestContext:
     return request.app.state.context
 
 
 async def _find_caller(request: Request) -> Caller:
-    return _caller(request)
+    return Caller(request.app.state.context, request.state.tenant, request.state.request_id)
 
 
 TheContext = Annotated[RequestContext, Depends(_find_context)]
@@ -139,7 +135,7 @@ def json_body(model: type[M]) -> Any:
 
 def _json_reader(model: type[M]) -> Callable[[Request], Awaitable[M]]:
     async def read(request: Request) -> M:
-        caller, body = _caller(request), await request.body()
+        caller, body = await _find_caller(request), await request.body()
         kind = KIND_OF_MESSAGE.get(model)
         ids = (lambda: None) if kind is None else partial(kind.peek, body)
         async with caller.context.using_up(caller.tenant, ids):
@@ -160,7 +156,7 @@ def straight(
 
     async def answer(request: Request) -> Response:
         message = request if read is None else await read(request)
-        reply = await handler(_caller(request), message)
+        reply = await handler(await _find_caller(request), message)
         return reply if isinstance(reply, Response) else json_response(reply)
 
     return Route(path, answer, methods=["POST"])

@@ -292,12 +292,11 @@ class SubmittedRuns:
         base, host = self._resources.settings.base, self._resources.host
         spec = row_spec(live.data.entry.spec(), base, host.engine.sites)
         # A run has a session of its own that is over, and a model that takes no requests.
-        self._store.sessions.create(
-            SessionRow(
-                id=row.id, tenant=row.tenant, created_at=row.created_at,
-                last_seen_at=row.created_at, ended_at=row.created_at, end_reason="run",
-            )
+        session = SessionRow(
+            id=row.id, tenant=row.tenant, created_at=row.created_at,
+            last_seen_at=row.created_at, ended_at=row.created_at, end_reason="run",
         )  # fmt: skip
+        self._store.sessions.create(session)
         slot = Slot(row.id, 0)
         model = ModelRow(
             id=slot.model_id,
