@@ -326,11 +326,8 @@ class AdapterHandle(Samplable):
         return self._copy_then(folder, write)
 
     def export(self, folder: str | Path, *, merged: bool = False) -> Future[Path]:
-        """Write a PEFT folder, or with `merged` a whole model with the adapter added in.
-
-        Returns:
-            A future of the folder. It raises SaveFailed.
-        """
+        """Write a PEFT folder, or with `merged` a whole model with the adapter added in. The future
+        is of the folder, and raises SaveFailed."""
         engine, folder, text_format = self._client._host.engine, Path(folder), self.text_format
 
         def write(state: AdapterState) -> None:

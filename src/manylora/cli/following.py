@@ -63,11 +63,8 @@ class Following:
         self._waiting = False
 
     def go(self, entries: Sequence[AdapterEntry]) -> int:
-        """Submit, follow to the end, and tell; return the exit code.
-
-        Raises:
-            Refused, ServerUnreachable: nothing could be submitted, or not be followed.
-        """
+        """Submit, follow to the end, and tell; return the exit code. Raises Refused or
+        ServerUnreachable if nothing could be submitted, or not be followed."""
         with open_view("json" if self._as_json else "auto") as view:
             steps = {entry.name: entry.kind_settings.known_steps for entry in entries}
             view(RunStarted(self._client.url, self._run.base, steps, self._columns))

@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -33,13 +32,6 @@ COMMANDS = {
     "schema": "manylora.cli.schema:schema",
     "doctor": "manylora.cli.doctor:doctor",
 }
-
-
-@dataclass(slots=True)
-class GroupOptions:
-    """`GroupOptions` are the options of the group that the error handler needs."""
-
-    traceback: bool = False
 
 
 class LazyGroup(click.Group):
@@ -67,17 +59,17 @@ class LazyGroup(click.Group):
     help="On an error, show where in the program it arose (also MANYLORA_TRACEBACK=1).",
 )
 @click.pass_obj
-def group(settings: GroupOptions, traceback: bool) -> None:
+def group(settings: dict[str, bool], traceback: bool) -> None:
     """Train many LoRA adapters at once on one shared base model.
 
     First steps: manylora quickstart
     """
-    settings.traceback = traceback
+    settings["traceback"] = traceback  # for the error handler
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; never raise."""
-    settings = GroupOptions()
+    settings: dict[str, bool] = {}
     try:
         code: Any = group.main(
             list(arguments) if arguments is not None else None,
@@ -98,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception as error:
-        if settings.traceback:
+        if settings.get("traceback"):
             traceback.print_exception(error)
         return report(error)
 

@@ -78,11 +78,8 @@ class Document:
 
 
 def read_document(text: str, file: str) -> Document:
-    """Parse one YAML document.
-
-    Raises:
-        ConfigError: bad syntax, a key written twice, a key that is not text; with file and line.
-    """
+    """Parse one YAML document. Raises ConfigError, with file and line, for bad syntax, a key
+    written twice, or a key that is not text."""
     reader = _Reader(text, file)
     try:
         node = reader.loader.get_single_node()

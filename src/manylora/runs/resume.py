@@ -1,6 +1,7 @@
 """A run file may write into a folder only if it is the run that the folder is of."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def claim(
     write_text(paths.run_yaml, resolved_yaml(run))
 
 
-def data_hashes(run: RunFile, hashing: Hashing = lambda _: None) -> Inputs:
+def data_hashes(run: RunFile, hashing: Hashing) -> Inputs:
     """Return the SHA-256 of each adapter's data files; None = no such file, or it is on a hub."""
     known: dict[str, str | None] = {}
 
@@ -66,9 +67,7 @@ def data_hashes(run: RunFile, hashing: Hashing = lambda _: None) -> Inputs:
         if source is None or not is_data_file(source):
             return None
         if source not in known:
-            if _size(source) > ANNOUNCED_BYTES:
-                hashing(source)
-            known[source] = _sha256(Path(source))
+            known[source] = _sha256(source, hashing)
         return known[source]
 
     return {
@@ -77,19 +76,14 @@ def data_hashes(run: RunFile, hashing: Hashing = lambda _: None) -> Inputs:
     }
 
 
-def _size(source: str) -> int:
+def _sha256(source: str, hashing: Hashing) -> str | None:
     try:
-        return Path(source).stat().st_size
-    except OSError:
-        return 0
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
+        with Path(source).open("rb") as file:
+            if os.fstat(file.fileno()).st_size > ANNOUNCED_BYTES:
+                hashing(source)
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        tell_shortage_apart(error, path)
+        tell_shortage_apart(error, source)
         return None  # the adapter that needs it will say so
 
 

@@ -62,13 +62,11 @@ def _change(before: str, after: str) -> str:
 
 def _print_rate(summary: dict[str, Any], console: Console) -> None:
     if summary["tokens"]:
-        spent, evaluation = (
-            clock_text(summary[name]) for name in ("training_seconds", "evaluation_seconds")
-        )
+        spent, evaluation = summary["training_seconds"], summary["evaluation_seconds"]
         speed = summary["tokens_per_second"] or 0
         console.print(
-            f"{summary['tokens']:,} tokens trained in {spent}, {speed:,.0f} tokens/s; "
-            f"evaluation {evaluation}; {clock_text(summary['seconds'])} in all"
+            f"{summary['tokens']:,} tokens trained in {clock_text(spent)}, {speed:,.0f} tokens/s; "
+            f"evaluation {clock_text(evaluation)}; {clock_text(summary['seconds'])} in all"
         )
 
 

@@ -128,13 +128,11 @@ class _Run:
             return self._end()
 
     def _begin(self, stack: ExitStack) -> None:
+        def hashing(source: str) -> None:
+            self.emit(Phase("", f"checking {Path(source).name}"))
+
         try:
-            claim(
-                self.run,
-                self.paths,
-                overwrite=self.overwrite,
-                hashing=lambda source: self.emit(Phase("", f"checking {Path(source).name}")),
-            )
+            claim(self.run, self.paths, overwrite=self.overwrite, hashing=hashing)
         except OSError as error:
             raise SaveFailed(f"{self.paths.root}: {error.strerror or error}") from error
         for tracker in open_trackers(self.run, self.paths):
@@ -183,8 +181,8 @@ class _Run:
             self.emit(Stopping(reason))
 
         stopper.watch(asyncio.get_running_loop(), ask)
-        runs = [
-            AdapterRun(
+        runs = {
+            job.name: AdapterRun(
                 client,
                 job,
                 self.paths.adapter(job.name),
@@ -195,11 +193,9 @@ class _Run:
                 patient=patient,
             )
             for job in self.jobs
-        ]
-        self.outcomes = {job.name: run.outcome for job, run in zip(self.jobs, runs, strict=True)}
-        await asyncio.gather(
-            *(self._one(job.name, run) for job, run in zip(self.jobs, runs, strict=True))
-        )
+        }
+        self.outcomes = {name: run.outcome for name, run in runs.items()}
+        await asyncio.gather(*(self._one(name, run) for name, run in runs.items()))
 
     async def _one(self, name: str, run: AdapterRun) -> None:
         self.outcomes[name] = await run.run()
