@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,10 @@ def claim(
 
 def data_hashes(run: RunFile, hashing: Hashing) -> Inputs:
     """Return the SHA-256 of each adapter's data files; None = no such file, or it is on a hub."""
-    known: dict[str, str | None] = {}
 
-    def digest(source: str | None) -> str | None:
-        if source is None or not is_data_file(source):
-            return None
-        if source not in known:
-            known[source] = _sha256(source, hashing)
-        return known[source]
+    @cache
+    def digest(source: str) -> str | None:
+        return _sha256(source, hashing) if is_data_file(source) else None
 
     return {
         entry.name: {source: digest(source) for source in entry.kind_settings.sources().values()}
