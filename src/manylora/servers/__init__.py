@@ -5,6 +5,14 @@ Does not own: prompts, rewards, training; the decode loop itself.
 Talks to: types below; runs uses it. No torch.
 """
 
-from manylora.servers.sampler import Generating, Policy, Published, Sampler, ServerState, Turn, Weights
+from manylora.servers.sampler import (
+    Generating,
+    Policy,
+    Published,
+    Sampler,
+    ServerState,
+    Turn,
+    Weights,
+)
 
 __all__ = ["Generating", "Policy", "Published", "Sampler", "ServerState", "Turn", "Weights"]

@@ -126,9 +126,7 @@ class Players:
             try:
                 if isinstance(parts, RewardError):
                     raise parts
-                found.append(
-                    rewarded(client, rewards, parts, begun=begun, reward_seconds=seconds)
-                )
+                found.append(rewarded(client, rewards, parts, begun=begun, reward_seconds=seconds))
             except RewardError as error:
                 found.append(str(error))
         return found
