@@ -233,7 +233,9 @@ class AdapterHandle(Samplable):
         Args:
             data: any number of sequences; see `Datum` for what each loss needs.
             loss: cross_entropy, importance_sampling, ppo, cispo, dro or gspo.
-            config: the loss's settings, e.g. {"clip_high_threshold": 1.3}.
+            config: the loss's settings, e.g. {"clip_high_threshold": 1.3}. Those of policies all
+                take `kl_estimator`, 1.0, 2.0 or 3.0 (see `losses.kl`), for data that hold the
+                policy to a reference.
             logprobs: "all", or "trained" if those of the positions without a weight (or
                 advantage) are not needed; the less is trained, the more time that saves. Loss and
                 gradient are the same.

@@ -37,6 +37,8 @@ class ForwardBackward:
             the base's logits. With the temperature that a policy was sampled at, its ratio to the
             sampler is 1.
         entropy: whether the entropy of softmax(z / T) comes back beside each log-probability.
+        reference_kl: whether `data` and `config` may hold a policy's loss to a reference policy.
+            Where a protocol has no such thing, False refuses its inputs and its setting by name.
     """
 
     adapter: str | None
@@ -48,6 +50,7 @@ class ForwardBackward:
     temperature: float = 1.0
     entropy: bool = False
     snapshot: str | None = None
+    reference_kl: bool = True
     tenant: str = ""
     seq: int = 0
 
