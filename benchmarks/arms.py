@@ -111,7 +111,7 @@ class Bare:
         works = [ForwardBackward(adapter=n, data=d) for n, d in load.data.items()]
         pieces = [p for n, w in enumerate(works) for p in cut(n, w, load.budget)]
         self.together = pack(pieces, load.budget)
-        self.apart = [[p for p in pieces if p.adapter == name] for name in load.data]
+        self.apart = [[p for p in pieces if p.whose == name] for name in load.data]
         self.count = len(works)
         embedding = self.base.model.get_input_embeddings()
         embedding.register_forward_hook(lambda _m, _i, out: out.requires_grad_())

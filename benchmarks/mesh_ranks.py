@@ -54,9 +54,12 @@ def specs(count: int) -> dict[str, AdapterSpec]:
 def working(count: int, ranks: int) -> list[set[int]]:
     """Return for each adapter the dp ranks that have some of its work."""
     own = works(count)
-    plan = make_plan(enumerate(own), BUDGET, draws={w.adapter: 0 for w in own}, ranks=ranks)
+    plan = make_plan(enumerate(own), BUDGET, draws={str(w.adapter): 0 for w in own}, ranks=ranks)
     return [
-        {(plan.homes[w.adapter] + share) % ranks for share in range(plan.shares[w.adapter])}
+        {
+            (plan.homes[str(w.adapter)] + share) % ranks
+            for share in range(plan.shares[str(w.adapter)])
+        }
         for w in own[:count]
     ]
 
@@ -144,7 +147,7 @@ def _counted(mesh: Mesh, engine: Engine, count: int) -> dict[str, Any]:
     for name, spec in specs(count).items():
         engine.create(name, spec)
     own = works(count)
-    steps = [OptimStep(adapter=w.adapter, params=AdamParams(lr=1e-3)) for w in own[:count]]
+    steps = [OptimStep(adapter=str(w.adapter), params=AdamParams(lr=1e-3)) for w in own[:count]]
     forward_backward = (lambda: engine.forward_backward(own)) if count else _bare(engine, own[0])
     # The first round makes gradients and moments; the second is counted.
     _checked(forward_backward())
@@ -174,7 +177,7 @@ def _bare(engine: Engine, work: ForwardBackward) -> Callable[[], list[Any]]:
     mesh, device = engine.mesh, engine.base.device
     loss = (get_loss("cross_entropy"), get_loss("cross_entropy").settings({}))
     stand_in: Any = {work.adapter: type("Bare", (), {"weights": None})()}
-    plan = make_plan([(0, work)], BUDGET, draws={work.adapter: 0}, ranks=mesh.dp.size)
+    plan = make_plan([(0, work)], BUDGET, draws={str(work.adapter): 0}, ranks=mesh.dp.size)
     first = [engine.base.model.get_submodule(s.name) for s in engine.sites if s.group == 0]
 
     def verb() -> list[Any]:

@@ -207,7 +207,7 @@ def _round(
 ) -> None:
     works = [work for tenant in tenants for work in tenant.works(number, vocab)]
     for work, result in zip(works, must(engine.forward_backward(works)), strict=True):
-        traces[work.adapter].results.append(result)
+        traces[str(work.adapter)].results.append(result)
     due = [tenant for tenant in tenants if tenant.steps(number)]
     for tenant in due:
         grad_P = engine.adapters[tenant.name].grad_P

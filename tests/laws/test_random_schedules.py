@@ -106,7 +106,7 @@ class Schedules(RuleBasedStateMachine):
         for work, result in zip(works, together, strict=True):
             alone = must(self.twin.forward_backward([work]))[0]
             assert all(map(np.array_equal, result.logprobs, alone.logprobs))
-            oracle = self.books[work.adapter].oracle
+            oracle = self.books[str(work.adapter)].oracle
             with torch.set_grad_enabled(work.backward):
                 if work.backward:
                     expected, _ = oracle.forward_backward(work.data, work.loss, work.config)

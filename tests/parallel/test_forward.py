@@ -69,7 +69,7 @@ def engine_with(
 
 def at_its_temperature(work: ForwardBackward) -> ForwardBackward:
     """The operation at 1 or another temperature; all but one report entropies."""
-    number = list(SPECS).index(work.adapter)
+    number = list(SPECS).index(str(work.adapter))
     return replace(work, temperature=(1.0, 0.6, 1.7)[number % 3], entropy=number != 1)
 
 
@@ -85,6 +85,10 @@ def worked(mesh: Mesh | None, folder: str, names: list[str], checkpointing: bool
     forward = [work_of(n, "cross_entropy", random_data(rng, 2, vocab=vocab)) for n in names]
     calls.append([type(w)(adapter=w.adapter, data=w.data, backward=False) for w in forward])
     calls = [[at_its_temperature(work) for work in call] for call in calls]
+    # The bare base and a snapshot beside the living weights.
+    engine.snapshot(names[0], "kept")
+    for snapshot in (None, "kept"):
+        calls[-1].append(replace(calls[-1][0], adapter=None, snapshot=snapshot))
     results = [result for call in calls for result in must(engine.forward_backward(call))]
     states = {name: engine.state(name) for name in names}
     return {

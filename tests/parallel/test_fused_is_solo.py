@@ -31,14 +31,14 @@ def trained(mesh: Mesh, folder: str, names: list[str] | None, seed: int | None) 
     """What came of it for some tenants, alone or together, with homes drawn at random if asked."""
     engine = Engine(Opening(str(folder), token_budget=64, device="cpu"), mesh)
     found = {}
-    homes: dict[str, set[int]] = {}
+    homes: dict[plan.Whose, set[int]] = {}
 
     def anywhere(
         pieces: Iterable[Piece], ranks: int, kept: Mapping[str, int | None]
-    ) -> dict[str, int]:
+    ) -> dict[plan.Whose, int]:
         chosen = choose_homes(pieces, ranks, kept)
         for name in chosen:
-            if rng is not None and kept.get(name) is None:
+            if rng is not None and kept.get(str(name)) is None:
                 chosen[name] = int(rng.integers(ranks))
             homes.setdefault(name, set()).add(chosen[name])
         return chosen

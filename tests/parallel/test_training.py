@@ -79,7 +79,7 @@ def gradients(mesh: Mesh, folder: str, kept: str) -> Any:
     results = must(engine.forward_backward(works))
     found: dict[str, Any] = {"losses": np.array([result.loss for result in results])}
     found["logprobs"] = np.concatenate([a.ravel() for r in results for a in r.logprobs])
-    learned = sorted({work.adapter for work in works if work.backward})
+    learned = sorted({str(work.adapter) for work in works if work.backward})
     for name in learned:
         grad_SP = engine.state(name).grad
         assert grad_SP is not None

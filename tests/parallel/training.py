@@ -139,7 +139,7 @@ def train(
                 join(engine, tenant)
         works = works_of(tenants, number)
         for work, result in zip(works, must(engine.forward_backward(works)), strict=True):
-            own = found[work.adapter]
+            own = found[str(work.adapter)]
             own["logprobs"].append(np.concatenate([one.ravel() for one in result.logprobs]))
             own["losses"].append(result.loss)
         assert_replicas(mesh, engine)

@@ -43,6 +43,7 @@ def bad_data() -> dict[str, tuple[Any, str, Any, str]]:
     tokens = good[0].tokens
     weights = np.ones(len(tokens), dtype=np.float32)
     targets = good[0].loss_inputs["target_tokens"]
+    ones = np.ones(len(policy[0].tokens), dtype=np.float32)
     return {
         "unknown loss": (to_sdk(good), "no_such_loss", None, "no_such_loss"),
         "refused loss": (to_sdk(policy), "stable_reinforce", None, "stable_reinforce"),
@@ -57,6 +58,24 @@ def bad_data() -> dict[str, tuple[Any, str, Any, str]]:
         "no targets": ([sdk_datum(tokens, {"weights": weights})], "cross_entropy", None, "target"),
         "missing setting": (to_sdk(policy), "dro", None, "beta"),
         "unknown setting": (to_sdk(policy), "ppo", {"clip": 1.0}, "clip"),
+        # The engine knows these; the protocol does not.
+        "a reference policy": (
+            [
+                sdk_datum(
+                    policy[0].tokens,
+                    {**policy[0].loss_inputs, "reference_logprobs": ones, "kl_weights": ones},
+                )
+            ],
+            "ppo",
+            None,
+            "has no input 'kl_weights'; it takes: target_tokens, logprobs, advantages",
+        ),
+        "its estimator": (
+            to_sdk(policy),
+            "ppo",
+            {"kl_estimator": 3.0},
+            "has no setting 'kl_estimator'; it takes: clip_high_threshold, clip_low_threshold",
+        ),
         "wrong length": (
             [sdk_datum(tokens, {"target_tokens": targets[:-1], "weights": weights[:-1]})],
             "cross_entropy",

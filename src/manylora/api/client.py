@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -12,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from manylora.api.samplable import Asked, Samplable
 from manylora.checkpoint import import_peft, save_state
 from manylora.checkpoint.tensor_files import rounded
 from manylora.hosting.engine_protocol import Resident
@@ -34,9 +34,6 @@ from manylora.types import (
     OptimStep,
     OptimStepResult,
     Sample,
-    SampleResult,
-    SamplingParams,
-    Scoring,
     TextFormat,
     Wanted,
 )
@@ -48,49 +45,10 @@ if TYPE_CHECKING:
     from manylora.models.vocabulary import Vocabulary
 
 
-class Samplable(ABC):
-    """`Samplable` weights continue prompts: an adapter's, a snapshot's, or the bare base's."""
-
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams | None = None,
-        *,
-        num_samples: int = 1,
-        scoring: Scoring | None = None,
-    ) -> Future[SampleResult]:
-        """Continue each prompt with the weights as they are at this point.
-
-        What is queued for an adapter after a sample of it waits until that is finished; a sample of
-        a snapshot does not have that effect.
-
-        Args:
-            prompts: token ids.
-            params: how; by default greedily, at most 64 tokens. Without a `stop` of its own an
-                answer ends where the adapter's `text_format` says, or else where the base's do.
-            num_samples: continuations of each prompt.
-            scoring: what to report beside the tokens and their log-probabilities.
-
-        Returns:
-            A future of the sequences and scores. It raises DataError, DatumTooLong or NotFinite.
-            It can be cancelled while it runs.
-        """
-        request = Sample(
-            adapter=None,
-            prompts=prompts,
-            params=params or SamplingParams(),
-            num_samples=num_samples,
-            scoring=scoring or Scoring(),
-        )
-        return self._ask(request)
-
-    @abstractmethod
-    def _ask(self, request: Sample) -> Future[SampleResult]:
-        """Queue a request of the bare base as one of these weights."""
-
-
 class AdapterClient(Samplable):
-    """A client offers what `Trainer` does, on a shared host; `sample` is of the bare base.
+    """A client offers what `Trainer` does, on a shared host.
+
+    Its `sample` and `forward` are of the bare base.
 
     Attributes:
         adapters: name → handle.
@@ -177,8 +135,8 @@ class AdapterClient(Samplable):
     def _call(self, adapter: str, run: Callable[[Pager], Any]) -> Future[Any]:
         return self._host.call(adapter, run, tenant=self._tenant)
 
-    def _ask(self, request: Sample) -> Future[SampleResult]:
-        return self._host.submit(replace(request, tenant=self._tenant))
+    def _ask(self, operation: Asked) -> Future[Any]:
+        return self._host.submit(replace(operation, tenant=self._tenant))
 
     def _new(
         self, name: str, what: AdapterSpec | AdapterState, text_format: TextFormat
@@ -257,7 +215,9 @@ class AdapterHandle(Samplable):
         Args:
             data: any number of sequences; see `Datum` for what each loss needs.
             loss: cross_entropy, importance_sampling, ppo, cispo, dro or gspo.
-            config: the loss's settings, e.g. {"clip_high_threshold": 1.3}.
+            config: the loss's settings, e.g. {"clip_high_threshold": 1.3}. Those of policies all
+                take `kl_estimator`, 1.0, 2.0 or 3.0 (see `losses.kl`), for data that hold the
+                policy to a reference.
             logprobs: "all", or "trained" if those of the positions without a weight (or
                 advantage) are not needed; the less is trained, the more time that saves. Loss and
                 gradient are the same.
@@ -269,20 +229,16 @@ class AdapterHandle(Samplable):
             A future of log p(target) of every token, or every trained one, and the summed loss. It
             raises DataError, DatumTooLong or NotFinite; then the next `optim_step` is refused.
         """
-        return self._work(data, loss, config, logprobs, temperature, entropy, backward=True)
-
-    def forward(
-        self,
-        data: Sequence[Datum],
-        loss: str = "cross_entropy",
-        config: Mapping[str, float] | None = None,
-        *,
-        logprobs: Wanted = "all",
-        temperature: float = 1.0,
-        entropy: bool = False,
-    ) -> Future[ForwardBackwardResult]:
-        """Compute the loss of `data` as `forward_backward` does, without gradients."""
-        return self._work(data, loss, config, logprobs, temperature, entropy, backward=False)
+        work = ForwardBackward(
+            adapter=None,
+            data=data,
+            loss=loss,
+            config=config or {},
+            logprobs=logprobs,
+            temperature=temperature,
+            entropy=entropy,
+        )
+        return self._ask(work)
 
     def optim_step(
         self, params: AdamParams | None = None, **settings: float
@@ -302,7 +258,8 @@ class AdapterHandle(Samplable):
         return self._queue.submit(step)
 
     def snapshot(self) -> SnapshotHandle:
-        """Freeze a copy of the weights at this point, for sampling while training goes on."""
+        """Freeze a copy of the weights at this point, to sample and to measure others by while
+        training goes on."""
         client = self._client
         snapshot = f"{self.name}@{next(client._snapshot_numbers)}"
         client._host.snapshot(self.name, snapshot, tenant=client._tenant)
@@ -380,40 +337,16 @@ class AdapterHandle(Samplable):
         """This is the queue of the engine with which the adapter lives."""
         return self._client._host.units[self._unit_number].queue
 
-    def _ask(self, request: Sample) -> Future[SampleResult]:
-        request = replace(request, adapter=self.name)
-        return self._queue.submit(self._own(request, self.text_format))
+    def _ask(self, operation: Asked) -> Future[Any]:
+        return self._queue.submit(self._own(operation, self.text_format))
 
-    def _own(self, request: Sample, text_format: TextFormat) -> Sample:
-        """Return the client's request, with a text format's ends of an answer if it names none."""
-        params = request.params
-        if params.stop is None and text_format.stop:
-            params = replace(params, stop=text_format.stop)
-        return replace(request, params=params, tenant=self._client._tenant)
-
-    def _work(
-        self,
-        data: Sequence[Datum],
-        loss: str,
-        config: Mapping[str, float] | None,
-        logprobs: Wanted,
-        temperature: float,
-        entropy: bool,
-        *,
-        backward: bool,
-    ) -> Future[ForwardBackwardResult]:
-        work = ForwardBackward(
-            adapter=self.name,
-            data=data,
-            loss=loss,
-            config=config or {},
-            backward=backward,
-            logprobs=logprobs,
-            temperature=temperature,
-            entropy=entropy,
-            tenant=self._client._tenant,
-        )
-        return self._queue.submit(work)
+    def _own(self, operation: Asked, text_format: TextFormat) -> Asked:
+        """Return this adapter's operation, with a text format's ends of an answer where it is a
+        request that names none."""
+        own = replace(operation, adapter=self.name, tenant=self._client._tenant)
+        if isinstance(own, Sample) and own.params.stop is None and text_format.stop:
+            own = replace(own, params=replace(own.params, stop=text_format.stop))
+        return own
 
     def _copy_then(self, folder: Path, write: Callable[[AdapterState], None]) -> Future[Path]:
         """Copy the adapter's state in its turn; write it while others go on."""
@@ -471,9 +404,9 @@ class SnapshotHandle(Samplable):
         client = self._handle._client
         return client._host.drop_snapshot(self.name, adapter=self.adapter, tenant=client._tenant)
 
-    def _ask(self, request: Sample) -> Future[SampleResult]:
-        request = replace(request, adapter=self.adapter, snapshot=self.name)
-        return self._handle._queue.submit(self._handle._own(request, self.text_format))
+    def _ask(self, operation: Asked) -> Future[Any]:
+        operation = replace(operation, snapshot=self.name)
+        return self._handle._queue.submit(self._handle._own(operation, self.text_format))
 
 
 def _written(

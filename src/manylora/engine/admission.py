@@ -98,6 +98,6 @@ def admit_work(work: ForwardBackward, base: BaseModel, memory: FreeMemory) -> No
     each = blocks * config.hidden_size * base.dtype.itemsize
     rows = max(len(datum) for datum in work.data)
     free = memory.beside(rows * each)
-    what = f"adapter {work.adapter!r}: a datum of {rows:,} tokens"
+    what = f"{work.called}: a datum of {rows:,} tokens"
     fits = f"one of at most {max(0, free) // each:,} tokens would fit"
     admit(what, rows * each, free, fits)

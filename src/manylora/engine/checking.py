@@ -13,16 +13,23 @@ def check(work: ForwardBackward, base: BaseModel) -> tuple[Loss, Settings]:
     Raises:
         DataError, DatumTooLong
     """
-    where = f"adapter {work.adapter!r}"
+    where = work.called
     try:
+        if work.backward and (work.adapter is None or work.snapshot is not None):
+            raise DataError(
+                "it is frozen and has no gradient; ask for a forward (backward=False), or name an "
+                "adapter and no snapshot"
+            )
         loss = get_loss(work.loss)
-        settings = loss.settings(work.config)
+        # What it takes; it is the same loss.
+        known = loss if work.reference_kl else loss.alone()
+        settings = known.settings(work.config)
         if work.logprobs not in WANTED:
             raise DataError(f"logprobs is {work.logprobs!r}; it is one of {', '.join(WANTED)}")
         _check_temperature(work.temperature)
         for number, datum in enumerate(work.data):
-            where = f"adapter {work.adapter!r}, datum {number}"
-            loss.check(datum)
+            where = f"{work.called}, datum {number}"
+            known.check(datum)
             _check_tokens(datum, base)
     except DataError as error:
         raise type(error)(f"{where}: {error}") from error

@@ -16,7 +16,7 @@ from manylora.engine.decoding import Decoder
 from manylora.engine.head_loss import HeadLoss
 from manylora.engine.host_memory import FreeMemory, keep_freed_memory
 from manylora.engine.microbatch import MicroBatch, build
-from manylora.engine.plan import Plan, make_plan
+from manylora.engine.plan import Plan, make_plan, whose
 from manylora.engine.results import Losses, Rows, found, gathered, results
 from manylora.engine.stepping import Due, step_on_mesh
 from manylora.kernels import DTYPES, settle_functions, whole_products
@@ -109,7 +109,7 @@ class Engine:
         loop = DecodeLoop(
             self.base, token_budget=self.token_budget, max_cached_tokens=most or MAX_CACHED_TOKENS
         )
-        self.decoder = Decoder(self.base, loop, self._sampled_weights, most)
+        self.decoder = Decoder(self.base, loop, self._weights_of, most)
 
     @property
     def tokenizer(self) -> Any:
@@ -213,7 +213,7 @@ class Engine:
         losses: list[tuple[Loss, Settings] | None] = [None] * len(works)
         for number, work in enumerate(works):
             try:
-                self._adapter(work.adapter)
+                self._weights_of(work)
                 loss = check(work, self.base)
                 admit_work(work, self.base, self._memory)
                 losses[number] = loss
@@ -302,7 +302,14 @@ class Engine:
         known = cast(Losses, losses)  # of all that have pieces
         rows = [
             self._run(
-                build(batch, self.adapters, known, backward=backward, device=self.base.device),
+                build(
+                    batch,
+                    self.adapters,
+                    known,
+                    backward=backward,
+                    device=self.base.device,
+                    snapshots=self.snapshots,
+                ),
                 backward=backward,
             )
             for batch in plan.batches[self.mesh.dp.index]
@@ -316,7 +323,8 @@ class Engine:
 
     def _plan(self, runnable: Sequence[tuple[int, ForwardBackward]], *, backward: bool) -> Plan:
         """Say which rank runs what; with `backward`, tell the adapters what they will have seen."""
-        adapters = {work.adapter: self.adapters[work.adapter] for _, work in runnable}
+        names = (whose(work) for _, work in runnable)
+        adapters = {name: self.adapters[name] for name in names if isinstance(name, str)}
         plan = make_plan(
             runnable,
             self.token_budget,
@@ -325,9 +333,11 @@ class Engine:
             homes={name: adapter.home for name, adapter in adapters.items() if backward},
         )
         if backward:
-            for name, count in plan.counts().items():
-                adapters[name].draws += count
-                adapters[name].note_grad(plan.homes[name], plan.shares[name])
+            counts = plan.counts()
+            for name, adapter in adapters.items():
+                if name in counts:
+                    adapter.draws += counts[name]
+                    adapter.note_grad(plan.homes[name], plan.shares[name])
         return plan
 
     @property
@@ -336,7 +346,7 @@ class Engine:
         return self.mesh.dp.size
 
     def _poison(self, work: ForwardBackward, error: Exception) -> None:
-        adapter = self.adapters.get(work.adapter)
+        adapter = None if work.adapter is None else self.adapters.get(work.adapter)
         if adapter is not None and work.backward and adapter.poison is None:
             adapter.poison = str(error)
 
@@ -346,7 +356,7 @@ class Engine:
         if np.isfinite(result.loss):
             return result
         error = NotFinite(
-            f"adapter {work.adapter!r}: the loss is {result.loss}; lower the learning rate or look "
+            f"{work.called}: the loss is {result.loss}; lower the learning rate or look "
             "at the data of this step"
         )
         self._poison(work, error)
@@ -360,12 +370,13 @@ class Engine:
     def _missing(self, name: str) -> AdapterNotFound:
         return AdapterNotFound(f"no adapter named {name!r}; there are: {sorted(self.adapters)}")
 
-    def _sampled_weights(self, request: Sample) -> AdapterWeights | None:
-        if request.snapshot is not None:
-            if request.snapshot not in self.snapshots:
-                raise AdapterNotFound(f"no snapshot named {request.snapshot!r}")
-            return self.snapshots[request.snapshot]
-        return None if request.adapter is None else self._adapter(request.adapter).weights
+    def _weights_of(self, operation: Sample | ForwardBackward) -> AdapterWeights | None:
+        """Return what an operation is to be answered with; None = the bare base."""
+        if operation.snapshot is not None:
+            if operation.snapshot not in self.snapshots:
+                raise AdapterNotFound(f"no snapshot named {operation.snapshot!r}")
+            return self.snapshots[operation.snapshot]
+        return None if operation.adapter is None else self._adapter(operation.adapter).weights
 
 
 def run(base: BaseModel, head_loss: HeadLoss, batch: MicroBatch, *, backward: bool) -> Rows:

@@ -215,7 +215,7 @@ def _laid_out(
     count = len(pieces)
     ends = np.cumsum([0, *(len(rows) for section in places for rows in section)]).tolist()
     spans = list(pairwise(ends))
-    names = sorted({name for piece in pieces for name in losses[piece.work][0].inputs})
+    names = sorted({name for piece in pieces for name in _inputs(piece, losses[piece.work][0])})
 
     def column(name: str, dtype: type) -> Tensor:
         parts = [
@@ -256,6 +256,14 @@ def _temperatures(
     each = zip(spans, [*pieces, *pieces], strict=True)
     parts = [np.full(_length(span), piece.temperature) for span, piece in each]
     return _joined(parts, np.float32, device)
+
+
+def _inputs(piece: Piece, loss: Loss) -> tuple[str, ...]:
+    """Return what a piece's loss reads: what it needs, and what one of the data brings beside."""
+    brought = [
+        name for name in loss.optional if any(name in datum.loss_inputs for datum in piece.data)
+    ]
+    return (*loss.inputs, *brought)
 
 
 def _first(values: Array) -> Array:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from manylora.engine.head_rows import HeadRows, head_rows
-from manylora.engine.plan import Piece
-from manylora.lora.adapter import Adapter
+from manylora.engine.plan import FrozenWeights, Piece
+from manylora.lora.adapter import Adapter, AdapterWeights
 from manylora.lora.routing import Segment
 from manylora.losses import Loss, Settings
 from manylora.models.stream import padded_rows
@@ -53,12 +53,15 @@ def build(
     *,
     backward: bool,
     device: torch.device,
+    snapshots: Mapping[str, AdapterWeights] | None = None,
 ) -> MicroBatch:
     """Lay pieces end to end. Without any, the stream is padding alone.
 
     Args:
+        adapters: those that have pieces.
         losses: of each operation, by the pieces' `work`.
         backward: whether the adapters need a gradient to add to.
+        snapshots: those that have pieces.
     """
     data = [datum for piece in pieces for datum in piece.data]
     lengths = [len(datum) for datum in data]
@@ -67,7 +70,12 @@ def build(
     starts = np.cumsum([0, *(piece.rows for piece in pieces)])[:-1].tolist()
     segments = []
     for piece in pieces:
-        adapter = adapters[piece.adapter]
+        if isinstance(piece.whose, FrozenWeights):
+            name = piece.whose.snapshot
+            weights = None if name is None else (snapshots or {})[name]
+            segments.append(Segment(piece.rows, weights))
+            continue
+        adapter = adapters[piece.whose]
         segments.append(Segment(piece.rows, adapter.weights, piece.draw))
         if backward:
             adapter.require_grad()

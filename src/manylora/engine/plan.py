@@ -15,11 +15,22 @@ make the same one.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from manylora.types import Datum, ForwardBackward, Wanted
 
 # Pieces are at most this share of a micro-batch, so that whole pieces fill it well.
 PIECES_PER_BATCH = 4
+
+
+class FrozenWeights(NamedTuple):
+    """`FrozenWeights` are a snapshot's; without one, those of the bare base."""
+
+    snapshot: str | None
+
+
+# The name of the adapter whose weights run, or such as nobody trains.
+Whose = str | FrozenWeights
 
 
 @dataclass(slots=True)
@@ -28,7 +39,7 @@ class Piece:
 
     Attributes:
         work: number of the operation in the call.
-        adapter: whose it is.
+        whose: the weights that it runs with.
         first: number of its first datum within the operation.
         data: the data themselves.
         rows: their tokens.
@@ -40,7 +51,7 @@ class Piece:
     """
 
     work: int
-    adapter: str
+    whose: Whose
     first: int
     data: Sequence[Datum]
     rows: int
@@ -58,20 +69,20 @@ class Plan:
     Attributes:
         pieces: all of them, in the order of the operations and of their data.
         batches: for each rank its micro-batches; equally many, the last ones may be empty.
-        homes: of every adapter that has pieces.
-        shares: how many shares of every adapter have pieces; they are the first ones.
+        homes: of every adapter, or frozen weights, with pieces.
+        shares: how many shares of each have pieces; they are the first ones.
     """
 
     pieces: list[Piece]
     batches: list[list[list[Piece]]]
-    homes: dict[str, int]
-    shares: dict[str, int]
+    homes: dict[Whose, int]
+    shares: dict[Whose, int]
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[Whose, int]:
         """Count the pieces of every adapter."""
-        counts: dict[str, int] = {}
+        counts: dict[Whose, int] = {}
         for piece in self.pieces:
-            counts[piece.adapter] = counts.get(piece.adapter, 0) + 1
+            counts[piece.whose] = counts.get(piece.whose, 0) + 1
         return counts
 
 
@@ -92,27 +103,36 @@ def make_plan(
         homes: of the adapters with pending gradients; None or absent = to be chosen.
     """
     pieces: list[Piece] = []
-    position: dict[str, int] = {}
+    position: dict[Whose, int] = {}
     for number, work in works:
         own = cut(number, work, token_budget)
         deal(own, ranks)
-        start = position.setdefault(work.adapter, draws[work.adapter])
+        name = whose(work)
+        # What is frozen runs without a gradient, and nothing is drawn for it.
+        start = position.setdefault(name, draws[name] if isinstance(name, str) else 0)
         for offset, piece in enumerate(own):
             piece.draw = start + offset
-        position[work.adapter] += len(own)
+        position[name] += len(own)
         pieces += own
-    shares: dict[str, int] = {}
+    shares: dict[Whose, int] = {}
     for piece in pieces:
-        shares[piece.adapter] = max(shares.get(piece.adapter, 0), piece.share + 1)
+        shares[piece.whose] = max(shares.get(piece.whose, 0), piece.share + 1)
     chosen = choose_homes(pieces, ranks, homes or {})
     queues: list[list[Piece]] = [[] for _ in range(ranks)]
     for piece in pieces:
-        queues[(chosen[piece.adapter] + piece.share) % ranks].append(piece)
+        queues[(chosen[piece.whose] + piece.share) % ranks].append(piece)
     batches = [pack(queue, token_budget) for queue in queues]
     longest = max(len(own_batches) for own_batches in batches)
     for own_batches in batches:
         own_batches += [[] for _ in range(longest - len(own_batches))]
     return Plan(pieces, batches, chosen, shares)
+
+
+def whose(work: ForwardBackward) -> Whose:
+    """Return the weights that an operation runs with."""
+    if work.snapshot is not None or work.adapter is None:
+        return FrozenWeights(work.snapshot)
+    return work.adapter
 
 
 def cut(number: int, work: ForwardBackward, token_budget: int) -> list[Piece]:
@@ -121,7 +141,7 @@ def cut(number: int, work: ForwardBackward, token_budget: int) -> list[Piece]:
     pieces: list[Piece] = []
 
     def close(start: int, stop: int, rows: int) -> None:
-        piece = Piece(number, work.adapter, start, work.data[start:stop], rows)
+        piece = Piece(number, whose(work), start, work.data[start:stop], rows)
         piece.wanted, piece.temperature = work.logprobs, work.temperature
         piece.entropy = work.entropy
         pieces.append(piece)
@@ -149,26 +169,29 @@ def deal(pieces: Sequence[Piece], shares: int) -> None:
 
 def choose_homes(
     pieces: Iterable[Piece], ranks: int, kept: Mapping[str, int | None]
-) -> dict[str, int]:
+) -> dict[Whose, int]:
     """Choose a home for every adapter, such that the ranks' tokens are as equal as may be.
 
     The adapters that have a home come first, then the heaviest. Each goes where the sum of the
     squares of the loads stays smallest.
     """
-    tokens: dict[str, list[int]] = {}
+    tokens: dict[Whose, list[int]] = {}
     for piece in pieces:
-        tokens.setdefault(piece.adapter, [0] * ranks)[piece.share] += piece.rows
+        tokens.setdefault(piece.whose, [0] * ranks)[piece.share] += piece.rows
     loads = [0] * ranks
-    homes: dict[str, int] = {}
+    homes: dict[Whose, int] = {}
+
+    def settled(name: Whose) -> int | None:
+        return kept.get(name) if isinstance(name, str) else None
+
     # Sorting is stable, so equals keep the order of the call.
-    for adapter in sorted(tokens, key=lambda a: (kept.get(a) is None, -sum(tokens[a]))):
-        own = tokens[adapter]
-        home = kept.get(adapter)
+    for name in sorted(tokens, key=lambda a: (settled(a) is None, -sum(tokens[a]))):
+        own, home = tokens[name], settled(name)
         if home is None:
             # Σ (load + own)² differs between homes by 2 Σ load · own only.
             cost = [_product(loads, own, start) for start in range(ranks)]
             home = cost.index(min(cost))
-        homes[adapter] = home
+        homes[name] = home
         for share, rows in enumerate(own):
             loads[(home + share) % ranks] += rows
     return homes
@@ -179,13 +202,13 @@ def pack(pieces: Iterable[Piece], token_budget: int) -> list[list[Piece]]:
 
     An adapter's pieces keep their order. A piece beyond the budget is a micro-batch of its own.
     """
-    first_seen: dict[str, int] = {}
+    first_seen: dict[Whose, int] = {}
     queue = list(pieces)
     for piece in queue:
-        first_seen.setdefault(piece.adapter, len(first_seen))
+        first_seen.setdefault(piece.whose, len(first_seen))
     batches: list[list[Piece]] = []
     filled = 0
-    for piece in sorted(queue, key=lambda p: first_seen[p.adapter]):
+    for piece in sorted(queue, key=lambda p: first_seen[p.whose]):
         if not batches or filled + piece.rows > token_budget:
             batches.append([])
             filled = 0

@@ -141,6 +141,8 @@ def trained_rows(name: str, inputs: Mapping[str, Tensor]) -> Tensor:
     counts = inputs["advantages"].abs()
     if name == "gspo":
         counts = counts + inputs["sequence_ratio_mask"]
+    if "kl_weights" in inputs:
+        counts = counts + inputs["kl_weights"].abs()
     return counts.nonzero()[:, 0]
 
 
@@ -148,6 +150,15 @@ def reference_loss(
     name: str, logprobs_N: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]
 ) -> Tensor:
     """Return each token's loss [N] (or [N, K]), written as the formulas stand, for autograd."""
+    if "kl_weights" in inputs:
+        without = {key: value for key, value in inputs.items() if key != "kl_weights"}
+        log_ratio_N = logprobs_N - inputs["reference_logprobs"]
+        kl_N = {
+            1.0: log_ratio_N,
+            2.0: 0.5 * log_ratio_N**2,
+            3.0: torch.exp(-log_ratio_N) + log_ratio_N - 1,
+        }[config.get("kl_estimator", 3.0)]
+        return reference_loss(name, logprobs_N, without, config) + inputs["kl_weights"] * kl_N
     if name == "cross_entropy":
         return -inputs["weights"] * logprobs_N
     advantages_N, sampler_N = inputs["advantages"], inputs["logprobs"]

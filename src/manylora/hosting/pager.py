@@ -157,15 +157,7 @@ class Pager:
 
     def admit(self, samples: Sequence[Sample]) -> list[ManyloraError | None]:
         """See `Engine.admit`; weights that cannot be brought back are an error, never the base."""
-        faults: dict[int, ManyloraError] = {}
-        for number, sample in enumerate(samples):
-            try:
-                if sample.snapshot is not None:
-                    self.snapshots.bring(sample.snapshot)
-                elif sample.adapter is not None:
-                    self._bring_one(sample.adapter)
-            except ManyloraError as error:
-                faults[number] = error
+        faults = self._bring(samples)
         sound = [sample for number, sample in enumerate(samples) if number not in faults]
         verdicts = iter(self.engine.admit(sound))
         return [faults[n] if n in faults else next(verdicts) for n in range(len(samples))]
@@ -279,8 +271,8 @@ class Pager:
     def _run(
         self, operations: Sequence[Any], verb: Callable[[Sequence[Any]], Iterable[Any]]
     ) -> list[Any]:
-        faults = self._bring({operation.adapter for operation in operations})
-        sound = [operation for operation in operations if operation.adapter not in faults]
+        faults = self._bring(operations)
+        sound = [one for number, one in enumerate(operations) if number not in faults]
         lost = any(isinstance(fault, EngineLost) for fault in faults.values())
         try:
             outcomes = iter(verb(sound) if sound else ())
@@ -290,21 +282,33 @@ class Pager:
         finally:
             # A failed operation is over, too; after the loss of an engine operations run again.
             for operation in operations if not lost else ():
-                if operation.adapter in self._pages:
+                # One of frozen weights leaves the adapter as it was: it counts if it is numbered.
+                if operation.adapter in self._pages and (operation.seq or not _snapshot(operation)):
                     self._advance(operation.adapter, operation.seq)
-        return [
-            faults[operation.adapter] if operation.adapter in faults else next(outcomes)
-            for operation in operations
-        ]
+        return [faults[n] if n in faults else next(outcomes) for n in range(len(operations))]
 
-    def _bring(self, names: Collection[str]) -> dict[str, ManyloraError]:
-        """Make adapters resident; return what kept some from it."""
-        faults: dict[str, ManyloraError] = {}
+    def _bring(self, operations: Sequence[Any]) -> dict[int, ManyloraError]:
+        """Bring in what operations run with; return what kept some from it, by their numbers."""
+        snapshots = {one for operation in operations if (one := _snapshot(operation)) is not None}
+        own = (operation.adapter for operation in operations if _snapshot(operation) is None)
+        names = {name for name in own if name is not None}
+        missing: dict[tuple[str | None, str | None], ManyloraError] = {}
         for name in sorted(names):
             try:
                 self._bring_one(name, names)
             except ManyloraError as error:
-                faults[name] = error
+                missing[name, None] = error
+        for snapshot in sorted(snapshots):
+            try:
+                self.snapshots.bring(snapshot, snapshots)
+            except ManyloraError as error:
+                missing[None, snapshot] = error
+        faults: dict[int, ManyloraError] = {}
+        for number, operation in enumerate(operations):
+            snapshot = _snapshot(operation)
+            key = (operation.adapter if snapshot is None else None, snapshot)
+            if key in missing:
+                faults[number] = missing[key]
         return faults
 
     def _bring_one(self, name: str, keep: Collection[str] = ()) -> None:
@@ -398,3 +402,8 @@ class Pager:
     def _refuse_known(self, name: str) -> None:
         if name in self._pages:
             raise AdapterExists(f"an adapter named {name!r} exists already; choose another name")
+
+
+def _snapshot(operation: Any) -> str | None:
+    """Return the snapshot that an operation runs with, if it is one."""
+    return None if isinstance(operation, OptimStep) else operation.snapshot

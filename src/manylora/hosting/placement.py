@@ -3,7 +3,7 @@
 import threading
 
 from manylora.scheduler import Operation
-from manylora.types import Sample
+from manylora.types import ForwardBackward, Sample
 
 
 class Placement:
@@ -21,7 +21,7 @@ class Placement:
 
     def of_operation(self, operation: Operation) -> int:
         """Return the engine that is to run an operation."""
-        snapshot = operation.snapshot if isinstance(operation, Sample) else None
+        snapshot = operation.snapshot if isinstance(operation, Sample | ForwardBackward) else None
         if snapshot is None:
             return self.of_adapter(operation.adapter)
         with self._lock:

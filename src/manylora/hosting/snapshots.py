@@ -1,6 +1,7 @@
 """Snapshots are frozen weights: in the engine, or on disk until a sample needs them."""
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from manylora.hosting.engine_protocol import EngineProtocol
@@ -28,6 +29,7 @@ class Snapshots:
         """
         self._engine, self._folder, self._writer = engine, folder, writer
         self._resident = resident
+        self._leaving: set[str] = set()  # dropped, with files that the writer has still to delete
 
     def __len__(self) -> int:
         """Return the number of snapshots in the engine."""
@@ -41,6 +43,7 @@ class Snapshots:
     def take(self, adapter: str, snapshot: str) -> None:
         """Freeze a copy of a resident adapter's weights; it is on disk soon."""
         self._engine.snapshot(adapter, snapshot)
+        self._leaving.discard(snapshot)
         self._note(snapshot)
         if self._folder is not None:
             self._write(snapshot, self._engine.snapshot_state(snapshot))
@@ -57,19 +60,22 @@ class Snapshots:
         self.bring(snapshot)
         return self._engine.snapshot_state(snapshot)
 
-    def bring(self, snapshot: str) -> None:
+    def bring(self, snapshot: str, keep: Collection[str] = ()) -> None:
         """Bring a snapshot into the engine, if it is not there.
+
+        Args:
+            keep: others that have to stay there.
 
         Raises:
             AdapterNotFound, CheckpointDamaged
         """
         if snapshot not in self._engine.snapshots:
             folder = None if self._folder is None else self.folder_of(snapshot)
-            if folder is None or not folder.exists():
+            if folder is None or snapshot in self._leaving or not folder.exists():
                 raise AdapterNotFound(f"no snapshot named {snapshot!r}")
             state = read_state(self._engine, folder, called=f"snapshot {snapshot!r}").state
             self._engine.install_snapshot(snapshot, state)
-        self._note(snapshot)
+        self._note(snapshot, keep)
 
     def drop(self, snapshot: str) -> None:
         """Forget a snapshot and delete it from disk."""
@@ -77,7 +83,13 @@ class Snapshots:
         self._resident.drop(snapshot)
         if self._folder is not None:
             folder = self.folder_of(snapshot)
-            self._writer.write(lambda: shutil.rmtree(folder, ignore_errors=True), 0)
+            self._leaving.add(snapshot)
+
+            def delete() -> None:
+                shutil.rmtree(folder, ignore_errors=True)
+                self._leaving.discard(snapshot)
+
+            self._writer.write(delete, 0)
 
     def _write(self, snapshot: str, state: AdapterState) -> None:
         folder = self.folder_of(snapshot)
@@ -85,9 +97,9 @@ class Snapshots:
             lambda: write_state(self._engine, folder, state, position=0), bytes_of(state)
         )
 
-    def _note(self, snapshot: str) -> None:
+    def _note(self, snapshot: str, keep: Collection[str] = ()) -> None:
         self._resident.use(snapshot, self._engine.snapshots[snapshot].num_bytes)
-        for victim in self._resident.excess(keep={snapshot}):
+        for victim in self._resident.excess(keep={snapshot, *keep}):
             if not self.folder_of(victim).exists():
                 self._writer.drain()
             # A snapshot that could not be written stays: it is nowhere else.

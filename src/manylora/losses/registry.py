@@ -3,15 +3,21 @@
 T tokens, N tokens of a datum, K targets of each position.
 
 Every loss is a plain sum over tokens and data (no mean, no normalisation): with
-l = log p(target) at temperature 1, q the sampling policy's log-probability, A the advantage and
-r = exp(l - q), a loss function returns each token's loss and its derivative by l.
+l = log p(target) at the operation's temperature, q the sampling policy's log-probability, A the
+advantage and r = exp(l - q), a loss function returns each token's loss and its derivative by l.
+
+The losses of policies can be held to a reference policy: with `reference_logprobs` and `kl_weights`
+each token's loss gets kl_weights · k, k by the setting `kl_estimator` (see `losses.kl`).
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from manylora.losses.cispo import cispo
@@ -19,6 +25,7 @@ from manylora.losses.cross_entropy import cross_entropy
 from manylora.losses.dro import dro
 from manylora.losses.gspo import gspo, sequence_log_ratio
 from manylora.losses.importance_sampling import importance_sampling
+from manylora.losses.kl import ESTIMATORS, kl_to_reference
 from manylora.losses.ppo import ppo
 from manylora.types import DataError, Datum
 from manylora.types.data import Array
@@ -28,6 +35,9 @@ LossFunction = Callable[[Tensor, Mapping[str, Tensor], Settings], tuple[Tensor, 
 SequenceFunction = Callable[[Tensor, Mapping[str, Tensor], Sequence[int]], Tensor]
 
 POLICY_INPUTS = ("logprobs", "advantages")
+# A datum brings both of these or neither.
+REFERENCE_LOGPROBS, KL_WEIGHTS = "reference_logprobs", "kl_weights"
+KL_ESTIMATOR, DEFAULT_ESTIMATOR = "kl_estimator", 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +58,7 @@ class Loss:
             data) → [T].
         trained_by: inputs of which one at least is not 0 where a position is trained; none = every
             position is.
+        held: whether it can be held to a reference policy.
     """
 
     name: str
@@ -59,6 +70,16 @@ class Loss:
     masks: tuple[str, ...] = ()
     sequence_inputs: Mapping[str, SequenceFunction] = field(default_factory=dict)
     trained_by: tuple[str, ...] = ()
+    held: bool = False
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """A datum may bring these inputs, all of them or none."""
+        return (REFERENCE_LOGPROBS, KL_WEIGHTS) if self.held else ()
+
+    def alone(self) -> "Loss":
+        """Return the loss as it is without a reference policy, whose inputs it does not know."""
+        return replace(self, held=False)
 
     def settings(self, config: Mapping[str, float] | None) -> Settings:
         """Return the complete settings.
@@ -67,7 +88,7 @@ class Loss:
             DataError: a setting is unknown, missing or not a finite number.
         """
         given = dict(config or {})
-        known = {*self.defaults, *self.required}
+        known = {*self.defaults, *self.required, *((KL_ESTIMATOR,) if self.held else ())}
         for name, value in given.items():
             if name not in known:
                 listed = ", ".join(sorted(known)) or "none"
@@ -76,6 +97,11 @@ class Loss:
                 raise DataError(
                     f"setting {name!r} of loss {self.name!r} is {value!r}, not a finite number"
                 )
+        if self.held and given.get(KL_ESTIMATOR, DEFAULT_ESTIMATOR) not in ESTIMATORS:
+            raise DataError(
+                f"setting {KL_ESTIMATOR!r} of loss {self.name!r} is {given[KL_ESTIMATOR]!r}; it is "
+                f"one of {', '.join(map(str, ESTIMATORS))}"
+            )
         for name in self.required:
             if name not in given:
                 raise DataError(f"loss {self.name!r} needs the setting {name!r}; it has no default")
@@ -94,16 +120,22 @@ class Loss:
                 raise DataError(
                     f"loss {self.name!r} needs the input {name!r}, one number per token"
                 )
-        for name in sorted(given - set(self.inputs)):
-            takes = ", ".join(("target_tokens", *self.inputs))
+        for name in sorted(given - {*self.inputs, *self.optional}):
+            takes = ", ".join(("target_tokens", *self.inputs, *self.optional))
             raise DataError(f"loss {self.name!r} has no input {name!r}; it takes: {takes}")
+        brought = [name for name in self.optional if name in given]
+        if len(brought) == 1:
+            raise DataError(
+                f"loss {self.name!r} takes {' and '.join(map(repr, self.optional))} together or "
+                f"not at all; there is only {brought[0]!r}"
+            )
         targets = datum.loss_inputs["target_tokens"]
         if targets.ndim > 1 and not self.several:
             raise DataError(
                 f"loss {self.name!r} takes one target per token; 'target_tokens' has shape "
                 f"{targets.shape}"
             )
-        for name in self.inputs:
+        for name in (*self.inputs, *brought):
             self._check_numbers(name, datum.loss_inputs[name])
 
     def trained(self, datum: Datum) -> Array:
@@ -112,7 +144,8 @@ class Loss:
         The others' loss and its derivative are 0, whatever their log-probabilities.
         """
         trained_N = np.full(len(datum), not self.trained_by)
-        for name in self.trained_by:
+        by = [*self.trained_by, *((KL_WEIGHTS,) if KL_WEIGHTS in datum.loss_inputs else ())]
+        for name in by:
             values = datum.loss_inputs[name] != 0
             trained_N |= values if values.ndim == 1 else values.any(axis=1)
         return trained_N
@@ -138,30 +171,56 @@ def _is_finite_number(value: object) -> bool:
         return False
 
 
+def _held(function: LossFunction) -> LossFunction:
+    """Add the KL to the reference where a token has a weight for it; the others keep their bits."""
+
+    @wraps(function)
+    def with_kl(
+        logprobs_T: Tensor, inputs: Mapping[str, Tensor], settings: Settings
+    ) -> tuple[Tensor, Tensor]:
+        loss_T, slope_T = function(logprobs_T, inputs, settings)
+        if KL_WEIGHTS not in inputs:
+            return loss_T, slope_T
+        weights_T, estimator = inputs[KL_WEIGHTS], settings.get(KL_ESTIMATOR, DEFAULT_ESTIMATOR)
+        kl_T, by_l_T = kl_to_reference(logprobs_T, inputs[REFERENCE_LOGPROBS], estimator)
+        held_T = weights_T != 0
+        return (
+            torch.where(held_T, loss_T + weights_T * kl_T, loss_T),
+            torch.where(held_T, slope_T + weights_T * by_l_T, slope_T),
+        )
+
+    return with_kl
+
+
+def _policy(
+    name: str, function: LossFunction, defaults: Settings | None = None, **details: Any
+) -> Loss:
+    """Return a loss of policies, which can be held to a reference."""
+    inputs = (*POLICY_INPUTS, *details.get("masks", ()))
+    return Loss(name, inputs, _held(function), defaults or {}, held=True, **details)
+
+
 _LOSSES = {
     loss.name: loss
     for loss in (
         Loss("cross_entropy", ("weights",), cross_entropy, several=True, trained_by=("weights",)),
-        Loss("importance_sampling", POLICY_INPUTS, importance_sampling, trained_by=("advantages",)),
-        Loss(
+        _policy("importance_sampling", importance_sampling, trained_by=("advantages",)),
+        _policy(
             "ppo",
-            POLICY_INPUTS,
             ppo,
             {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
             trained_by=("advantages",),
         ),
-        Loss(
+        _policy(
             "cispo",
-            POLICY_INPUTS,
             cispo,
             {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
             trained_by=("advantages",),
         ),
         # Pulled towards the sampler everywhere, with or without an advantage.
-        Loss("dro", POLICY_INPUTS, dro, required=("beta",)),
-        Loss(
+        _policy("dro", dro, required=("beta",)),
+        _policy(
             "gspo",
-            (*POLICY_INPUTS, "sequence_ratio_mask"),
             gspo,
             required=("clip_low_threshold", "clip_high_threshold"),
             masks=("sequence_ratio_mask",),

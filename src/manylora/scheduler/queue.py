@@ -43,6 +43,8 @@ class Call:
 Operation = ForwardBackward | OptimStep | Sample | Call
 LaneKey = tuple[str, str]
 TRAINING = (Call, OptimStep, ForwardBackward)
+# What belongs to no adapter stands in lanes of these names.
+_NO_ADAPTER: dict[type, str] = {Sample: "sample", ForwardBackward: "forward"}
 
 
 @dataclass(slots=True, eq=False)
@@ -278,7 +280,7 @@ class OperationQueue:
         if operation.adapter is not None:
             key = ("adapter", operation.adapter)
         else:
-            key = ("sample" if isinstance(operation, Sample) else "other", operation.tenant)
+            key = (_NO_ADAPTER.get(type(operation), "other"), operation.tenant)
         lane = self._lanes.get(key)
         if lane is None:
             tenant = self._tenants.setdefault(operation.tenant, Tenant(operation.tenant))

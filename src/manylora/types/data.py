@@ -29,7 +29,9 @@ class Datum:
             `cross_entropy` takes `weights` (any sign), and both may be [N, K]: K tokens that the
             position should predict, each with its weight. The policy-gradient losses take
             `logprobs` (of the sampling policy) and `advantages`; `gspo` a
-            `sequence_ratio_mask` (0 or 1) as well.
+            `sequence_ratio_mask` (0 or 1) as well. They may also take, together,
+            `reference_logprobs` (of the reference policy, at the same temperature) and
+            `kl_weights`: what the KL to it counts at each token.
     """
 
     tokens: Array

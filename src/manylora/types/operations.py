@@ -25,6 +25,10 @@ class ForwardBackward:
     if `backward` is False.
 
     Attributes:
+        adapter: whose weights and gradient, and the adapter in whose order it stands. None = it
+            stands in no order, and the weights are those of the bare base or of `snapshot`.
+        snapshot: the frozen copy to use in place of current weights. It has no gradient, and
+            neither has the bare base: both need `backward` to be False.
         logprobs: which log-probabilities come back. With "trained" the output head, a large part
             of a model with many words, runs on the trained positions only: by `cross_entropy` those
             with a weight that is not 0, by the policy losses those with such an advantage (`gspo`:
@@ -33,9 +37,11 @@ class ForwardBackward:
             the base's logits. With the temperature that a policy was sampled at, its ratio to the
             sampler is 1.
         entropy: whether the entropy of softmax(z / T) comes back beside each log-probability.
+        reference_kl: whether `data` and `config` may hold a policy's loss to a reference policy.
+            Where a protocol has no such thing, False refuses its inputs and its setting by name.
     """
 
-    adapter: str
+    adapter: str | None
     data: Sequence[Datum]
     loss: str = "cross_entropy"
     config: Mapping[str, float] = field(default_factory=dict)
@@ -43,8 +49,17 @@ class ForwardBackward:
     logprobs: Wanted = "all"
     temperature: float = 1.0
     entropy: bool = False
+    snapshot: str | None = None
+    reference_kl: bool = True
     tenant: str = ""
     seq: int = 0
+
+    @property
+    def called(self) -> str:
+        """An error calls the weights of this operation so."""
+        if self.snapshot is not None:
+            return f"snapshot {self.snapshot!r}"
+        return "the bare base" if self.adapter is None else f"adapter {self.adapter!r}"
 
     @property
     def num_tokens(self) -> int:

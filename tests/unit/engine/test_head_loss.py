@@ -63,7 +63,7 @@ def run(engine: Engine, *works: ForwardBackward) -> Outcome:
     for adapter in engine.adapters.values():
         adapter.drop_grad()
     result = must(engine.forward_backward(works))[0]
-    return result, engine.adapters[works[0].adapter].require_grad().clone()
+    return result, engine.adapters[str(works[0].adapter)].require_grad().clone()
 
 
 def in_company(own: ForwardBackward) -> Iterator[ForwardBackward]:

@@ -48,7 +48,7 @@ def test_pieces_are_all_the_data_in_order(lengths: list[int], budget: int):
     assert [d for piece in pieces for d in piece.data] == list(own.data)
     first = 0
     for piece in pieces:
-        assert (piece.work, piece.adapter, piece.first) == (3, "a", first)
+        assert (piece.work, piece.whose, piece.first) == (3, "a", first)
         assert piece.rows == sum(map(len, piece.data)) > 0
         assert len(piece.data) == 1 or piece.rows <= max(1, budget // PIECES_PER_BATCH)
         first += len(piece.data)
@@ -66,9 +66,9 @@ def test_batches_hold_whole_pieces_sorted_by_adapter(crowd: list[list[int]], bud
         assert len(batch) == 1 or sum(p.rows for p in batch) <= budget
     flat = [p for batch in batches for p in batch]
     for name in "abc":
-        assert [p for p in flat if p.adapter == name] == [p for p in pieces if p.adapter == name]
-    changes = sum(a.adapter != b.adapter for a, b in pairwise(flat))
-    assert changes == max(len({p.adapter for p in flat}) - 1, 0)
+        assert [p for p in flat if p.whose == name] == [p for p in pieces if p.whose == name]
+    changes = sum(a.whose != b.whose for a, b in pairwise(flat))
+    assert changes == max(len({p.whose for p in flat}) - 1, 0)
 
 
 @EXAMPLES
@@ -97,10 +97,10 @@ def test_every_piece_runs_once_where_its_share_is_at_home(
     assert sorted(map(id, ran)) == sorted(map(id, plan.pieces))
     for rank, own in enumerate(plan.batches):
         for piece in (p for batch in own for p in batch):
-            home = homes[piece.adapter]
-            assert home is None or plan.homes[piece.adapter] == home
-            assert (plan.homes[piece.adapter] + piece.share) % ranks == rank
-            assert piece.share < plan.shares[piece.adapter] <= ranks
+            home = homes[str(piece.whose)]
+            assert home is None or plan.homes[piece.whose] == home
+            assert (plan.homes[piece.whose] + piece.share) % ranks == rank
+            assert piece.share < plan.shares[piece.whose] <= ranks
     # The same number for every rank, empty ones at the end.
     assert len({len(own) for own in plan.batches}) == 1
     for own in plan.batches:
@@ -116,7 +116,7 @@ def test_draws_are_dealt_out_in_the_order_of_the_operations(
 ):
     plan = plan_of(works_of(crowd), budget, ranks)
     for name, count in plan.counts().items():
-        draws = [piece.draw for piece in plan.pieces if piece.adapter == name]
+        draws = [piece.draw for piece in plan.pieces if piece.whose == name]
         assert draws == list(range(7, 7 + count))
 
 
@@ -129,7 +129,7 @@ def test_neighbours_change_neither_pieces_nor_shares(
     together = plan_of(works, budget, ranks)
     for name in {w.adapter for _, w in works}:
         alone = plan_of([(n, w) for n, w in works if w.adapter == name], budget, ranks)
-        own = [p for p in together.pieces if p.adapter == name]
+        own = [p for p in together.pieces if p.whose == name]
         assert [(p.first, p.rows, p.draw, p.share) for p in own] == [
             (p.first, p.rows, p.draw, p.share) for p in alone.pieces
         ]
@@ -140,7 +140,7 @@ def test_neighbours_change_neither_pieces_nor_shares(
                     (p.work, p.first)
                     for batch in plan.batches[(plan.homes[name] + share) % ranks]
                     for p in batch
-                    if p.adapter == name
+                    if p.whose == name
                 ]
                 for plan in (together, alone)
                 if name in plan.homes
@@ -157,7 +157,7 @@ def test_tokens_are_balanced(crowd: list[list[int]], budget: int, ranks: int):
     loads = np.array(loads_of(plan))
     bound = 0.0
     for name in plan.homes:
-        own = [p for p in plan.pieces if p.adapter == name]
+        own = [p for p in plan.pieces if p.whose == name]
         shares = np.array([sum(p.rows for p in own if p.share == s) for s in range(ranks)])
         bound += np.sum((shares - shares.mean()) ** 2)
     assert np.sum((loads - loads.mean()) ** 2) <= bound + 1e-6

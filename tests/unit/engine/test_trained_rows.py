@@ -74,7 +74,7 @@ def run(engine: Engine, *works: ForwardBackward) -> Outcome:
         adapter.drop_grad()
         adapter.draws = 0
     result = must(engine.forward_backward(works))[0]
-    return result, engine.adapters[works[0].adapter].require_grad().clone()
+    return result, engine.adapters[str(works[0].adapter)].require_grad().clone()
 
 
 def beside(own: ForwardBackward) -> Iterator[ForwardBackward]:

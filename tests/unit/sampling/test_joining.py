@@ -53,7 +53,7 @@ def engine(tiny) -> Engine:
 def decoder(engine: Engine, **limits: int) -> Decoder:
     """Sampling verbs with a loop of their own."""
     loop = DecodeLoop(engine.base, **{"token_budget": 48, **limits})
-    return Decoder(engine.base, loop, engine._sampled_weights)
+    return Decoder(engine.base, loop, engine._weights_of)
 
 
 def request(

@@ -135,7 +135,7 @@ class Operations:
     def _forward_backward(self, row: ModelRow, seq: int, submit: ForwardBackwardSubmit) -> Queued:
         work = ForwardBackward(
             adapter=row.id, data=submit.data, loss=submit.loss, config=submit.config,
-            backward=not submit.forward_only, tenant=row.tenant, seq=seq,
+            backward=not submit.forward_only, reference_kl=False, tenant=row.tenant, seq=seq,
         )  # fmt: skip
         future = self._resources.host.submit(work)
         return future, lambda result: (PROTOBUF_TYPE, codec.encode_forward_backward(result))
