@@ -379,6 +379,13 @@ class RlSettings(KindSettings):
             raise problem(f"{given}; a run has either a reward or a rollout", "reward")
         if self.reward is not None and not self.reward:
             raise problem("is empty; name at least one reward", "reward")
+        if self.loss.kind == "dro" and self.kl.coef > 0 and self.kl.where == "loss":
+            raise problem(
+                "is loss, where dro has a pull of its own (beta); write where: reward, or train "
+                "with another loss",
+                "kl",
+                "where",
+            )
         if self.groups % self.loss.minibatches:
             raise problem(
                 f"is {self.loss.minibatches}; it must divide groups, {self.groups}",

@@ -24,7 +24,7 @@ class Column:
             both ends of the curve; "" = nothing.
         tracked: whether trackers show it.
         charted: whether the report draws it.
-        checked: whether a step fails where it is not a finite number.
+        checked: whether a step fails where it is a number that is not finite.
         counted_by: the figure that says how many cases it is about; "" = none.
     """
 
@@ -47,7 +47,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class CourseColumns:
-    """`CourseColumns` are all figures of a kind of run.
+    """`CourseColumns` are all figures of a kind of run. One that a step does not have is None.
 
     Attributes:
         step: figures of a step, in the order of metrics.jsonl; one of them is `tokens`, the
@@ -79,8 +79,12 @@ class CourseColumns:
         return tuple(column.badness(evaluation.get(column.name)) for column in judged)
 
     def not_finite(self, figures: Mapping[str, Any]) -> str:
-        """Return as text a step's checked figures where one is not finite; "" where all are."""
-        checked = {column.label: figures[column.name] for column in self.step if column.checked}
+        """Return as text a step's checked figures where one is not finite; "" where all are.
+
+        A figure that the step does not have, None, is no fault.
+        """
+        found = {column.label: figures[column.name] for column in self.step if column.checked}
+        checked = {label: value for label, value in found.items() if value is not None}
         if all(map(math.isfinite, checked.values())):
             return ""
         return ", ".join(f"{label} {value}" for label, value in checked.items())

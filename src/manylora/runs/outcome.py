@@ -112,9 +112,11 @@ class Outcome:
         """Add one step."""
         self.seconds = round(self.seconds + seconds, 4)
         for name in self.sums:
-            self.sums[name] += figures[name]
+            self.sums[name] += figures[name] or 0
         for column in self.columns.ends():
             first, value = f"first_{column.name}", figures[column.name]
+            if value is None:  # the step does not have it
+                continue
             if self.ends[first] is None:
                 self.ends[first] = value
             self.ends[f"last_{column.name}"] = value

@@ -62,7 +62,8 @@ def scalars(event: StepDone | EvalDone, columns: CourseColumns) -> dict[str, flo
     if isinstance(event, EvalDone):
         found = {f"eval/{one.name}": figures[one.name] for one in columns.evaluation if one.tracked}
         return {name: value for name, value in found.items() if value is not None}
-    train = {f"train/{one.name}": float(figures[one.name]) for one in columns.step if one.tracked}
+    found = {f"train/{one.name}": figures[one.name] for one in columns.step if one.tracked}
+    train = {name: float(value) for name, value in found.items() if value is not None}
     speed = figures["tokens"] / event.seconds if event.seconds else 0.0
     return {**train, "train/tokens_per_second": speed}
 

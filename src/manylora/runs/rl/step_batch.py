@@ -200,14 +200,19 @@ class StepBatch:
 
     def _joined(self, arrays: Sequence[Array] | None, name: str) -> Array:
         """Join what a forward returned; where it was not asked, q stands for it."""
-        wanted = [len(one.positions) for one in self.sequences]
-        found = None if arrays is None else [len(array) for array in arrays]
-        if found != wanted:
+        if arrays is None or len(arrays) != len(self.sequences):
+            given = "missing" if arrays is None else f"those of {len(arrays)} sequences"
             raise DataError(
-                f"{name} log-probabilities are of {found} tokens; the step's sequences have "
-                f"{wanted} sampled ones"
+                f"the {name} log-probabilities are {given}; the step has {len(self.sequences)} "
+                "sequences"
             )
-        exact = [np.asarray(array, dtype=np.float64) for array in arrays or ()]
+        for number, (array, one) in enumerate(zip(arrays, self.sequences, strict=True)):
+            if len(array) != len(one.positions):
+                raise DataError(
+                    f"sequence {number} of the step has {len(array)} {name} log-probabilities for "
+                    f"{len(one.positions)} sampled tokens"
+                )
+        exact = [np.asarray(array, dtype=np.float64) for array in arrays]
         return np.concatenate([*exact, self._behavior_T[self._num_trained :]])
 
     def _split(self, values_T: Array) -> list[Array]:
