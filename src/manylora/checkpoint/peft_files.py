@@ -298,11 +298,8 @@ def _read_tensors(folder: Path) -> dict[str, FileTensor]:
 def _sort_keys(
     folder: Path, tensors: Mapping[str, FileTensor], sites: Sequence[Site], config: PeftConfig
 ) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
-    """Return (site, "A" or "B") → key, and site → key of a copy of the base's weight.
-
-    Raises:
-        CheckpointMismatch: keys are missing, unexpected or of a wrong shape; all such are named.
-    """
+    """Return (site, "A" or "B") → key, and site → key of a copy of the base's weight. Raises
+    CheckpointMismatch: keys are missing, unexpected or of a wrong shape; all such are named."""
     known = {site.name: site for site in sites}
     adapted = {site.name for site in sites if config.adapts(site)}
     factors: dict[tuple[str, str], str] = {}

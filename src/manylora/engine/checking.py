@@ -6,11 +6,8 @@ from manylora.types import WANTED, DataError, Datum, DatumTooLong, ForwardBackwa
 
 
 def check(work: ForwardBackward, base: BaseModel) -> tuple[Loss, Settings]:
-    """Return the operation's loss, if it can be run on this base.
-
-    Raises:
-        DataError, DatumTooLong
-    """
+    """Return the operation's loss, if it can be run on this base. Raises DataError,
+    DatumTooLong."""
     where = f"adapter {work.adapter!r}"
     try:
         loss = get_loss(work.loss)

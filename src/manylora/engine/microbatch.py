@@ -54,12 +54,8 @@ def build(
     backward: bool,
     device: torch.device,
 ) -> MicroBatch:
-    """Lay pieces end to end. Without any, the stream is padding alone.
-
-    Args:
-        losses: of each operation, by the pieces' `work`.
-        backward: whether the adapters need a gradient to add to.
-    """
+    """Lay pieces end to end; without any, the stream is padding alone. The losses are those of the
+    operations, by the pieces' `work`; with `backward` the adapters need a gradient to add to."""
     data = [datum for piece in pieces for datum in piece.data]
     lengths = [len(datum) for datum in data]
     rows = sum(lengths)

@@ -98,13 +98,8 @@ class VocabularyPart:
         return Mine((targets - self.first).clamp(0, self.last - self.first - 1), inside)
 
     def whole(self, max_c1: Tensor, sum_c1: Tensor, picked: Sequence[Picked]) -> Whole:
-        """Complete what this rank has found.
-
-        Args:
-            max_c1: the largest of the part's logits.
-            sum_c1: of the logits' exponentials relative to it.
-            picked: the targets.
-        """
+        """Complete what this rank has found: the largest of the part's logits, the sum of their
+        exponentials relative to it, and the targets' logits."""
         lengths = [len(max_c1), len(sum_c1), *(len(one.logits_n) for one in picked)]
         own = torch.cat([max_c1.view(-1), sum_c1.view(-1), *(one.logits_n for one in picked)])
         max_rc, sum_rc, *found = self.axis.gather(own).split(lengths, dim=1)

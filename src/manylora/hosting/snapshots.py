@@ -17,14 +17,8 @@ class Snapshots:
     def __init__(
         self, engine: EngineProtocol, folder: Path | None, resident: Residency, writer: Writer
     ):
-        """No snapshot is there yet.
-
-        Args:
-            engine: holds the snapshots that are in use.
-            folder: see `Pager`.
-            resident: how many may be in the engine at once.
-            writer: writes each snapshot to disk.
-        """
+        """No snapshot is there yet. `resident` bounds how many are in the engine; `folder` is the
+        `Pager`'s."""
         self._engine, self._folder, self._writer = engine, folder, writer
         self._resident = resident
 
@@ -49,11 +43,8 @@ class Snapshots:
         )
 
     def bring(self, snapshot: str) -> None:
-        """Bring a snapshot into the engine, if it is not there.
-
-        Raises:
-            AdapterNotFound, CheckpointDamaged
-        """
+        """Bring a snapshot into the engine, if it is not there. Raises AdapterNotFound,
+        CheckpointDamaged."""
         if snapshot not in self._engine.snapshots:
             folder = None if self._folder is None else self.folder_of(snapshot)
             if folder is None or not folder.exists():

@@ -23,11 +23,7 @@ class PackedWeight:
     """A `PackedWeight` is a frozen weight [N, K] in oneDNN's order, with each column's bias."""
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None):
-        """Copy the weight.
-
-        Raises:
-            RuntimeError: the CPU has no products in this dtype.
-        """
+        """Copy the weight. Raises RuntimeError: the CPU has no products in this dtype."""
         # What torch's own compiler calls for a frozen linear layer.
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK, ROWS)

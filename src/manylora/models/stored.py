@@ -75,11 +75,8 @@ def check_config(name: str, config: Any) -> None:
 
 @contextmanager
 def library_errors(name: str) -> Iterator[None]:
-    """Turn what a library raises while a base is opened into our errors, with the cause.
-
-    Raises:
-        BaseModelError: with the library's words.
-    """
+    """Turn what a library raises while a base is opened into BaseModelError with the library's
+    words and the cause."""
     try:
         yield
     except (ManyloraError, MemoryError):

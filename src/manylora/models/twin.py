@@ -47,14 +47,8 @@ TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id")
 
 
 def make_twin(config: Any, device: torch.device) -> Any:
-    """Make a model of this config's class in fp64, whose attention is ours.
-
-    Args:
-        config: of the base; it stays as it is.
-
-    Raises:
-        Unsupported: no such model can be made.
-    """
+    """Make a model of this config's class in fp64, whose attention is ours; the config stays as it
+    is. Raises Unsupported: no such model can be made."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -146,13 +146,7 @@ class Mesh:
     @classmethod
     def join(cls, shape: MeshShape, device: torch.device | str) -> "Mesh":
         """Take this process's place; torch.distributed is initialised unless there is one rank.
-
-        Args:
-            device: this rank's.
-
-        Raises:
-            ConfigError: another number of processes than the mesh has ranks.
-        """
+        Raises ConfigError: another number of processes than the mesh has ranks."""
         assert shape.replicas == 1, "a mesh is one replica's"
         started = dist.get_world_size() if dist.is_initialized() else 1
         if started != shape.size:

@@ -48,11 +48,8 @@ class Started:
             )
 
     def serve(self, folder: Path) -> None:
-        """Be one of the engine's processes until the first one ends.
-
-        Raises:
-            ConfigError: the first one's file does not show in `folder`, or it cannot be reached.
-        """
+        """Be one of the engine's processes until the first one ends. Raises ConfigError: the first
+        one's file does not show in `folder`, or it cannot be reached."""
         from manylora.processes import member
 
         member.serve(self._connected(self.meeting(folder)))

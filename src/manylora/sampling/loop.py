@@ -164,11 +164,8 @@ class DecodeLoop:
     # -- joining and leaving --------------------------------------------------------------------
 
     def _open(self, prompt: Prompt, extent: Extent | None = None) -> bool:
-        """Give a prompt's next continuation a slot and its place in the cache, if there is any.
-
-        Args:
-            extent: one that holds the prompt already.
-        """
+        """Give a prompt's next continuation a slot and its place in the cache, if there is any;
+        `extent` is one that holds the prompt already."""
         request, params = prompt.request, prompt.request.params
         if extent is None:
             extent = self._cache.allocate(prompt.tokens)
