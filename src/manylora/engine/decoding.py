@@ -121,16 +121,9 @@ class Decoder:
             weights = self._weights_of(sample)
             self._check(sample)
             admit_sample(sample, self.base, self._most_tokens, self.promised_bytes, self._memory)
+            asked = (sample.params, sample.num_samples, sample.scoring, sample.tenant)
             requests = [
-                Request(
-                    self._prompt(prompt),
-                    weights,
-                    sample.params,
-                    sample.num_samples,
-                    sample.scoring,
-                    sample.tenant,
-                    index,
-                )
+                Request(self._prompt(prompt), weights, *asked, index)
                 for index, prompt in enumerate(sample.prompts)
             ]
             _check_candidates(sample, requests, self.base.vocab_size)

@@ -20,13 +20,7 @@ from manylora.engine.plan import Plan, make_plan
 from manylora.engine.results import Losses, Rows, found, gathered, results
 from manylora.engine.stepping import Due, step_on_mesh
 from manylora.kernels import DTYPES, settle_functions, whole_products
-from manylora.lora.adapter import (
-    Adapter,
-    AdapterWeights,
-    SiteIndex,
-    to_array,
-    to_tensor,
-)
+from manylora.lora.adapter import Adapter, AdapterWeights, SiteIndex, to_array, to_tensor
 from manylora.lora.gathering import gathered_state, gathered_weights
 from manylora.lora.init import fresh_state, named_seed
 from manylora.lora.layout import Layout, plan_layout

@@ -13,6 +13,7 @@ A plan is a function of the operations and of what every rank knows of the adapt
 make the same one.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,10 +66,7 @@ class Plan:
 
     def counts(self) -> dict[str, int]:
         """Count the pieces of every adapter."""
-        counts: dict[str, int] = {}
-        for piece in self.pieces:
-            counts[piece.adapter] = counts.get(piece.adapter, 0) + 1
-        return counts
+        return Counter(piece.adapter for piece in self.pieces)
 
 
 def make_plan(

@@ -113,10 +113,8 @@ def results(
         if work.logprobs == "trained":
             trained = losses[number][0].trained
             positions = tuple(np.flatnonzero(trained(datum)) for datum in work.data)
-        yield (
-            number,
-            ForwardBackwardResult(tuple(logprobs[number]), total, {"loss:sum": total}, positions),
-        )
+        metrics = {"loss:sum": total}
+        yield number, ForwardBackwardResult(tuple(logprobs[number]), total, metrics, positions)
 
 
 class _Section:

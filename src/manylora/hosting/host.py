@@ -21,6 +21,8 @@ log = logging.getLogger("manylora.api")
 # their way in and out, and for snapshots. The rest is for activations and caches.
 ADAPTER_SHARE, HOST_SHARE, SNAPSHOT_SHARE = 0.3, 0.15, 0.1
 
+PagerCall = Callable[[Pager], Any]
+
 
 class HostedEngine:
     """A hosted engine has a pager, a queue and a worker; only here are they put together.
@@ -140,7 +142,7 @@ class Host:
         return self.units[self.placement.of_operation(operation)].queue.submit(operation)
 
     def call(
-        self, adapter: str | None, run: Callable[[Pager], Any], *, tenant: str = "", seq: int = 0
+        self, adapter: str | None, run: PagerCall, *, tenant: str = "", seq: int = 0
     ) -> Future[Any]:
         """Queue something that needs an engine for itself, in its adapter's turn if it has one.
         `run` is given what the engine's thread alone may use."""
@@ -175,12 +177,7 @@ class Host:
         return self._call(self.placement.forget_adapter(adapter), adapter, run, tenant)
 
     def _call(
-        self,
-        number: int,
-        adapter: str | None,
-        run: Callable[[Pager], Any],
-        tenant: str,
-        seq: int = 0,
+        self, number: int, adapter: str | None, run: PagerCall, tenant: str, seq: int = 0
     ) -> Future[Any]:
         unit = self.units[number]
         return unit.queue.submit(Call(adapter, lambda: run(unit.pager), tenant=tenant, seq=seq))

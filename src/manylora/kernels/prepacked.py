@@ -36,12 +36,7 @@ class PackedWeight:
 
 @cache
 def safe_packed(
-    terms: int,
-    columns: int,
-    bias: bool,
-    dtype: torch.dtype,
-    threads: int,
-    counts: tuple[int, ...],
+    terms: int, columns: int, bias: bool, dtype: torch.dtype, threads: int, counts: tuple[int, ...]
 ) -> frozenset[int]:
     """Return those of `counts` of which rows keep their bits; none without such products."""
     weight_NK = some_rows(columns, terms, dtype)

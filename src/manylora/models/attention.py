@@ -150,13 +150,9 @@ def _attend(
         # One sequence at a time: a batched product's bits would depend on the run's length.
         singles = zip(*(t.split(1) for t in (q_nHLD, k_nHLD, v_nHLD)), strict=True)
         return torch.cat([_softcapped(q, k, v, mask, scale, softcap) for q, k, v in singles])
-    if whole:
-        return functional.scaled_dot_product_attention(
-            q_nHLD, k_nHLD, v_nHLD, is_causal=True, scale=scale
-        )
-    mask = _causal_mask(length, sight, q_nHLD.device)
+    mask = None if whole else _causal_mask(length, sight, q_nHLD.device)
     return functional.scaled_dot_product_attention(
-        q_nHLD, k_nHLD, v_nHLD, attn_mask=mask, scale=scale
+        q_nHLD, k_nHLD, v_nHLD, attn_mask=mask, is_causal=whole, scale=scale
     )
 
 

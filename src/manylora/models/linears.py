@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from manylora.models.base import BaseModel
 from manylora.models.naming import namings
-from manylora.models.splitting import SplitLinear
+from manylora.models.splitting import SplitLinear, whole_size
 from manylora.models.stream import PackedStream, packed, padded_rows
 from manylora.types.mesh_shape import Split
 from manylora.types.weight_forms import Naming
@@ -31,14 +31,12 @@ class FoundLinear:
     @property
     def in_features(self) -> int:
         """The whole layer has this K."""
-        layer = self.layer
-        return layer.whole_in if isinstance(layer, SplitLinear) else layer.in_features
+        return whole_size(self.layer)[0]
 
     @property
     def out_features(self) -> int:
         """The whole layer has this N."""
-        layer = self.layer
-        return layer.whole_out if isinstance(layer, SplitLinear) else layer.out_features
+        return whole_size(self.layer)[1]
 
     @property
     def split(self) -> Split:

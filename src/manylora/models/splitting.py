@@ -58,6 +58,13 @@ class SplitLinear(nn.Linear):
         return self.axis.sum_(output) if self.split == "row" else output
 
 
+def whole_size(layer: nn.Linear) -> tuple[int, int]:
+    """Return K and N of the whole layer, of which this may be a rank's part."""
+    if isinstance(layer, SplitLinear):
+        return layer.whole_in, layer.whole_out
+    return layer.in_features, layer.out_features
+
+
 @dataclass(frozen=True, slots=True)
 class WeightPart:
     """A `WeightPart` is what a rank holds of a parameter: [start, stop) of dimension `dim`."""
@@ -95,7 +102,7 @@ def split_model(model: Any, axis: Axis) -> dict[str, WeightPart]:
             raise _refusal(model, f"its plan does not say how {name} is split")
         if type(module) is not nn.Linear:
             raise _refusal(model, f"{name} is a {type(module).__name__}")
-        _set(model, name, SplitLinear(module, kind, axis))
+        model.set_submodule(name, SplitLinear(module, kind, axis))
         own = axis.share(module.out_features if kind == "column" else module.in_features)
         parts[f"{name}.weight"] = WeightPart(0 if kind == "column" else 1, *own)
         if module.bias is not None and kind == "column":
@@ -163,8 +170,3 @@ def _refusal(model: Any, reason: str) -> Unsupported:
 
 def _name(model: Any) -> str:
     return f"{model.config._name_or_path!r} ({type(model).__name__})"
-
-
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

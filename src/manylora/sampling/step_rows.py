@@ -114,9 +114,8 @@ class _Trial:
         self._shapes = {(layer.in_features, layer.out_features) for layer in self._layers}
         widths = {size for shape in self._shapes for size in shape} | {_head_dim(base)}
         # Those that elementwise functions allow.
-        self.counts = self._allowed(
-            counts, [safe_for_functions(width, base.dtype, threads, counts) for width in widths]
-        )
+        safe = [safe_for_functions(width, base.dtype, threads, counts) for width in widths]
+        self.counts = self._allowed(counts, safe)
 
     def packs(self) -> bool:
         """Say whether all numbers of rows keep their bits with weights that are kept twice."""
@@ -128,13 +127,11 @@ class _Trial:
 
     def plain(self) -> tuple[int, ...]:
         """Find the numbers that keep their bits with the weights as they are."""
-        return self._allowed(
-            self.counts,
-            [
-                safe_plain(*shape, self._dtype, self._threads, self.counts, self._multiple)
-                for shape in sorted(self._shapes)
-            ],
-        )
+        safe = [
+            safe_plain(*shape, self._dtype, self._threads, self.counts, self._multiple)
+            for shape in sorted(self._shapes)
+        ]
+        return self._allowed(self.counts, safe)
 
     def _allowed(self, counts: tuple[int, ...], safe: Sequence[frozenset[int]]) -> tuple[int, ...]:
         return tuple(

@@ -49,9 +49,8 @@ def no_descriptor_left(error: BaseException | None) -> bool:
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, TooManyFilesOpen):
-            return True
-        if isinstance(error, OSError) and error.errno in _NONE_LEFT:
+        none_left = isinstance(error, OSError) and error.errno in _NONE_LEFT
+        if none_left or isinstance(error, TooManyFilesOpen):
             return True
         seen.add(id(error))
         error = error.__cause__ or error.__context__
