@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from manylora.models.fully_sharded import Shared, forget_forward
 from manylora.models.loading_in_parts import SAMPLED, sampled_fingerprint, sampling_stride
-from manylora.models.splitting import SplitLinear, whole_size
+from manylora.models.splitting import SplitLinear
 from manylora.models.stream import PackedStream, packed, padded_rows
 from manylora.parallel import Axis, Mesh
 from manylora.types import Unsupported
@@ -57,7 +57,8 @@ class Head:
     @property
     def vocab(self) -> int:
         """The whole vocabulary has this many tokens, V."""
-        return whole_size(self.layer)[1]
+        layer = self.layer
+        return layer.whole_out if isinstance(layer, SplitLinear) else layer.out_features
 
     @property
     def tokens(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from manylora.models.base import BaseModel
 from manylora.models.naming import namings
-from manylora.models.splitting import SplitLinear, whole_size
+from manylora.models.splitting import SplitLinear
 from manylora.models.stream import PackedStream, packed, padded_rows
 from manylora.types.mesh_shape import Split
 from manylora.types.weight_forms import Naming
@@ -31,12 +31,14 @@ class FoundLinear:
     @property
     def in_features(self) -> int:
         """The whole layer has this K."""
-        return whole_size(self.layer)[0]
+        layer = self.layer
+        return layer.whole_in if isinstance(layer, SplitLinear) else layer.in_features
 
     @property
     def out_features(self) -> int:
         """The whole layer has this N."""
-        return whole_size(self.layer)[1]
+        layer = self.layer
+        return layer.whole_out if isinstance(layer, SplitLinear) else layer.out_features
 
     @property
     def split(self) -> Split:
@@ -47,7 +49,8 @@ class FoundLinear:
 @torch.no_grad()
 def find_linears(base: BaseModel) -> list[FoundLinear]:
     """Find every linear layer that a token passes, in the order of first calls, the head last."""
-    names = {module: name for name, module in base.backbone.named_modules(prefix=_prefix(base))}
+    prefix = next(name for name, module in base.model.named_modules() if module is base.backbone)
+    names = {module: name for name, module in base.backbone.named_modules(prefix=prefix)}
     called: list[tuple[nn.Linear, Tensor]] = []
 
     def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -77,7 +80,3 @@ def find_linears(base: BaseModel) -> list[FoundLinear]:
     found = {name: replace(linear, naming=naming[name]) for name, linear in found.items()}
     ordered = sorted(found.values(), key=lambda linear: linear.group)
     return [*ordered, FoundLinear(base.head.name, head, len(groups), True, naming[base.head.name])]
-
-
-def _prefix(base: BaseModel) -> str:
-    return next(name for name, module in base.model.named_modules() if module is base.backbone)

@@ -34,8 +34,7 @@ class SplitLinear(nn.Linear):
     Attributes:
         split: which way.
         axis: the ranks that have the other parts.
-        whole_in: K of the whole layer.
-        whole_out: N of the whole layer.
+        whole_in, whole_out: K and N of the whole layer.
     """
 
     def __init__(self, whole: nn.Linear, split: Split, axis: Axis):
@@ -56,13 +55,6 @@ class SplitLinear(nn.Linear):
         """Compute the output, without gradients: those are the adapted layers' (lora)."""
         output = functional.linear(input, self.weight, self.bias)
         return self.axis.sum_(output) if self.split == "row" else output
-
-
-def whole_size(layer: nn.Linear) -> tuple[int, int]:
-    """Return K and N of the whole layer, of which this may be a rank's part."""
-    if isinstance(layer, SplitLinear):
-        return layer.whole_in, layer.whole_out
-    return layer.in_features, layer.out_features
 
 
 @dataclass(frozen=True, slots=True)

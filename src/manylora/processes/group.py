@@ -345,8 +345,10 @@ def start_group(
     launcher = RayClient(ray)
     try:
         host = address_toward(launcher.peer())
+        base = Path(opening.base)
         return EngineGroup(
-            replace(opening, base=_wherever_it_runs(opening.base)),
+            # Ray's processes have another working directory.
+            replace(opening, base=str(base.absolute())) if base.is_dir() else opening,
             step_seconds=step_seconds,
             start=launcher,
             host=engine_address or host,
@@ -367,11 +369,6 @@ def check_split(base: str, mesh: MeshShape) -> None:
     except (OSError, ValueError, AttributeError):
         return
     mesh.check_split({**config, **text} if isinstance(text, dict) else config, repr(base))
-
-
-def _wherever_it_runs(base: str) -> str:
-    """Return a folder's whole path, because Ray's processes have another working directory."""
-    return str(Path(base).absolute()) if Path(base).is_dir() else base
 
 
 _Met = tuple[Hello, Connection]

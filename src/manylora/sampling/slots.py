@@ -21,9 +21,7 @@ class Slots:
         generated: tokens made so far.
         limit: tokens to be made at most.
         key: where the random stream begins.
-        temperature: as in `SamplingParams`.
-        top_k: as there.
-        top_p: as there.
+        temperature, top_k, top_p: as in `SamplingParams`.
         tokens: [slot, number of the new token].
         logprobs: of the tokens.
         stops: [slot, any], filled up with NO_STOP.
