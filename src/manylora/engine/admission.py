@@ -79,8 +79,8 @@ def admit_sample(
 
 
 def admit_work(work: ForwardBackward, base: BaseModel, memory: FreeMemory) -> None:
-    """Let an operation run, if what is certainly kept of its longest datum fits the base's device,
-    whose `memory` it is. Raises DoesNotFit."""
+    """Let an operation run, if what is certainly kept of its longest datum fits. The `memory` is
+    that of the base's device. Raises DoesNotFit."""
     if base.mesh.shape.size > 1 or not work.data:
         return
     config = base.model.config.get_text_config()

@@ -64,8 +64,8 @@ class Engine:
     """
 
     def __init__(self, opening: Opening, mesh: Mesh | None = None):
-        """Open the base, as this rank's place in `mesh` says (None = one process). Raises
-        BaseModelError, Unsupported, DoesNotFit: see `manylora.models.open_base`."""
+        """Open the base; on a `mesh` this rank's part of it. Raises BaseModelError, Unsupported,
+        DoesNotFit: see `manylora.models.open_base`."""
         if opening.threads is not None:
             torch.set_num_threads(opening.threads)
         settle_functions()

@@ -122,7 +122,7 @@ class Adapter:
         self.poison = state.poison
         if state.grad is not None:
             self.note_grad(home, part.shares(len(state.grad)))
-            own_P = part.take_pending(state.grad, home)
+            own_P = part.take_pending(state.grad, home)  # its rows, added up in their order
             if own_P is not None:
                 self._tie_grad(to_tensor(own_P, self.master_P.device))
 

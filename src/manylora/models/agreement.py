@@ -64,8 +64,8 @@ def stock_logits(base: BaseModel, sequences: Sequence[Tensor]) -> list[Tensor]:
 def streamed_logits(
     base: BaseModel, sequences: Sequence[Tensor], stream: PackedStream | None = None
 ) -> list[Tensor]:
-    """Return fp32 logits [T, V] of sequences, or of their next tokens, in one stream. It says where
-    they lie and what of each is kept; None = nothing is."""
+    """Return fp32 logits [T, V] of sequences, or of their next tokens, in one stream, which says
+    where they lie and what of each is kept (None = nothing is)."""
     lengths = [len(tokens) for tokens in sequences]
     if stream is None:
         stream = PackedStream(lengths, padded_rows(sum(lengths)))

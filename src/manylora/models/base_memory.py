@@ -51,8 +51,8 @@ def admit_base(
     quantization: Quantization | None = None,
     processes: int = 1,
 ) -> None:
-    """Let a base be read, if there is room for its weights, which so many processes share; this is
-    one of them. Raises DoesNotFit."""
+    """Let a base be read, if there is room for its weights, or for the share that each of so many
+    `processes` has of them. Raises DoesNotFit."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     found = opened_dtype(config, dtype)
