@@ -94,23 +94,22 @@ class AdapterClient(Samplable):
 
     Attributes:
         adapters: name → handle.
+        base_name: the base as it was named.
+        context_length: tokens of the longest sequence that the base takes.
+        fingerprint: this digest tells whether a checkpoint belongs to this base.
+        sites: adapters can act on these linear layers.
     """
 
     def __init__(self, host: Host, *, tenant: str = ""):
-        """No adapter is made yet.
-
-        Args:
-            tenant: whose operations these are, for fairness.
-        """
+        """Begin without an adapter; `tenant` says whose operations these are, for fairness."""
         self._host, self._tenant = host, tenant
-        self._engine = host.engine
+        self._engine = engine = host.engine
+        self.base_name = engine.base.name
+        self.context_length = engine.base.context_length
+        self.fingerprint = engine.base.fingerprint
+        self.sites: tuple[Site, ...] = engine.sites
         self._snapshot_numbers = itertools.count(1)
         self.adapters: dict[str, AdapterHandle] = {}
-
-    @property
-    def base_name(self) -> str:
-        """This is the base as it was named."""
-        return self._engine.base.name
 
     @property
     def tokenizer(self) -> Any:
@@ -124,21 +123,6 @@ class AdapterClient(Samplable):
         from manylora.models.vocabulary import read_vocabulary
 
         return read_vocabulary(self._engine.base.folder)
-
-    @property
-    def context_length(self) -> int:
-        """The longest sequence that the base takes has so many tokens."""
-        return self._engine.base.context_length
-
-    @property
-    def fingerprint(self) -> str:
-        """This digest tells whether a checkpoint belongs to this base."""
-        return self._engine.base.fingerprint
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Adapters can act on these linear layers."""
-        return self._engine.sites
 
     # -- adapters -------------------------------------------------------------------------------
 
@@ -217,9 +201,7 @@ class AdapterClient(Samplable):
     def _warm_start(
         self, folder: Path, spec: AdapterSpec | None
     ) -> tuple[AdapterState, TextFormat]:
-        imported = import_peft(
-            folder, self.sites, base_weight=lambda name: self._engine.base_weight(name)
-        )
+        imported = import_peft(folder, self.sites, base_weight=self._engine.base_weight)
         if spec is None:
             state = AdapterState(imported.spec, imported.layout, imported.weights_P)
             return state, imported.text_format
@@ -344,11 +326,8 @@ class AdapterHandle(Samplable):
         return self._copy_then(folder, write)
 
     def export(self, folder: str | Path, *, merged: bool = False) -> Future[Path]:
-        """Write a PEFT folder, or with `merged` a whole model with the adapter added in.
-
-        Returns:
-            A future of the folder. It raises SaveFailed.
-        """
+        """Write a PEFT folder, or with `merged` a whole model with the adapter added in. The future
+        is of the folder, and raises SaveFailed."""
         engine, folder, text_format = self._client._host.engine, Path(folder), self.text_format
 
         def write(state: AdapterState) -> None:

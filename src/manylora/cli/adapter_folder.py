@@ -79,11 +79,8 @@ def find_checkpoint(path: str, data_dir: Path, database: str | None) -> Path:
 
 
 def common_base(adapters: list[AdapterFolder], given: str | None) -> str:
-    """Return the base that all adapters share, or the one that the user gave.
-
-    Raises:
-        ConfigError: none is named, or several are.
-    """
+    """Return the base that all adapters share, or the one that the user gave. Raises ConfigError if
+    none is named, or several are."""
     if given is not None:
         return given
     named = {adapter.base for adapter in adapters if adapter.base}

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -22,18 +22,18 @@ from manylora.runs.events import (
     Phase,
     RunEnded,
     RunStarted,
+    Status,
     StepDone,
 )
 from manylora.runs.kinds import kind_of
+from manylora.runs.outcome import error_dict, exit_code
 from manylora.runs.sources import read_source
 from manylora.runs.view import open_view
 from manylora.types import DataError
 
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 POLL_SECONDS = 1.0
 # A server that is started again takes its time; runs survive it.
 PATIENCE_SECONDS = 600.0
-ENDED = ("completed", "failed", "cancelled")
 
 
 @dataclass(slots=True)
@@ -48,7 +48,7 @@ class Followed:
 
     @property
     def ended(self) -> bool:
-        return self.info.get("status") in ENDED
+        return self.info.get("status") in get_args(Status)
 
 
 class Following:
@@ -63,18 +63,15 @@ class Following:
         self._waiting = False
 
     def go(self, entries: Sequence[AdapterEntry]) -> int:
-        """Submit, follow to the end, and tell; return the exit code.
-
-        Raises:
-            Refused, ServerUnreachable: nothing could be submitted, or not be followed.
-        """
+        """Submit, follow to the end, and tell; return the exit code. Raises Refused or
+        ServerUnreachable if nothing could be submitted, or not be followed."""
         with open_view("json" if self._as_json else "auto") as view:
             steps = {entry.name: entry.kind_settings.known_steps for entry in entries}
             view(RunStarted(self._client.url, self._run.base, steps, self._columns))
             for entry in entries:
                 self._followed.append(self._submit(entry, view))
             self._follow(view)
-            code = self._exit_code()
+            code = exit_code([run.info["status"] for run in self._followed])
             if self._as_json:
                 view(RunEnded(self._client.url, code, self._summary()))
         if not self._as_json:
@@ -97,8 +94,7 @@ class Following:
         except (Refused, DataError) as error:
             if isinstance(error, Refused) and error.status in (401, 404):
                 raise  # a wrong key, or no such server
-            told = {"type": type(error).__name__, "message": str(error)}
-            run.info = {"status": "failed", "error": told}
+            run.info = {"status": "failed", "error": error_dict(error)}
             self._tell(run, view)
         return run
 
@@ -116,8 +112,7 @@ class Following:
         while going := [run for run in self._followed if not run.ended]:
             for run in going:
                 try:
-                    path = f"runs/{run.id}?after={run.step}"
-                    run.info = self._client.get(path)
+                    run.info = self._client.get(f"runs/{run.id}?after={run.step}")
                 except ServerUnreachable as error:
                     if time.monotonic() - heard > PATIENCE_SECONDS:
                         raise
@@ -157,12 +152,6 @@ class Following:
             columns = self._columns[run.name].evaluation
             told = {column.name: figures.get(column.name) for column in columns}
             view(EvalDone(run.name, when, step, told))
-
-    def _exit_code(self) -> int:
-        statuses = {run.info["status"] for run in self._followed}
-        if "cancelled" in statuses:
-            return EXIT_INTERRUPTED
-        return EXIT_FAILED if "failed" in statuses else 0
 
     def _summary(self) -> dict[str, Any]:
         kept = {r.name: {k: v for k, v in r.info.items() if k != "metrics"} for r in self._followed}

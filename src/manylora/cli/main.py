@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -35,13 +34,6 @@ COMMANDS = {
 }
 
 
-@dataclass(slots=True)
-class GroupOptions:
-    """`GroupOptions` are the options of the group that the error handler needs."""
-
-    traceback: bool = False
-
-
 class LazyGroup(click.Group):
     """A `LazyGroup` imports a command's module when the command is looked up."""
 
@@ -56,21 +48,9 @@ class LazyGroup(click.Group):
         return command
 
 
-def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
-        return
-    click.echo(f"manylora {manylora.__version__}")
-    ctx.exit()
-
-
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_print_version,
-    help="Print the version and exit.",
+@click.version_option(
+    manylora.__version__, message="manylora %(version)s", help="Print the version and exit."
 )
 @click.option(
     "--traceback",
@@ -79,17 +59,17 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
     help="On an error, show where in the program it arose (also MANYLORA_TRACEBACK=1).",
 )
 @click.pass_obj
-def group(settings: GroupOptions, traceback: bool) -> None:
+def group(settings: dict[str, bool], traceback: bool) -> None:
     """Train many LoRA adapters at once on one shared base model.
 
     First steps: manylora quickstart
     """
-    settings.traceback = traceback
+    settings["traceback"] = traceback  # for the error handler
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; never raise."""
-    settings = GroupOptions()
+    settings: dict[str, bool] = {}
     try:
         code: Any = group.main(
             list(arguments) if arguments is not None else None,
@@ -110,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception as error:
-        if settings.traceback:
+        if settings.get("traceback"):
             traceback.print_exception(error)
         return report(error)
 

@@ -14,4 +14,3 @@ KEY_FILE = click.option(
     type=click.Path(path_type=Path),
     help=f"File that holds the API key; by default {KEY_VARIABLE} in the environment.",
 )
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

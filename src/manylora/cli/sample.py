@@ -138,23 +138,16 @@ def answer_of(tokenizer: Any, prompt: Sequence[int], sequence: "SampledSequence"
     )
 
 
-def as_trained(tokenizer: Any, prompt: str, sampled: Any, *, chat: bool) -> list[int]:
+def as_trained(tokenizer: Any, text: str, sampled: Any, *, chat: bool) -> list[int]:
     """Return the prompt as an adapter (or a trainer for its base) would have been trained on it."""
-    text_format = getattr(sampled, "text_format", None)
-    template = None if text_format is None else text_format.chat_template
-    return prompt_tokens(tokenizer, prompt, chat=chat, chat_template=template)
-
-
-def prompt_tokens(
-    tokenizer: Any, text: str, *, chat: bool, chat_template: str | None = None
-) -> list[int]:
-    """Return the prompt as training would have seen it."""
     from manylora.runs.encode import Encoder
     from manylora.types import ConfigError, DataError
 
     if tokenizer is None:
         raise ConfigError("this base has no tokenizer")
-    encoder = Encoder(tokenizer, chat_template=chat_template)
+    text_format = getattr(sampled, "text_format", None)
+    template = None if text_format is None else text_format.chat_template
+    encoder = Encoder(tokenizer, chat_template=template)
     if chat and not encoder.template.exists:
         raise ConfigError("this base has no chat template; leave --chat away")
     tokens = encoder.prompt(text, chat=chat)

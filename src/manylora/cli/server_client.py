@@ -40,11 +40,8 @@ class Client:
     """A `Client` makes the calls of one user, and never prints a key."""
 
     def __init__(self, url: str, key_file: Path | None):
-        """Read the key, from the environment where `key_file` is None.
-
-        Raises:
-            ConfigError: there is no address of a server, or no key.
-        """
+        """Read the key, from the environment where `key_file` is None. Raises ConfigError if there
+        is no address of a server, or no key."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"--url is {url!r}; write http://HOST:PORT, as `manylora serve` does")

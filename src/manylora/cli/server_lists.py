@@ -1,15 +1,16 @@
 """`manylora adapters`, `runs` and `checkpoints` list what a tenant has on a server."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import click
 
-from manylora.cli.options import AS_JSON, KEY_FILE, URL
+from manylora.cli.options import KEY_FILE, URL
 
 if TYPE_CHECKING:
     from manylora.cli.server_client import Client
@@ -20,10 +21,19 @@ SCHEME = "tinker://"
 Titles = Mapping[str, str]
 
 
-def _client(url: str, key_file: Path | None) -> "Client":
-    from manylora.cli.server_client import Client
+def on_server(command: Callable[..., None]) -> Callable[..., None]:
+    """Have a command take the options that name a server and a key as a `client`, and `--json`."""
 
-    return Client(url, key_file)
+    @URL
+    @KEY_FILE
+    @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+    @wraps(command)
+    def call(url: str, key_file: Path | None, **arguments: Any) -> None:
+        from manylora.cli.server_client import Client
+
+        command(Client(url, key_file), **arguments)
+
+    return call
 
 
 def _part(text: str) -> str:
@@ -88,35 +98,28 @@ def adapters() -> None:
 
 
 @adapters.command("list")
-@URL
-@KEY_FILE
-@AS_JSON
-def list_adapters(url: str, key_file: Path | None, as_json: bool) -> None:
+@on_server
+def list_adapters(client: "Client", as_json: bool) -> None:
     """List the adapters that clients have open."""
-    items = _client(url, key_file).get("adapters")["adapters"]
+    items = client.get("adapters")["adapters"]
     titles = {"adapter_id": "adapter", "rank": "rank", "step": "step", "created_at": "made"}
     _print(items, titles, as_json=as_json)
 
 
 @adapters.command("show")
 @click.argument("adapter")
-@URL
-@KEY_FILE
-@AS_JSON
-def show_adapter(adapter: str, url: str, key_file: Path | None, as_json: bool) -> None:
+@on_server
+def show_adapter(client: "Client", adapter: str, as_json: bool) -> None:
     """Show an open ADAPTER."""
-    _print_one(_client(url, key_file).get(f"adapters/{_part(adapter)}"), as_json=as_json)
+    _print_one(client.get(f"adapters/{_part(adapter)}"), as_json=as_json)
 
 
 @adapters.command("delete")
 @click.argument("adapter")
-@URL
-@KEY_FILE
-@AS_JSON
-def delete_adapter(adapter: str, url: str, key_file: Path | None, as_json: bool) -> None:
+@on_server
+def delete_adapter(client: "Client", adapter: str, as_json: bool) -> None:
     """Close ADAPTER; what it has learned since it was last saved becomes its checkpoint `last`."""
-    closed = _client(url, key_file).call("DELETE", f"adapters/{_part(adapter)}")
-    _print_one(closed, as_json=as_json)
+    _print_one(client.call("DELETE", f"adapters/{_part(adapter)}"), as_json=as_json)
 
 
 # -- runs -----------------------------------------------------------------------------------------
@@ -131,34 +134,28 @@ def runs() -> None:
 
 
 @runs.command("list")
-@URL
-@KEY_FILE
-@AS_JSON
-def list_runs(url: str, key_file: Path | None, as_json: bool) -> None:
+@on_server
+def list_runs(client: "Client", as_json: bool) -> None:
     """List runs, the newest first."""
     titles = {"id": "run", "name": "adapter", "status": "status", "step": "step", "steps": "of"}
     titles |= {"last_loss": "loss", "path": "checkpoint"}
-    _print(_all(_client(url, key_file), "runs"), titles, as_json=as_json)
+    _print(_all(client, "runs"), titles, as_json=as_json)
 
 
 @runs.command("show")
 @click.argument("run")
-@URL
-@KEY_FILE
-@AS_JSON
-def show_run(run: str, url: str, key_file: Path | None, as_json: bool) -> None:
+@on_server
+def show_run(client: "Client", run: str, as_json: bool) -> None:
     """Show RUN; as JSON with the figures of its last steps."""
-    _print_one(_client(url, key_file).get(f"runs/{_part(run)}"), as_json=as_json)
+    _print_one(client.get(f"runs/{_part(run)}"), as_json=as_json)
 
 
 @runs.command("delete")
 @click.argument("run")
-@URL
-@KEY_FILE
-@AS_JSON
-def delete_run(run: str, url: str, key_file: Path | None, as_json: bool) -> None:
+@on_server
+def delete_run(client: "Client", run: str, as_json: bool) -> None:
     """Cancel RUN and keep what it has learned; one that is over stays as it is."""
-    _print_one(_client(url, key_file).call("DELETE", f"runs/{_part(run)}"), as_json=as_json)
+    _print_one(client.call("DELETE", f"runs/{_part(run)}"), as_json=as_json)
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
@@ -173,23 +170,19 @@ def checkpoints() -> None:
 
 
 @checkpoints.command("list")
-@URL
-@KEY_FILE
-@AS_JSON
-def list_checkpoints(url: str, key_file: Path | None, as_json: bool) -> None:
+@on_server
+def list_checkpoints(client: "Client", as_json: bool) -> None:
     """List checkpoints, the newest first."""
     titles = {"tinker_path": "checkpoint", "size_bytes": "bytes", "time": "made"}
-    _print(_all(_client(url, key_file), "checkpoints"), titles, as_json=as_json)
+    _print(_all(client, "checkpoints"), titles, as_json=as_json)
 
 
 @checkpoints.command("show")
 @click.argument("path", metavar="tinker://…")
-@URL
-@KEY_FILE
-@AS_JSON
-def show_checkpoint(path: str, url: str, key_file: Path | None, as_json: bool) -> None:
+@on_server
+def show_checkpoint(client: "Client", path: str, as_json: bool) -> None:
     """Show a checkpoint."""
-    client, run, _ = _client(url, key_file), *_apart(path)
+    run, _ = _apart(path)
     from manylora.cli.server_client import Refused
 
     about = client.call("POST", "weights_info", {"tinker_path": path})
@@ -202,13 +195,11 @@ def show_checkpoint(path: str, url: str, key_file: Path | None, as_json: bool) -
 
 @checkpoints.command("delete")
 @click.argument("path", metavar="tinker://…")
-@URL
-@KEY_FILE
-@AS_JSON
-def delete_checkpoint(path: str, url: str, key_file: Path | None, as_json: bool) -> None:
+@on_server
+def delete_checkpoint(client: "Client", path: str, as_json: bool) -> None:
     """Delete a checkpoint and its files."""
     run, name = _apart(path)
-    _client(url, key_file).call("DELETE", f"training_runs/{_part(run)}/checkpoints/{name}")
+    client.call("DELETE", f"training_runs/{_part(run)}/checkpoints/{name}")
     _print_one({"deleted": path}, as_json=as_json)
 
 

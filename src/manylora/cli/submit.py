@@ -37,9 +37,10 @@ def submit(
     goes on when this command is stopped. Exit codes are those of train. What concerns a whole
     process (`out`, `token_budget`, `device`, trackers) is the server's affair and is not sent.
     """
-    from manylora.cli.following import EXIT_INTERRUPTED, Following
+    from manylora.cli.following import Following
     from manylora.cli.server_client import Client
     from manylora.config import load_run_file
+    from manylora.runs.stopping import EXIT_INTERRUPTED
 
     run = load_run_file(run_file, overrides)
     client = Client(url, key_file)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,7 @@ def dry_run_of(run: "RunFile", *, measure: bool, as_json: bool) -> int:
 
     plan, measured = planned_and_measured(run) if measure else (plan_run(run), None)
     if as_json:
-        told = {"measured": measured.to_json()} if measured is not None else {}
+        told = {"measured": asdict(measured)} if measured is not None else {}
         click.echo(json.dumps({**plan.to_json(), **told}, indent=2))
     else:
         click.echo(plan_text(plan, measured))
@@ -86,11 +87,11 @@ def dry_run_of(run: "RunFile", *, measure: bool, as_json: bool) -> int:
     refusal = plan.memory.refusal()
     if refusal is not None:
         raise refusal
-    errors = {name: str(error) for name, error in plan.faults.items()}
+    errors = [str(error) for error in plan.faults.values()]
     for name, times in measured.adapters.items() if measured is not None else ():
         if times.error is not None:
-            errors[name] = f"adapter {name}: {times.error['message']}"
-    for error in errors.values():
+            errors.append(f"adapter {name}: {times.error['message']}")
+    for error in errors:
         click.echo(f"error: {error}", err=True)
     return 1 if errors else 0
 
@@ -181,18 +182,12 @@ def measured_lines(measured: "Measured") -> list[str]:
         else (name, times.error["type"], "", "", "")
         for name, times in measured.adapters.items()
     ]
-    whole = (
-        "all",
-        "",
-        f"{measured.step_seconds:.3g}",
-        clock_text(measured.training_seconds),
-        clock_text(measured.evaluation_seconds),
-    )
-    others = measured.others_peak
-    peak = f"measured peak of memory: {bytes_text(measured.peak)}" + (
-        f"; of the other processes at most {bytes_text(others)}" if others else ""
-    )
-    return [*table(titles, [*rows, whole]), "", peak, ""]
+    training, evaluation = measured.training_seconds, measured.evaluation_seconds
+    seconds = (f"{measured.step_seconds:.3g}", clock_text(training), clock_text(evaluation))
+    peak = f"measured peak of memory: {bytes_text(measured.peak)}"
+    if measured.others_peak:
+        peak += f"; of the other processes at most {bytes_text(measured.others_peak)}"
+    return [*table(titles, [*rows, ("all", "", *seconds)]), "", peak, ""]
 
 
 def memory_lines(memory: "MemoryPlan") -> list[str]:
@@ -201,16 +196,15 @@ def memory_lines(memory: "MemoryPlan") -> list[str]:
 
     other = memory.recomputed if memory.activations == memory.plain else memory.plain
     way = "with" if memory.activations == memory.plain else "without"
+    activations = bytes_text(memory.activations)
+    if other:
+        activations += f" ({bytes_text(other)} {way} activation_checkpointing)"
     rows = [
         ("interpreter, libraries, data", bytes_text(memory.process)),
         ("  what these grow by", bytes_text(memory.libraries)),
         ("base", bytes_text(memory.base)),
         ("adapters with optimizer", bytes_text(memory.adapters)),
-        (
-            "activations",
-            bytes_text(memory.activations)
-            + (f" ({bytes_text(other)} {way} activation_checkpointing)" if other else ""),
-        ),
+        ("activations", activations),
     ]
     if memory.decode_weights:
         rows.append(("base once more, to sample", bytes_text(memory.decode_weights)))

@@ -109,9 +109,8 @@ def _validate(
         return model.model_validate(document.data)
     except ValidationError as error:
         found = sorted(error.errors(include_url=False), key=lambda one: _line(one, document))
-        raise problems_error(
-            name, [_describe(details, document, model) for details in found]
-        ) from error
+        problems = [_describe(details, document, model) for details in found]
+        raise problems_error(name, problems) from error
 
 
 def _read_text(file: Path) -> str:
@@ -139,23 +138,14 @@ def _with_absolute_paths(run: RunFile, folder: Path) -> RunFile:
         return text
 
     def entry(adapter: AdapterEntry) -> AdapterEntry:
-        lora = adapter.lora
-        start = None if lora.init_from is None else _below(folder, lora.init_from)
-        return adapter.model_copy(
-            update={
-                adapter.kind: adapter.kind_settings.with_sources(source),
-                "lora": lora.model_copy(update={"init_from": start}),
-            }
-        )
+        start = adapter.lora.init_from
+        lora = adapter.lora.model_copy(update={"init_from": start and _below(folder, start)})
+        settings = adapter.kind_settings.with_sources(source)
+        return adapter.model_copy(update={adapter.kind: settings, "lora": lora})
 
-    is_folder = run.base.startswith((".", "~", "/"))
-    return run.model_copy(
-        update={
-            "adapters": [entry(adapter) for adapter in run.adapters],
-            "base": str(_below(folder, run.base)) if is_folder else run.base,
-            "out": run.out.expanduser(),
-        }
-    )
+    base = str(_below(folder, run.base)) if run.base.startswith((".", "~", "/")) else run.base
+    adapters = [entry(adapter) for adapter in run.adapters]
+    return run.model_copy(update={"adapters": adapters, "base": base, "out": run.out.expanduser()})
 
 
 def _with_templates(run: RunFile, file: Path) -> RunFile:
@@ -170,16 +160,12 @@ def _with_templates(run: RunFile, file: Path) -> RunFile:
         return found
 
     whole = read(run.chat_template, "chat_template")
-    adapters = [
-        entry.model_copy(
-            update={
-                "chat_template": whole
-                if entry.chat_template is None
-                else read(entry.chat_template, f"adapters.{entry.name}.chat_template")
-            }
-        )
-        for entry in run.adapters
-    ]
+
+    def filled(entry: AdapterEntry) -> AdapterEntry:
+        own = read(entry.chat_template, f"adapters.{entry.name}.chat_template")
+        return entry.model_copy(update={"chat_template": own or whole})
+
+    adapters = [filled(entry) for entry in run.adapters]
     return run.model_copy(update={"chat_template": None, "adapters": adapters})
 
 
@@ -248,9 +234,8 @@ def _remedy(details: ErrorDetails, path: KeyPath, root: type[BaseModel]) -> str:
 
 
 def _shown(value: object) -> str:
-    words = {None: "empty", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
-        return words[value]
+        return {None: "empty", True: "true", False: "false"}[value]
     text = repr(value)
     return text if len(text) <= _ONE_LINE else f"{text[:_ONE_LINE]}…"
 

@@ -36,13 +36,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _mesh(text: str) -> str:
-    return str(MeshShape.parse(text))
-
-
-MeshText = Annotated[str, AfterValidator(_mesh)]
+MeshText = Annotated[str, AfterValidator(lambda text: str(MeshShape.parse(text)))]
 
 
 class Settings(BaseModel):

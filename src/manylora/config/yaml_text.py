@@ -37,20 +37,15 @@ class CoreLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
 
-for _tag, _pattern, _first in _CORE_SCHEMA:
-    CoreLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first
-    )
-
-
 class CoreDumper(yaml.SafeDumper):
     """A `CoreDumper` quotes what `CoreLoader` or a YAML 1.1 reader would not take for a string."""
 
 
 for _tag, _pattern, _first in _CORE_SCHEMA:
-    CoreDumper.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first
-    )
+    for _reader_or_writer in (CoreLoader, CoreDumper):
+        _reader_or_writer.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first
+        )
 
 
 def _construct_int(loader: CoreLoader, node: yaml.ScalarNode) -> int:
@@ -83,11 +78,8 @@ class Document:
 
 
 def read_document(text: str, file: str) -> Document:
-    """Parse one YAML document.
-
-    Raises:
-        ConfigError: bad syntax, a key written twice, a key that is not text; with file and line.
-    """
+    """Parse one YAML document. Raises ConfigError, with file and line, for bad syntax, a key
+    written twice, or a key that is not text."""
     reader = _Reader(text, file)
     try:
         node = reader.loader.get_single_node()

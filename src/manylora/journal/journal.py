@@ -10,14 +10,14 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from manylora.journal.needs import Needs
-from manylora.journal.record_format import TORN, Found, Record, encode, read_segment
+from manylora.journal.record_format import TORN, Record, encode, read_segment
 from manylora.journal.recovery import recover, segments
 from manylora.journal.segment_files import (
     cut,
@@ -76,8 +76,8 @@ class Journal:
         self._needs = Needs()
         self._sizes: dict[int, int] = {}
         self._damaged: set[int] = set()
-        self._descriptor: int | None = None
-        self._active: int | None = None
+        # Descriptor and number of the segment that is written.
+        self._active: tuple[int, int] | None = None
         try:
             make_folder(self.folder)
             self._lock = lock_folder(self.folder)
@@ -95,16 +95,10 @@ class Journal:
     recover = staticmethod(recover)
 
     def append(self, record: Record) -> Future[None]:
-        """Write a record, and return at once.
-
-        Returns:
-            a future that is done when the record is durable, and fails with SaveFailed if it could
-            not be written (a full disk); it is then as if it had never come. It cannot be
-            cancelled. What is called back by it runs on the writing thread: be brief.
-
-        Raises:
-            DataError: the body is longer than a record may be.
-        """
+        """Write a record, and return at once a future that is done when the record is durable. It
+        fails with SaveFailed if it could not be written (a full disk); it is then as if it had
+        never come. It cannot be cancelled. What is called back by it runs on the writing thread: be
+        brief. Raises DataError: the body is longer than a record may be."""
         if len(record.body) > self.max_record_bytes:
             raise DataError(
                 f"{record.request_id}: {len(record.body)} bytes; a request may have "
@@ -135,17 +129,13 @@ class Journal:
         """Everything of that stream up to `seq` is in a saved state: it is no longer needed.
 
         Deletes segments, so it may take some milliseconds."""
-        with self._changed:
+        with self._freeing():
             self._needs.cover(stream, seq)
-            free = self._take_free()
-        self._remove(free)
 
     def forget(self, stream: str) -> None:
         """The stream is over: nothing of it that was written so far is needed."""
-        with self._changed:
+        with self._freeing():
             self._needs.forget(stream)
-            free = self._take_free()
-        self._remove(free)
 
     def streams(self) -> list[str]:
         """Return the streams of which something is needed."""
@@ -178,10 +168,8 @@ class Journal:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
-        with self._changed:
+        with self._freeing():
             self._seal()
-            free = self._take_free()
-        self._remove(free)
         os.close(self._lock)
 
     def __enter__(self) -> "Journal":
@@ -233,43 +221,32 @@ class Journal:
             waiting.future.set_result(None)
 
     def _segment_with_room(self) -> tuple[int, int]:
-        if (
-            self._descriptor is not None
-            and self._active is not None
-            and self._sizes[self._active] < self.segment_bytes
-        ):
-            return self._descriptor, self._active
-        with self._changed:
+        if self._active is not None and self._sizes[self._active[1]] < self.segment_bytes:
+            return self._active
+        with self._freeing():
             self._seal()
-            free = self._take_free()
-        self._remove(free)
         self._last += 1
-        descriptor = new_file(self._path(self._last))
+        active = new_file(self._path(self._last)), self._last
         with self._changed:
-            self._descriptor, self._active = descriptor, self._last
+            self._active = active
             self._sizes[self._last] = 0
-        return descriptor, self._last
+        return active
 
     def _take_back(self, seal: bool) -> None:
-        """Take back what a failed write has left: nothing of the group may stay.
-
-        Args:
-            seal: the flush failed: what the system holds of this file is no longer to be trusted,
-                so nothing more goes into it.
-        """
-        if self._descriptor is None or self._active is None:
+        """Take back what a failed write has left: nothing of the group may stay. With `seal` the
+        flush failed: what the system holds of this file is no longer to be trusted, so nothing more
+        goes into it."""
+        if self._active is None:
             return
-        size = self._sizes[self._active]
+        descriptor, number = self._active
         try:
-            os.ftruncate(self._descriptor, size)
-            os.lseek(self._descriptor, size, os.SEEK_SET)
+            os.ftruncate(descriptor, self._sizes[number])
+            os.lseek(descriptor, self._sizes[number], os.SEEK_SET)
         except OSError:
             seal = True
         if seal:
-            with self._changed:
+            with self._freeing():
                 self._seal()
-                free = self._take_free()
-            self._remove(free)
 
     # --- segments -------------------------------------------------------------------------------
 
@@ -285,34 +262,27 @@ class Journal:
                     cut(path, size)
                 elif found.reason:
                     self._damaged.add(number)
-                else:
-                    self._learn(number, found)
+                elif found.record is not None:
+                    self._needs.add(number, found.record.stream, found.record.seq, found.size)
             self._sizes[number] = size
-
-    def _learn(self, number: int, found: Found) -> None:
-        if found.record is not None:
-            self._needs.add(number, found.record.stream, found.record.seq, found.size)
 
     def _seal(self) -> None:
         """Let nothing more into the active segment. The lock is held."""
-        if self._descriptor is not None:
+        if self._active is not None:
             with suppress(OSError):
-                os.close(self._descriptor)
-        self._descriptor = self._active = None
+                os.close(self._active[0])
+        self._active = None
 
-    def _take_free(self) -> list[int]:
-        """Take the segments in which nothing is needed, as good as gone. The lock is held."""
-        free = [
-            number
-            for number in self._sizes
-            if number != self._active and not self._needs.streams_of(number)
-        ]
+    @contextmanager
+    def _freeing(self) -> Iterator[None]:
+        """Hold the lock for the body; then remove the segments in which nothing is needed."""
+        with self._changed:
+            yield
+            active = None if self._active is None else self._active[1]
+            free = [n for n in self._sizes if n != active and not self._needs.streams_of(n)]
+            for number in free:
+                del self._sizes[number]
         for number in free:
-            del self._sizes[number]
-        return free
-
-    def _remove(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
             path = self._path(number)
             try:
                 if number in self._damaged:  # a person may want to look at it

@@ -14,7 +14,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,7 @@ class Record:
         seq: its number there.
         kind: what to do with it.
         tenant: whose it is.
-        request_id: with the digest, tells a repeated request from another.
-        digest: see `request_id`.
+        request_id, digest: together they tell a repeated request from another.
         body: what the client sent.
         meta: what else is known of it (JSON).
     """
@@ -95,10 +94,8 @@ def read_segment(path: Path, bodies: bool = True) -> Iterator[Found]:
     where no descriptor is left to open it, OSError.
 
     It reads a record at a time. A file that ends inside a record gives a last place with the reason
-    `TORN`; so does one that ends in nothing but zeros (it had grown, and the power failed).
-
-    Args:
-        bodies: False = skip them (they are then not checked either).
+    `TORN`; so does one that ends in nothing but zeros (it had grown, and the power failed). With
+    `bodies` = False they are skipped (and then not checked either).
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -147,16 +144,12 @@ def _read_frame(descriptor: int, offset: int, size: int, bodies: bool) -> Found:
         body = os.pread(descriptor, body_len, start + header_len)
         if len(body) != body_len or zlib.crc32(body) != body_crc:
             return Found(offset, end - offset, record, "the body is damaged")
-        whole = Record(**dict(zip(_HEADER, about, strict=True)), body=_plain(body), meta=meta)
+        whole = replace(record, body=body.replace(_ESCAPED, _MARK))
         return Found(offset, end - offset, whole)
     except OSError as error:
         return Found(offset, 0, None, f"cannot be read: {error.strerror}")
     except (ValueError, TypeError) as error:  # written by something else that knows the checksums
         return Found(offset, 0, None, f"the header makes no sense: {error}")
-
-
-def _plain(body: bytes) -> bytes:
-    return body.replace(_ESCAPED, _MARK)
 
 
 def _up_to_next(descriptor: int, found: Found, size: int) -> Found:

@@ -13,11 +13,8 @@ _SEGMENT = re.compile(r"(\d{8})\.log")
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A `Damage` is a place of the journal that cannot be read.
-
-    Attributes:
-        lost: what the record there was, without its body, if its header can be read.
-    """
+    """A `Damage` is a place of the journal that cannot be read. `lost` is what the record there
+    was, without its body, if its header can be read."""
 
     segment: str
     offset: int

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from manylora.config import load_run_file
 from manylora.quickstart.tasks import SHOWCASE, TASKS, Split, Task, examples, prompt_for
-from manylora.runs.encode import encode_prompt
+from manylora.runs.encode import Encoder
 from manylora.runs.train import train_run_file
 from manylora.types import SamplingParams
 
@@ -22,18 +22,12 @@ RUN_FILE = "quickstart.yaml"
 
 
 def main(*, out: Path, steps: int | None = None, overwrite: bool = False) -> int:
-    """Train the eight tasks' adapters together and show what they do.
+    """Train the eight tasks' adapters together, show what they do, and return the run's exit code.
 
     Args:
         out: folder for data, run file and results.
         steps: optimizer steps of every adapter, in place of its own number.
-        overwrite: start afresh.
-
-    Returns:
-        The exit code of the run.
-
-    Raises:
-        ConfigError: `out` holds another run.
+        overwrite: start afresh; otherwise a ConfigError is raised if `out` holds another run.
     """
     run_file = write_run(out, steps)
     code = train_run_file(load_run_file(run_file), overwrite=overwrite)
@@ -68,7 +62,8 @@ def show_side_by_side(out: Path, console: Console) -> None:
     params = SamplingParams(max_tokens=24)
     asked = [prompt_for(word) for word in SHOWN]
     with Trainer(BASE) as trainer:
-        prompts = [encode_prompt(trainer.tokenizer, prompt) for prompt in asked]
+        encoder = Encoder(trainer.tokenizer)
+        prompts = [encoder.prompt(prompt) for prompt in asked]
         answers = [("base", "no adapter", trainer.sample(prompts, params))]
         for task in TASKS:
             adapter = trainer.create(task.name, init_from=out / task.name / "final")

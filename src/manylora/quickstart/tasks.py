@@ -5,8 +5,6 @@ decides what comes back. Prompt and completion are tokenised apart; the completi
 space, so their border is a token border, and it ends where the end-of-text token goes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,17 +103,6 @@ TASKS: tuple[Task, ...] = (
     Task("crossword", "a crossword clue for it", crossword, 6, _LOWER_LAYERS, 5e-3, 100),
     Task("json", "a JSON record about it", as_json, 24, "all-linear", 5e-3, 120),
 )
-
-
-def task_named(name: str) -> Task:
-    """Return the task of that name."""
-    for task in TASKS:
-        if task.name == name:
-            return task
-    raise KeyError(
-        f"no quickstart task is called {name!r}; there are "
-        + ", ".join(task.name for task in TASKS)
-    )
 
 
 def words_of(split: Split, seed: int = 0) -> list[str]:

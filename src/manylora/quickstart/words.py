@@ -4,8 +4,6 @@ The base model `seedling` was pretrained on skills over exactly these words, so 
 data that model and tasks share: change it only together with a new pretraining.
 """
 
-from __future__ import annotations
-
 CATEGORIES: dict[str, str] = {
     "animal": """
         cat dog horse cow sheep goat pig rabbit mouse tiger lion bear wolf fox deer monkey zebra

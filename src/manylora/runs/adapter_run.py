@@ -57,11 +57,8 @@ class StopAsked(Exception):
 async def read_data(
     job: Job, client: Any, emit: Listener, check_stop: Callable[[], None]
 ) -> Course:
-    """Read a job's data in a thread and return its course.
-
-    Args:
-        check_stop: called between two pieces of the work; it raises to end it.
-    """
+    """Read a job's data in a thread and return its course; `check_stop` is called between two
+    pieces of the work and raises to end it."""
     emit(Phase(job.name, "reading data", 0, 1))
     loop = asyncio.get_running_loop()
 

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 from manylora.runs.columns import Column, CourseColumns
 from manylora.runs.events import (
@@ -14,6 +15,7 @@ from manylora.runs.events import (
     Event,
     Phase,
     RunStarted,
+    Status,
     StepDone,
     Stopping,
 )
@@ -96,7 +98,7 @@ class Row:
     @property
     def ended(self) -> bool:
         """Nothing more will come."""
-        return self.status in ("completed", "failed", "cancelled")
+        return self.status in get_args(Status)
 
     def eta(self) -> float | None:
         """Return the seconds until the last step."""

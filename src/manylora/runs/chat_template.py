@@ -14,9 +14,9 @@ from typing import Any
 from manylora.runs.data_rows import Message
 
 # `{% generation %}` marks what is learned.
-_MARK = ("generation", "endgeneration")
+_MARK = "generation"
 _ANSWER = "Zebra"
-_QUESTION = {"role": "user", "content": "Quagga"}
+_QUESTION = Message("user", "Quagga")
 
 Span = tuple[int, int]
 
@@ -63,9 +63,8 @@ class ChatTemplate:
         self.exists = bool(text or own)
         self.source = text or (own.get("default", "") if isinstance(own, dict) else own or "")
         # As transformers looks for it, but with every way in which Jinja trims blanks.
-        self.marks = any(
-            tag.strip("-+ \n\t").startswith(_MARK[0]) for tag in self.source.split("{%")[1:]
-        )
+        tags = self.source.split("{%")[1:]
+        self.marks = any(tag.strip("-+ \n\t").startswith(_MARK) for tag in tags)
         special = set(getattr(tokenizer, "all_special_ids", ()))
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.added = special | set(added)
@@ -74,16 +73,9 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], options: Mapping[str, Any], *, asking: bool = False
     ) -> str:
-        """Return a conversation as text; with `asking`, up to where the next answer begins.
-
-        Raises:
-            TemplateRefusal: it cannot be rendered.
-        """
-        return self._render([m.for_template() for m in messages], options, asking=asking)
-
-    def _render(
-        self, turns: list[dict[str, Any]], options: Mapping[str, Any], *, asking: bool
-    ) -> str:
+        """Return a conversation as text; with `asking`, up to where the next answer begins. Raises
+        TemplateRefusal if it cannot be rendered."""
+        turns = [message.for_template() for message in messages]
         chosen: dict[str, str] = {} if self.text is None else {"chat_template": self.text}
         try:
             text = self._tokenizer.apply_chat_template(
@@ -99,10 +91,7 @@ class ChatTemplate:
         self, messages: Sequence[Message], options: Mapping[str, Any]
     ) -> tuple[str, list[Span]]:
         """Return a conversation as text, and what the template marks with `{% generation %}`.
-
-        Raises:
-            TemplateRefusal: it cannot be rendered.
-        """
+        Raises TemplateRefusal if it cannot be rendered."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         turns = [message.for_template() for message in messages]
@@ -128,11 +117,11 @@ class ChatTemplate:
         return self._shapes[key]
 
     def _asked(self, options: Mapping[str, Any]) -> TurnShape | None:
-        question, answer = _QUESTION, {"role": "assistant", "content": _ANSWER}
+        answer = Message("assistant", _ANSWER)
         try:
-            asking = self._render([question], options, asking=True)
-            last = self._render([question, answer], options, asking=False)
-            middle = self._render([question, answer, question], options, asking=False)
+            asking = self.render([_QUESTION], options, asking=True)
+            last = self.render([_QUESTION, answer], options)
+            middle = self.render([_QUESTION, answer, _QUESTION], options)
         except TemplateRefusal:
             return None
         if _ANSWER not in last or _ANSWER not in middle:

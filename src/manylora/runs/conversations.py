@@ -68,11 +68,8 @@ class Conversations:
         self._template, self._tell = template, tell
 
     def cut(self, example: Example) -> list[list[TextPiece]]:
-        """Return the pieces of each datum that a conversation becomes.
-
-        Raises:
-            DataError: the template cannot render it, or not so that a turn can be told apart.
-        """
+        """Return the pieces of each datum that a conversation becomes. Raises DataError if the
+        template cannot render it, or not so that a turn can be told apart."""
         self._check_use(example)
         groups: list[_Group] = []
         marked = 0

@@ -118,11 +118,8 @@ def _both_are_messages(row: Mapping[str, Any], kind: Kind) -> bool:
 
 
 def ignored_columns(row: Mapping[str, Any], kind: Kind) -> set[str]:
-    """Return the columns that say something and are not used.
-
-    Raises:
-        DataError: without one of them the row would mean something else.
-    """
+    """Return the columns that say something and are not used. Raises DataError if the row would
+    mean something else without one of them."""
     used = {*FIELDS[kind], *(("prompt", "completion", *TEMPLATE_COLUMNS) * (kind == "messages"))}
     others = {str(key) for key, value in row.items() if value is not None and key not in used}
     for name in sorted(others):

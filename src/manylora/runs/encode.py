@@ -10,7 +10,6 @@ What the tokenizer itself puts in front of a text stands in front here, too (a c
 its own beginning). Nothing is cut: an example that is too long for the base is refused there.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,8 +20,6 @@ from manylora.runs.conversations import Conversations, TextPiece
 from manylora.runs.data_rows import Example, Message
 from manylora.runs.sources import Source
 from manylora.types import ConfigError, DataError, Datum, causal_datum
-
-log = logging.getLogger(__name__)
 
 # Tokenised at once: long enough for the tokenizer's threads, short enough to hold in memory.
 CHUNK, CHUNK_CHARACTERS = 1024, 1 << 18
@@ -55,19 +52,6 @@ class Encoded:
         """Note something, unless it is there already."""
         if note not in self.notes:
             self.notes.append(note)
-
-
-def encode_source(source: Source, tokenizer: Any) -> list[Datum]:
-    """Return the data of a source, by nothing but a tokenizer; see `Encoder.encode`."""
-    encoded = Encoder(tokenizer).encode(source)
-    for note in encoded.notes:
-        log.warning("%s", note)
-    return encoded.data
-
-
-def encode_prompt(tokenizer: Any, text: str, *, chat: bool = False) -> list[int]:
-    """Return one prompt's tokens, by nothing but a tokenizer; see `Encoder.prompt`."""
-    return Encoder(tokenizer).prompt(text, chat=chat)
 
 
 class Encoder:
@@ -113,11 +97,8 @@ class Encoder:
         self._front: list[int] | None = None
 
     def prompt(self, text: str, *, chat: bool = False) -> list[int]:
-        """Return a prompt as training would have seen it: bare, or as a user's turn.
-
-        Raises:
-            DataError: the chat template cannot render it.
-        """
+        """Return a prompt as training would have seen it: bare, or as a user's turn. Raises
+        DataError if the chat template cannot render it."""
         if not chat:
             return [*self.front(), *next(self._tokenise([text]))]
         try:

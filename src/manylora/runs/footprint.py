@@ -94,15 +94,12 @@ class MemoryPlan:
     @property
     def needed(self) -> int:
         """This much comes on top of what the process takes already."""
-        return self._lasting + self.adapters + max(self.activations, self._passing_cache)
+        passing_cache = self.decode_cache - self.kept_cache
+        return self._lasting + self.adapters + max(self.activations, passing_cache)
 
     @property
     def _lasting(self) -> int:
         return self.libraries + self.base + self.decode_weights + self.kept_cache
-
-    @property
-    def _passing_cache(self) -> int:
-        return self.decode_cache - self.kept_cache
 
     def refusal(self) -> DoesNotFit | None:
         """Say why this machine's memory cannot hold it."""
@@ -151,6 +148,19 @@ def _status_bytes(pid: str, field: str) -> int:
     return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{field}:")), 0)
 
 
+@contextmanager
+def _without_contents() -> Iterator[None]:
+    """Have transformers, as while it is traced, not look into positions for the ends of sequences:
+    on the meta device they have no contents, and the stream knows its sequences itself."""
+    asked = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: True
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = asked
+
+
+@_without_contents()
 def activation_bytes(
     make_model: Callable[[], Any],
     adapters: Mapping[str, tuple[AdapterSpec, Sequence[Datum]]],
@@ -165,29 +175,6 @@ def activation_bytes(
         adapters: name → settings and the data of its heaviest step.
         recomputed: with activation checkpointing; None if the base has none.
     """
-    with _without_contents():
-        return _activation_bytes(make_model, adapters, token_budget, recomputed=recomputed)
-
-
-@contextmanager
-def _without_contents() -> Iterator[None]:
-    """Have transformers, as while it is traced, not look into positions for the ends of sequences:
-    on the meta device they have no contents, and the stream knows its sequences itself."""
-    asked = masking_utils.is_tracing
-    masking_utils.is_tracing = lambda tensor=None: True
-    try:
-        yield
-    finally:
-        masking_utils.is_tracing = asked
-
-
-def _activation_bytes(
-    make_model: Callable[[], Any],
-    adapters: Mapping[str, tuple[AdapterSpec, Sequence[Datum]]],
-    token_budget: int,
-    *,
-    recomputed: bool,
-) -> int | None:
     meta = torch.device("meta")
     base = _base(make_model(), meta)
     sites = tuple(

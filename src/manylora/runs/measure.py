@@ -5,7 +5,7 @@ import logging
 from asyncio import wrap_future
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from manylora.config import RunFile
@@ -67,10 +67,6 @@ class Measured:
     evaluation_seconds: float
     adapters: dict[str, AdapterTimes]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
-
 
 def measure_run(
     run: RunFile,
@@ -102,23 +98,15 @@ def measure_run(
             # Before the other processes end.
             peak, others = peak_bytes(), children_peak_bytes()
     mesh = MeshShape.parse(run.mesh)
-    times = {part.job.name: part.times() for part in parts}
+    times = [part.times() for part in parts]
     # Replicas work at the same time.
-    step, training, evaluation = (
-        sum(seconds) / mesh.replicas
-        for seconds in (
-            [one.share_seconds for one in times.values()],
-            [one.training_seconds for one in times.values()],
-            [one.evaluation_seconds for one in times.values()],
-        )
-    )
     return Measured(
         peak=peak,
         others_peak=others or None if mesh.size > 1 else None,
-        step_seconds=step,
-        training_seconds=training,
-        evaluation_seconds=evaluation,
-        adapters=times,
+        step_seconds=sum(one.share_seconds for one in times) / mesh.replicas,
+        training_seconds=sum(one.training_seconds for one in times) / mesh.replicas,
+        evaluation_seconds=sum(one.evaluation_seconds for one in times) / mesh.replicas,
+        adapters={job.name: one for job, one in zip(jobs, times, strict=True)},
     )
 
 
@@ -195,12 +183,11 @@ class _Measuring:
 
     async def warm_up(self) -> None:
         """Evaluate very little."""
-        self.first_seconds = await self.course.evals.warm_up(self.adapter, self._checked_tick)
+        self.first_seconds = await self.course.evals.warm_up(self.adapter, self._tick)
 
     async def evaluate(self) -> None:
         """Evaluate so much that the time of a whole evaluation follows."""
-        evals = self.course.evals
-        self.evaluation_seconds = await evals.estimate(self.adapter, self._checked_tick)
+        self.evaluation_seconds = await self.course.evals.estimate(self.adapter, self._tick)
 
     async def train(self) -> None:
         """Make the first steps, as many of them in flight as in a run."""
@@ -209,8 +196,6 @@ class _Measuring:
         self._tick("measuring steps", 0, steps)
         try:
             for step in range(1, steps + 1):
-                if self.stop.is_set():
-                    break
                 pending.append((step, self.course.start(self.adapter, step)))
                 if len(pending) >= self.course.ahead:
                     await self._read(pending, steps)
@@ -246,26 +231,21 @@ class _Measuring:
         count, tokens = len(timed), sum(one.figures["tokens"] for one in timed)
         passes = sum(one.passes.share for one in timed)
         updates = sum(one.update.share for one in timed)
+        # Before, after, and in between.
+        every = self.course.eval_every
+        evaluations = 2 + ((self.course.steps - 1) // every if every else 0)
         return AdapterTimes(
             steps=count,
             step_seconds=sum(one.passes.batches + one.update.batches for one in timed) / count,
             share_seconds=(passes + updates) / count,
             training_seconds=passes * self.tokens / tokens + updates * self.course.steps / count,
-            evaluation_seconds=self.first_seconds + self._evaluations() * self.evaluation_seconds,
+            evaluation_seconds=self.first_seconds + evaluations * self.evaluation_seconds,
         )
-
-    def _evaluations(self) -> int:
-        """Return the number of evaluations before, after, and in between."""
-        every = self.course.eval_every
-        return 2 + ((self.course.steps - 1) // every if every else 0)
 
     def _check_stop(self) -> None:
         if self.stop.is_set():
             raise StopAsked
 
-    def _checked_tick(self, text: str, done: int, total: int) -> None:
-        self._check_stop()
-        self._tick(text, done, total)
-
     def _tick(self, text: str, done: int, total: int) -> None:
+        self._check_stop()
         self.emit(Phase(self.job.name, text, done, total))

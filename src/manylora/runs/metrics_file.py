@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from manylora.runs.events import StepDone
@@ -32,12 +31,7 @@ class MetricsFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self.sync()
         finally:
@@ -63,11 +57,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keep the lines of steps 1 to `step`, drop what was logged after the checkpoint.
-
-    Returns:
-        The rows that are kept.
-    """
+    """Keep the lines of steps 1 to `step` and return their rows; drop what was logged after the
+    checkpoint."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     try:

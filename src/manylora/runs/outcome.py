@@ -1,6 +1,6 @@
 """An outcome says how an adapter ended."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -8,7 +8,9 @@ from manylora.runs.columns import CourseColumns
 from manylora.runs.events import Status, finite
 from manylora.runs.metrics_file import read_metrics
 from manylora.runs.run_folder import AdapterPaths, is_completed, read_json
+from manylora.runs.stopping import EXIT_INTERRUPTED
 
+EXIT_FAILED = 1
 # Of a field that is only of use to the process that is at work.
 _HERE = {"here": True}
 
@@ -16,6 +18,13 @@ _HERE = {"here": True}
 def error_dict(error: Exception) -> dict[str, str]:
     """Return an error as files and JSON hold it."""
     return {"type": type(error).__name__, "message": str(error)}
+
+
+def exit_code(statuses: Collection[str | None]) -> int:
+    """Return the exit code of a run whose adapters ended so."""
+    if "cancelled" in statuses:
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if "failed" in statuses else 0
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ because `<` is written as an escape.
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from itertools import zip_longest
 from typing import Any
 
 from manylora.runs.columns import CourseColumns
@@ -21,11 +22,7 @@ _PLACE = "{{ DATA }}"
 
 
 def write_report(paths: RunPaths, columns: Mapping[str, CourseColumns]) -> None:
-    """Write the page from what the run left on disk.
-
-    Args:
-        columns: what the figures of each adapter are.
-    """
+    """Write the page from what the run left on disk; `columns` are the figures of each adapter."""
     template = resources.files("manylora.runs").joinpath("report_template.html")
     page = template.read_text(encoding="utf-8")
     head, _, tail = page.partition(_PLACE)
@@ -89,12 +86,7 @@ def _samples(paths: RunPaths, name: str) -> list[dict[str, Any]]:
     found = read_json(paths.adapter(name).samples)
     found = found if isinstance(found, dict) else {}
     before, after = found.get("before") or [], found.get("after") or []
-    count = max(len(before), len(after))
-    return [_pair(_at(before, i), _at(after, i)) for i in range(count)]
-
-
-def _at(items: list[dict[str, Any]], index: int) -> dict[str, Any] | None:
-    return items[index] if index < len(items) else None
+    return [_pair(*sides) for sides in zip_longest(before, after)]
 
 
 def _pair(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """A run file may write into a folder only if it is the run that the folder is of."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import yaml
 
 from manylora.config import RunFile, is_data_file, load_run_file, resolved_yaml
 from manylora.runs.run_folder import AdapterPaths, RunPaths, read_json, write_json, write_text
+from manylora.runs.saved_states import saved_steps
 from manylora.types import ConfigError
 from manylora.types.files import tell_shortage_apart
 
@@ -38,7 +41,8 @@ def claim(
         ConfigError: OUT holds another run, or something that is no run.
     """
     names = [entry.name for entry in run.adapters]
-    reserved = {path.name.lower() for path in _files(paths)}
+    files = (paths.run_yaml, paths.inputs, paths.summary, paths.report)
+    reserved = {path.name.lower() for path in files}
     for name in names:
         if name.lower() in reserved:
             raise ConfigError(
@@ -56,18 +60,12 @@ def claim(
     write_text(paths.run_yaml, resolved_yaml(run))
 
 
-def data_hashes(run: RunFile, hashing: Hashing = lambda _: None) -> Inputs:
+def data_hashes(run: RunFile, hashing: Hashing) -> Inputs:
     """Return the SHA-256 of each adapter's data files; None = no such file, or it is on a hub."""
-    known: dict[str, str | None] = {}
 
-    def digest(source: str | None) -> str | None:
-        if source is None or not is_data_file(source):
-            return None
-        if source not in known:
-            if _size(source) > ANNOUNCED_BYTES:
-                hashing(source)
-            known[source] = _sha256(Path(source))
-        return known[source]
+    @cache
+    def digest(source: str) -> str | None:
+        return _sha256(source, hashing) if is_data_file(source) else None
 
     return {
         entry.name: {source: digest(source) for source in entry.kind_settings.sources().values()}
@@ -75,23 +73,14 @@ def data_hashes(run: RunFile, hashing: Hashing = lambda _: None) -> Inputs:
     }
 
 
-def _files(paths: RunPaths) -> tuple[Path, ...]:
-    return (paths.run_yaml, paths.inputs, paths.summary, paths.report)
-
-
-def _size(source: str) -> int:
+def _sha256(source: str, hashing: Hashing) -> str | None:
     try:
-        return Path(source).stat().st_size
-    except OSError:
-        return 0
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
+        with Path(source).open("rb") as file:
+            if os.fstat(file.fileno()).st_size > ANNOUNCED_BYTES:
+                hashing(source)
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        tell_shortage_apart(error, path)
+        tell_shortage_apart(error, source)
         return None  # the adapter that needs it will say so
 
 
@@ -183,7 +172,7 @@ def _changed_lengths(before: RunFile, now: RunFile, paths: RunPaths) -> Iterator
                 "only with schedule: constant can it be made longer. A new run may begin where it "
                 f"ended, with lora.init_from: {paths.adapter(entry.name).final}"
             )
-        elif not _states(paths.adapter(entry.name)):
+        elif not saved_steps(paths.adapter(entry.name).checkpoints):
             yield f"{change}its training states are gone, so it cannot go on"
 
 
@@ -196,18 +185,12 @@ def _reopen(before: RunFile, now: RunFile, paths: RunPaths) -> None:
             paths.adapter(entry.name).result.unlink(missing_ok=True)
 
 
-def _states(adapter: AdapterPaths) -> list[int]:
-    found = (path.name.removeprefix("step-") for path in adapter.checkpoints.glob("step-*"))
-    return [int(number) for number in found if number.isdecimal()]
-
-
 def _steps_made(adapter: AdapterPaths) -> int | None:
     """Return the steps behind an adapter with a training state or finished; None for any other."""
     result = read_json(adapter.result)
     finished = result.get("steps") if isinstance(result, dict) else None
-    return max(
-        [*_states(adapter), *([finished] if isinstance(finished, int) else [])], default=None
-    )
+    ended = [finished] if isinstance(finished, int) else []
+    return max([*saved_steps(adapter.checkpoints), *ended], default=None)
 
 
 def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:

@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +16,26 @@ except ImportError:  # not a POSIX system: two runs into one folder are not noti
     fcntl = None
 
 
-@dataclass(frozen=True, slots=True)
 class AdapterPaths:
-    """`AdapterPaths` are the files of one adapter, all below `OUT/<adapter>/`."""
+    """`AdapterPaths` are the files of one adapter, all below `OUT/<adapter>/`.
 
-    root: Path
+    Attributes:
+        metrics: this file has one JSON line a step.
+        checkpoints: this folder holds training states, one folder `step-N` each.
+        final: the finished adapter is this PEFT folder.
+        samples: this file holds greedy answers to evaluation prompts, before and after.
+        result: the adapter's part of the summary; `completed` means: never train it again.
+        tensorboard: TensorBoard's event files are here.
+    """
 
-    @property
-    def metrics(self) -> Path:
-        """This file has one JSON line a step."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """This folder holds training states, one folder `step-N` each."""
-        return self.root / "checkpoints"
-
-    @property
-    def final(self) -> Path:
-        """The finished adapter is this PEFT folder."""
-        return self.root / "final"
-
-    @property
-    def samples(self) -> Path:
-        """This file holds greedy answers to evaluation prompts, before and after."""
-        return self.root / "samples.json"
-
-    @property
-    def result(self) -> Path:
-        """This is the adapter's part of the summary; `completed` means: never train it again."""
-        return self.root / "result.json"
-
-    @property
-    def tensorboard(self) -> Path:
-        """TensorBoard's event files are here."""
-        return self.root / "tensorboard"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.metrics = root / "metrics.jsonl"
+        self.checkpoints = root / "checkpoints"
+        self.final = root / "final"
+        self.samples = root / "samples.json"
+        self.result = root / "result.json"
+        self.tensorboard = root / "tensorboard"
 
     def state(self, step: int) -> Path:
         """Return the folder of the training state after `step` steps."""
@@ -68,36 +52,24 @@ class AdapterPaths:
             self.root.rmdir()
 
 
-@dataclass(frozen=True, slots=True)
 class RunPaths:
-    """`RunPaths` are the files of a whole run, all below OUT."""
+    """`RunPaths` are the files of a whole run, all below OUT.
 
-    root: Path
+    Attributes:
+        run_yaml: the resolved run file: every default is written out.
+        inputs: this file has the SHA-256 of every data file, per adapter.
+        summary: this file says how each adapter ended.
+        report: the page for people.
+        lock: this file is held while a process trains into this folder.
+    """
 
-    @property
-    def run_yaml(self) -> Path:
-        """This is the resolved run file: every default is written out."""
-        return self.root / "run.yaml"
-
-    @property
-    def inputs(self) -> Path:
-        """This file has the SHA-256 of every data file, per adapter."""
-        return self.root / "inputs.json"
-
-    @property
-    def summary(self) -> Path:
-        """This file says how each adapter ended."""
-        return self.root / "summary.json"
-
-    @property
-    def report(self) -> Path:
-        """This is the page for people."""
-        return self.root / "report.html"
-
-    @property
-    def lock(self) -> Path:
-        """This file is held while a process trains into this folder."""
-        return self.root / ".lock"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.run_yaml = root / "run.yaml"
+        self.inputs = root / "inputs.json"
+        self.summary = root / "summary.json"
+        self.report = root / "report.html"
+        self.lock = root / ".lock"
 
     def adapter(self, name: str) -> AdapterPaths:
         """Return the files of one adapter."""

@@ -30,11 +30,7 @@ class _Saving:
 
 
 class States:
-    """`States` are the training states of one adapter.
-
-    Attributes:
-        saved_step: of the newest one that is whole.
-    """
+    """`States` are the training states of one adapter."""
 
     def __init__(
         self,
@@ -45,6 +41,7 @@ class States:
         emit: Listener,
     ) -> None:
         """Begin without a state; the `keep` newest ones stay, None = all."""
+        # Of the newest one that is whole.
         self.saved_step = 0
         self._name, self._paths, self._keep, self._emit = name, paths, keep, emit
         self._columns = columns
@@ -113,12 +110,9 @@ def drop_old_states(
     evaluations: Sequence[Mapping[str, Any]],
     columns: CourseColumns,
 ) -> list[int]:
-    """Delete all training states but the `keep` newest ones and the best one.
+    """Delete all training states but the `keep` newest ones and the best one; return those left.
 
     Call it once the newest one is whole. What cannot be deleted is logged and stays.
-
-    Returns:
-        The steps that are left.
     """
     steps = saved_steps(folder)
     if keep is None:

@@ -3,7 +3,7 @@
 from asyncio import Future, wrap_future
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -29,10 +29,8 @@ SFT_COLUMNS = CourseColumns(
 )
 
 
-class Batches(Protocol):
-    """`Batches` gives the batch of each step (1, 2, …) as a pure function, so resuming is exact."""
-
-    def __call__(self, step: int) -> Sequence[Datum]: ...
+# Gives the batch of each step (1, 2, …) as a pure function, so resuming is exact.
+Batches = Callable[[int], Sequence[Datum]]
 
 
 @dataclass(frozen=True, slots=True)

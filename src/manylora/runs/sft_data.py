@@ -139,14 +139,12 @@ def eval_set(source: Source, encoded: Encoded, tokenizer: Any, stop: tuple[int, 
         for number, example in enumerate(source.examples[:MAX_SAMPLES]):
             datum = last[number]
             start, end = _last_answer(datum)
+            # A template may write more into a turn than its content; all of it is trained.
+            learned = datum.loss_inputs["target_tokens"][start:end].tolist()
             expected = (
                 example.texts[-1]
                 if example.texts
-                # A template may write more into a turn than its content; all of it is trained.
-                else tokenizer.decode(
-                    datum.loss_inputs["target_tokens"][start:end].tolist(),
-                    skip_special_tokens=True,
-                )
+                else tokenizer.decode(learned, skip_special_tokens=True)
             )
             prompt = datum.tokens[: start + 1].tolist()
             prompts.append(EvalPrompt(_prompt_text(example), prompt, expected))

@@ -17,15 +17,12 @@ from manylora.runs.run_folder import read_json
 
 MAX_PROMPT = 80
 MOST_SHOWN = 8
-_STYLES = {"completed": "green", "failed": "bold red", "cancelled": "yellow"}
+STYLES = {"completed": "green", "failed": "bold red", "cancelled": "yellow"}
+STYLES |= {"training": "cyan", "waiting": "dim"}
 
 
 def print_summary(event: RunEnded, console: Console, columns: Mapping[str, CourseColumns]) -> None:
-    """Print the table of adapters, the errors in full, and the paths.
-
-    Args:
-        columns: what the figures of each adapter are.
-    """
+    """Print the table of adapters with these figures, the errors in full, and the paths."""
     adapters: dict[str, dict[str, Any]] = event.summary["adapters"]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("adapter", "status"):
@@ -37,7 +34,7 @@ def print_summary(event: RunEnded, console: Console, columns: Mapping[str, Cours
     for name, entry in adapters.items():
         table.add_row(
             name,
-            Text(entry["status"], style=_STYLES.get(entry["status"], "")),
+            Text(entry["status"], style=STYLES.get(entry["status"], "")),
             f"{entry['steps']:,}/{entry['total_steps']:,}",
             *(changes[name].get(label, "–") for label in labels),
         )
@@ -60,20 +57,16 @@ def _changes(entry: Mapping[str, Any], columns: CourseColumns) -> dict[str, str]
 
 
 def _change(before: str, after: str) -> str:
-    if after == "–":
-        return before
-    return f"{before} → {after}"
+    return before if after == "–" else f"{before} → {after}"
 
 
 def _print_rate(summary: dict[str, Any], console: Console) -> None:
     if summary["tokens"]:
-        spent, evaluation = (
-            clock_text(summary[name]) for name in ("training_seconds", "evaluation_seconds")
-        )
+        spent, evaluation = summary["training_seconds"], summary["evaluation_seconds"]
         speed = summary["tokens_per_second"] or 0
         console.print(
-            f"{summary['tokens']:,} tokens trained in {spent}, {speed:,.0f} tokens/s; "
-            f"evaluation {evaluation}; {clock_text(summary['seconds'])} in all"
+            f"{summary['tokens']:,} tokens trained in {clock_text(spent)}, {speed:,.0f} tokens/s; "
+            f"evaluation {clock_text(evaluation)}; {clock_text(summary['seconds'])} in all"
         )
 
 

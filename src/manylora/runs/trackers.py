@@ -27,11 +27,8 @@ class Tracker(Protocol):
 
 
 def open_trackers(run: RunFile, paths: RunPaths) -> list[Tracker]:
-    """Open the trackers that the run file asks for.
-
-    Raises:
-        ConfigError: a package that one of them needs is not installed.
-    """
+    """Open the trackers that the run file asks for. Raises ConfigError if a package that one of
+    them needs is not installed."""
     trackers: list[Tracker] = []
     if run.tensorboard:
         trackers.append(TensorBoard(paths))

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from manylora.checkpoint import newest_state
 from manylora.config import RunFile
 from manylora.runs.adapter_run import AdapterRun, NewestState
 from manylora.runs.columns import CourseColumns
@@ -17,7 +18,7 @@ from manylora.runs.course import Job
 from manylora.runs.events import Listeners, Phase, RunEnded, RunStarted, Stopping
 from manylora.runs.hardware import hardware, versions
 from manylora.runs.kinds import plan_job
-from manylora.runs.outcome import Outcome
+from manylora.runs.outcome import Outcome, exit_code
 from manylora.runs.report import write_report
 from manylora.runs.resume import claim
 from manylora.runs.run_folder import RunPaths, held, is_completed, read_json, write_json
@@ -30,7 +31,6 @@ from manylora.types.mesh_shape import MeshShape
 ViewKind = Literal["auto", "plain", "json"]
 OpenClient = Callable[[RunFile], AbstractContextManager[Any]]
 
-EXIT_FAILED = 1
 # Engines that may be lost in a row without a step between them.
 MOST_LOSSES = 3
 
@@ -55,13 +55,6 @@ def open_trainer(run: RunFile) -> AbstractContextManager[Any]:
         engine_address=run.engine_address,
         meeting=None if started is None else Meeting(started, run.out),
     )
-
-
-def newest_state(parent: Path) -> Path | None:
-    """Return the newest whole training state in a folder."""
-    from manylora.checkpoint import newest_state as newest
-
-    return newest(parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +128,11 @@ class _Run:
             return self._end()
 
     def _begin(self, stack: ExitStack) -> None:
+        def hashing(source: str) -> None:
+            self.emit(Phase("", f"checking {Path(source).name}"))
+
         try:
-            claim(
-                self.run,
-                self.paths,
-                overwrite=self.overwrite,
-                hashing=lambda source: self.emit(Phase("", f"checking {Path(source).name}")),
-            )
+            claim(self.run, self.paths, overwrite=self.overwrite, hashing=hashing)
         except OSError as error:
             raise SaveFailed(f"{self.paths.root}: {error.strerror or error}") from error
         for tracker in open_trackers(self.run, self.paths):
@@ -190,8 +181,8 @@ class _Run:
             self.emit(Stopping(reason))
 
         stopper.watch(asyncio.get_running_loop(), ask)
-        runs = [
-            AdapterRun(
+        runs = {
+            job.name: AdapterRun(
                 client,
                 job,
                 self.paths.adapter(job.name),
@@ -202,11 +193,9 @@ class _Run:
                 patient=patient,
             )
             for job in self.jobs
-        ]
-        self.outcomes = {job.name: run.outcome for job, run in zip(self.jobs, runs, strict=True)}
-        await asyncio.gather(
-            *(self._one(job.name, run) for job, run in zip(self.jobs, runs, strict=True))
-        )
+        }
+        self.outcomes = {name: run.outcome for name, run in runs.items()}
+        await asyncio.gather(*(self._one(name, run) for name, run in runs.items()))
 
     async def _one(self, name: str, run: AdapterRun) -> None:
         self.outcomes[name] = await run.run()
@@ -229,7 +218,7 @@ class _Run:
                 write_report(self.paths, self._columns())
             except OSError as error:
                 log.error("report.html: %s", error)
-        code = _exit_code(self.outcomes.values())
+        code = exit_code([outcome.status for outcome in self.outcomes.values()])
         self.emit(RunEnded(str(self.paths.root), code, summary))
         return code
 
@@ -249,16 +238,10 @@ class _Run:
         tokens = sum(outcome.trained_here for outcome in outcomes)
         # Replicas work at the same time.
         side_by_side = MeshShape.parse(self.run.mesh).replicas
-        training, evaluation = (
-            sum(seconds) / side_by_side
-            for seconds in (
-                [outcome.training_seconds for outcome in outcomes],
-                [outcome.evaluation_seconds for outcome in outcomes],
-            )
-        )
-        statuses = [outcome.status for outcome in self.outcomes.values()]
+        training = sum(outcome.training_seconds for outcome in outcomes) / side_by_side
+        evaluation = sum(outcome.evaluation_seconds for outcome in outcomes) / side_by_side
         return {
-            "status": _overall(statuses),
+            "status": _overall([outcome.status for outcome in outcomes]),
             "base": self.run.base,
             "started": self.started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -281,13 +264,6 @@ def _overall(statuses: Sequence[str | None]) -> str:
         if status in statuses:
             return status or "running"
     return "completed"
-
-
-def _exit_code(outcomes: Iterable[Outcome]) -> int:
-    statuses = {outcome.status for outcome in outcomes}
-    if "cancelled" in statuses:
-        return EXIT_INTERRUPTED
-    return EXIT_FAILED if "failed" in statuses else 0
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, Protocol, TextIO
+from typing import Literal, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -33,23 +33,17 @@ from manylora.runs.events import (
     Warned,
     event_dict,
 )
-from manylora.runs.summary import print_summary
+from manylora.runs.summary import STYLES, print_summary
 
 PLAIN_SECONDS = 5.0
 PHASE_SECONDS = 2.0
-STYLES = {
-    "completed": "green",
-    "failed": "bold red",
-    "cancelled": "yellow",
-    "training": "cyan",
-    "waiting": "dim",
-}
 
 
-class View(Protocol):
+class View:
     """A `View` is a listener that a person or a machine reads."""
 
-    def __call__(self, event: Event) -> None: ...
+    def __call__(self, event: Event) -> None:
+        raise NotImplementedError
 
     def restore_terminal(self) -> None:
         """Leave the terminal as it was; the process is about to end at once."""
@@ -68,7 +62,7 @@ def open_view(kind: Literal["auto", "plain", "json"]) -> Iterator[View]:
         yield PlainView(sys.stderr, sys.stdout)
 
 
-class JsonView:
+class JsonView(View):
     """A `JsonView` prints one JSON object per line on stdout."""
 
     def __init__(self, out: TextIO) -> None:
@@ -78,11 +72,8 @@ class JsonView:
         self._out.write(json.dumps(event_dict(event), ensure_ascii=False) + "\n")
         self._out.flush()
 
-    def restore_terminal(self) -> None:
-        """Do nothing: there is nothing to tidy up."""
 
-
-class PlainView:
+class PlainView(View):
     """A `PlainView` prints few lines, fit for a log file: begin, end, and one per five seconds."""
 
     def __init__(self, progress: TextIO, out: TextIO, clock: Clock = time.monotonic) -> None:
@@ -110,8 +101,7 @@ class PlainView:
             case Warned():
                 self._say(event.adapter, f"warning: {event.text}")
             case EvalDone():
-                columns = self._board.columns[event.adapter]
-                self._say(event.adapter, eval_text(event, columns))
+                self._say(event.adapter, eval_text(event, self._board.columns[event.adapter]))
             case AdapterEnded():
                 again = " before; nothing to do" if event.skipped else ""
                 error = f": {event.error}" if event.error else f" at step {event.step:,}"
@@ -119,11 +109,7 @@ class PlainView:
             case Stopping():
                 self._say("", f"{event.reason}: saving every adapter; once more to exit at once")
             case RunEnded():
-                console = Console(file=self._out, width=summary_width(self._out))
-                print_summary(event, console, self._board.columns)
-
-    def restore_terminal(self) -> None:
-        """Do nothing: there is nothing to tidy up."""
+                print_summary(event, summary_console(self._out), self._board.columns)
 
     def _due(self, event: StepDone) -> bool:
         now = self._clock()
@@ -152,9 +138,9 @@ class PlainView:
         self._progress.flush()
 
 
-def summary_width(out: TextIO) -> int | None:
-    """Return the terminal's own width (None); in a file, one that is enough for long names."""
-    return None if out.isatty() else 120
+def summary_console(out: TextIO) -> Console:
+    """Return a console as wide as the terminal; in a file, wide enough for long names."""
+    return Console(file=out, width=None if out.isatty() else 120)
 
 
 def step_text(row: Row) -> str:
@@ -177,7 +163,7 @@ def eval_text(event: EvalDone, columns: CourseColumns) -> str:
     return "  ".join(parts)
 
 
-class LiveView:
+class LiveView(View):
     """A `LiveView` draws a table anew several times a second, by a thread of its own."""
 
     def __init__(self, console: Console, out: TextIO) -> None:
@@ -202,8 +188,7 @@ class LiveView:
             self.live.console.print(Text(f"{event.adapter}: warning: {note}", style="yellow"))
         if isinstance(event, RunEnded):
             self.live.stop()
-            console = Console(file=self._out, width=summary_width(self._out))
-            print_summary(event, console, self._board.columns)
+            print_summary(event, summary_console(self._out), self._board.columns)
 
     def restore_terminal(self) -> None:
         """Give the cursor back."""

@@ -36,13 +36,7 @@ from manylora.service.wire.replies import (
     TrainingRunList,
     WeightsInfo,
 )
-from manylora.service.wire.run_messages import (
-    Adapter,
-    AdapterList,
-    Run,
-    RunList,
-    SubmitRunRequest,
-)
+from manylora.service.wire.run_messages import Adapter, AdapterList, Run, RunList, SubmitRunRequest
 from manylora.types import ManyloraError
 
 JSON_TYPE = "application/json"
@@ -77,11 +71,7 @@ Outcome = Ready | Failed | Waiting
 
 
 class Archive(Protocol):
-    """An `Archive` is a file that is made for one reader.
-
-    Attributes:
-        size: its bytes.
-    """
+    """An `Archive` is a file of `size` bytes that is made for one reader."""
 
     size: int
 
@@ -255,9 +245,5 @@ class Hub(Protocol):
         """Return the base models by every name that they are served under."""
 
     async def outcome(self, tenant: str, request_id: str, timeout: float) -> Outcome:
-        """Return a request's outcome, waiting at most `timeout` seconds for it.
-
-        Raises:
-            NotFound: there never was such a request.
-            Gone: its result's time to live has passed.
-        """
+        """Return a request's outcome, waiting at most `timeout` seconds for it. Raises NotFound:
+        there never was such a request; Gone: its result's time to live has passed."""

@@ -52,11 +52,8 @@ class HubProxy:
 
     @asynccontextmanager
     async def entered(self) -> AsyncIterator[Hub]:
-        """Give the body the hub, which is not taken away from what runs inside.
-
-        Raises:
-            NotReady: none has come in time, or the server stops.
-        """
+        """Give the body the hub, which is not taken away from what runs inside. Raises NotReady:
+        none has come in time, or the server stops."""
         hub = await self._next_hub() if self._hub is None else self._hub
         self._inside += 1
         self._empty.clear()

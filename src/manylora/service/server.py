@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,9 @@ class Service:
         self._maintenance: asyncio.Task[None] | None = None
 
     async def start(self, engines: Sequence[EngineProtocol]) -> TinkerHub:
-        """Take up what was going on when the last server stopped, or the last engine was lost.
-
-        Args:
-            engines: open on the base of the settings.
-
-        Raises:
-            StoreError: the data directory is in use.
-        """
+        """Take up what was going on when the last server stopped, or the last engine was lost. The
+        `engines` are open on the base of the settings. Raises StoreError: the data directory is in
+        use."""
         settings, folder, loop = self.settings, self.folder, asyncio.get_running_loop()
         results = Results(
             folder / "results",
@@ -72,20 +68,15 @@ class Service:
         )
         journal, recovery = await asyncio.to_thread(_open_journal, folder / "journal")
         promises = Promises(results)
-        resources: Resources | None = None
-
-        def saved(name: str, position: int) -> None:
-            if resources is not None:
-                resources.covered.append((name, position))
-
+        covered: deque[tuple[str, int]] = deque()
         host = Host(
             engines, folder, token_budget=settings.token_budget, max_resident=settings.max_resident,
-            before_save=promises.store_all, on_saved=saved, observe=self._observe,
-            apart=self.suspects.is_suspect,
+            before_save=promises.store_all, observe=self._observe, apart=self.suspects.is_suspect,
+            on_saved=lambda name, position: covered.append((name, position)),
         )  # fmt: skip
         resources = Resources(
             settings, folder, self.store, journal, promises, host, self.suspects, self._clock,
-            self._wall,
+            self._wall, covered=covered,
         )  # fmt: skip
         self.hub = TinkerHub(resources)
         count = await Replay(self.hub, self._limits).run(recovery)
@@ -109,18 +100,15 @@ class Service:
         """
         if self.hub is None:
             return
-        resources, runs, self.hub = self.hub.resources, self.hub.runs, None
+        hub, self.hub = self.hub, None
+        host = hub.resources.host
         if self._maintenance is not None:
             self._maintenance.cancel()
-        resources.promises.closing = True
-        await runs.stop(0.0)
-        await asyncio.to_thread(resources.host.abandon)
-        self.suspects.note(resources.host.losses())
-        await asyncio.to_thread(runs.close)
-        await asyncio.to_thread(resources.promises.close)
-        await asyncio.sleep(0)
-        await resources.settle()
-        await asyncio.to_thread(self._close_journal, resources)
+        hub.resources.promises.closing = True
+        await hub.runs.stop(0.0)
+        await asyncio.to_thread(host.abandon)
+        self.suspects.note(host.losses())
+        await self._close(hub)
 
     async def stop(
         self, ending: Ending | None = None, give_up: Callable[[], None] = lambda: None
@@ -149,17 +137,21 @@ class Service:
                 log.warning("the engine is ended in the midst of something; it will be done again")
                 give_up()
             await closing
-            await asyncio.to_thread(self.hub.runs.close, _until(ending.saved))
-            await asyncio.to_thread(resources.promises.close)
-            await asyncio.sleep(0)  # what the last outcomes left for the loop to do
-            await resources.settle()
-            await asyncio.to_thread(self._close_journal, resources)
+            await self._close(self.hub, _until(ending.saved))
         await asyncio.to_thread(self.store.close)
 
     def _is_working(self, hub: TinkerHub) -> bool:
         if hub.resources.host.losses():  # nothing that runs now will be finished
             return False
         return any(one.running for one in hub.adapters) or hub.samplers.num_running > 0
+
+    async def _close(self, hub: TinkerHub, seconds: float | None = None) -> None:
+        """Close what stands behind a hub that nobody asks any more; see `SubmittedRuns.close`."""
+        await asyncio.to_thread(hub.runs.close, seconds)
+        await asyncio.to_thread(hub.resources.promises.close)
+        await asyncio.sleep(0)  # what the last outcomes left for the loop to do
+        await hub.resources.settle()
+        await asyncio.to_thread(self._close_journal, hub.resources)
 
     def _close_journal(self, resources: Resources) -> None:
         try:

@@ -39,11 +39,8 @@ class Ending:
         threading.Thread(target=self._watch, name="manylora-ending", daemon=True).start()
 
     def ask(self, status: int = 0) -> None:
-        """Begin to stop, unless that was asked before. A signal handler may.
-
-        Args:
-            status: of the process, should it have to be broken off.
-        """
+        """Begin to stop, unless that was asked before. A signal handler may. Should the process
+        have to be broken off, it ends with `status`."""
         if self._asked_at is None:
             self._asked_at = time.monotonic()
             self._requests.put(status)

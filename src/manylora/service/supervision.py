@@ -25,10 +25,8 @@ async def keep_up(
     announce: Callable[[], None],
 ) -> None:
     """Keep an engine behind the hub until `stop` is done. Clients see a pause when one is lost.
-
-    Raises:
-        BaseModelError, Unsupported: the base cannot be opened. EngineLost: no engine stays up.
-    """
+    Raises BaseModelError, Unsupported: the base cannot be opened; EngineLost: no engine stays
+    up."""
     failures, announced = 0, False
     while not stop.done():
         began = asyncio.get_running_loop().time()

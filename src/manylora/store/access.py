@@ -4,12 +4,11 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from sqlalchemy import select, update
-from sqlalchemy.orm import Session as OrmSession
 
-from manylora.store.database import Database, chunks
+from manylora.store.database import Queries, chunks
 from manylora.store.records import KeyRow, Page, SessionRow
 from manylora.store.tables import Key, SessionTable
 from manylora.types import ConfigError, Conflict
@@ -21,19 +20,12 @@ _LONGEST_KEY = 200
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
-class Keys:
+class Keys(Queries):
     """`Keys` are API keys. A key is shown once; kept are a hash of it and its first characters."""
 
-    def __init__(self, database: Database, clock: Callable[[], float]):
-        self._database = database
-        self._clock = clock
-
     def create(self, tenant: str) -> str:
-        """Make a new key of that tenant; it is shown only this time.
-
-        Raises:
-            ConfigError: not a name for a tenant.
-        """
+        """Make a new key of that tenant; it is shown only this time. Raises ConfigError if that is
+        not a name for a tenant."""
         if not _TENANT.fullmatch(tenant):
             raise ConfigError(
                 f"{tenant!r} cannot name a tenant: letters, digits and . _ @ - (64 at most, "
@@ -57,10 +49,7 @@ class Keys:
 
     def revoke(self, tenant: str, key: str | None = None) -> int:
         """Let a key (its id, its prefix, or all of it) open nothing more; None = all of the tenant.
-
-        Returns:
-            how many keys this revoked.
-        """
+        Return how many keys this revoked."""
         query = update(Key).where(Key.tenant == tenant, Key.revoked_at.is_(None))
         if key is not None:
             whole = key.startswith(KEY_START) and len(key) > _PREFIX
@@ -95,26 +84,17 @@ def _hash(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-class SessionQueries:
+class SessionQueries(Queries):
     """Sessions are client processes."""
-
-    def __init__(self, database: Database, clock: Callable[[], float]):
-        self._database = database
-        self._clock = clock
 
     def create(self, row: SessionRow) -> SessionRow:
         """Make a session. Raises Conflict if the id is taken by another session."""
 
-        def work(session: OrmSession) -> SessionRow:
-            present = session.get(SessionTable, row.id)
-            if present is None:
-                session.add(SessionTable.of(row))
-                return row
-            if present.row() != row:
+        def check(present: SessionRow) -> None:
+            if present != row:
                 raise Conflict(f"session {row.id} exists")
-            return row
 
-        return self._database.write(work)
+        return self._database.make(SessionTable, row, SessionTable.id == row.id, check)
 
     def get(self, tenant: str, id: str) -> SessionRow | None:
         return self._database.one(
@@ -136,30 +116,15 @@ class SessionQueries:
     def touch(self, ids: Iterable[str], at: float | None = None) -> None:
         """Note that they are alive. Time does not run backwards, and the ended stay as they are."""
         at = self._clock() if at is None else at
+        older = (SessionTable.ended_at.is_(None), SessionTable.last_seen_at < at)
         for some in chunks(ids):
-            self._database.change(
-                update(SessionTable)
-                .where(
-                    SessionTable.id.in_(some),
-                    SessionTable.ended_at.is_(None),
-                    SessionTable.last_seen_at < at,
-                )
-                .values(last_seen_at=at)
-            )
+            query = update(SessionTable).where(SessionTable.id.in_(some), *older)
+            self._database.change(query.values(last_seen_at=at))
 
     def end(self, tenant: str, id: str, reason: str, detail: str = "") -> SessionRow | None:
-        """End a session; the first reason stays.
-
-        Returns:
-            the session; None if there is none.
-        """
-        self._database.change(
-            update(SessionTable)
-            .where(
-                SessionTable.id == id,
-                SessionTable.tenant == tenant,
-                SessionTable.ended_at.is_(None),
-            )
-            .values(ended_at=self._clock(), end_reason=reason, end_detail=detail)
-        )
+        """End a session; the first reason stays. Return the session, or None if there is none."""
+        own = (SessionTable.id == id, SessionTable.tenant == tenant)
+        query = update(SessionTable).where(*own, SessionTable.ended_at.is_(None))
+        ended = query.values(ended_at=self._clock(), end_reason=reason, end_detail=detail)
+        self._database.change(ended)
         return self.get(tenant, id)

@@ -1,32 +1,23 @@
 """Rows tell which checkpoints exist, whose they are, and when they go."""
 
-from collections.abc import Callable
-
 from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session as OrmSession
 
-from manylora.store.database import Database
+from manylora.store.database import Queries
 from manylora.store.records import CheckpointRow, Page
 from manylora.store.tables import CheckpointTable
 from manylora.types import CheckpointExists
 
 
-class CheckpointQueries:
+class CheckpointQueries(Queries):
     """These rows name folders. One whose time is over is missing in every answer but `expired`."""
-
-    def __init__(self, database: Database, clock: Callable[[], float]):
-        self._database = database
-        self._clock = clock
 
     def put(self, row: CheckpointRow, overwrite: bool = False) -> CheckpointRow | None:
         """Name a folder that is complete. The request that made a checkpoint may come again.
 
-        Returns:
-            the row that this one replaced (its folder may go); None if there was none, or if this
-            request had made it already, which leaves everything as it was.
-
-        Raises:
-            CheckpointExists: the path is taken, and `overwrite` is false.
+        Return the row that this one replaced (its folder may go); None if there was none, or if
+        this request had made it already, which leaves everything as it was. Raises
+        CheckpointExists: the path is taken, and `overwrite` is false.
         """
 
         def work(session: OrmSession) -> CheckpointRow | None:
@@ -55,12 +46,8 @@ class CheckpointQueries:
         own = self.get(tenant, path)
         if own is not None:
             return own
-        return self._database.one(
-            CheckpointTable,
-            CheckpointTable.path == path,
-            CheckpointTable.public.is_(True),
-            self._alive(),
-        )
+        public = (CheckpointTable.path == path, CheckpointTable.public.is_(True), self._alive())
+        return self._database.one(CheckpointTable, *public)
 
     def anybodys(self, path: str) -> CheckpointRow | None:
         """Return a checkpoint of any tenant, for a user who may read the data folder anyway."""
@@ -68,13 +55,9 @@ class CheckpointQueries:
 
     def of_model(self, tenant: str, model_id: str) -> list[CheckpointRow]:
         """Return a training run's checkpoints, in the order in which they were made."""
-        where = [
-            CheckpointTable.tenant == tenant,
-            CheckpointTable.model_id == model_id,
-            self._alive(),
-        ]
+        own = (CheckpointTable.tenant == tenant, CheckpointTable.model_id == model_id)
         order = (CheckpointTable.created_at, CheckpointTable.path)
-        return self._database.all(CheckpointTable, *where, order=order)
+        return self._database.all(CheckpointTable, *own, self._alive(), order=order)
 
     def page(self, tenant: str, limit: int = 20, offset: int = 0) -> Page[CheckpointRow]:
         """Return a tenant's checkpoints, the newest first."""
@@ -83,11 +66,7 @@ class CheckpointQueries:
         return self._database.page(CheckpointTable, *where, order=order, limit=limit, offset=offset)
 
     def delete(self, tenant: str, path: str) -> CheckpointRow | None:
-        """Forget a checkpoint.
-
-        Returns:
-            what it was (its folder may go); None if there is none.
-        """
+        """Forget a checkpoint; return what it was (its folder may go), or None if there is none."""
 
         def work(session: OrmSession) -> CheckpointRow | None:
             query = select(CheckpointTable).where(self._own(tenant, path)).with_for_update()
@@ -109,22 +88,15 @@ class CheckpointQueries:
         return self._database.change(query) > 0
 
     def set_ttl(self, tenant: str, path: str, seconds: float | None) -> CheckpointRow | None:
-        """Have a checkpoint expire so many seconds from now; None = never.
-
-        Returns:
-            the checkpoint; None if there is none.
-        """
+        """Have a checkpoint expire so many seconds from now; None = never. Return the checkpoint,
+        or None if there is none."""
         expires_at = None if seconds is None else self._clock() + seconds
         query = update(CheckpointTable).where(self._own(tenant, path))
         self._database.change(query.values(expires_at=expires_at))
         return self.get(tenant, path)
 
     def set_public(self, tenant: str, path: str, public: bool) -> CheckpointRow | None:
-        """Say whether other tenants may read a checkpoint.
-
-        Returns:
-            the checkpoint; None if there is none.
-        """
+        """Say whether other tenants may read a checkpoint; return it, or None if there is none."""
         query = update(CheckpointTable).where(self._own(tenant, path))
         self._database.change(query.values(public=public))
         return self.get(tenant, path)

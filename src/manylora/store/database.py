@@ -56,10 +56,7 @@ class Database:
     """A database is an engine with its migrations done. It is thread-safe."""
 
     def __init__(self, url: str | URL):
-        """Open and migrate.
-
-        Args:
-            url: what SQLAlchemy calls a database URL: `sqlite:///FILE`, `postgresql://…`.
+        """Open and migrate what SQLAlchemy calls a database URL: `sqlite:///FILE`, `postgresql://…`.
 
         Raises:
             StoreTooNew: a newer manylora has been here.
@@ -96,12 +93,8 @@ class Database:
         self.engine.dispose()
 
     def read(self, work: Callable[[OrmSession], T]) -> T:
-        """Run `work` in a transaction that writes nothing.
-
-        Raises:
-            DataError: an argument that no column can hold.
-            StoreError: the database failed.
-        """
+        """Run `work` in a transaction that writes nothing. Raises DataError: an argument that no
+        column can hold; StoreError: the database failed."""
         with _translated(self.where), self._reading() as session, session.begin():
             return work(session)
 
@@ -153,14 +146,25 @@ class Database:
 
         return self.read(work)
 
-    def change(self, statement: Update | Delete) -> int:
-        """Run an update or a deletion; return how many records it met."""
+    def make(
+        self, table: type[RowOf[R]], row: R, where: ColumnElement[bool], check: Callable[[R], None]
+    ) -> R:
+        """Add a row; or return the one that is there (`where`), unless `check` refuses it."""
+        query = _select(table, (where,))
 
-        def work(session: OrmSession) -> int:
-            done: Any = session.execute(statement.execution_options(synchronize_session=False))
-            return int(done.rowcount)
+        def work(session: OrmSession) -> R:
+            present = _row_or_none(session.scalar(query))
+            if present is None:
+                session.add(table.of(row))
+                return row
+            check(present)
+            return present
 
         return self.write(work)
+
+    def change(self, statement: Update | Delete) -> int:
+        """Run an update or a deletion; return how many records it met."""
+        return self.write(lambda session: changed(session, statement))
 
     def give_back(self) -> None:
         """Give the room of deleted rows back to the disk. PostgreSQL does so by itself
@@ -207,6 +211,20 @@ class Database:
             config = Config(attributes={"connection": connection})
             config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
             command.upgrade(config, "head")
+
+
+class Queries:
+    """`Queries` are those on one kind of thing in a database, with the clock that dates them."""
+
+    def __init__(self, database: Database, clock: Callable[[], float]):
+        self._database = database
+        self._clock = clock
+
+
+def changed(session: OrmSession, statement: Update | Delete) -> int:
+    """Run an update or a deletion; return how many records it met."""
+    done: Any = session.execute(statement.execution_options(synchronize_session=False))
+    return int(done.rowcount)
 
 
 def chunks(ids: Iterable[str], most: int = 500) -> Iterator[list[str]]:

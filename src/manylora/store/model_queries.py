@@ -1,42 +1,26 @@
 """Sessions make models (training runs) and samplers (sampling sessions)."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 
-from sqlalchemy import select, update
+from sqlalchemy import update
 from sqlalchemy.orm import Session as OrmSession
 
-from manylora.store.database import Database, chunks
+from manylora.store.database import Queries, chunks
 from manylora.store.records import ModelRow, Page, SamplerRow
 from manylora.store.tables import ModelTable, Sampler
 from manylora.types import Conflict
 
 
-class ModelQueries:
+class ModelQueries(Queries):
     """Models are training runs. They are closed, never deleted: their checkpoints outlive them."""
 
-    def __init__(self, database: Database, clock: Callable[[], float]):
-        self._database = database
-        self._clock = clock
-
     def create(self, row: ModelRow) -> ModelRow:
-        """Make a model; the same request again gives the row that is there.
-
-        Raises:
-            Conflict: the number in the session, or the id, is taken by another request.
-        """
-
-        def work(session: OrmSession) -> ModelRow:
-            taken = (ModelTable.session_id == row.session_id) & (
-                ModelTable.model_seq_id == row.model_seq_id
-            )
-            present = session.scalar(select(ModelTable).where(taken | (ModelTable.id == row.id)))
-            if present is None:
-                session.add(ModelTable.of(row))
-                return row
-            _check_same(present.row(), row)
-            return present.row()
-
-        return self._database.write(work)
+        """Make a model; the same request again gives the row that is there. Raises Conflict if the
+        number in the session, or the id, is taken by another request."""
+        number = ModelTable.model_seq_id == row.model_seq_id
+        taken = (ModelTable.session_id == row.session_id) & number | (ModelTable.id == row.id)
+        return self._database.make(ModelTable, row, taken, partial(_check_same, row))
 
     def get(self, tenant: str, id: str) -> ModelRow | None:
         return self._database.one(ModelTable, ModelTable.id == id, ModelTable.tenant == tenant)
@@ -55,24 +39,15 @@ class ModelQueries:
     def open(self) -> list[ModelRow]:
         """Return all tenants' models that are not closed, in the order of their creation."""
         where = [ModelTable.closed_at.is_(None)]
-        return self._database.all(
-            ModelTable,
-            *where,
-            order=(
-                ModelTable.created_at,
-                ModelTable.id,
-            ),
-        )
+        return self._database.all(ModelTable, *where, order=(ModelTable.created_at, ModelTable.id))
 
     def touch(self, ids: Iterable[str], at: float | None = None) -> None:
         """Note that a request for each of them came."""
         at = self._clock() if at is None else at
+        older = ModelTable.last_request_at < at
         for some in chunks(ids):
-            self._database.change(
-                update(ModelTable)
-                .where(ModelTable.id.in_(some), ModelTable.last_request_at < at)
-                .values(last_request_at=at)
-            )
+            query = update(ModelTable).where(ModelTable.id.in_(some), older)
+            self._database.change(query.values(last_request_at=at))
 
     def set_steps(self, steps: Mapping[str, int]) -> None:
         """Set how many optimizer steps each of them made."""
@@ -96,50 +71,29 @@ class ModelQueries:
         self._database.change(update(ModelTable).where(ModelTable.id == id).values(fault=fault))
 
 
-class SamplerQueries:
+class SamplerQueries(Queries):
     """Samplers are sampling sessions; a row says what one samples from."""
 
-    def __init__(self, database: Database):
-        self._database = database
-
     def create(self, row: SamplerRow) -> SamplerRow:
-        """Make a sampler; the same request again gives the row that is there.
-
-        Raises:
-            Conflict: the number in the session, or the id, is taken by another request.
-        """
-
-        def work(session: OrmSession) -> SamplerRow:
-            taken = (Sampler.session_id == row.session_id) & (Sampler.seq_id == row.seq_id)
-            present = session.scalar(select(Sampler).where(taken | (Sampler.id == row.id)))
-            if present is None:
-                session.add(Sampler.of(row))
-                return row
-            _check_same(present.row(), row)
-            return present.row()
-
-        return self._database.write(work)
+        """Make a sampler; the same request again gives the row that is there. Raises Conflict if
+        the number in the session, or the id, is taken by another request."""
+        number = Sampler.seq_id == row.seq_id
+        taken = (Sampler.session_id == row.session_id) & number | (Sampler.id == row.id)
+        return self._database.make(Sampler, row, taken, partial(_check_same, row))
 
     def get(self, tenant: str, id: str) -> SamplerRow | None:
         return self._database.one(Sampler, Sampler.id == id, Sampler.tenant == tenant)
 
     def of_model(self, tenant: str, model_id: str) -> list[SamplerRow]:
         where = [Sampler.model_id == model_id, Sampler.tenant == tenant]
-        return self._database.all(
-            Sampler,
-            *where,
-            order=(
-                Sampler.created_at,
-                Sampler.id,
-            ),
-        )
+        return self._database.all(Sampler, *where, order=(Sampler.created_at, Sampler.id))
 
     def of_session(self, tenant: str, session_id: str) -> list[SamplerRow]:
         where = [Sampler.session_id == session_id, Sampler.tenant == tenant]
         return self._database.all(Sampler, *where, order=(Sampler.seq_id,))
 
 
-def _check_same(present: ModelRow | SamplerRow, wanted: ModelRow | SamplerRow) -> None:
+def _check_same(wanted: ModelRow | SamplerRow, present: ModelRow | SamplerRow) -> None:
     if _request(present) != _request(wanted):
         raise Conflict(
             f"{wanted.id}: its number in the session was used by a request that said something else"

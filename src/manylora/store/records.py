@@ -20,11 +20,8 @@ class Page(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class KeyRow:
-    """A `KeyRow` is an API key, without what would let a client in.
-
-    Attributes:
-        prefix: the first characters of the key, to tell one from another.
-    """
+    """A `KeyRow` is an API key, without what would let a client in; `prefix` is its first
+    characters, to tell one from another."""
 
     id: str
     tenant: str

@@ -27,7 +27,7 @@ class Store:
         self.keys = Keys(self._database, clock)
         self.sessions = SessionQueries(self._database, clock)
         self.models = ModelQueries(self._database, clock)
-        self.samplers = SamplerQueries(self._database)
+        self.samplers = SamplerQueries(self._database, clock)
         self.checkpoints = CheckpointQueries(self._database, clock)
         self.runs = RunQueries(self._database, clock)
         self.tidying = Tidying(self._database, clock)

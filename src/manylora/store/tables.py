@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, Text, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, MetaData, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from manylora.store.records import (
@@ -22,6 +22,13 @@ R = TypeVar("R")
 class Base(DeclarativeBase):
     """Every table has this base. JSON, not JSONB: it keeps any text that a client may send."""
 
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        }
+    )
     type_annotation_map: ClassVar[dict[Any, Any]] = {
         str: Text,
         int: BigInteger,
@@ -63,7 +70,7 @@ class Key(RowOf[KeyRow], Base):
 
 class SessionTable(RowOf[SessionRow], Base):
     __tablename__ = "sessions"
-    __table_args__ = (Index("ix_sessions_tenant_created_at", "tenant", "created_at"),)
+    __table_args__ = (Index(None, "tenant", "created_at"),)
     row_type = SessionRow
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -81,16 +88,14 @@ class SessionTable(RowOf[SessionRow], Base):
 class ModelTable(RowOf[ModelRow], Base):
     __tablename__ = "models"
     __table_args__ = (
-        UniqueConstraint("session_id", "model_seq_id", name="uq_models_session_id_model_seq_id"),
-        Index("ix_models_tenant_created_at", "tenant", "created_at"),
+        UniqueConstraint("session_id", "model_seq_id"),
+        Index(None, "tenant", "created_at"),
     )
     row_type = ModelRow
 
     id: Mapped[str] = mapped_column(primary_key=True)
     tenant: Mapped[str]
-    session_id: Mapped[str] = mapped_column(
-        ForeignKey("sessions.id", name="fk_models_session_id_sessions")
-    )
+    session_id: Mapped[str] = mapped_column(ForeignKey("sessions.id"))
     model_seq_id: Mapped[int]
     base_model: Mapped[str]
     spec: Mapped[Json]
@@ -106,38 +111,30 @@ class ModelTable(RowOf[ModelRow], Base):
 
 class Sampler(RowOf[SamplerRow], Base):
     __tablename__ = "samplers"
-    __table_args__ = (
-        UniqueConstraint("session_id", "seq_id", name="uq_samplers_session_id_seq_id"),
-    )
+    __table_args__ = (UniqueConstraint("session_id", "seq_id"),)
     row_type = SamplerRow
 
     id: Mapped[str] = mapped_column(primary_key=True)
     tenant: Mapped[str]
-    session_id: Mapped[str] = mapped_column(
-        ForeignKey("sessions.id", name="fk_samplers_session_id_sessions")
-    )
+    session_id: Mapped[str] = mapped_column(ForeignKey("sessions.id"))
     seq_id: Mapped[int]
     digest: Mapped[str]
     kind: Mapped[str]
     base_model: Mapped[str]
     created_at: Mapped[float]
     model_path: Mapped[str | None]
-    model_id: Mapped[str | None] = mapped_column(
-        ForeignKey("models.id", name="fk_samplers_model_id_models"), index=True
-    )
+    model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"), index=True)
     snapshot: Mapped[str | None]
 
 
 class CheckpointTable(RowOf[CheckpointRow], Base):
     __tablename__ = "checkpoints"
-    __table_args__ = (Index("ix_checkpoints_tenant_created_at", "tenant", "created_at"),)
+    __table_args__ = (Index(None, "tenant", "created_at"),)
     row_type = CheckpointRow
 
     tenant: Mapped[str] = mapped_column(primary_key=True)
     path: Mapped[str] = mapped_column(primary_key=True, index=True)
-    model_id: Mapped[str] = mapped_column(
-        ForeignKey("models.id", name="fk_checkpoints_model_id_models"), index=True
-    )
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
     kind: Mapped[str]
     name: Mapped[str]
     folder: Mapped[str]
@@ -153,7 +150,7 @@ class CheckpointTable(RowOf[CheckpointRow], Base):
 
 class RunTable(RowOf[RunRow], Base):
     __tablename__ = "runs"
-    __table_args__ = (Index("ix_runs_tenant_created_at", "tenant", "created_at"),)
+    __table_args__ = (Index(None, "tenant", "created_at"),)
     row_type = RunRow
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -163,8 +160,6 @@ class RunTable(RowOf[RunRow], Base):
     status: Mapped[str]
     created_at: Mapped[float]
     updated_at: Mapped[float]
-    model_id: Mapped[str | None] = mapped_column(
-        ForeignKey("models.id", name="fk_runs_model_id_models")
-    )
+    model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"))
     error: Mapped[str | None]
     progress: Mapped[Json]

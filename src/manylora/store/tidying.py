@@ -1,24 +1,19 @@
 """Rows that are over and of no more use go, and give their room on the disk back."""
 
-from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import ColumnElement, delete, exists, func, select
 from sqlalchemy.orm import Session as OrmSession
 
-from manylora.store.database import Database
+from manylora.store.database import Queries, changed
 from manylora.store.records import RunRow
 from manylora.store.tables import CheckpointTable, ModelTable, RunTable, Sampler, SessionTable
 
 ENDED = ("completed", "failed", "cancelled")
 
 
-class Tidying:
+class Tidying(Queries):
     """`Tidying` counts what tenants have in the database, and finds what of it can go."""
-
-    def __init__(self, database: Database, clock: Callable[[], float]):
-        self._database = database
-        self._clock = clock
 
     def count_sessions(self, tenant: str) -> int:
         """Count a tenant's sessions, open or over, but for those of which checkpoints are kept."""
@@ -32,15 +27,12 @@ class Tidying:
         return self._count(Sampler, tenant)
 
     def forget(self, empty_seconds: float, all_seconds: float) -> int:
-        """Delete what is over.
+        """Delete what is over; return how many rows went.
 
         Args:
             empty_seconds: sessions go so long after their end if nothing was made in them.
             all_seconds: so long after it go the other sessions, with their sampling sessions and
                 with their models that are closed and have no checkpoint.
-
-        Returns:
-            how many rows went.
         """
         now = self._clock()
 
@@ -52,21 +44,13 @@ class Tidying:
             empty = ~exists().where(ModelTable.session_id == SessionTable.id) & ~exists().where(
                 Sampler.session_id == SessionTable.id
             )
+            closed = ModelTable.session_id.in_(old) & ModelTable.closed_at.is_not(None)
             steps: list[tuple[Any, ColumnElement[bool]]] = [
                 (Sampler, Sampler.session_id.in_(old)),
-                (
-                    ModelTable,
-                    ModelTable.session_id.in_(old) & ModelTable.closed_at.is_not(None)
-                    & unused & ~submitted & ~sampled,
-                ),
+                (ModelTable, closed & unused & ~submitted & ~sampled),
                 (SessionTable, (SessionTable.ended_at < now - empty_seconds) & empty),
-            ]  # fmt: skip
-            gone = 0
-            for table, which in steps:
-                statement = delete(table).where(which)
-                done: Any = session.execute(statement.execution_options(synchronize_session=False))
-                gone += int(done.rowcount)
-            return gone
+            ]
+            return sum(changed(session, delete(table).where(which)) for table, which in steps)
 
         gone = self._database.write(work)
         if gone:

@@ -7,8 +7,8 @@ from manylora.quickstart.tasks import (
     SHOWCASE,
     TASKS,
     examples,
+    pig_latin,
     prompt_for,
-    task_named,
 )
 from manylora.quickstart.words import WORDS
 
@@ -31,7 +31,7 @@ def test_one_prompt_has_eight_answers() -> None:
 
 
 def test_pig_latin_keeps_a_vowel_in_front() -> None:
-    assert task_named("pig_latin").answer("apple") == "appleay"
+    assert pig_latin("apple") == "appleay"
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
@@ -47,7 +47,7 @@ def test_splits_are_repeatable_and_share_no_prompt(task, seed) -> None:
 
 
 def test_another_seed_holds_other_words_out() -> None:
-    task = task_named("spell")
+    task = TASKS[0]
     assert examples(task, "held_out", 0) != examples(task, "held_out", 1)
 
 
@@ -55,8 +55,3 @@ def test_settings_differ() -> None:
     assert len({task.rank for task in TASKS}) == len(TASKS)
     assert len({task.targets for task in TASKS}) >= 4
     assert all(task.alpha == 2 * task.rank for task in TASKS)
-
-
-def test_an_unknown_task_is_named_with_the_known_ones() -> None:
-    with pytest.raises(KeyError, match="reverse, shout"):
-        task_named("nonsense")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from manylora.runs.encode import Encoder, encode_prompt, encode_source
+from manylora.runs.encode import Encoder
 from manylora.runs.sources import read_source
 from manylora.types import DataError
 from tests.unit.runs.small_tokenizer import make_tokenizer
@@ -21,6 +21,10 @@ def source(tmp_path, monkeypatch):
         return read_source("d.jsonl")
 
     return source
+
+
+def encode_source(source, tokenizer):
+    return Encoder(tokenizer).encode(source).data
 
 
 def sequence(datum) -> list[int]:
@@ -71,7 +75,7 @@ def test_what_a_tokenizer_puts_around_a_text(source, single, front):
         special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in names],
     )
     ids = tokenizer("one", add_special_tokens=False)["input_ids"]
-    assert encode_prompt(tokenizer, "one") == [*front, *ids]
+    assert Encoder(tokenizer).prompt("one") == [*front, *ids]
     (pair,) = encode_source(source({"prompt": "one", "completion": "one"}), tokenizer)
     assert sequence(pair) == [*front, *ids, *ids, tokenizer.eos_token_id]
     (text,) = encode_source(source({"text": "one"}), tokenizer)
@@ -225,10 +229,10 @@ def test_a_prompt_is_what_training_had_before_the_answer(source, request, which)
     tokenizer = request.getfixturevalue(which)
     (datum,) = encode_source(source({"prompt": "reverse abc", "completion": "cba"}), tokenizer)
     first_learned = int(np.argmax(datum.loss_inputs["weights"])) + 1
-    assert encode_prompt(tokenizer, "reverse abc") == sequence(datum)[:first_learned]
+    assert Encoder(tokenizer).prompt("reverse abc") == sequence(datum)[:first_learned]
 
 
 def test_a_chat_prompt_ends_where_the_answer_begins(source, tokenizer):
     (datum,) = encode_source(source({"messages": TURNS[1:3]}), tokenizer)
     first_learned = int(np.argmax(datum.loss_inputs["weights"])) + 1
-    assert encode_prompt(tokenizer, "one", chat=True) == sequence(datum)[:first_learned]
+    assert Encoder(tokenizer).prompt("one", chat=True) == sequence(datum)[:first_learned]

@@ -12,7 +12,7 @@ from manylora.lora.sites import Site, resolve_targets
 from manylora.models import open_base
 from manylora.models.linears import find_linears
 from manylora.runs.data_order import DataOrder
-from manylora.runs.encode import encode_source
+from manylora.runs.encode import Encoder
 from manylora.runs.run_plan import plan_run
 from manylora.runs.sources import read_source
 from manylora.types import BaseModelError, DataError, TargetError
@@ -83,7 +83,7 @@ def test_sizes_are_those_of_the_opened_base(run_with, base_folder):
 
 def test_steps_and_tokens_are_those_of_the_data(run_with, tokenizer):
     run = run_with()
-    data = encode_source(read_source("d.jsonl"), tokenizer)
+    data = Encoder(tokenizer).encode(read_source("d.jsonl")).data
     for entry, planned in zip(run.adapters, plan_run(run).adapters, strict=True):
         order = DataOrder(size=10, batch_size=4, seed=entry.seed)
         visited = [i for step in range(planned.steps) for i in order.batch_indices(step)]

@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import Lifespan, Scope
+from starlette.types import Scope
 
 from manylora.service.http import (
     routes_checkpoints,
@@ -96,9 +96,8 @@ class _Application(FastAPI):
             )
             components = document.setdefault("components", {})
             components["schemas"] = {**bodies["$defs"], **components.get("schemas", {})}
-            components["securitySchemes"] = {
-                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"}
-            }
+            key = {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+            components["securitySchemes"] = {"key": key}
             no_scopes: list[str] = []
             document["security"] = [{"key": no_scopes}]
             self.openapi_schema = document
@@ -115,7 +114,6 @@ def build_app(
     metrics: Callable[[], str] | None = None,
     names: Names | None = None,
     connections: OpenConnections | None = None,
-    lifespan: Lifespan[FastAPI] | None = None,
 ) -> FastAPI:
     """Build the application around a hub.
 
@@ -132,7 +130,6 @@ def build_app(
         version="1",
         docs_url=None,
         redoc_url=None,
-        lifespan=lifespan,
         redirect_slashes=False,
         responses=_REFUSALS,
     )

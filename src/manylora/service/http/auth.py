@@ -6,7 +6,6 @@ A key is never logged and never kept: the memory of known keys holds their diges
 import hashlib
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Protocol
 
 from anyio import to_thread
@@ -18,6 +17,13 @@ from manylora.service.http_errors import Unauthenticated
 KEY_PREFIX = "tml-"
 DEV_TENANT = "dev"
 MAX_KEY, MAX_REMEMBERED = 512, 10_000
+# How long a revoked key is served, and a new key that was tried too early is unknown, at most.
+REMEMBER_SECONDS, FORGET_SECONDS = 10.0, 1.0
+# Whole paths that need no key, and beginnings of paths: what lies below carries its own proof.
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/api/v1/healthz"})
+OPEN_PREFIXES = ("/api/v1/external_weights/", "/api/v1/archives/")
+# It needs no key from this machine itself; from others it does: figures name tenants.
+LOCAL_PATH = "/metrics"
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 # What a proxy says of the client that it speaks for.
 _FORWARDED = frozenset(
@@ -40,56 +46,21 @@ class DevAuthenticator:
         return DEV_TENANT if key.startswith(KEY_PREFIX) else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenPaths:
-    """`OpenPaths` need no key.
-
-    Attributes:
-        exact: whole paths.
-        prefixes: beginnings of paths; what lies below carries its own proof.
-        local: whole paths that need no key from this machine itself: figures name tenants.
-    """
-
-    exact: frozenset[str] = frozenset({"/healthz", "/readyz", "/openapi.json", "/api/v1/healthz"})
-    prefixes: tuple[str, ...] = ("/api/v1/external_weights/", "/api/v1/archives/")
-    local: frozenset[str] = frozenset({"/metrics"})
-
-    def lets_in(self, scope: Scope) -> bool:
-        """Return whether this request needs no key."""
-        path = scope["path"]
-        if path in self.local:
-            return is_near(scope)
-        return path in self.exact or path.startswith(self.prefixes)
-
-
 class Authentication:
-    """`Authentication` is ASGI middleware: it sets `scope["state"]["tenant"]`, or answers 401.
-
-    Args:
-        local_only: refuse every client that is not on this machine (the development tenant).
-        remember_seconds: a revoked key is served this long at most.
-        forget_seconds: a new key that was tried too early is unknown this long at most.
-    """
+    """`Authentication` is ASGI middleware: it sets `scope["state"]["tenant"]`, or answers 401."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        authenticator: Authenticator,
-        local_only: bool = False,
-        open_paths: OpenPaths | None = None,
-        remember_seconds: float = 10.0,
-        forget_seconds: float = 1.0,
+        self, app: ASGIApp, *, authenticator: Authenticator, local_only: bool = False
     ) -> None:
+        """Refuse, if `local_only`, every client that is not on this machine (the development
+        tenant)."""
         self.app = app
         self.authenticator = authenticator
         self.local_only = local_only
-        self.open_paths = OpenPaths() if open_paths is None else open_paths
-        self.remember_seconds, self.forget_seconds = remember_seconds, forget_seconds
         self._known: dict[bytes, tuple[str | None, float]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self.open_paths.lets_in(scope):
+        if scope["type"] != "http" or _needs_no_key(scope):
             await self.app(scope, receive, send)
             return
         try:
@@ -124,9 +95,16 @@ class Authentication:
         tenant = await to_thread.run_sync(self.authenticator.lookup, raw.decode("ascii"))
         if len(self._known) >= MAX_REMEMBERED:
             self._known.clear()
-        seconds = self.forget_seconds if tenant is None else self.remember_seconds
+        seconds = FORGET_SECONDS if tenant is None else REMEMBER_SECONDS
         self._known[digest] = (tenant, now + seconds)
         return tenant
+
+
+def _needs_no_key(scope: Scope) -> bool:
+    path = scope["path"]
+    if path == LOCAL_PATH:
+        return is_near(scope)
+    return path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
 
 
 def is_near(scope: Scope) -> bool:

@@ -74,11 +74,9 @@ async def _ignore(scope: Scope, prefix: bytes, error: TooLarge) -> None:
 class BodyLimit:
     """`BodyLimit` is ASGI middleware: it hands on a whole body, or answers 408, 413 or 429."""
 
-    def __init__(
-        self, app: ASGIApp, *, limits: BodyLimits | None = None, on_refused: Refused = _ignore
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, limits: BodyLimits, on_refused: Refused = _ignore) -> None:
         self.app = app
-        self.limits = limits = BodyLimits() if limits is None else limits
+        self.limits = limits
         self.on_refused = on_refused
         self.room = Capacity(limits.arriving, limits.arriving_each, "bytes of requests in hand")
 
@@ -107,11 +105,7 @@ class BodyLimit:
 
 
 class _Coming:
-    """A `_Coming` is a body on its way.
-
-    Attributes:
-        prefix: the first bytes of one that was too large.
-    """
+    """A `_Coming` is a body on its way; `prefix` are the first bytes of one that was too large."""
 
     def __init__(self, receive: Receive, limits: BodyLimits, held: Held):
         self._receive, self._limits, self._held = receive, limits, held
@@ -123,10 +117,7 @@ class _Coming:
         self._lately = 0
 
     async def whole(self, limit: int, declared: int, prefix: int) -> bytes:
-        """Return all of it.
-
-        Args:
-            prefix: how much to look at of what says that it is too large.
+        """Return all of it; of what says that it is too large, look at `prefix` bytes.
 
         Raises:
             TooLarge: it is, or says that it is; of what came, `prefix` is kept.

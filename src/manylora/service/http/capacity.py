@@ -14,13 +14,8 @@ class Capacity:
         """Call what is held `what` in the words of the refusal."""
         self.most, self.most_each = most, min(most_each, most)
         self._what = what
-        self._held = 0
+        self.held = 0  # by all together
         self._held_by: dict[str, int] = {}
-
-    @property
-    def held(self) -> int:
-        """All together hold so much."""
-        return self._held
 
     @contextmanager
     def holding(self, *owners: str) -> "Iterator[Held]":
@@ -33,9 +28,9 @@ class Capacity:
 
     def take(self, count: int, owners: tuple[str, ...]) -> None:
         """Take `count`; raise Backpressure, with nothing taken, if there is not so much left."""
-        if self._held + count > self.most:
+        if self.held + count > self.most:
             raise Backpressure(
-                f"the server has {self._held:,} {self._what}, and {self.most:,} is the limit; "
+                f"the server has {self.held:,} {self._what}, and {self.most:,} is the limit; "
                 "try again soon"
             )
         for owner in owners:
@@ -45,13 +40,13 @@ class Capacity:
                     f"{owner} has {held:,} {self._what}, {count:,} more would be beyond the "
                     f"limit of {self.most_each:,}; try again when some are done"
                 )
-        self._held += count
+        self.held += count
         for owner in owners:
             self._held_by[owner] = self._held_by.get(owner, 0) + count
 
     def give(self, count: int, owners: tuple[str, ...]) -> None:
         """Give back what was taken."""
-        self._held -= count
+        self.held -= count
         for owner in owners:
             left = self._held_by[owner] - count
             if left:
@@ -68,11 +63,8 @@ class Held:
         self._room, self._owners = room, owners
 
     def grow(self, count: int) -> None:
-        """Hold `count` in all; less than now changes nothing.
-
-        Raises:
-            Backpressure: there is no room for it.
-        """
+        """Hold `count` in all; less than now changes nothing. Raises Backpressure: there is no room
+        for it."""
         more = count - self.count
         if more > 0:
             self._room.take(more, self._owners)

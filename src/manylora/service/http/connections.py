@@ -123,15 +123,9 @@ class OpenConnections:
 
 
 def room_for(wanted: int, others: int) -> int:
-    """Return how many connections may be open at once. The limit of open files is raised as far
-    as is needed and allowed.
-
-    Args:
-        others: processes that a descriptor each is kept for.
-
-    Raises:
-        ConfigError: the system allows too few open files.
-    """
+    """Return how many connections may be open at once, with a descriptor kept for each of `others`,
+    which are processes. The limit of open files is raised as far as is needed and allowed. Raises
+    ConfigError: the system allows too few open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = _num_open() + others
     needed = wanted + used + RESERVED

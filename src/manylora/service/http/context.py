@@ -7,6 +7,7 @@ that is refused here, before the hub saw it, uses its number up; later ones woul
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -15,10 +16,10 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.routing import Route
 
-from manylora.service.contract import Hub
+from manylora.service.contract import JSON_TYPE, Hub
 from manylora.service.http.body_limits import BodyLimits
 from manylora.service.http.capacity import Capacity
-from manylora.service.http.responses import JSON_TYPE, json_response
+from manylora.service.http.responses import json_response
 from manylora.service.http.signing import Signer
 from manylora.service.http_errors import WrongEncoding
 from manylora.service.hub_proxy import HubProxy
@@ -112,17 +113,13 @@ class Caller:
         return self.context.hub.entered()
 
 
-def _caller(request: Request) -> Caller:
-    return Caller(request.app.state.context, request.state.tenant, request.state.request_id)
-
-
 # FastAPI runs a dependency that is no coroutine in a thread.
 async def _find_context(request: Request) -> RequestContext:
     return request.app.state.context
 
 
 async def _find_caller(request: Request) -> Caller:
-    return _caller(request)
+    return Caller(request.app.state.context, request.state.tenant, request.state.request_id)
 
 
 TheContext = Annotated[RequestContext, Depends(_find_context)]
@@ -138,12 +135,12 @@ def json_body(model: type[M]) -> Any:
 
 def _json_reader(model: type[M]) -> Callable[[Request], Awaitable[M]]:
     async def read(request: Request) -> M:
-        caller, body = _caller(request), await request.body()
+        caller, body = await _find_caller(request), await request.body()
         kind = KIND_OF_MESSAGE.get(model)
-        if kind is None:
-            return await _read(caller.context, request, model, body)
-        async with caller.context.using_up(caller.tenant, lambda: kind.peek(body)):
-            return await _read(caller.context, request, model, body)
+        ids = (lambda: None) if kind is None else partial(kind.peek, body)
+        async with caller.context.using_up(caller.tenant, ids):
+            check_type(request, JSON_TYPE)
+            return await caller.context.read(partial(read_json, model), body)
 
     return read
 
@@ -152,25 +149,17 @@ def straight(
     path: str, handler: Callable[[Caller, Any], Awaitable[Any]], model: type[BaseModel] | None
 ) -> Route:
     """Make a route of FastAPI's again, without what FastAPI does around the handler. For those that
-    every step of every client takes, that is more than what they do.
-
-    Args:
-        handler: the route's own, of a caller and of the message or (without a model) the request.
-        model: of its JSON body.
+    every step of every client takes, that is more than what they do. The `handler` is the route's
+    own, of a caller and of the message (`model`, its JSON body) or, without a model, the request.
     """
     read = None if model is None else _json_reader(model)
 
     async def answer(request: Request) -> Response:
         message = request if read is None else await read(request)
-        reply = await handler(_caller(request), message)
+        reply = await handler(await _find_caller(request), message)
         return reply if isinstance(reply, Response) else json_response(reply)
 
     return Route(path, answer, methods=["POST"])
-
-
-async def _read(context: RequestContext, request: Request, model: type[M], body: bytes) -> M:
-    check_type(request, JSON_TYPE)
-    return await context.read(lambda content: read_json(model, content), body)
 
 
 def check_type(request: Request, content_type: str) -> None:

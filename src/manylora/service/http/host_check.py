@@ -71,9 +71,8 @@ class HostCheck:
         headers = scope["headers"]
         hosts = header_values(headers, b"host")
         error: ManyloraError | None = None
-        if header_values(headers, b"transfer-encoding") and header_values(
-            headers, b"content-length"
-        ):
+        ends = [header_values(headers, name) for name in (b"transfer-encoding", b"content-length")]
+        if all(ends):
             error = DataError("Content-Length and Transfer-Encoding exclude each other; send one")
         elif len(hosts) > 1:
             error = DataError("send one Host header")

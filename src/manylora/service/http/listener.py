@@ -39,12 +39,9 @@ class Listener(socket.socket):
         super().listen(BACKLOG)
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Return the next connection that may stay; any other is told so and closed.
-
-        Raises:
-            BlockingIOError: no more in this turn of the loop.
-            OSError: there is no descriptor left; asyncio pauses for a second.
-        """
+        """Return the next connection that may stay; any other is told so and closed. Raises
+        BlockingIOError: no more in this turn of the loop; OSError: there is no descriptor left, and
+        asyncio pauses for a second."""
         while self._taken < AT_ONCE and not self._exhausted:
             self._taken += 1
             try:
@@ -63,11 +60,8 @@ class Listener(socket.socket):
 
 
 def listen_at(host: str, port: int, connections: OpenConnections) -> Listener:
-    """Return a socket that is bound and does not listen yet.
-
-    Raises:
-        ConfigError: the address cannot be used.
-    """
+    """Return a socket that is bound and does not listen yet. Raises ConfigError: the address cannot
+    be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sends at once (TCP_NODELAY) only where it sees that it is TCP; otherwise every answer,
     # which is a head and a body, waits 40 ms for the client's word in between.
@@ -180,9 +174,8 @@ class Protocol(H11Protocol):
 
 def raw_answer(answer: ErrorAnswer) -> bytes:
     """Return a refusal where there is no application to make it."""
-    body = json.dumps(
-        {"error": answer.message, "category": answer.category, "request_id": uuid4().hex}
-    ).encode()
+    told = {"error": answer.message, "category": answer.category, "request_id": uuid4().hex}
+    body = json.dumps(told).encode()
     words = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}
     lines = [
         f"HTTP/1.1 {answer.status} {words[answer.status]}",

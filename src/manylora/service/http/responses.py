@@ -3,10 +3,10 @@
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from manylora.service.contract import JSON_TYPE
 from manylora.service.http_errors import ErrorAnswer, answer_to
 from manylora.service.wire.replies import ErrorReply
 
-JSON_TYPE = "application/json"
 RETRY_SECONDS = "1"
 
 

@@ -6,9 +6,9 @@ from typing import Annotated
 
 from starlette.responses import Response
 
-from manylora.service.contract import PROTOBUF_TYPE, Failed, Ready, Waiting
+from manylora.service.contract import JSON_TYPE, PROTOBUF_TYPE, Failed, Ready, Waiting
 from manylora.service.http.context import Caller, Routes, TheCaller, json_body, takes
-from manylora.service.http.responses import JSON_TYPE, json_response
+from manylora.service.http.responses import json_response
 from manylora.service.wire.messages import RetrieveFutureRequest
 from manylora.service.wire.replies import CompleteMetadata, ErrorReply, TryAgain
 
@@ -20,10 +20,7 @@ Retrieve = Annotated[RetrieveFutureRequest, json_body(RetrieveFutureRequest)]
 @router.post(
     "/retrieve_future",
     openapi_extra=takes(RetrieveFutureRequest),
-    responses={
-        200: {"content": {JSON_TYPE: {}, PROTOBUF_TYPE: {}}},
-        408: {"model": TryAgain},
-    },
+    responses={200: {"content": {JSON_TYPE: {}, PROTOBUF_TYPE: {}}}, 408: {"model": TryAgain}},
 )
 async def retrieve_future(caller: TheCaller, message: Retrieve) -> Response:
     """A promise's result: JSON or protobuf by the request's kind, or how it failed.
@@ -51,8 +48,6 @@ async def _not_yet(caller: Caller, request_id: str, waiting: Waiting, started: f
     least = min(settings.least_poll_seconds, settings.poll_seconds)
     await asyncio.sleep(max(0.0, least - (time.monotonic() - started)))
     reply = TryAgain(
-        request_id=request_id,
-        queue_state=waiting.queue_state,
-        queue_state_reason=waiting.reason,
+        request_id=request_id, queue_state=waiting.queue_state, queue_state_reason=waiting.reason
     )
     return json_response(reply, 408)

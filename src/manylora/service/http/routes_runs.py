@@ -7,13 +7,7 @@ from fastapi import Depends, Query
 from manylora.service.http.context import Routes, TheCaller, json_body, takes
 from manylora.service.http.routes_checkpoints import MOST, Limit, Offset
 from manylora.service.wire.paths import identifier
-from manylora.service.wire.run_messages import (
-    Adapter,
-    AdapterList,
-    Run,
-    RunList,
-    SubmitRunRequest,
-)
+from manylora.service.wire.run_messages import Adapter, AdapterList, Run, RunList, SubmitRunRequest
 
 router = Routes(prefix="/api/v1", tags=["runs"])
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from fastapi import Request
 
+from manylora.service.contract import JSON_TYPE
 from manylora.service.http.context import Routes, TheCaller, check_type, json_body, takes
-from manylora.service.http.responses import JSON_TYPE
 from manylora.service.wire.messages import CreateSamplingSessionRequest, SampleRequest
 from manylora.service.wire.paths import TinkerPath, identifier
 from manylora.service.wire.replies import CreateSamplingSessionReply, SamplerInfo, Submitted

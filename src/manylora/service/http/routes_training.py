@@ -5,9 +5,8 @@ from typing import Annotated, Any
 
 from fastapi import Request
 
-from manylora.service.contract import PROTOBUF_TYPE
+from manylora.service.contract import JSON_TYPE, PROTOBUF_TYPE
 from manylora.service.http.context import Caller, Routes, TheCaller, check_type, json_body, takes
-from manylora.service.http.responses import JSON_TYPE
 from manylora.service.wire.codec import adam_params
 from manylora.service.wire.messages import (
     KINDS,

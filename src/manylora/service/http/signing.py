@@ -26,12 +26,8 @@ class Grant:
 
 
 class Signer:
-    """A `Signer` makes tokens and takes them back.
-
-    Args:
-        secret: who has it can make tokens. Tokens of another secret are worthless, so a secret
-            that is new at every start ends them there.
-    """
+    """A `Signer` makes tokens and takes them back. Who has its `secret` can make tokens; those of
+    another secret are worthless, so a secret that is new at every start ends them there."""
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
@@ -43,20 +39,15 @@ class Signer:
         return f"{_encode(payload)}.{_encode(self._seal(payload))}"
 
     def grant(self, token: str) -> Grant:
-        """Return what a token allows.
-
-        Raises:
-            NotFound: it is none of ours. Gone: its time is over.
-        """
+        """Return what a token allows. Raises NotFound: it is none of ours; Gone: its time is
+        over."""
         try:
             payload, seal = (_decode(part) for part in token[:MAX_TOKEN].split("."))
             if not hmac.compare_digest(seal, self._seal(payload)):
                 raise missing("file")
             tenant, path, file, expires = json.loads(payload)
             grant = Grant(tenant, TinkerPath.parse(path), file, expires)
-        except ManyloraError:
-            raise missing("file") from None
-        except ValueError:
+        except (ManyloraError, ValueError):
             raise missing("file") from None
         if time.time() > grant.expires:
             raise Gone("this address has expired; ask for a new one")

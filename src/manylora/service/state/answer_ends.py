@@ -24,11 +24,8 @@ class Ends:
 
     async def given(self, row: SamplerRow, submit: SampleSubmit) -> SampleSubmit:
         """Return the request with the tokens at which the adapter was trained to end. If it names
-        tokens itself, or none are recorded, it is unchanged: then the base's are right.
-
-        Raises:
-            CheckpointDamaged, TooManyFilesOpen
-        """
+        tokens itself, or none are recorded, it is unchanged: then the base's are right. Raises
+        CheckpointDamaged, TooManyFilesOpen."""
         if submit.stop is not None or row.kind != "path" or row.snapshot is None:
             return submit
         if row.snapshot not in self._kept:

@@ -23,11 +23,8 @@ SCRATCH = ".archive-"
 
 
 class TarArchive:
-    """A `TarArchive` has no name: nothing of it stays when it is closed, however that comes.
-
-    Attributes:
-        size: its bytes.
-    """
+    """A `TarArchive` has `size` bytes and no name: nothing of it stays when it is closed, however
+    that comes."""
 
     def __init__(self, file: IO[bytes], closed: Callable[[], None]):
         """Take a `file` at its end; `closed` is called once, when the archive is closed."""
@@ -61,11 +58,8 @@ class Archives:
 
     async def open(self, tenant: str, path: TinkerPath) -> TarArchive:
         """Open the archive of a checkpoint that the tenant may read; the caller has to close it.
-
-        Raises:
-            NotFound: there is no such checkpoint. Backpressure: too many are open.
-            CheckpointDamaged, SaveFailed.
-        """
+        Raises NotFound: there is no such checkpoint; Backpressure: too many are open;
+        CheckpointDamaged, SaveFailed."""
         row = await self._checkpoints.readable(tenant, path, path.kind)
         if self._open >= MOST_OPEN:
             raise Backpressure(f"{MOST_OPEN} archives are being fetched; try again")

@@ -42,7 +42,7 @@ class Checkpoints:
 
     def __init__(self, store: Store, folder: Path, settings: ServerFile):
         """Keep the files below `folder`, the data directory."""
-        self._store = store
+        self._rows = store.checkpoints
         self._folder = folder
         self._settings = settings
 
@@ -50,10 +50,7 @@ class Checkpoints:
 
     def write(self, host: Host, order: CheckpointOrder, state: AdapterState) -> CheckpointRow:
         """Write an adapter's state as a checkpoint. A request that comes again changes nothing.
-
-        Raises:
-            CheckpointExists: the name is taken. QuotaExceeded. SaveFailed.
-        """
+        Raises CheckpointExists (the name is taken), QuotaExceeded, SaveFailed."""
 
         def put(folder: Path) -> None:
             if order.path.kind == "external_weights":
@@ -70,12 +67,13 @@ class Checkpoints:
     def _keep(
         self, order: CheckpointOrder, step: int, put: Callable[[Path], None]
     ) -> CheckpointRow:
-        path, existing = str(order.path), self._store.checkpoints.get(order.tenant, str(order.path))
+        path, existing = str(order.path), self._rows.get(order.tenant, str(order.path))
         if existing is not None and existing.request_id == order.request_id:
             return existing
         if existing is not None and not order.overwrite:
             raise CheckpointExists(f"{path} exists: take another name, or pass overwrite=True")
-        relative = self._relative(order)
+        model = order.path.model_id.replace(":", "_")
+        relative = f"checkpoints/{model}/{order.path.kind}/{order.path.name}@{order.seq}"
         folder = self._folder / relative
         put(folder)
         size = _bytes_below(folder)
@@ -87,7 +85,7 @@ class Checkpoints:
             expires_at=None if order.ttl_seconds is None else time.time() + order.ttl_seconds,
             user_metadata=dict(order.user_metadata or {}),
         )  # fmt: skip
-        replaced = self._store.checkpoints.put(row, overwrite=order.overwrite)
+        replaced = self._rows.put(row, overwrite=order.overwrite)
         if replaced is not None and replaced.folder != relative:
             self._remove(replaced)
         return row
@@ -96,7 +94,7 @@ class Checkpoints:
         self, tenant: str, size: int, replaced: CheckpointRow | None, folder: Path
     ) -> None:
         limit = self._settings.quotas.checkpoint_bytes
-        held = self._store.checkpoints.bytes_of(tenant)
+        held = self._rows.bytes_of(tenant)
         held -= replaced.size_bytes if replaced is not None else 0
         if held + size > limit:
             shutil.rmtree(folder, ignore_errors=True)
@@ -105,19 +103,12 @@ class Checkpoints:
                 "the limit: delete some, or give them a ttl"
             )
 
-    def _relative(self, order: CheckpointOrder) -> str:
-        model = order.path.model_id.replace(":", "_")
-        return f"checkpoints/{model}/{order.path.kind}/{order.path.name}@{order.seq}"
-
     # -- using one ---------------------------------------------------
 
     async def readable(self, tenant: str, path: TinkerPath, *kinds: PathKind) -> CheckpointRow:
-        """Return a checkpoint that the tenant may read: its own, or a published one.
-
-        Raises:
-            NotFound: there is none. DataError: it is of another kind.
-        """
-        row = _there(await asyncio.to_thread(self._store.checkpoints.readable, tenant, str(path)))
+        """Return a checkpoint that the tenant may read: its own, or a published one. Raises
+        NotFound: there is none; DataError: it is of another kind."""
+        row = _there(await asyncio.to_thread(self._rows.readable, tenant, str(path)))
         if row.kind not in kinds:
             raise DataError(f"{path} holds {row.kind}; here {' or '.join(kinds)} is needed")
         return row
@@ -145,40 +136,36 @@ class Checkpoints:
 
     async def get(self, tenant: str, path: TinkerPath) -> CheckpointRow:
         """Return the tenant's own checkpoint. Raises NotFound."""
-        return _there(await asyncio.to_thread(self._store.checkpoints.get, tenant, str(path)))
+        return _there(await asyncio.to_thread(self._rows.get, tenant, str(path)))
 
     async def of_model(self, tenant: str, model_id: str) -> list[CheckpointRow]:
         """Return all checkpoints of one training run, oldest first."""
-        return await asyncio.to_thread(self._store.checkpoints.of_model, tenant, model_id)
+        return await asyncio.to_thread(self._rows.of_model, tenant, model_id)
 
     async def page(self, tenant: str, limit: int, offset: int) -> CheckpointList:
         """Return a tenant's checkpoints, newest first."""
-        page = await asyncio.to_thread(self._store.checkpoints.page, tenant, limit, offset)
-        return CheckpointList(
-            checkpoints=[listed(row) for row in page.rows],
-            cursor=Cursor(offset=offset, limit=limit, total_count=page.total),
-        )
+        page = await asyncio.to_thread(self._rows.page, tenant, limit, offset)
+        cursor = Cursor(offset=offset, limit=limit, total_count=page.total)
+        return CheckpointList(checkpoints=[listed(row) for row in page.rows], cursor=cursor)
 
     async def delete(self, tenant: str, path: TinkerPath) -> None:
         """Delete a checkpoint and its files. Raises NotFound."""
-        row = _there(await asyncio.to_thread(self._store.checkpoints.delete, tenant, str(path)))
+        row = _there(await asyncio.to_thread(self._rows.delete, tenant, str(path)))
         await asyncio.to_thread(self._remove, row)
 
     async def set_ttl(self, tenant: str, path: TinkerPath, seconds: int | None) -> None:
         """Let a checkpoint expire that many seconds from now; None = never. Raises NotFound."""
-        set_ttl = self._store.checkpoints.set_ttl
-        _there(await asyncio.to_thread(set_ttl, tenant, str(path), seconds))
+        _there(await asyncio.to_thread(self._rows.set_ttl, tenant, str(path), seconds))
 
     async def set_public(self, tenant: str, path: TinkerPath, public: bool) -> None:
         """Let other tenants read a checkpoint, or not any more. Raises NotFound."""
-        set_public = self._store.checkpoints.set_public
-        _there(await asyncio.to_thread(set_public, tenant, str(path), public))
+        _there(await asyncio.to_thread(self._rows.set_public, tenant, str(path), public))
 
     def remove_expired(self) -> int:
         """Delete what is past its time (any thread); return how many."""
-        expired = self._store.checkpoints.expired()
+        expired = self._rows.expired()
         for row in expired:
-            if self._store.checkpoints.drop(row):
+            if self._rows.drop(row):
                 self._remove(row)
         return len(expired)
 

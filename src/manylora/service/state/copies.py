@@ -31,13 +31,9 @@ class Copies:
     async def make(
         self, tenant: str, request: CopyWeightsRequest, path: TinkerPath, key: str | None
     ) -> TinkerPath:
-        """Copy the checkpoint at `path`, the tenant's own or a published one.
-
-        Args:
-            key: the client's word for this one request; the same again gives the same copy.
-
-        Returns:
-            The copy's path: the same kind and name in a training run of its own.
+        """Copy the checkpoint at `path`, the tenant's own or a published one. Return the copy's
+        path: the same kind and name in a training run of its own. `key` is the client's word for
+        this one request; the same again gives the same copy.
 
         Raises:
             NotFound, Gone: no such checkpoint or session. Conflict: the number in the session was

@@ -20,10 +20,7 @@ _SPOKEN = MOST_SILENT_LOSSES // MOST_LOSSES
 
 class CrashSuspects:
     """`CrashSuspects` counts how often each was there. Any thread may call `is_suspect`.
-
-    Attributes:
-        completed: operations that ran to their end since an engine was lost last.
-    """
+    `completed` counts operations that ran to their end since an engine was lost last."""
 
     def __init__(self) -> None:
         self.completed = 0

@@ -6,7 +6,6 @@ is asked, every few examples, to let another tenant's go on; a tenant's own runs
 
 import asyncio
 from collections import deque
-from types import TracebackType
 
 # Preparations that have begun and wait for their next turn: each holds a thread, and its data.
 MOST_PAUSED = 32
@@ -16,7 +15,6 @@ class Preparing:
     """`Preparing` gives out the turns of a server. It belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._busy = False
         # Tenants of whom something could go on, the next one first; each once.
         self._next: deque[str] = deque()
@@ -35,8 +33,7 @@ class Preparing:
 
     async def begin(self, tenant: str) -> None:
         """Wait for the first turn."""
-        self._loop = asyncio.get_running_loop()
-        turn: asyncio.Future[None] = self._loop.create_future()
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._lines.setdefault(tenant, deque()).append(turn)
         if tenant not in self._begun and tenant not in self._next:
             self._next.append(tenant)
@@ -97,12 +94,7 @@ class PreparationTurn:
         await self._preparing.begin(self._tenant)
         self._loop = asyncio.get_running_loop()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         self._preparing.end(self._tenant)
 
     def pass_on(self) -> None:

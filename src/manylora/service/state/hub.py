@@ -51,13 +51,9 @@ class TinkerHub:
 
     async def capabilities(self, tenant: str) -> ServerCapabilities:
         """Return the base by every name that it is served under."""
-        context = self.resources.host.engine.base.context_length
-        return ServerCapabilities(
-            supported_models=[
-                SupportedModel(model_name=name, max_context_length=context)
-                for name in self.resources.base_names
-            ]
-        )
+        names, context = self.resources.base_names, self.resources.host.engine.base.context_length
+        models = [SupportedModel(model_name=name, max_context_length=context) for name in names]
+        return ServerCapabilities(supported_models=models)
 
     def _finished(self, session: Session) -> None:
         # What is queued still runs; the client need not wait for that.

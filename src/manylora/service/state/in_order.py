@@ -33,11 +33,8 @@ class InOrder(Generic[Item]):
         return sorted(self._early.items())
 
     def is_repeated(self, seq: int, digest: str) -> bool:
-        """Return whether this number has been seen, with the same contents.
-
-        Raises:
-            DataError: it was used for something else.
-        """
+        """Return whether this number has been seen, with the same contents. Raises DataError: it
+        was used for something else."""
         known = self._digests.get(seq)
         if known is not None and known != digest:
             raise DataError(

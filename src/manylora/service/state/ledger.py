@@ -18,14 +18,9 @@ class Ledger:
         """Call what is held `what` in messages. A tenant may hold `each` bytes, all `in_all`."""
         self._what, self._each, self._in_all = what, each, in_all
         self._held: dict[str, int] = {}
-        self._total = 0
+        self.total = 0  # what all tenants hold
         self._closed = False
         self._waiting: deque[tuple[str, int, asyncio.Future[None]]] = deque()
-
-    @property
-    def total(self) -> int:
-        """All tenants hold so much."""
-        return self._total
 
     def held(self, tenant: str) -> int:
         """Return what one tenant holds."""
@@ -46,11 +41,7 @@ class Ledger:
         return not first and self._fits_its_own(tenant, size) and self._fits_in_all(size)
 
     def enter(self, tenant: str, size: int) -> None:
-        """Count in.
-
-        Raises:
-            TooLarge: it never fits. Backpressure: it does not fit now.
-        """
+        """Count in. Raises TooLarge: it never fits; Backpressure: it does not fit now."""
         self.check(size)
         if not self.fits(tenant, size):
             held = self.held(tenant)
@@ -65,14 +56,14 @@ class Ledger:
         """Count in what has been accepted earlier, whatever is held."""
         if size:
             self._held[tenant] = self.held(tenant) + size
-            self._total += size
+            self.total += size
 
     def leave(self, tenant: str, size: int) -> None:
         """Count out."""
         if not size:
             return
         left = self._held[tenant] - size
-        self._total -= size
+        self.total -= size
         if left:
             self._held[tenant] = left
         else:
@@ -81,11 +72,8 @@ class Ledger:
 
     async def enter_in_turn(self, tenant: str, size: int) -> None:
         """Count in as soon as there is room. Those who wait are let in in the order in which they
-        came, except that none waits for another tenant's own bound.
-
-        Raises:
-            Cancelled: the server stops.
-        """
+        came, except that none waits for another tenant's own bound. Raises Cancelled: the server
+        stops."""
         if self._closed:
             raise Cancelled("the server is stopping")
         if self.fits(tenant, size):
@@ -108,7 +96,7 @@ class Ledger:
         return not held or held + size <= self._each
 
     def _fits_in_all(self, size: int) -> bool:
-        return not self._total or self._total + size <= self._in_all
+        return not self.total or self.total + size <= self._in_all
 
     def _wake(self) -> None:
         passed: deque[tuple[str, int, asyncio.Future[None]]] = deque()

@@ -6,22 +6,8 @@ from typing import Any, cast
 
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.replies import Checkpoint, TrainingRun, WeightsInfo
-from manylora.service.wire.run_messages import Adapter, EvalFigures, Run, RunError, RunStatus
+from manylora.service.wire.run_messages import EvalFigures, Run, RunError, RunStatus
 from manylora.store import CheckpointRow, ModelRow, RunRow
-
-
-def adapter_info(row: ModelRow, *, step: int, running: int, fault: str | None) -> Adapter:
-    """Describe an open model."""
-    return Adapter(
-        adapter_id=row.id,
-        session_id=row.session_id,
-        base_model=row.base_model,
-        rank=int(row.spec["rank"]),
-        created_at=moment(row.created_at),
-        step=step,
-        running=running,
-        fault=fault,
-    )
 
 
 def training_run(row: ModelRow, checkpoints: Sequence[CheckpointRow]) -> TrainingRun:
@@ -68,11 +54,8 @@ def listed(row: CheckpointRow) -> Checkpoint:
 
 
 def run_info(row: RunRow, figures: Mapping[str, Any] | None = None) -> Run:
-    """Return a run as it is now.
-
-    Args:
-        figures: how far it is, if the database does not know yet; see `runs.Outcome.to_dict`.
-    """
+    """Return a run as it is now. The `figures` say how far it is, if the database does not know
+    yet; see `runs.Outcome.to_dict`."""
     known = row.progress if figures is None else figures
     error, name = known.get("error"), "final" if row.status == "completed" else "last"
     path = None if row.model_id is None else f"tinker://{row.model_id}"

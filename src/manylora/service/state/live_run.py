@@ -53,21 +53,13 @@ class LiveRun:
     over: bool = False
 
     @property
-    def data_bytes(self) -> int:
-        """So many bytes were uploaded for it."""
-        return self.data.uploaded_bytes()
-
-    @property
     def paths(self) -> AdapterPaths:
         return self.data.paths
 
     async def train(self, host: Host, preparing: Preparing, note: Note) -> Outcome:
-        """Train to the end, or to where it was asked to stop. Never raises.
-
-        Args:
-            preparing: gives out the turns in which data are read and tokenised.
-            note: called, in a thread, when something is worth being written down.
-        """
+        """Train to the end, or to where it was asked to stop. Never raises. `preparing` gives out
+        the turns in which data are read and tokenised; `note` is called, in a thread, when
+        something is worth being written down."""
         turn = preparing.of(self.row.tenant)
 
         def between() -> None:

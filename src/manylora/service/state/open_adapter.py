@@ -5,7 +5,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from manylora.service.state.in_order import InOrder
-from manylora.service.state.listings import adapter_info
+from manylora.service.state.listings import moment
 from manylora.service.state.wire_operations import OperationRequest
 from manylora.service.wire.run_messages import Adapter
 from manylora.store import ModelRow
@@ -14,12 +14,8 @@ from manylora.types import ManyloraError
 
 @dataclass(slots=True)
 class Turn:
-    """A `Turn` is an operation whose turn has come.
-
-    Attributes:
-        replayed: as for `Operations.run`.
-        refusal: it is to fail so.
-    """
+    """A `Turn` is an operation whose turn has come. `replayed` is as for `Operations.run`; with a
+    `refusal`, it is to fail so."""
 
     seq: int
     request: OperationRequest
@@ -70,4 +66,13 @@ class OpenAdapter:
 
     def info(self) -> Adapter:
         """Return the adapter as its owner sees it."""
-        return adapter_info(self.row, step=self.steps, running=self.running, fault=self.fault)
+        return Adapter(
+            adapter_id=self.id,
+            session_id=self.row.session_id,
+            base_model=self.row.base_model,
+            rank=int(self.row.spec["rank"]),
+            created_at=moment(self.row.created_at),
+            step=self.steps,
+            running=self.running,
+            fault=self.fault,
+        )

@@ -76,11 +76,8 @@ class OpenAdapters:
         return self._open.get(model_id)
 
     async def require(self, tenant: str, model_id: str) -> OpenAdapter:
-        """Return the tenant's open adapter of that id.
-
-        Raises:
-            NotFound: the tenant has none. Gone: it is closed.
-        """
+        """Return the tenant's open adapter of that id. Raises NotFound: the tenant has none; Gone:
+        it is closed."""
         adapter = self._open.get(model_id)
         if adapter is not None and adapter.tenant == tenant:
             if adapter.closing:

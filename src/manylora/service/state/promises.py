@@ -68,10 +68,7 @@ class Promises:
 
     def repeated(self, request_id: str, digest: str) -> Promise | None:
         """Return the promise that an equal request was given, if its outcome is still to come.
-
-        Raises:
-            DataError: the number was used for something else.
-        """
+        Raises DataError: the number was used for something else."""
         promise = self._open.get(request_id)
         if promise is not None and promise.digest != digest:
             raise DataError(
@@ -89,13 +86,9 @@ class Promises:
     def follow(
         self, request_id: str, future: Future[Any], encode: Encode, then: Then = lambda error: None
     ) -> None:
-        """Store what a future brings.
-
-        Args:
-            encode: result → content type and body; runs on a thread of its own.
-            then: called on the event loop once the outcome can be read; with the error, if it is
-                one.
-        """
+        """Store what a future brings. `encode` turns a result into content type and body, on a
+        thread of its own; `then` is called on the event loop once the outcome can be read, with the
+        error, if it is one."""
 
         def finish(done: Future[Any]) -> None:
             try:
@@ -169,8 +162,9 @@ class Promises:
         except BaseException as caught:
             if isinstance(caught, EngineLost) or (self.closing and isinstance(caught, Cancelled)):
                 return  # it is in the journal, and runs after the next start
-            error = caught
-            content_type, body = FAILURE_TYPE, _failure(request_id, caught)
+            error, answer = caught, answer_to(caught, request_id)
+            told = {"error": answer.message, "category": answer.category}
+            content_type, body = FAILURE_TYPE, json.dumps(told).encode()
         if promise is not None:
             try:
                 self.results.put(request_id, promise.tenant, content_type, body)
@@ -193,8 +187,3 @@ def _outcome(content_type: str, body: bytes) -> Outcome:
         failure = json.loads(body)
         return Failed(failure["error"], failure["category"])
     return Ready(content_type, body)
-
-
-def _failure(request_id: str, error: BaseException) -> bytes:
-    answer = answer_to(error, request_id)
-    return json.dumps({"error": answer.message, "category": answer.category}).encode()

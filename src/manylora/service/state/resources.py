@@ -114,11 +114,8 @@ class Resources:
             raise DataError(f"base_model is {name!r}; this server's is {names}")
 
     def enter(self, tenant: str, tokens: int) -> None:
-        """Count a request's tokens in.
-
-        Raises:
-            Backpressure: the tenant has too many in flight; one request is always let in.
-        """
+        """Count a request's tokens in. Raises Backpressure: the tenant has too many in flight; one
+        request is always let in."""
         held, limit = self.in_flight.get(tenant, 0), self.settings.quotas.tokens_in_flight
         if held and held + tokens > limit:
             raise Backpressure(
@@ -158,12 +155,8 @@ class Resources:
             self.in_flight.pop(tenant, None)
 
     def count_in(self, held: HeldRequest) -> None:
-        """Count a request as held, or nothing of it.
-
-        Raises:
-            TooLarge: it is more than can ever be held.
-            Backpressure: it does not fit now.
-        """
+        """Count a request as held, or nothing of it. Raises TooLarge: it is more than can ever be
+        held; Backpressure: it does not fit now."""
         self.decoded.check(held.decoded_bytes)
         with ExitStack() as undo:
             self.enter(held.tenant, held.tokens)
@@ -181,10 +174,8 @@ class Resources:
         self.decoded.leave(held.tenant, held.decoded_bytes)
 
     async def accept(self, record: Record) -> bool:
-        """Make a request durable and expect its outcome. Equal requests are accepted once.
-
-        Returns:
-            False if an equal one was accepted before and is not done.
+        """Make a request durable and expect its outcome. Equal requests are accepted once: return
+        False if an equal one was accepted before and is not done.
 
         Raises:
             DataError: the number was used for a request with other contents.

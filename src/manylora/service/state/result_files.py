@@ -61,15 +61,9 @@ class Results:
         memory_bytes: int = 64 << 20,
         clock: Callable[[], float] = time.time,
     ):
-        """Make the folder if it is missing, and remove what a killed process left half-written.
-
-        Args:
-            ttl_seconds: how long a result can be read.
-            memory_bytes: how much of the latest is kept in memory.
-
-        Raises:
-            SaveFailed: the folder cannot be made.
-        """
+        """Make the folder if it is missing, and remove what a killed process left half-written. A
+        result can be read for `ttl_seconds`; of the latest, `memory_bytes` are kept in memory.
+        Raises SaveFailed: the folder cannot be made."""
         self.folder = Path(folder)
         self.ttl_seconds = ttl_seconds
         self.memory_bytes = memory_bytes
@@ -93,12 +87,8 @@ class Results:
             raise SaveFailed(f"the results' folder {folder} cannot be made: {error}") from error
 
     def put(self, request_id: str, owner: str, content_type: str, body: bytes) -> None:
-        """Keep a result; it replaces an older one of that request.
-
-        Raises:
-            SaveFailed: it could not be written. It can be read as long as memory has it, and
-                `flush` tries again to write it.
-        """
+        """Keep a result; it replaces an older one of that request. Raises SaveFailed: it could not
+        be written. It can be read as long as memory has it, and `flush` tries again to write it."""
         result = Result(request_id, owner, content_type, bytes(body), self._clock())
         with self._lock:
             self._recent.put(result)
@@ -127,11 +117,8 @@ class Results:
             return self._unwritten.get(request_id) is None
 
     def flush(self) -> None:
-        """Make everything that was put so far durable.
-
-        Raises:
-            SaveFailed: something is not. What can make it again must stay.
-        """
+        """Make everything that was put so far durable. Raises SaveFailed: something is not. What
+        can make it again must stay."""
         with self._flushing:
             with self._lock:
                 unwritten = self._unwritten.all()
@@ -160,18 +147,15 @@ class Results:
         partial = self._partial / str(next(self._number))
         path = self._path(result.request_id)
         try:
-            try:
-                partial.write_bytes(_encoded(result))
-                os.utime(partial, (result.created_at, result.created_at))
-                with self._lock:  # not while `sweep` finds the older one's time to be over
-                    partial.rename(path)
-                    self._unwritten.drop(lambda kept: kept.request_id == result.request_id)
-                    self._remember(path)
-            except OSError:
-                with suppress(OSError):
-                    partial.unlink()
-                raise
+            partial.write_bytes(_encoded(result))
+            os.utime(partial, (result.created_at, result.created_at))
+            with self._lock:  # not while `sweep` finds the older one's time to be over
+                partial.rename(path)
+                self._unwritten.drop(lambda kept: kept.request_id == result.request_id)
+                self._remember(path)
         except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
             with self._lock:
                 self._unwritten.put(result)
             raise SaveFailed(f"{result.request_id}: the result was not saved: {error}") from error
@@ -265,20 +249,16 @@ def _encoded(result: Result) -> bytes:
     return b"".join((_HEAD.pack(_MAGIC, len(header), checksum), header, result.body))
 
 
-def _read(path: Path, body: bool = True) -> Result | None:
-    """Read a result; None if there is none, or it is damaged. Without the body nothing is checked.
-
-    Raises:
-        TooManyFilesOpen: it may well be there.
-    """
+def _read(path: Path) -> Result | None:
+    """Read a result; None if there is none, or it is damaged. Raises TooManyFilesOpen: it may well
+    be there."""
     try:
         with path.open("rb") as file:
             magic, length, checksum = _HEAD.unpack(file.read(_HEAD.size))
             if magic != _MAGIC:
                 raise ValueError("not a result")
-            header = file.read(length)
-            content = file.read() if body else b""
-        if body and zlib.crc32(content, zlib.crc32(header)) != checksum:
+            header, content = file.read(length), file.read()
+        if zlib.crc32(content, zlib.crc32(header)) != checksum:
             raise ValueError("its checksum is wrong")
         request_id, owner, content_type, created_at = json.loads(header)
         return Result(request_id, owner, content_type, content, created_at)

@@ -35,14 +35,9 @@ class RunData:
     stamps: dict[str, Stamp]
 
     def read(self, which: Which, between: Callable[[], None] | None = None) -> Source:
-        """Return the examples. Places are named as the client named its files.
-
-        Args:
-            between: called every few rows.
-
-        Raises:
-            DataError: a line is wrong, or the file has changed since the run was submitted.
-        """
+        """Return the examples. Places are named as the client named its files; `between` is called
+        every few rows. Raises DataError: a line is wrong, or the file has changed since the run was
+        submitted."""
         name = _named(self.entry, which)
         assert name is not None
         if which not in self.stamps:
@@ -68,14 +63,9 @@ class RunData:
 def accept(
     entry: AdapterEntry, data: Data | None, paths: AdapterPaths, roots: Sequence[Path]
 ) -> dict[str, Stamp]:
-    """Make uploaded data durable, or find the files that the entry names.
-
-    Returns:
-        The stamps for `RunData`.
-
-    Raises:
-        DataError: no such file. Unsupported: something that a server does not read. SaveFailed.
-    """
+    """Make uploaded data durable, or find the files that the entry names; return the stamps for
+    `RunData`. Raises DataError: no such file; Unsupported: something that a server does not read;
+    SaveFailed."""
     if data is None:
         names = {which: _named(entry, which) for which in ("train", "eval")}
         return {
@@ -98,10 +88,7 @@ def accept(
 
 def find(roots: Sequence[Path], name: str) -> Path:
     """Find a data file by its path below one of the roots; links that lead out are not followed.
-
-    Raises:
-        DataError: there is none. Unsupported: a hub id.
-    """
+    Raises DataError: there is none; Unsupported: a hub id."""
     if not is_data_file(name):
         raise Unsupported(f"{name}: a server loads nothing from a hub; send the data with the run")
     relative = PurePosixPath(name)
@@ -117,12 +104,8 @@ def find(roots: Sequence[Path], name: str) -> Path:
 
 
 def check_size(entry: AdapterEntry, max_rank: int) -> None:
-    """Refuse what a shared server does not take.
-
-    Raises:
-        TooLarge: the rank. Unsupported: files of the server, or what can take for ever: regular
-            expressions and templates.
-    """
+    """Refuse what a shared server does not take. Raises TooLarge: the rank; Unsupported: files of
+    the server, or what can take for ever: regular expressions and templates."""
     lora = entry.lora
     for rank in (lora.rank, *lora.rank_pattern.values()):
         if rank > max_rank:

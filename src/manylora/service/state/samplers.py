@@ -41,6 +41,7 @@ class Samplers:
 
     def __init__(self, resources: Resources, checkpoints: Checkpoints, sessions: Sessions):
         self._resources = resources
+        self._store = resources.store.samplers
         self._checkpoints = checkpoints
         self._sessions = sessions
         self._wall = resources.wall
@@ -85,7 +86,7 @@ class Samplers:
             kind="base" if path is None else "path", base_model=base, created_at=self._wall(),
             model_path=None if path is None else str(path), snapshot=snapshot,
         )  # fmt: skip
-        self._note(await asyncio.to_thread(self._resources.store.samplers.create, row))
+        self._note(await asyncio.to_thread(self._store.create, row))
         return id
 
     async def of_adapter(
@@ -106,7 +107,7 @@ class Samplers:
             model_id=model.id,
             snapshot=id,
         )
-        self._note(await asyncio.to_thread(self._resources.store.samplers.create, row))
+        self._note(await asyncio.to_thread(self._store.create, row))
         self._used_at.setdefault(id, self._wall())
 
     def publish(self, model_id: str, snapshot: str) -> None:
@@ -117,7 +118,7 @@ class Samplers:
         """Return the tenant's sampling session of that id. Raises NotFound."""
         row = self._rows.get(id)
         if row is None:
-            row = await asyncio.to_thread(self._resources.store.samplers.get, tenant, id)
+            row = await asyncio.to_thread(self._store.get, tenant, id)
             if row is not None:
                 self._note(row)
         if row is None or row.tenant != tenant:
@@ -139,10 +140,8 @@ class Samplers:
         """
         row = await self.require(tenant, submit.sampling_session_id)
         request_id = f"{row.id}:{submit.seq_id}"
-        reply = Submitted(
-            request_id=request_id,
-            sample_sequence_ids=[f"{request_id}:{n}" for n in range(submit.num_samples)],
-        )
+        ids = [f"{request_id}:{n}" for n in range(submit.num_samples)]
+        reply = Submitted(request_id=request_id, sample_sequence_ids=ids)
         submit = await self._ends.given(row, submit)
         operation = self._operation(row, request_id, submit, await self._snapshot(row))
         if self._resources.promises.repeated(request_id, submit.digest) is None:
@@ -166,11 +165,8 @@ class Samplers:
         return reply
 
     async def replay(self, tenant: str, submit: SampleSubmit, snapshot: str | None) -> None:
-        """Run a request again that had no outcome when the server stopped.
-
-        Args:
-            snapshot: that it was accepted for.
-        """
+        """Run a request again that had no outcome when the server stopped, on the `snapshot` that
+        it was accepted for."""
         row = await self.require(tenant, submit.sampling_session_id)
         request_id = f"{row.id}:{submit.seq_id}"
         submit = await self._ends.given(row, submit)
@@ -188,22 +184,17 @@ class Samplers:
 
     async def forget_session(self, tenant: str, session_id: str) -> None:
         """Free the snapshots of a session that is over."""
-        rows = await asyncio.to_thread(
-            self._resources.store.samplers.of_session, tenant, session_id
-        )
-        for row in rows:
+        for row in await asyncio.to_thread(self._store.of_session, tenant, session_id):
             self._rows.pop(row.id, None)
             if row.snapshot is not None:
                 self._used_at.pop(row.snapshot, None)
-                self._drop(row.snapshot)
+                self._resources.host.drop_snapshot(row.snapshot)
             if row.model_id is not None:
                 self._published.pop(row.model_id, None)
 
     async def restore(self, tenant: str, session_id: str) -> set[Path]:
         """Take up the snapshots of a session open when the server stopped; return their folders."""
-        rows = await asyncio.to_thread(
-            self._resources.store.samplers.of_session, tenant, session_id
-        )
+        rows = await asyncio.to_thread(self._store.of_session, tenant, session_id)
         folder_of = self._resources.host.snapshot_folder
 
         def last_uses() -> dict[str, float]:
@@ -214,17 +205,13 @@ class Samplers:
         return {folder_of(row.snapshot) for row in rows if row.snapshot is not None}
 
     async def drop_unused(self, seconds: float) -> list[str]:
-        """Drop the snapshots that no request has used for so long. Requests that run are not
-        touched, and neither is what a model's `inflight` samplers use.
-
-        Returns:
-            the names of those that went.
-        """
+        """Drop the snapshots that no request has used for so long, and return their names. Requests
+        that run are not touched, and neither is what a model's `inflight` samplers use."""
         limit, kept = self._wall() - seconds, {*self._in_use, *self._published.values()}
         gone = [name for name, at in self._used_at.items() if at < limit and name not in kept]
         for name in gone:
             del self._used_at[name]
-            self._drop(name)
+            self._resources.host.drop_snapshot(name)
         recent = {name: at for name, at in self._used_at.items() if at > self._noted_at}
         self._noted_at = self._wall()
         await asyncio.to_thread(self._note_uses, recent)
@@ -268,10 +255,7 @@ class Samplers:
     def _operation(
         self, row: SamplerRow, request_id: str, submit: SampleSubmit, snapshot: str | None
     ) -> Sample:
-        limits, context = (
-            self._resources.settings.limits,
-            self._resources.host.engine.base.context_length,
-        )
+        limits = self._resources.settings.limits
         if submit.num_samples > limits.samples:
             raise DataError(f"num_samples is {submit.num_samples}; at most {limits.samples}")
         for name, k in (
@@ -280,7 +264,7 @@ class Samplers:
         ):
             if k > limits.topk:
                 raise DataError(f"{name} is {k}; at most {limits.topk}")
-        room = max(1, context - len(submit.prompt))
+        room = max(1, self._resources.host.engine.base.context_length - len(submit.prompt))
         params = submit.params(room=room, seed=_seed_of(request_id))
         check_answer_cells(
             submit.num_samples, params.max_tokens, submit.scoring.topk_sampled, WireLimits().cells
@@ -294,9 +278,7 @@ class Samplers:
         if row.kind != "inflight" or row.model_id is None:
             return row.snapshot
         if row.model_id not in self._published:
-            rows = await asyncio.to_thread(
-                self._resources.store.samplers.of_model, row.tenant, row.model_id
-            )
+            rows = await asyncio.to_thread(self._store.of_model, row.tenant, row.model_id)
             saved = [r.snapshot for r in rows if r.kind == "inflight" and r.snapshot is not None]
             return next((name for name in reversed(saved) if self._exists(name)), saved[-1])
         return self._published[row.model_id]
@@ -316,13 +298,15 @@ class Samplers:
     ) -> None:
         resources, snapshot, wanted = self._resources, operation.snapshot, submit.wanted
         self._running[row.session_id] += 1
-        self._begin(snapshot)
+        if snapshot is not None:
+            self._in_use[snapshot] += 1
 
         def done(error: BaseException | None) -> None:
-            self._running[row.session_id] -= 1
-            if not self._running[row.session_id]:
-                del self._running[row.session_id]
-            self._end(snapshot)
+            _count_down(self._running, row.session_id)
+            if snapshot is not None:
+                if snapshot in self._used_at:
+                    self._used_at[snapshot] = self._wall()
+                _count_down(self._in_use, snapshot)
             if error is None:
                 resources.suspects.acquit(operation)
             self._resources.count_out(held)
@@ -343,26 +327,16 @@ class Samplers:
 
         resources.coming.when_there(snapshot, submit_it)
 
-    def _drop(self, snapshot: str) -> None:
-        host = self._resources.host
-        host.drop_snapshot(snapshot)
-
-    def _begin(self, snapshot: str | None) -> None:
-        if snapshot is not None:
-            self._in_use[snapshot] += 1
-
-    def _end(self, snapshot: str | None) -> None:
-        if snapshot is not None:
-            if snapshot in self._used_at:
-                self._used_at[snapshot] = self._wall()
-            self._in_use[snapshot] -= 1
-            if not self._in_use[snapshot]:
-                del self._in_use[snapshot]
-
     def _note(self, row: SamplerRow) -> None:
         self._rows[row.id] = row
         while len(self._rows) > MOST_CACHED:
             self._rows.popitem(last=False)
+
+
+def _count_down(counts: Counter[str], key: str) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]
 
 
 def _held_by(operation: Sample, submit: SampleSubmit) -> HeldRequest:

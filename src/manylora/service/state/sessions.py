@@ -30,13 +30,8 @@ class Sessions:
         most: int,
         finished: Callable[[Session], None],
     ):
-        """Know no session yet.
-
-        Args:
-            clock: of silences; monotonic.
-            most: that a tenant may have, open or over.
-            finished: called with each session that its client has ended.
-        """
+        """Know no session yet. `clock` is of silences, and monotonic; a tenant may have `most` of
+        them, open or over; `finished` is called with each session that its client has ended."""
         self._most = most
         self._finished = finished
         self._store = store
@@ -66,11 +61,8 @@ class Sessions:
         self._open[row.id] = Session(row.id, row.tenant, self._clock())
 
     async def require(self, tenant: str, session_id: str) -> Session:
-        """Return the session, which was just heard of.
-
-        Raises:
-            NotFound: the tenant has none of that id. Gone: it is over.
-        """
+        """Return the session, which was just heard of. Raises NotFound: the tenant has none of that
+        id; Gone: it is over."""
         session = self._open.get(session_id)
         if session is not None and session.tenant == tenant:
             session.heard_at = self._clock()

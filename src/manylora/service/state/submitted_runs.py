@@ -13,7 +13,6 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -79,12 +78,8 @@ class SubmittedRuns:
             )
 
     async def submit(self, tenant: str, request: SubmitRunRequest) -> Run:
-        """Take a run: durable when this returns.
-
-        Raises:
-            DataError, Unsupported, TooLarge: something that cannot be trained here.
-            QuotaExceeded, SaveFailed.
-        """
+        """Take a run: durable when this returns. Raises DataError, Unsupported, TooLarge: something
+        that cannot be trained here; QuotaExceeded, SaveFailed."""
         if request.base_model is not None:
             self._resources.check_base(request.base_model)
         self.check_room(tenant)
@@ -109,9 +104,8 @@ class SubmittedRuns:
         limit = self._resources.settings.quotas.run_data_bytes
         if size > limit:
             raise TooLarge(f"the run's data have {size:,} bytes, and {limit:,} are allowed")
-        held = sum(
-            live.data_bytes for live in list(self._live.values()) if live.row.tenant == tenant
-        )
+        own = [live for live in list(self._live.values()) if live.row.tenant == tenant]
+        held = sum(live.data.uploaded_bytes() for live in own)
         if held + size > limit:
             raise QuotaExceeded(
                 f"the data of your runs that are not over have {held:,} bytes, this one's "
@@ -121,10 +115,8 @@ class SubmittedRuns:
     async def page(self, tenant: str, limit: int, offset: int) -> RunList:
         """Return a tenant's runs, newest first."""
         page = await asyncio.to_thread(self._store.runs.page, tenant, limit, offset)
-        return RunList(
-            runs=[self._info(row) for row in page.rows],
-            cursor=Cursor(offset=offset, limit=limit, total_count=page.total),
-        )
+        cursor = Cursor(offset=offset, limit=limit, total_count=page.total)
+        return RunList(runs=[self._info(row) for row in page.rows], cursor=cursor)
 
     async def get(self, tenant: str, id: str, after: int = 0) -> Run:
         """Return a run, with figures of its last steps after that one. Raises NotFound."""
@@ -177,11 +169,8 @@ class SubmittedRuns:
             await asyncio.wait(waiting, timeout=seconds)
 
     def close(self, seconds: float | None = None) -> None:
-        """Wait for what `stop` asked to end; any thread, when the queue takes no more.
-
-        Args:
-            seconds: what is preparing its data after that is left to it; None = all is waited for.
-        """
+        """Wait for what `stop` asked to end; any thread, when the queue takes no more. What is
+        preparing its data after `seconds` is left to it; None = all is waited for."""
         if wait(list(self._tasks), seconds).not_done:
             log.warning("runs that are still preparing their data are left behind")
             return
@@ -233,13 +222,10 @@ class SubmittedRuns:
         if live.cancelled:
             live.stop.set()
         self._live[row.id] = live
-        self._spawn(self._train(live))
-        return live
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.run_coroutine_threadsafe(work, self._loop)
+        task = asyncio.run_coroutine_threadsafe(self._train(live), self._loop)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return live
 
     async def _train(self, live: LiveRun) -> None:
         """Run the whole of a run, on the runs' loop."""
@@ -306,12 +292,11 @@ class SubmittedRuns:
         base, host = self._resources.settings.base, self._resources.host
         spec = row_spec(live.data.entry.spec(), base, host.engine.sites)
         # A run has a session of its own that is over, and a model that takes no requests.
-        self._store.sessions.create(
-            SessionRow(
-                id=row.id, tenant=row.tenant, created_at=row.created_at,
-                last_seen_at=row.created_at, ended_at=row.created_at, end_reason="run",
-            )
+        session = SessionRow(
+            id=row.id, tenant=row.tenant, created_at=row.created_at,
+            last_seen_at=row.created_at, ended_at=row.created_at, end_reason="run",
         )  # fmt: skip
+        self._store.sessions.create(session)
         slot = Slot(row.id, 0)
         model = ModelRow(
             id=slot.model_id,

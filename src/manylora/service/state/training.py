@@ -11,12 +11,7 @@ from manylora.service.state.resources import Resources
 from manylora.service.state.samplers import Samplers
 from manylora.service.state.sessions import Sessions
 from manylora.service.state.submitted_runs import SubmittedRuns
-from manylora.service.state.wire_operations import (
-    Load,
-    OperationRequest,
-    adapter_spec,
-    json_result,
-)
+from manylora.service.state.wire_operations import Load, OperationRequest, adapter_spec, json_result
 from manylora.service.wire.codec import digest_json
 from manylora.service.wire.messages import (
     KIND_OF_MESSAGE,
@@ -31,7 +26,7 @@ from manylora.service.wire.messages import (
 from manylora.service.wire.outline import Outline
 from manylora.service.wire.paths import TinkerPath
 from manylora.service.wire.replies import CreateModelReply, LoadWeightsReply, Submitted
-from manylora.store import CheckpointRow, ModelRow
+from manylora.store import ModelRow
 from manylora.types import DataError, ManyloraError
 
 # The number of the request that makes an adapter; its client's own numbers begin after it.
@@ -94,37 +89,23 @@ class Training:
         await self._sessions.require(tenant, target.session_id)
         if request.base_model is not None:
             self._resources.check_base(request.base_model)
-        async with self._loading:
-            return await self._create_from(tenant, target, request, path, checkpoint)
-
-    async def _create_from(
-        self,
-        tenant: str,
-        slot: Slot,
-        request: LoadWeightsRequest,
-        path: TinkerPath,
-        checkpoint: CheckpointRow,
-    ) -> Submitted:
-        """Make an adapter that begins with a checkpoint. A load is a copy of files, made before it
-        is acknowledged: from here on the adapter does not depend on the checkpoint."""
-        spec, id = dict(checkpoint.spec), slot.model_id
+        spec, id, called = dict(checkpoint.spec), target.model_id, str(path)
         host, folder = self._resources.host, self._checkpoints.folder_of(checkpoint)
         adapter = adapter_spec(spec, host.engine.sites)
-        if not self._adapters.is_open(id):
-            await asyncio.to_thread(
-                host.adopt, id, folder, spec=adapter, moments=request.optimizer, called=str(path)
-            )
-        base = request.base_model or str(spec["base_model"])
-        row = _new_row(tenant, slot, request, base, spec, str(path))
-        return await self._open(row, lambda pager: pager.register(id, adapter, 0))
+        async with self._loading:
+            # A load is a copy of files, made before it is acknowledged: from here on the adapter
+            # does not depend on the checkpoint.
+            if not self._adapters.is_open(id):
+                await asyncio.to_thread(
+                    host.adopt, id, folder, spec=adapter, moments=request.optimizer, called=called
+                )
+            base = request.base_model or str(spec["base_model"])
+            row = _new_row(tenant, target, request, base, spec, called)
+            return await self._open(row, lambda pager: pager.register(id, adapter, 0))
 
     async def _open(self, row: ModelRow, make: Callable[[Pager], object]) -> Submitted:
-        """Make an adapter's row durable and open it, unless it had been made before.
-
-        Raises:
-            QuotaExceeded: the tenant has all that it may have.
-            Conflict: the number is taken.
-        """
+        """Make an adapter's row durable and open it, unless it had been made before. Raises
+        QuotaExceeded: the tenant has all that it may have; Conflict: the number is taken."""
         if not self._adapters.is_open(row.id):
             self._runs.check_room(row.tenant)
         request_id, promises = creation_of(row.id), self._resources.promises
@@ -150,13 +131,9 @@ class Training:
             # A retry of an ephemeral save comes with another number for its sampler.
             digest = digest_json(request.model_copy(update={"sampling_session_seq_id": 0}))
             await self._expect_sampler(tenant, request, digest)
-        return await self._adapters.submit(
-            tenant,
-            *request.place,
-            OperationRequest(KIND_OF_MESSAGE[type(request)], request),
-            request.model_dump_json().encode(),
-            digest,
-        )
+        operation = OperationRequest(KIND_OF_MESSAGE[type(request)], request)
+        body = request.model_dump_json().encode()
+        return await self._adapters.submit(tenant, *request.place, operation, body, digest)
 
     async def _expect_sampler(
         self, tenant: str, request: SaveWeightsForSamplerRequest, digest: str

@@ -57,9 +57,7 @@ class OperationRequest:
         kind: what the server knows of such operations.
         content: the decoded request, or the outline of one that is not decoded yet; for
             `REFUSED`, the error.
-        tokens: see `HeldRequest`.
-        body_bytes: see `HeldRequest`.
-        decoded_bytes: see `HeldRequest`.
+        tokens, body_bytes, decoded_bytes: see `HeldRequest`.
     """
 
     kind: OperationKind
@@ -97,12 +95,8 @@ class Operations:
         self._published = published
 
     def run(self, row: ModelRow, seq: int, request: OperationRequest, *, replayed: bool) -> Queued:
-        """Hand an operation to the queue.
-
-        Args:
-            replayed: it may have run before a restart. One that leaves the adapter as it was, and
-                whose result is there, is passed over.
-        """
+        """Hand an operation to the queue. If it is `replayed`, it may have run before a restart:
+        one that leaves the adapter as it was, and whose result is there, is passed over."""
         request_id = f"{row.id}:{seq}"
         if replayed and request.leaves_no_trace:
             result = self._resources.promises.results.get(request_id)
@@ -269,11 +263,8 @@ def snapshot_made_by(row: ModelRow, request: OperationRequest) -> str | None:
 
 
 def adapter_spec(spec: Mapping[str, Any], sites: Sequence[Site]) -> AdapterSpec:
-    """Return the adapter that a model's row describes, on the linear layers of the base.
-
-    Raises:
-        DataError: nothing is left to train.
-    """
+    """Return the adapter that a model's row describes, on the linear layers of the base. Raises
+    DataError: nothing is left to train."""
     if "adapter" in spec:
         whole = dict(spec["adapter"])
         if isinstance(whole["targets"], list):

@@ -6,8 +6,7 @@ Shapes: N tokens of one datum, K targets of each position.
 import hashlib
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import groupby
 
 import numpy as np
@@ -17,7 +16,7 @@ from pydantic import BaseModel
 from manylora.service.http_errors import TooLarge
 from manylora.service.wire import wire_pb2 as pb
 from manylora.service.wire.messages import WireAdamParams
-from manylora.service.wire.paths import IDENTIFIER, MAX_IDENTIFIER
+from manylora.service.wire.paths import is_identifier
 from manylora.service.wire.pieces import ForwardBackwardSubmit
 from manylora.service.wire.scan import check_outline
 from manylora.service.wire.wire_limits import WireLimits
@@ -36,10 +35,7 @@ OUTPUT_TYPE = "ArrayRecord"
 def decode_forward_backward(
     body: bytes, limits: WireLimits, digest: str | None = None
 ) -> ForwardBackwardSubmit:
-    """Decode a whole forward_backward body.
-
-    Args:
-        digest: of the body, if it is known.
+    """Decode a whole forward_backward body, whose `digest` is given if it is known.
 
     Raises:
         DataError: it is malformed; the message names the datum and the field.
@@ -60,11 +56,8 @@ def decode_forward_backward(
 
 
 def parse_request(body: bytes, limits: WireLimits) -> pb.ForwardBackwardRequest:
-    """Parse a forward_backward body; no tensor in it is looked at yet.
-
-    Raises:
-        DataError: it is none. TooLarge: it has too many parts. Unsupported: its loss.
-    """
+    """Parse a forward_backward body; no tensor in it is looked at yet. Raises DataError: it is
+    none; TooLarge: it has too many parts; Unsupported: its loss."""
     check_outline(body, limits)
     request = pb.ForwardBackwardRequest()
     try:
@@ -72,7 +65,7 @@ def parse_request(body: bytes, limits: WireLimits) -> pb.ForwardBackwardRequest:
     except DecodeError:
         raise DataError("the body is no ForwardBackwardRequest") from None
     model_id = request.model_id
-    if len(model_id) > MAX_IDENTIFIER or not re.fullmatch(IDENTIFIER, model_id):
+    if not is_identifier(model_id):
         raise DataError("model_id is missing or no identifier")
     if request.seq_id < 1:
         raise DataError(f"seq_id is {request.seq_id}; a model's numbers start at 1")
@@ -172,15 +165,15 @@ def encode_forward_backward(result: ForwardBackwardResult) -> bytes:
     """Encode a result as a ForwardBackwardOutput.
 
     Data whose arrays differ in K cannot share a record; the SDK joins records in their order, so
-    each run of equal ones gets its own.
-
-    Raises:
-        ValueError: a metric is not named `name:reduction`; the SDK would fail on it.
+    each run of equal ones gets its own. Raises ValueError: a metric is not named `name:reduction`;
+    the SDK would fail on it.
     """
     for name in result.metrics:
         if name.count(":") != 1:
             raise ValueError(f"metric {name!r} is not named `name:reduction`")
-    output = pb.ForwardBackwardOutput(loss_fn_output_type=OUTPUT_TYPE, metrics=_all_metrics(result))
+    # The SDK's `forward_backward_custom` takes `loss:sum` out.
+    metrics = {"loss:sum": result.loss, **result.metrics}
+    output = pb.ForwardBackwardOutput(loss_fn_output_type=OUTPUT_TYPE, metrics=metrics)
     for trailing, group in groupby(result.logprobs, key=lambda array: array.shape[1:]):
         arrays = [np.ascontiguousarray(array, dtype="<f4") for array in group]
         offsets = np.zeros(len(arrays) + 1, dtype="<i8")
@@ -194,17 +187,8 @@ def encode_forward_backward(result: ForwardBackwardResult) -> bytes:
     return output.SerializeToString(deterministic=True)
 
 
-def _all_metrics(result: ForwardBackwardResult) -> Mapping[str, float]:
-    """Return the metrics with a `loss:sum`; the SDK's `forward_backward_custom` takes it out."""
-    return {"loss:sum": result.loss, **result.metrics}
-
-
 def adam_params(message: WireAdamParams) -> AdamParams:
-    """Return one optimizer step's settings.
-
-    Raises:
-        ConfigError: one of them is out of its range.
-    """
+    """Return one optimizer step's settings. Raises ConfigError: one of them is out of its range."""
     return AdamParams(
         lr=message.learning_rate,
         beta1=message.beta1,

@@ -64,10 +64,7 @@ def _not_too_much(value: dict[str, str]) -> dict[str, str]:
 # It is kept in memory, in the journal and in the database, with everything that has some.
 METADATA_BYTES = 16_384
 Metadata = Annotated[
-    dict[Word, Text],
-    BeforeValidator(_texts),
-    AfterValidator(_not_too_much),
-    Field(max_length=128),
+    dict[Word, Text], BeforeValidator(_texts), AfterValidator(_not_too_much), Field(max_length=128)
 ]
 
 

@@ -24,12 +24,8 @@ _WIDTHS = {pb.DTYPE_FLOAT32: 4, pb.DTYPE_INT64: 8, pb.DTYPE_INT32: 4, pb.DTYPE_B
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outline:
-    """An `Outline` is not decoded; see `ForwardBackwardSubmit` for what is not here.
-
-    Attributes:
-        num_tokens: of all its data.
-        decoded_bytes: that it takes when it is decoded.
-    """
+    """An `Outline` is not decoded; see `ForwardBackwardSubmit` for what is not here. All its data
+    have `num_tokens`, and take `decoded_bytes` once they are decoded."""
 
     model_id: str
     seq_id: int
@@ -46,13 +42,9 @@ class Outline:
 
 
 def outline_of(body: bytes, limits: WireLimits) -> Outline:
-    """Return whose a forward_backward is and how large; none of its tensors is built.
-
-    Raises:
-        DataError: no such request, or nothing says whose it is.
-        TooLarge: it has too many parts.
-        Unsupported: a loss that is not served.
-    """
+    """Return whose a forward_backward is and how large; none of its tensors is built. Raises
+    DataError: no such request, or nothing says whose it is; TooLarge: it has too many parts;
+    Unsupported: a loss that is not served."""
     request = parse_request(body, limits)
     tokens = size = 0
     for datum in request.data:

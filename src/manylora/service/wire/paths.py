@@ -42,7 +42,7 @@ class TinkerPath:
     def __post_init__(self) -> None:
         if self.kind not in _TYPES:
             raise DataError(f"a checkpoint's kind is {self.kind!r}; there are: {', '.join(_TYPES)}")
-        if not _matches(IDENTIFIER, self.model_id, MAX_IDENTIFIER):
+        if not is_identifier(self.model_id):
             raise DataError("a checkpoint's training run is no identifier")
         if not _matches(CHECKPOINT_NAME, self.name, MAX_NAME):
             raise DataError(
@@ -65,11 +65,7 @@ class TinkerPath:
 
     @classmethod
     def parse(cls, text: str) -> "TinkerPath":
-        """Take a path apart.
-
-        Raises:
-            DataError: it is not `tinker://<run>/<kind>/<name>`.
-        """
+        """Take a path apart. Raises DataError: it is not `tinker://<run>/<kind>/<name>`."""
         parts = text.removeprefix(SCHEME).split("/")
         if not text.startswith(SCHEME) or len(parts) != 3:
             raise DataError(
@@ -83,8 +79,20 @@ def _matches(pattern: str, text: str, longest: int) -> bool:
     return len(text) <= longest and re.fullmatch(pattern.strip("^$"), text) is not None
 
 
+def is_identifier(text: str) -> bool:
+    """Return whether a text can be an id."""
+    return _matches(IDENTIFIER, text, MAX_IDENTIFIER)
+
+
 def identifier(text: str, what: str) -> str:
     """Return an id out of a URL. Raises NotFound: it cannot be one, so it is no tenant's."""
-    if not _matches(IDENTIFIER, text, MAX_IDENTIFIER):
+    if not is_identifier(text):
         raise missing(what)
     return text
+
+
+def order_place(model_id: object, seq_id: object) -> tuple[str, int] | None:
+    """Return both, if they can be a place in a model's order."""
+    if not isinstance(model_id, str) or type(seq_id) is not int or not 1 <= seq_id < 2**31:
+        return None
+    return (model_id, seq_id) if is_identifier(model_id) else None

@@ -15,11 +15,8 @@ class ForwardBackwardSubmit:
     """A `ForwardBackwardSubmit` is a decoded forward_backward (or forward).
 
     Attributes:
-        model_id: whose it is.
-        seq_id: its place in that order.
-        data: as `types.ForwardBackward` takes it.
-        loss: likewise.
-        config: likewise.
+        model_id, seq_id: whose it is, and its place in that order.
+        data, loss, config: as `types.ForwardBackward` takes them.
         forward_only: no gradients.
         body: the bytes that came; decoding them again gives an equal submit (for a journal).
         digest: equal for equal content, however the bytes were laid out.
@@ -73,17 +70,12 @@ class SampleSubmit:
         prompt: int64 [M].
         max_tokens: None = up to the end of the context.
         seed: None = the hub's choice.
-        temperature: as in `types.SamplingParams`.
-        top_k: likewise.
-        top_p: likewise.
-        stop: likewise.
-        stop_strings: likewise.
+        temperature, top_k, top_p, stop, stop_strings: as in `types.SamplingParams`.
         scoring: as `types.Sample` takes it.
         wanted: for `sample_messages.encode_sample`.
         packed: candidates of the prompt that are still in the sparse form in which they came;
             `sample_messages.unpack` puts them into `scoring` and `wanted`.
-        body: as in `ForwardBackwardSubmit`, but JSON.
-        digest: as in `ForwardBackwardSubmit`.
+        body, digest: as in `ForwardBackwardSubmit`, but the body is JSON.
     """
 
     sampling_session_id: str
@@ -114,11 +106,8 @@ class SampleSubmit:
 
     def params(self, *, room: int, seed: int) -> SamplingParams:
         """Return the sampling settings, once the hub has filled in what the client left open.
-
-        Args:
-            room: tokens that the context has left: more than that are never made, so they are
-                neither asked for nor counted.
-        """
+        `room` is how many tokens the context has left: more than that are never made, so they are
+        neither asked for nor counted."""
         return SamplingParams(
             max_tokens=room if self.max_tokens is None else min(self.max_tokens, room),
             temperature=self.temperature,

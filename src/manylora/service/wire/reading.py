@@ -1,6 +1,5 @@
 """The bytes of a JSON body become a message; of a bad one, the little that can be read."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -8,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from manylora.service.http_errors import Malformed
-from manylora.service.wire.paths import IDENTIFIER, MAX_IDENTIFIER
+from manylora.service.wire.paths import order_place
 
 MAX_COMPLAINTS = 5
 
@@ -16,11 +15,8 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def read_json(model: type[M], body: bytes) -> M:
-    """Read a body as the message that its route takes.
-
-    Raises:
-        Malformed: it is not one. The message names fields, and repeats nothing of what they hold.
-    """
+    """Read a body as the message that its route takes. Raises Malformed: it is not one. The message
+    names fields, and repeats nothing of what they hold."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
@@ -46,9 +42,4 @@ def peek_json_ids(prefix: bytes) -> tuple[str, int] | None:
         return None
     if not isinstance(content, dict):
         return None
-    model_id, seq_id = content.get("model_id"), content.get("seq_id")
-    if not isinstance(model_id, str) or len(model_id) > MAX_IDENTIFIER:
-        return None
-    if type(seq_id) is not int or not 1 <= seq_id < 2**31:
-        return None
-    return (model_id, seq_id) if re.fullmatch(IDENTIFIER, model_id) else None
+    return order_place(content.get("model_id"), content.get("seq_id"))

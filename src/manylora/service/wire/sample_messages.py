@@ -41,12 +41,8 @@ def unpack(submit: SampleSubmit) -> SampleSubmit:
 
 
 def read_sample(body: bytes, limits: WireLimits) -> SampleSubmit:
-    """Read an asample body, but for what grows when it is decoded.
-
-    Raises:
-        Malformed: it is not a SampleRequest.
-        DataError, TooLarge, Unsupported: as for forward_backward.
-    """
+    """Read an asample body, but for what grows when it is decoded. Raises Malformed: it is not a
+    SampleRequest; DataError, TooLarge, Unsupported: as for forward_backward."""
     request = read_json(SampleRequest, body)
     _refuse_by_name(request)
     prompt_M = _prompt(request.prompt, limits)
@@ -190,17 +186,13 @@ def _candidates(
 
 
 def encode_sample(result: SampleResult, wanted: Wanted) -> bytes:
-    """Encode a result as a SampleResponse.
-
-    Args:
-        wanted: what of the question the answer must repeat (`SampleSubmit.wanted`).
-    """
+    """Encode a result as a SampleResponse, with what of the question the answer must repeat
+    (`SampleSubmit.wanted`)."""
     response = pb.SampleResponse()
     for sequence in result.sequences:
+        stopped = sequence.stop_reason == "stop"
         message = response.sequences.add(
-            stop_reason=pb.STOP_REASON_STOP
-            if sequence.stop_reason == "stop"
-            else pb.STOP_REASON_LENGTH,
+            stop_reason=pb.STOP_REASON_STOP if stopped else pb.STOP_REASON_LENGTH,
             tokens=np.asarray(sequence.tokens, dtype="<i4").tobytes(),
             logprobs=np.asarray(sequence.logprobs, dtype="<f4").tobytes(),
         )

@@ -5,11 +5,11 @@ so parts are counted before anything is parsed. And a body that was cut off by a
 its first bytes whose it was.
 """
 
-import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 from manylora.service.http_errors import TooLarge
-from manylora.service.wire.paths import IDENTIFIER, MAX_IDENTIFIER
+from manylora.service.wire.paths import MAX_IDENTIFIER, order_place
 from manylora.service.wire.wire_limits import WireLimits
 from manylora.types import DataError
 
@@ -58,14 +58,11 @@ def _fields(body: bytes, place: int, end: int) -> Iterator[tuple[int, int, int, 
 
 
 def peek_ids(prefix: bytes) -> tuple[str, int] | None:
-    """Read the model and sequence number of a forward_backward from the start of its body.
-
-    Returns:
-        (model_id, seq_id), or None if the start does not say.
-    """
+    """Read the model and sequence number of a forward_backward from the start of its body; None if
+    the start does not say."""
     model_id: str | None = None
     seq_id: int | None = None
-    try:
+    with suppress(_Torn, UnicodeDecodeError):
         for number, wire_type, start, end in _fields(prefix, 0, len(prefix)):
             if (number, wire_type) == (MODEL_ID, BYTES) and end - start <= MAX_IDENTIFIER:
                 model_id = prefix[start:end].decode()
@@ -73,20 +70,12 @@ def peek_ids(prefix: bytes) -> tuple[str, int] | None:
                 seq_id = start
             if model_id is not None and seq_id is not None:
                 break
-    except (_Torn, UnicodeDecodeError):
-        pass
-    if model_id is None or seq_id is None or not 1 <= seq_id < 2**31:
-        return None
-    return (model_id, seq_id) if re.fullmatch(IDENTIFIER, model_id) else None
+    return order_place(model_id, seq_id)
 
 
 def check_outline(body: bytes, limits: WireLimits) -> None:
-    """Refuse a forward_backward body with too many parts, before it is parsed.
-
-    Raises:
-        TooLarge: more data or parts than the limits allow.
-        DataError: no protobuf.
-    """
+    """Refuse a forward_backward body with too many parts, before it is parsed. Raises TooLarge:
+    more data or parts than the limits allow; DataError: no protobuf."""
     data = parts = 0
     try:
         for number, wire_type, start, end in _fields(body, 0, len(body)):

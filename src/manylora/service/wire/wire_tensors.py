@@ -23,10 +23,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 
 def from_bytes(data: bytes, dtype: int, what: str) -> Array:
     """Return a flat array of its own memory: float32 from the floats, int64 from whole numbers.
-
-    Raises:
-        DataError: an unknown dtype, or bytes that are no whole number of elements.
-    """
+    Raises DataError: an unknown dtype, or bytes that are no whole number of elements."""
     raw = _DTYPES.get(dtype)
     if raw is None:
         raise DataError(f"{what} has the unknown dtype {dtype}")
@@ -84,11 +81,8 @@ def from_tensor(tensor: pb.Tensor, rows: int, max_columns: int, what: str) -> tu
 
 
 def check_csr(crow: Array, col_E: Array, shape: tuple[int, int], num_values: int, what: str) -> CSR:
-    """Return a sparse matrix's layout, once it is certain that it is one.
-
-    Raises:
-        DataError: it is not.
-    """
+    """Return a sparse matrix's layout, once it is certain that it is one. Raises DataError: it is
+    not."""
     rows, columns = shape
     if crow.size != rows + 1:
         raise DataError(
