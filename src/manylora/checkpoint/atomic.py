@@ -74,13 +74,8 @@ def clean_strays(parent: Path, name: str | None = None) -> None:
     """Remove what killed writers left in `parent`, and put back a folder that was being replaced.
 
     Folders that a living process is writing are left alone. A folder that cannot be cleaned (a
-    read-only disk) is not an error.
-
-    Args:
-        name: look only at the strays of this folder.
-
-    Raises:
-        TooManyFilesOpen: no descriptor is left; nothing was changed.
+    read-only disk) is not an error. With `name` only the strays of that folder are looked at.
+    Raises TooManyFilesOpen: no descriptor is left; nothing was changed.
     """
     try:
         found = [(path, _STRAY.fullmatch(path.name)) for path in parent.iterdir()]
@@ -141,10 +136,7 @@ def _new_partial(target: Path) -> tuple[Path, int]:
 
 def _try_lock(partial: Path) -> int | None:
     """Return an open, locked descriptor; None if a living process has it or it cannot be told.
-
-    Raises:
-        TooManyFilesOpen: no descriptor is left.
-    """
+    Raises TooManyFilesOpen: no descriptor is left."""
     try:
         lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:

@@ -23,8 +23,6 @@ SIDECAR = "manylora.json"
 # Kind of a base with an adapter added to it.
 MERGED = "merged-model"
 
-_CHUNK_BYTES = 1 << 20
-
 # Limits of a JSON file: the layout of a model with a hundred thousand layers, and no more.
 MAX_JSON_BYTES = 32 << 20
 MAX_DEPTH = 32
@@ -150,11 +148,8 @@ def _check_depth(value: object) -> None:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checksum(body: Mapping[str, JSON]) -> str:

@@ -182,14 +182,10 @@ def parse_config(fields: Mapping[str, JSON], where: str) -> PeftConfig:
 
 
 def refuse_lost(names: Iterable[str], sites: Sequence[Site], what: str) -> None:
-    """Refuse an adapter on layers that PEFT would not find again.
+    """Refuse an adapter (`what`, in the message) on layers of these names that PEFT would not find
+    again.
 
-    Args:
-        names: names of the layers that it acts on.
-        what: what the message calls the adapter; the beginning of a sentence.
-
-    Raises:
-        Unsupported: there are such layers; the message names them and the way out.
+    Raises Unsupported: there are such layers; the message names them and the way out.
     """
     names = set(names)
     lost = [site.name for site in sites if site.naming == "lost" and site.name in names]

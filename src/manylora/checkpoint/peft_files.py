@@ -11,7 +11,7 @@ K input features, N output features, R LoRA rank, P parameters of the adapter.
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -185,10 +185,13 @@ def import_peft(
     config = parse_config(read_object(folder / CONFIG, MAX_CONFIG_BYTES), str(folder / CONFIG))
     tensors = _read_tensors(folder)
     factors, copies = _sort_keys(folder, tensors, sites, config)
-    _refuse_dtypes(folder, tensors)
+    for key, tensor in tensors.items():
+        if tensor.known is None:
+            raise Unsupported(f"{folder / WEIGHTS}: {key} is {tensor.dtype}; only {list(DTYPES)}")
     for site, key in copies.items():
         _check_base_copy(folder, site, tensors[key], base_weight)
-    dtype = dtype or _file_dtype(tensors[key] for key in factors.values())
+    found = {tensors[key].known for key in factors.values()}
+    dtype = dtype or (found.pop() if len(found) == 1 else None) or "fp32"
     dropout = _recorded(folder).get("dropout")
     if isinstance(dropout, int | float) and not isinstance(dropout, bool):
         config = replace(config, dropout=dropout)
@@ -298,11 +301,8 @@ def _read_tensors(folder: Path) -> dict[str, FileTensor]:
 def _sort_keys(
     folder: Path, tensors: Mapping[str, FileTensor], sites: Sequence[Site], config: PeftConfig
 ) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
-    """Return (site, "A" or "B") → key, and site → key of a copy of the base's weight.
-
-    Raises:
-        CheckpointMismatch: keys are missing, unexpected or of a wrong shape; all such are named.
-    """
+    """Return (site, "A" or "B") → key, and site → key of a copy of the base's weight. Raises
+    CheckpointMismatch: keys are missing, unexpected or of a wrong shape; all such are named."""
     known = {site.name: site for site in sites}
     adapted = {site.name for site in sites if config.adapts(site)}
     factors: dict[tuple[str, str], str] = {}
@@ -345,10 +345,7 @@ def _sort_keys(
 
 
 def _check_base_copy(
-    folder: Path,
-    site: str,
-    copy: FileTensor,
-    base_weight: Callable[[str], Floats] | None,
+    folder: Path, site: str, copy: FileTensor, base_weight: Callable[[str], Floats] | None
 ) -> None:
     if base_weight is None:
         logger.warning("%s: its copy of the base's %s was not compared with the base", folder, site)
@@ -360,17 +357,6 @@ def _check_base_copy(
         or np.array_equal(rounded(weight_NK, copy.known or "fp32"), copy_NK)
     ):
         raise CheckpointMismatch(f"{folder} holds another {site} weight than this base has")
-
-
-def _refuse_dtypes(folder: Path, tensors: Mapping[str, FileTensor]) -> None:
-    for key, tensor in tensors.items():
-        if tensor.known is None:
-            raise Unsupported(f"{folder / WEIGHTS}: {key} is {tensor.dtype}; only {list(DTYPES)}")
-
-
-def _file_dtype(factors: Iterable[FileTensor]) -> DType:
-    found = {tensor.known for tensor in factors}
-    return (found.pop() if len(found) == 1 else None) or "fp32"
 
 
 def _spec_of(

@@ -115,11 +115,8 @@ def write_tensors(
     *,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write arrays that `encoded` returned, of any shape and strides.
-
-    Raises:
-        OSError, SafetensorError: the file could not be written.
-    """
+    """Write arrays that `encoded` returned, of any shape and strides. Raises OSError,
+    SafetensorError: the file could not be written."""
     name, _, in_memory = _FORMATS[dtype]
     packed = {key: np.ascontiguousarray(value, in_memory) for key, value in tensors.items()}
     # The specs hold addresses: `packed` must outlive the call.

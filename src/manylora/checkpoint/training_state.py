@@ -91,10 +91,11 @@ def save_state(
     }
     if text_format is not None and text_format != TextFormat():
         settings["text_format"] = text_format.to_json()
+    factors: list[JSON] = [dict[str, JSON](asdict(factor)) for factor in state.layout.factors]
     about: dict[str, JSON] = {
         "base_name": base_name,
         "base_fingerprint": base_fingerprint,
-        "layout": _layout_json(state.layout),
+        "layout": {"num_params": state.layout.num_params, "factors": factors},
     }
     with write_folder(folder, kind=KIND, about=about) as partial:
         write_tensors(partial / TENSORS, vectors, "fp32")
@@ -272,21 +273,14 @@ def _spec_of(value: JSON) -> AdapterSpec:
     return AdapterSpec(**values)  # pyrefly: ignore[bad-argument-type]
 
 
-def _layout_json(layout: Layout) -> JSON:
-    factors: list[JSON] = [dict[str, JSON](asdict(factor)) for factor in layout.factors]
-    return {"num_params": layout.num_params, "factors": factors}
-
-
 def _layout_of(value: JSON) -> Layout:
     if not isinstance(value, dict):
         raise TypeError("layout is not an object")
     factors, num_params = value["factors"], value["num_params"]
     if not isinstance(factors, list) or not isinstance(num_params, int):
         raise TypeError("layout has no factors or no num_params")
-    return Layout(
-        tuple(Factor(**factor) for factor in factors),  # pyrefly: ignore
-        num_params,
-    )
+    found = tuple(Factor(**factor) for factor in factors)  # pyrefly: ignore
+    return Layout(found, num_params)
 
 
 def _spec_differences(saved: AdapterSpec, wanted: AdapterSpec) -> list[str]:

@@ -20,12 +20,8 @@ TOPK_BYTES = 16
 
 
 def kv_bytes(config: Any, itemsize: int, tp: int = 1) -> int:
-    """Return the bytes of one token's keys and values in all layers, by a base's config.
-
-    Args:
-        config: the text config.
-        itemsize: bytes of a number of the base.
-    """
+    """Return the bytes of one token's keys and values in all layers, by a base's text config; a
+    number of the base takes `itemsize` bytes."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * max(1, heads // tp) * size * itemsize
@@ -83,14 +79,8 @@ def admit_sample(
 
 
 def admit_work(work: ForwardBackward, base: BaseModel, memory: FreeMemory) -> None:
-    """Let an operation run, if what is certainly kept of its longest datum fits.
-
-    Args:
-        memory: of the base's device.
-
-    Raises:
-        DoesNotFit
-    """
+    """Let an operation run, if what is certainly kept of its longest datum fits. The `memory` is
+    that of the base's device. Raises DoesNotFit."""
     if base.mesh.shape.size > 1 or not work.data:
         return
     config = base.model.config.get_text_config()

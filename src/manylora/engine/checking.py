@@ -53,10 +53,8 @@ def _check_tokens(datum: Datum, base: BaseModel) -> None:
             f"{len(datum)} tokens; the context of base {base.name!r} is "
             f"{base.context_length}: shorten or split it"
         )
-    for name, tokens in (
-        ("tokens", datum.tokens),
-        ("target_tokens", datum.loss_inputs["target_tokens"]),
-    ):
+    named = {"tokens": datum.tokens, "target_tokens": datum.loss_inputs["target_tokens"]}
+    for name, tokens in named.items():
         if tokens.min() < 0 or tokens.max() >= base.vocab_size:
             stray = tokens[(tokens < 0) | (tokens >= base.vocab_size)].flat[0]
             raise DataError(f"{name} holds {stray}; token ids are 0 … {base.vocab_size - 1}")

@@ -49,9 +49,8 @@ class Decoder:
     ):
         """Stand before a loop.
 
-        Args:
-            weights_of: tells what a request is to be answered with, or raises AdapterNotFound.
-            most_tokens: of a sequence, where memory bounds it; see `admit_sample`.
+        `weights_of` tells what a request is to be answered with, or raises AdapterNotFound;
+        `most_tokens` bounds a sequence where memory does (see `admit_sample`).
         """
         self.base = base
         self.loop = loop
@@ -77,21 +76,13 @@ class Decoder:
         return self.loop.step_rows.promised_bytes
 
     def admit(self, samples: Sequence[Sample]) -> list[ManyloraError | None]:
-        """Let requests join the loop.
-
-        Returns:
-            For each None, or why it did not: DataError, DatumTooLong, DoesNotFit, AdapterNotFound,
-            Unsupported.
-        """
+        """Let requests join the loop; return for each None, or why it did not: DataError,
+        DatumTooLong, DoesNotFit, AdapterNotFound, Unsupported."""
         return [self._admit(sample) for sample in samples]
 
     def decode(self, seconds: float) -> list[tuple[Sample, SampleResult | ManyloraError]]:
-        """Turn the loop for about so long, or until a request is finished.
-
-        Returns:
-            The requests that are finished, each with its result, or NotFinite (weights that have
-            run away).
-        """
+        """Turn the loop for about so long, or until a request is finished; return those that are,
+        each with its result, or NotFinite (weights that have run away)."""
         until = time.monotonic() + seconds
         while self._together is not None and self._whole and not self._ready:
             answered, time_is_up = self._together.turn(until)
@@ -130,16 +121,9 @@ class Decoder:
             weights = self._weights_of(sample)
             self._check(sample)
             admit_sample(sample, self.base, self._most_tokens, self.promised_bytes, self._memory)
+            asked = (sample.params, sample.num_samples, sample.scoring, sample.tenant)
             requests = [
-                Request(
-                    self._prompt(prompt),
-                    weights,
-                    sample.params,
-                    sample.num_samples,
-                    sample.scoring,
-                    sample.tenant,
-                    index,
-                )
+                Request(self._prompt(prompt), weights, *asked, index)
                 for index, prompt in enumerate(sample.prompts)
             ]
             _check_candidates(sample, requests, self.base.vocab_size)

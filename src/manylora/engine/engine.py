@@ -20,13 +20,7 @@ from manylora.engine.plan import Plan, make_plan, whose
 from manylora.engine.results import Losses, Rows, found, gathered, results
 from manylora.engine.stepping import Due, step_on_mesh
 from manylora.kernels import DTYPES, settle_functions, whole_products
-from manylora.lora.adapter import (
-    Adapter,
-    AdapterWeights,
-    SiteIndex,
-    to_array,
-    to_tensor,
-)
+from manylora.lora.adapter import Adapter, AdapterWeights, SiteIndex, to_array, to_tensor
 from manylora.lora.gathering import gathered_state, gathered_weights
 from manylora.lora.init import fresh_state, named_seed
 from manylora.lora.layout import Layout, plan_layout
@@ -70,15 +64,8 @@ class Engine:
     """
 
     def __init__(self, opening: Opening, mesh: Mesh | None = None):
-        """Open the base.
-
-        Args:
-            opening: which base, and how.
-            mesh: this rank's place among several; None = one process.
-
-        Raises:
-            BaseModelError, Unsupported, DoesNotFit: see `manylora.models.open_base`.
-        """
+        """Open the base; on a `mesh` this rank's part of it. Raises BaseModelError, Unsupported,
+        DoesNotFit: see `manylora.models.open_base`."""
         if opening.threads is not None:
             torch.set_num_threads(opening.threads)
         settle_functions()
@@ -130,21 +117,15 @@ class Engine:
     # -- adapters -------------------------------------------------------------------------------
 
     def create(self, name: str, spec: AdapterSpec) -> Adapter:
-        """Make a new adapter, which changes nothing yet.
-
-        Raises:
-            AdapterExists, TargetError, DoesNotFit
-        """
+        """Make a new adapter, which changes nothing yet. Raises AdapterExists, TargetError,
+        DoesNotFit."""
         layout = plan_layout(spec, resolve_targets(spec, self.sites))
         self._admit(name, spec, layout)
         return self.restore(name, fresh_state(spec, layout))
 
     def restore(self, name: str, state: AdapterState) -> Adapter:
-        """Make an adapter with the given state, whose layout must be this base's.
-
-        Raises:
-            AdapterExists, DoesNotFit
-        """
+        """Make an adapter with the given state, whose layout must be this base's. Raises
+        AdapterExists, DoesNotFit."""
         self._admit(name, state.spec, state.layout)
         home = named_seed(0, name) % self._ranks
         self.adapters[name] = Adapter(state, self.index, self.base.device, home)
@@ -231,12 +212,9 @@ class Engine:
         return [outcomes[number] for number in range(len(works))]
 
     def optim_step(self, steps: Sequence[OptimStep]) -> list[OptimStepResult | ManyloraError]:
-        """Step the adapters that are due; each by its own norm, clip and hyper-parameters.
-
-        Returns:
-            For each its result, or: StepRefused, NotFinite (weights and moments unchanged, the
-            gradient dropped), AdapterNotFound.
-        """
+        """Step the adapters that are due, each by its own norm, clip and hyper-parameters; return
+        for each its result, or: StepRefused, NotFinite (weights and moments unchanged, the gradient
+        dropped), AdapterNotFound."""
         outcomes: dict[int, OptimStepResult | ManyloraError] = {}
         due: dict[int, Due] = {}
         for number, step in enumerate(steps):

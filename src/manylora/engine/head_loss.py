@@ -144,11 +144,7 @@ class HeadLoss:
         return out
 
     def _sequence_inputs(
-        self,
-        hidden_TH: Tensor,
-        rows: HeadRows,
-        table: RoutingTable,
-        chunks: Sequence[Chunk],
+        self, hidden_TH: Tensor, rows: HeadRows, table: RoutingTable, chunks: Sequence[Chunk]
     ) -> dict[str, Tensor]:
         """Compute what losses need of whole data beforehand, by a forward of their trained rows."""
         shares = [share for share in rows.losses if share.loss.sequence_inputs]

@@ -181,12 +181,8 @@ def head_rows(
     losses: Sequence[tuple[Loss, Settings]],
     device: torch.device,
 ) -> HeadRows:
-    """Choose the rows of a stream and bring them into order.
-
-    Args:
-        starts: where each piece begins in the stream.
-        losses: of each operation, by the pieces' `work`.
-    """
+    """Choose the rows of a stream and bring them into order. Each piece begins in the stream where
+    `starts` says; the losses are those of the operations, by the pieces' `work`."""
     places: list[list[Array]] = [[], []]
     data: list[list[tuple[Datum, Array]]] = [[], []]
     lengths: list[int] = []

@@ -27,8 +27,7 @@ class MicroBatch:
         pieces: in stream order.
         starts: first row of each piece.
         lengths: tokens of each sequence.
-        tokens_T: int64 [T].
-        positions_T: int64 [T].
+        tokens_T, positions_T: int64 [T].
         segments: one per piece, and one for the padding.
         head: the rows that the head runs on, with what their losses need.
     """

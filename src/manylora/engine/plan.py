@@ -13,6 +13,7 @@ A plan is a function of the operations and of what every rank knows of the adapt
 make the same one.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -80,10 +81,7 @@ class Plan:
 
     def counts(self) -> dict[Whose, int]:
         """Count the pieces of every adapter."""
-        counts: dict[Whose, int] = {}
-        for piece in self.pieces:
-            counts[piece.whose] = counts.get(piece.whose, 0) + 1
-        return counts
+        return Counter(piece.whose for piece in self.pieces)
 
 
 def make_plan(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from manylora.kernels import DTYPES
 from manylora.lora.state import AdapterState
 from manylora.models.base import resolve_base
 from manylora.types import AdamParams, Datum, Wanted
@@ -38,10 +37,10 @@ class ReferenceLinear(nn.Module):
 class ReferenceEngine:
     """A reference engine is one adapter on its own copy of the base."""
 
-    def __init__(self, base: str | Path, state: AdapterState, dtype: str = "fp32"):
+    def __init__(self, base: str | Path, state: AdapterState):
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             resolve_base(base),
-            dtype=DTYPES[dtype],
+            dtype=torch.float32,
             attn_implementation="eager",
             trust_remote_code=False,
         )
@@ -49,15 +48,11 @@ class ReferenceEngine:
         self.state = state
         self.modules: dict[str, ReferenceLinear] = {}
         for factor in state.layout.factors:
-            parent, _, leaf = factor.site.rpartition(".")
-            owner = self.model.get_submodule(parent)
-            linear = ReferenceLinear(
-                getattr(owner, leaf),
-                torch.tensor(factor.a(state.weights)),
-                torch.tensor(factor.b_transposed(state.weights).T),
-                factor.scale,
-            )
-            setattr(owner, leaf, linear)
+            a_RK = torch.tensor(factor.a(state.weights))
+            b_NR = torch.tensor(factor.b_transposed(state.weights).T)
+            base_linear = self.model.get_submodule(factor.site)
+            linear = ReferenceLinear(base_linear, a_RK, b_NR, factor.scale)
+            self.model.set_submodule(factor.site, linear)
             self.modules[factor.site] = linear
         parameters = [p for m in self.modules.values() for p in (m.lora_a, m.lora_b)]
         self.optimizer = torch.optim.AdamW(parameters, lr=1.0)

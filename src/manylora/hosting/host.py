@@ -21,6 +21,8 @@ log = logging.getLogger("manylora.api")
 # their way in and out, and for snapshots. The rest is for activations and caches.
 ADAPTER_SHARE, HOST_SHARE, SNAPSHOT_SHARE = 0.3, 0.15, 0.1
 
+PagerCall = Callable[[Pager], Any]
+
 
 class HostedEngine:
     """A hosted engine has a pager, a queue and a worker; only here are they put together.
@@ -52,8 +54,7 @@ class HostedEngine:
             max_resident: adapters in the engine at once; None = what measured memory allows.
             neighbours: hosted engines in this process, this one included.
             token_budget: that the engine was opened with.
-            before_save: see `Pager`.
-            on_saved: see `Pager`.
+            before_save, on_saved: see `Pager`.
             observe: told of each batch that was run.
             apart: see `OperationQueue`.
         """
@@ -119,13 +120,8 @@ class Host:
         max_resident: int | None = None,
         **settings: Any,
     ):
-        """Put a queue before each engine.
-
-        Args:
-            max_resident: adapters in all engines together.
-            folder: see `HostedEngine`.
-            settings: see `HostedEngine`.
-        """
+        """Put a queue before each engine. `max_resident` counts the adapters of all engines
+        together; the other settings are those of a `HostedEngine`."""
         count = len(engines)
         each = None if max_resident is None else max(1, max_resident // count)
         self.units = [
@@ -146,13 +142,10 @@ class Host:
         return self.units[self.placement.of_operation(operation)].queue.submit(operation)
 
     def call(
-        self, adapter: str | None, run: Callable[[Pager], Any], *, tenant: str = "", seq: int = 0
+        self, adapter: str | None, run: PagerCall, *, tenant: str = "", seq: int = 0
     ) -> Future[Any]:
         """Queue something that needs an engine for itself, in its adapter's turn if it has one.
-
-        Args:
-            run: is given what the engine's thread alone may use.
-        """
+        `run` is given what the engine's thread alone may use."""
         return self._call(self.placement.of_adapter(adapter), adapter, run, tenant, seq)
 
     def snapshot(
@@ -183,11 +176,8 @@ class Host:
     def unload(
         self, adapter: str, *, tenant: str = "", then: Callable[[], Any] = lambda: None
     ) -> Future[None]:
-        """Queue the end of an adapter; its name is free again, its snapshots stay.
-
-        Args:
-            then: called on the engine's thread once the adapter is gone.
-        """
+        """Queue the end of an adapter; its name is free again, its snapshots stay. `then` is called
+        on the engine's thread once the adapter is gone."""
 
         def run(pager: Pager) -> None:
             pager.unload(adapter)
@@ -196,12 +186,7 @@ class Host:
         return self._call(self.placement.forget_adapter(adapter), adapter, run, tenant)
 
     def _call(
-        self,
-        number: int,
-        adapter: str | None,
-        run: Callable[[Pager], Any],
-        tenant: str,
-        seq: int = 0,
+        self, number: int, adapter: str | None, run: PagerCall, tenant: str, seq: int = 0
     ) -> Future[Any]:
         unit = self.units[number]
         return unit.queue.submit(Call(adapter, lambda: run(unit.pager), tenant=tenant, seq=seq))
@@ -238,15 +223,12 @@ class Host:
     # -- states in files --------------------------------------------------------------------------
 
     def read(self, folder: Path, *, spec: AdapterSpec, moments: bool, called: str) -> AdapterState:
-        """Read an adapter's state from its files.
+        """Read an adapter's state from its files. Raises CheckpointDamaged, CheckpointMismatch.
 
         Args:
             spec: the settings that it must have.
             moments: with the optimizer's state and counters; without, weights only.
             called: what an error calls the folder.
-
-        Raises:
-            CheckpointDamaged, CheckpointMismatch
         """
         state = read_state(self.engine, folder, spec=spec, called=called).state
         return state if moments else weights_only(state)
@@ -255,10 +237,7 @@ class Host:
         self, name: str, folder: Path, *, spec: AdapterSpec, moments: bool, called: str
     ) -> None:
         """Copy a state to where an adapter of that name will look for its own. Any thread may.
-
-        Raises:
-            CheckpointDamaged, CheckpointMismatch, SaveFailed
-        """
+        Raises CheckpointDamaged, CheckpointMismatch, SaveFailed."""
         state = self.read(folder, spec=spec, moments=moments, called=called)
         write_state(self.engine, self.state_folder(name), state, position=0)
 

@@ -62,8 +62,7 @@ class Pager:
         Args:
             folder: for states (`adapters/`) and snapshots (`snapshots/`); None = nothing leaves the
                 engine, so `adapters` and `snapshots` have no limits.
-            adapters: how many may be in the engine at once.
-            snapshots: how many may be in the engine at once.
+            adapters, snapshots: how many may be in the engine at once.
             host_bytes: of states held in host memory, those that wait to be written included.
             before_save: called before an adapter's state is written; returns once everything that
                 its operations brought is where it will be found again.
@@ -83,21 +82,15 @@ class Pager:
     # -- registering ------------------------------------------------------------------------------
 
     def create(self, name: str, spec: AdapterSpec) -> None:
-        """Make a new adapter, resident at once so that wrong settings show.
-
-        Raises:
-            AdapterExists, TargetError, DoesNotFit
-        """
+        """Make a new adapter, resident at once so that wrong settings show. Raises AdapterExists,
+        TargetError, DoesNotFit."""
         self._refuse_known(name)
         self._pages[name] = AdapterPage(PageState.UNMADE, spec)
         self._bring_first(name)
 
     def restore(self, name: str, state: AdapterState) -> None:
-        """Make a new adapter that begins with a state, resident at once.
-
-        Raises:
-            AdapterExists, DoesNotFit
-        """
+        """Make a new adapter that begins with a state, resident at once. Raises AdapterExists,
+        DoesNotFit."""
         self._refuse_known(name)
         self._pages[name] = AdapterPage(PageState.HELD)
         self._hold(name, state)
@@ -106,8 +99,7 @@ class Pager:
     def register(self, name: str, spec: AdapterSpec, position: int | None) -> None:
         """Register an adapter of this folder's earlier life; nothing is read before it is needed.
 
-        Args:
-            position: of its state on disk; None = it has none and starts anew from `spec`.
+        `position` is that of its state on disk; None = it has none and starts anew from `spec`.
         """
         self._refuse_known(name)
         if position is None:
@@ -204,11 +196,8 @@ class Pager:
         return self.engine.state(name)
 
     def state(self, name: str, position: int, *, moments: bool) -> AdapterState:
-        """Return a copy of the state now, as a checkpoint keeps it: without a gradient that waits.
-
-        Args:
-            moments: with the optimizer's state; without, weights and the count of steps only.
-        """
+        """Return a copy of the state now, as a checkpoint keeps it: without a gradient that waits;
+        without `moments`, weights and the count of steps only."""
         self._bring_one(name)
         state = self.engine.state(name)
         self._advance(name, position)

@@ -19,14 +19,8 @@ class Snapshots:
     def __init__(
         self, engine: EngineProtocol, folder: Path | None, resident: Residency, writer: Writer
     ):
-        """No snapshot is there yet.
-
-        Args:
-            engine: holds the snapshots that are in use.
-            folder: see `Pager`.
-            resident: how many may be in the engine at once.
-            writer: writes each snapshot to disk.
-        """
+        """No snapshot is there yet. `resident` bounds how many are in the engine; `folder` is the
+        `Pager`'s."""
         self._engine, self._folder, self._writer = engine, folder, writer
         self._resident = resident
         self._leaving: set[str] = set()  # dropped, with files that the writer has still to delete
@@ -51,6 +45,7 @@ class Snapshots:
     def install(self, snapshot: str, state: AdapterState) -> None:
         """Make a snapshot of a state that `EngineProtocol.snapshot_state` gave earlier."""
         self._engine.install_snapshot(snapshot, state)
+        self._leaving.discard(snapshot)
         self._note(snapshot)
         if self._folder is not None:
             self._write(snapshot, state)

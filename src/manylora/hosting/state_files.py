@@ -30,8 +30,7 @@ def read_state(
         spec: the settings that the caller expects; others are refused.
         called: what an error calls the folder, where its reader shall not learn the path.
 
-    Raises:
-        CheckpointDamaged, CheckpointMismatch, TooManyFilesOpen
+    Raises CheckpointDamaged, CheckpointMismatch, TooManyFilesOpen.
     """
     try:
         return _read(engine, folder, spec)

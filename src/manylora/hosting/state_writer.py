@@ -15,11 +15,7 @@ class Writer:
     """A writer is a queue of writes with bounded memory. Methods belong to the engine's thread."""
 
     def __init__(self, max_bytes: int):
-        """Start the thread.
-
-        Args:
-            max_bytes: what waits to be written may take so much; a single write may take more.
-        """
+        """Start the thread. What waits may take `max_bytes`; a single write may take more."""
         self._max_bytes = max_bytes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="manylora-writer")
         self._waiting: deque[tuple[Future[Any], int]] = deque()
@@ -27,11 +23,8 @@ class Writer:
     def write(
         self, write: Callable[[], Result], num_bytes: int, *, quiet: bool = False
     ) -> "Future[Result]":
-        """Queue a write that keeps `num_bytes` of memory; wait while too much is queued.
-
-        Args:
-            quiet: the caller looks at the future; a failure need not be logged.
-        """
+        """Queue a write that keeps `num_bytes` of memory; wait while too much is queued. `quiet`:
+        the caller looks at the future; a failure need not be logged."""
         future = self._thread.submit(write)
         if not quiet:
             future.add_done_callback(_log_failure)

@@ -12,20 +12,11 @@ from torch import Tensor
 from manylora.kernels.lowrank import Columns, SegmentWork, shrink_expand, shrink_expand_backward
 
 Columned = Columns | None
-Forward = Callable[
-    [Tensor, Sequence[Tensor], list[int], Sequence[SegmentWork], Columned], list[Tensor]
-]
+Work = Sequence[SegmentWork]
+Slopes = Sequence[Tensor | None]
+Forward = Callable[[Tensor, Sequence[Tensor], list[int], Work, Columned], list[Tensor]]
 Backward = Callable[
-    [
-        Tensor,
-        Sequence[Tensor | None],
-        Tensor | None,
-        list[int],
-        Sequence[SegmentWork],
-        Sequence[Tensor],
-        Columned,
-    ],
-    None,
+    [Tensor, Slopes, Tensor | None, list[int], Work, Sequence[Tensor], Columned], None
 ]
 
 

@@ -116,11 +116,8 @@ def _run(multiply: Callable[[Tensor, Tensor], object], a_TK: Tensor, out_TN: Ten
 
 @cache
 def _safe_rows(dtype: torch.dtype, threads: int) -> int | None:
-    """Return from how many rows on a row has the same bits; None if from more than a block's.
-
-    Args:
-        threads: torch's number of them, which the answer depends on.
-    """
+    """Return from how many rows on a row has the same bits; None if from more than a block's. The
+    answer depends on `threads`, torch's number of them."""
     few, many = TRIED_ROWS
     if _fewest_alike(dtype, few) == FEWEST_ROWS:
         return FEWEST_ROWS

@@ -23,11 +23,7 @@ class PackedWeight:
     """A `PackedWeight` is a frozen weight [N, K] in oneDNN's order, with each column's bias."""
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None):
-        """Copy the weight.
-
-        Raises:
-            RuntimeError: the CPU has no products in this dtype.
-        """
+        """Copy the weight. Raises RuntimeError: the CPU has no products in this dtype."""
         # What torch's own compiler calls for a frozen linear layer.
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK, ROWS)
@@ -40,12 +36,7 @@ class PackedWeight:
 
 @cache
 def safe_packed(
-    terms: int,
-    columns: int,
-    bias: bool,
-    dtype: torch.dtype,
-    threads: int,
-    counts: tuple[int, ...],
+    terms: int, columns: int, bias: bool, dtype: torch.dtype, threads: int, counts: tuple[int, ...]
 ) -> frozenset[int]:
     """Return those of `counts` of which rows keep their bits; none without such products."""
     weight_NK = some_rows(columns, terms, dtype)

@@ -110,8 +110,8 @@ class Adapter:
         self.master_P = whole_P
         if sites.place["dp"].size > 1:
             # Of fp32 weights a view, of others a copy that does not keep the rest alive.
-            own_P = whole_P[part.own]
-            self.master_P = own_P if living_P is whole_P else own_P.clone()
+            slice_C = whole_P[part.own]
+            self.master_P = slice_C if living_P is whole_P else slice_C.clone()
         self.exp_avg_P = self._moment(state.exp_avg)
         self.exp_avg_sq_P = self._moment(state.exp_avg_sq)
         self.grad_P: Tensor | None = None
@@ -121,7 +121,10 @@ class Adapter:
         self.shares = 0
         self.poison = state.poison
         if state.grad is not None:
-            self._take_grad(state.grad, home)
+            self.note_grad(home, part.shares(len(state.grad)))
+            own_P = part.take_pending(state.grad, home)  # its rows, added up in their order
+            if own_P is not None:
+                self._tie_grad(to_tensor(own_P, self.master_P.device))
 
     def _moment(self, array: Floats | None) -> Tensor | None:
         if array is None:
@@ -142,13 +145,6 @@ class Adapter:
             for member, factor in zip(block.members, factors, strict=True):
                 member.grad_bt_RN = factor.b_transposed(grad_P)
         return grad_P
-
-    def _take_grad(self, grad_SP: Floats, home: int) -> None:
-        """Begin with a pending gradient: its rows are added up in their order."""
-        self.note_grad(home, self.part.shares(len(grad_SP)))
-        own_P = self.part.take_pending(grad_SP, home)
-        if own_P is not None:
-            self._tie_grad(to_tensor(own_P, self.master_P.device))
 
     def note_grad(self, home: int, shares: int) -> None:
         """Note that something was accumulated, on this rank or another."""

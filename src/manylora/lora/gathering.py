@@ -7,6 +7,7 @@ L numbers of an adapter's vector on one rank.
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from manylora.lora.adapter import Adapter, AdapterWeights, to_array
 from manylora.lora.sharding import Part
@@ -77,8 +78,5 @@ def _pending(adapter: Adapter, mesh: Mesh) -> Floats:
 
 
 def _padded(vector: Tensor, length: int) -> Tensor:
-    if len(vector) == length:
-        return vector
-    padded = vector.new_zeros(length)
-    padded[: len(vector)] = vector
-    return padded
+    missing = length - len(vector)
+    return functional.pad(vector, (0, missing)) if missing else vector

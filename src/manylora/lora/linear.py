@@ -199,8 +199,7 @@ def wrap_linears(model: nn.Module, sites: Iterable[Site]) -> list[Group]:
         layers = [_plain_linear(model, site) for site in members]
         group = InputGroup(number, members, layers, low_rank)
         for position, (site, layer) in enumerate(zip(members, layers, strict=True)):
-            parent, _, leaf = site.name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, LoRALinear(layer, group, position))
+            model.set_submodule(site.name, LoRALinear(layer, group, position))
         groups.append(group)
     return groups
 
@@ -218,12 +217,5 @@ def _plain_linear(model: nn.Module, site: Site) -> nn.Linear:
 
 def site_of(found: FoundLinear) -> Site:
     """Describe a linear layer of the base as adapters need it."""
-    return Site(
-        found.name,
-        found.in_features,
-        found.out_features,
-        found.group,
-        found.is_head,
-        found.split,
-        found.naming,
-    )
+    size = found.in_features, found.out_features
+    return Site(found.name, *size, found.group, found.is_head, found.split, found.naming)

@@ -62,11 +62,8 @@ class RoutingTable:
         return self._work[group]
 
     def part(self, segment: int, within: int, group: int) -> list[SegmentWork]:
-        """Return one group's work on rows of one segment that run by themselves, as segment 0.
-
-        Args:
-            within: where they begin among the segment's rows, in the order in which they run.
-        """
+        """Return one group's work on rows of one segment that run by themselves, as segment 0;
+        `within` is where they begin among the segment's rows, in the order in which they run."""
         return [
             replace(item, segment=0, seed=_mix(item.seed, within) if item.dropout else 0)
             for item in self.work(group)

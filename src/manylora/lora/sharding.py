@@ -105,13 +105,8 @@ class Part:
         return local_L
 
     def join(self, parts: Sequence[Array]) -> Array:
-        """Join what every tp rank holds into the global vector [P], the inverse of `take`.
-
-        What all of them have is read from the first.
-
-        Args:
-            parts: [L] each, or longer.
-        """
+        """Join what every tp rank holds ([L] or longer) into the global vector [P], the inverse of
+        `take`. What all of them have is read from the first."""
         tp = self.place["tp"].size
         if tp == 1:
             return parts[0]

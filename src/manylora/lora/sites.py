@@ -59,10 +59,8 @@ def resolve_targets(spec: AdapterSpec, sites: Sequence[Site]) -> tuple[Target, .
 
     A leaf name matches a module path's end, a regular expression the whole path, and a pattern of
     `rank_pattern` / `alpha_pattern` the path's end, all as in PEFT. Matching is bounded (see
-    `types.patterns`).
-
-    Raises:
-        TargetError: a name or pattern matches nothing; the message lists what could match.
+    `types.patterns`). Raises TargetError: a name or pattern matches nothing; the message lists what
+    could match.
     """
     matching = Matching()
     chosen = [site for site in sites if _is_target(spec.targets, site, matching)]

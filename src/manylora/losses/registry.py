@@ -82,11 +82,8 @@ class Loss:
         return replace(self, held=False)
 
     def settings(self, config: Mapping[str, float] | None) -> Settings:
-        """Return the complete settings.
-
-        Raises:
-            DataError: a setting is unknown, missing or not a finite number.
-        """
+        """Return the complete settings. Raises DataError: one is unknown, missing or not a finite
+        number."""
         given = dict(config or {})
         known = {*self.defaults, *self.required, *((KL_ESTIMATOR,) if self.held else ())}
         for name, value in given.items():
@@ -108,12 +105,8 @@ class Loss:
         return {**self.defaults, **given}
 
     def check(self, datum: Datum) -> None:
-        """Refuse a datum whose inputs are not this loss's.
-
-        Raises:
-            DataError: an input is missing, unknown, of a shape that this loss does not take, or
-                not finite; the message names it.
-        """
+        """Refuse a datum whose inputs are not this loss's. Raises DataError: an input is missing,
+        unknown, of a shape that this loss does not take, or not finite; the message names it."""
         given = set(datum.loss_inputs) - {"target_tokens"}
         for name in self.inputs:
             if name not in given:
@@ -237,11 +230,7 @@ def loss_names() -> tuple[str, ...]:
 
 
 def get_loss(name: str) -> Loss:
-    """Return the loss of that name.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Return the loss of that name. Raises DataError: there is none."""
     if name not in _LOSSES:
         raise DataError(f"unknown loss {name!r}; there are: {', '.join(_LOSSES)}")
     return _LOSSES[name]

@@ -30,10 +30,8 @@ LOGIT_FACTORS = (
 def check_agreement(base: BaseModel) -> None:
     """Find the head's factor, then compare a packed stream with transformers' own forward.
 
-    With the base's own values, and few tokens: `trial.try_twin` has long ones.
-
-    Raises:
-        Unsupported: it gives other logits.
+    With the base's own values, and few tokens: `trial.try_twin` has long ones. Raises Unsupported:
+    it gives other logits.
     """
     generator = torch.Generator().manual_seed(0)
     sequences = [
@@ -66,11 +64,8 @@ def stock_logits(base: BaseModel, sequences: Sequence[Tensor]) -> list[Tensor]:
 def streamed_logits(
     base: BaseModel, sequences: Sequence[Tensor], stream: PackedStream | None = None
 ) -> list[Tensor]:
-    """Return fp32 logits [T, V] of sequences, or of their next tokens, in one stream.
-
-    Args:
-        stream: where they lie, and what of each is kept; None = nothing is.
-    """
+    """Return fp32 logits [T, V] of sequences, or of their next tokens, in one stream, which says
+    where they lie and what of each is kept (None = nothing is)."""
     lengths = [len(tokens) for tokens in sequences]
     if stream is None:
         stream = PackedStream(lengths, padded_rows(sum(lengths)))

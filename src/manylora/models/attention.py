@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from manylora.models.cache import CachedLayer, DecodeStep
+from manylora.models.cache import DecodeStep, KeysValues
 from manylora.models.sight import NAME, Sight
 from manylora.models.stream import PackedStream, current_stream
 from manylora.types import Unsupported
@@ -105,7 +105,7 @@ def _per_run(
     key: Tensor,
     value: Tensor,
     stream: PackedStream,
-    cached: tuple[CachedLayer, CachedLayer] | None,
+    cached: KeysValues | None,
     scale: float,
     sight: Sight,
     softcap: float | None,
@@ -150,13 +150,9 @@ def _attend(
         # One sequence at a time: a batched product's bits would depend on the run's length.
         singles = zip(*(t.split(1) for t in (q_nHLD, k_nHLD, v_nHLD)), strict=True)
         return torch.cat([_softcapped(q, k, v, mask, scale, softcap) for q, k, v in singles])
-    if whole:
-        return functional.scaled_dot_product_attention(
-            q_nHLD, k_nHLD, v_nHLD, is_causal=True, scale=scale
-        )
-    mask = _causal_mask(length, sight, q_nHLD.device)
+    mask = None if whole else _causal_mask(length, sight, q_nHLD.device)
     return functional.scaled_dot_product_attention(
-        q_nHLD, k_nHLD, v_nHLD, attn_mask=mask, scale=scale
+        q_nHLD, k_nHLD, v_nHLD, attn_mask=mask, is_causal=whole, scale=scale
     )
 
 
@@ -176,9 +172,7 @@ def _causal_mask(length: int, sight: Sight, device: torch.device) -> Tensor:
     return sight.seen(place[:, None], place)
 
 
-def _fill(
-    cached: tuple[CachedLayer, CachedLayer], key: Tensor, value: Tensor, stream: PackedStream
-) -> None:
+def _fill(cached: KeysValues, key: Tensor, value: Tensor, stream: PackedStream) -> None:
     """Keep the stream's keys and values."""
     filling = stream.filling
     assert filling is not None
@@ -194,7 +188,7 @@ def _continued(
     q_HLD: Tensor,
     stream: PackedStream,
     number: int,
-    cached: tuple[CachedLayer, CachedLayer],
+    cached: KeysValues,
     scale: float,
     sight: Sight,
     softcap: float | None,
@@ -221,7 +215,7 @@ def decode_attention(
     key: Tensor,
     value: Tensor,
     step: DecodeStep,
-    layers: tuple[CachedLayer, CachedLayer],
+    layers: KeysValues,
     scale: float,
     sight: Sight,
     softcap: float | None,
@@ -253,7 +247,7 @@ def decode_attention(
 def _decode_runs(
     q_SHGD: Tensor,
     step: DecodeStep,
-    layers: tuple[CachedLayer, CachedLayer],
+    layers: KeysValues,
     scale: float,
     sight: Sight,
     softcap: float | None,
@@ -302,11 +296,7 @@ def _attend_apart(
 
 
 def _decode_gathered(
-    q_SHGD: Tensor,
-    step: DecodeStep,
-    layers: tuple[CachedLayer, CachedLayer],
-    scale: float,
-    sight: Sight,
+    q_SHGD: Tensor, step: DecodeStep, layers: KeysValues, scale: float, sight: Sight
 ) -> Tensor:
     """Attend for all sequences in one call, their keys and values copied side by side."""
     rows, longest, device = step.rows, step.longest(), q_SHGD.device

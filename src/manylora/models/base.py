@@ -174,11 +174,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def checkpoint_activations(base: BaseModel) -> None:
-    """Recompute each block in the backward instead of storing its activations.
-
-    Raises:
-        Unsupported: the architecture has no checkpointing in transformers.
-    """
+    """Recompute each block in the backward instead of storing its activations. Raises Unsupported:
+    the architecture has no checkpointing in transformers."""
     if not getattr(base.model, "supports_gradient_checkpointing", False):
         raise Unsupported(f"base {base.name!r} has no activation checkpointing in transformers")
     base.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -189,11 +186,8 @@ def checkpoint_activations(base: BaseModel) -> None:
 
 
 def find_head(model: Any, axis: Axis | None, shared: Shared) -> Head:
-    """Return the output head of a causal LM; its factor is not known yet.
-
-    Raises:
-        Unsupported: it is not one linear layer.
-    """
+    """Return the output head of a causal LM; its factor is not known yet. Raises Unsupported: it is
+    not one linear layer."""
     layer = model.get_output_embeddings()
     if type(layer) not in (nn.Linear, SplitLinear):
         raise Unsupported(
@@ -205,11 +199,8 @@ def find_head(model: Any, axis: Axis | None, shared: Shared) -> Head:
 
 
 def find_backbone(model: Any) -> Any:
-    """Return all of a causal LM but its head.
-
-    Raises:
-        Unsupported: the model does not tell them apart.
-    """
+    """Return all of a causal LM but its head. Raises Unsupported: the model does not tell them
+    apart."""
     if model.base_model is not model:
         return model.base_model
     # Llama 4's does not say where its text model is: it is all that there is beside the head.

@@ -33,11 +33,8 @@ def opened_dtype(config: Any, dtype: str) -> torch.dtype:
 
 
 def base_bytes(model: nn.Module, dtype: torch.dtype, quantization: Quantization | None) -> int:
-    """Return the bytes of a base's weights once it is open.
-
-    Args:
-        model: from its configuration; it may be on torch's meta device.
-    """
+    """Return the bytes of a base's weights once it is open, by a model that was made from its
+    configuration and may be on torch's meta device."""
     whole = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if quantization is None:
         return whole
@@ -54,14 +51,8 @@ def admit_base(
     quantization: Quantization | None = None,
     processes: int = 1,
 ) -> None:
-    """Let a base be read, if there is room for its weights.
-
-    Args:
-        processes: that share its weights, of which this is one.
-
-    Raises:
-        DoesNotFit
-    """
+    """Let a base be read, if there is room for its weights, or for the share that each of so many
+    `processes` has of them. Raises DoesNotFit."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     found = opened_dtype(config, dtype)

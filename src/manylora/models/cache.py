@@ -54,6 +54,10 @@ class CachedLayer:
         )
 
 
+# One layer's, in that order.
+KeysValues = tuple[CachedLayer, CachedLayer]
+
+
 class KVCache:
     """A `KVCache` deals out room for keys and values, of a bounded number of tokens, in extents."""
 
@@ -62,7 +66,7 @@ class KVCache:
         self.used_tokens = 0
         self._capacity = 0
         self._free = [Extent(0, self.max_tokens)]
-        self._layers: dict[int, tuple[CachedLayer, CachedLayer]] = {}
+        self._layers: dict[int, KeysValues] = {}
 
     def allocate(self, tokens: int) -> Extent | None:
         """Return the first free extent that is long enough, zeroed; None if there is none.
@@ -102,7 +106,7 @@ class KVCache:
         for layer in self._every_layer():
             layer.runs_of(target, 1, tokens).copy_(layer.runs_of(source, 1, tokens))
 
-    def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[CachedLayer, CachedLayer]:
+    def layer(self, number: int, key: Tensor, value: Tensor) -> KeysValues:
         """Return keys and values of one call of attention, made on first use.
 
         Args:

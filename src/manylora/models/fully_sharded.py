@@ -85,34 +85,21 @@ def share_out(model: Any, mesh: Mesh) -> Shared:
     units: list[Any] = [Unit(embedding, head)] if tied else [Unit(embedding), Unit(head)]
     gather = CountedGather(mesh.traffic)
     for module in (*units, *blocks):
-        _shard(fully_shard(module, mesh=along, reshard_after_forward=True), gather)
+        shared: Any = fully_shard(module, mesh=along, reshard_after_forward=True)
+        shared.set_custom_all_gather(gather)
     rest = {p for p in model.parameters() if not hasattr(p, "to_local")}
     units_own = {p for unit in units for p in unit.parameters()}
     fully_shard(model.base_model, mesh=along, ignored_params=rest | units_own)
-    embedding_table = Shared(units[0])
-    _gather_for_lookups(embedding, embedding_table)
-    return embedding_table if tied else Shared(units[1])
+    table = Shared(units[0])
+    embedding.register_forward_pre_hook(lambda *_: table.take(), prepend=True)
+    embedding.register_forward_hook(lambda *_: table.leave())
+    return table if tied else Shared(units[1])
 
 
 def forget_forward(backbone: nn.Module) -> None:
     """Drop what a forward noted for the backward, where no backward follows."""
     if isinstance(backbone, FSDPModule):
         backbone.reset_iter_state()
-
-
-def _shard(module: Any, gather: "CountedGather") -> None:
-    module.set_custom_all_gather(gather)
-
-
-def _gather_for_lookups(embedding: nn.Module, table: Shared) -> None:
-    def before(_: nn.Module, __: Any) -> None:
-        table.take()
-
-    def after(_: nn.Module, __: Any, ___: Any) -> None:
-        table.leave()
-
-    embedding.register_forward_pre_hook(before, prepend=True)
-    embedding.register_forward_hook(after)
 
 
 class CountedGather:

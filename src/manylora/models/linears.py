@@ -49,7 +49,8 @@ class FoundLinear:
 @torch.no_grad()
 def find_linears(base: BaseModel) -> list[FoundLinear]:
     """Find every linear layer that a token passes, in the order of first calls, the head last."""
-    names = {module: name for name, module in base.backbone.named_modules(prefix=_prefix(base))}
+    prefix = next(name for name, module in base.model.named_modules() if module is base.backbone)
+    names = {module: name for name, module in base.backbone.named_modules(prefix=prefix)}
     called: list[tuple[nn.Linear, Tensor]] = []
 
     def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -79,7 +80,3 @@ def find_linears(base: BaseModel) -> list[FoundLinear]:
     found = {name: replace(linear, naming=naming[name]) for name, linear in found.items()}
     ordered = sorted(found.values(), key=lambda linear: linear.group)
     return [*ordered, FoundLinear(base.head.name, head, len(groups), True, naming[base.head.name])]
-
-
-def _prefix(base: BaseModel) -> str:
-    return next(name for name, module in base.model.named_modules() if module is base.backbone)

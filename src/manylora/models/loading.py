@@ -11,13 +11,7 @@ from transformers.utils import logging as hub_logging
 from manylora.kernels import DTYPES
 from manylora.models import attention
 from manylora.models.agreement import check_agreement
-from manylora.models.base import (
-    BaseModel,
-    find_backbone,
-    find_head,
-    fingerprint,
-    resolve_base,
-)
+from manylora.models.base import BaseModel, find_backbone, find_head, fingerprint, resolve_base
 from manylora.models.base_memory import admit_base
 from manylora.models.fully_sharded import Shared
 from manylora.models.loading_in_parts import OpenedPart, open_part

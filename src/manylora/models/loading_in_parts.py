@@ -119,10 +119,7 @@ def _empty_model(folder: str, config: Any, dtype: torch.dtype) -> Any:
 @torch.no_grad()
 def _fill_buffers(model: Any) -> None:
     """Fill in rotary frequencies and the like, which no file holds, as transformers makes them.
-
-    Raises:
-        Unsupported: it does not make one of them anew.
-    """
+    Raises Unsupported: it does not make one of them anew."""
     owners = [m for m in model.modules() if any(True for _ in m.buffers(recurse=False))]
     stored = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
     stored -= set(model.all_tied_weights_keys)

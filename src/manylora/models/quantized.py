@@ -86,11 +86,8 @@ class WholeWeight(nn.Module):
 
 
 def check_quantization(kind: str | None) -> Quantization | None:
-    """Return the kind by its name.
-
-    Raises:
-        ConfigError: there is none of that name, or bitsandbytes is not installed.
-    """
+    """Return the kind by its name. Raises ConfigError: there is none of that name, or bitsandbytes
+    is not installed."""
     if kind is None:
         return None
     if kind not in QUANTIZATIONS:
@@ -102,11 +99,8 @@ def check_quantization(kind: str | None) -> Quantization | None:
 def quantize_linears(model: Any, kind: Quantization) -> None:
     """Keep the weights of a model's linear layers, but the head's, as codes and scales.
 
-    Args:
-        model: a frozen causal LM, or a rank's part of one, on the meta device.
-
-    Raises:
-        Unsupported: a layer's rows are no whole number of blocks.
+    The model is a frozen causal LM, or a rank's part of one, on the meta device. Raises
+    Unsupported: a layer's rows are no whole number of blocks.
     """
     head = model.get_output_embeddings()
     for name, layer in list(model.named_modules()):
@@ -150,11 +144,8 @@ def plain_type(layer: nn.Module) -> type[nn.Module]:
 
 
 def quantized_fingerprint(whole: str, kind: Quantization) -> str:
-    """Return the fingerprint of a base that is opened with quantised weights.
-
-    Args:
-        whole: that of the base as it is stored.
-    """
+    """Return a base's fingerprint when its weights are quantised, from that of the base as it is
+    stored."""
     return hashlib.sha256(f"{whole} {kind} {BLOCK}".encode()).hexdigest()
 
 

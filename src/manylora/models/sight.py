@@ -60,10 +60,7 @@ def make_sight(
     *, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **asked: Any
 ) -> Sight:
     """Make what a model gets for a mask; the arguments are those of transformers' mask makers.
-
-    Raises:
-        Unsupported: a mask of another kind than causal, with or without a window or chunks.
-    """
+    Raises Unsupported: a mask of another kind than causal, with or without a window or chunks."""
     parts = {part.__qualname__ for part in _parts(mask_function)}
     unknown = parts - {CAUSAL, PACKED, WINDOW, CHUNK}
     padded = attention_mask is not None and not bool(attention_mask.all())

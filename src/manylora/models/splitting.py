@@ -34,8 +34,7 @@ class SplitLinear(nn.Linear):
     Attributes:
         split: which way.
         axis: the ranks that have the other parts.
-        whole_in: K of the whole layer.
-        whole_out: N of the whole layer.
+        whole_in, whole_out: K and N of the whole layer.
     """
 
     def __init__(self, whole: nn.Linear, split: Split, axis: Axis):
@@ -95,7 +94,7 @@ def split_model(model: Any, axis: Axis) -> dict[str, WeightPart]:
             raise _refusal(model, f"its plan does not say how {name} is split")
         if type(module) is not nn.Linear:
             raise _refusal(model, f"{name} is a {type(module).__name__}")
-        _set(model, name, SplitLinear(module, kind, axis))
+        model.set_submodule(name, SplitLinear(module, kind, axis))
         own = axis.share(module.out_features if kind == "column" else module.in_features)
         parts[f"{name}.weight"] = WeightPart(0 if kind == "column" else 1, *own)
         if module.bias is not None and kind == "column":
@@ -163,8 +162,3 @@ def _refusal(model: Any, reason: str) -> Unsupported:
 
 def _name(model: Any) -> str:
     return f"{model.config._name_or_path!r} ({type(model).__name__})"
-
-
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

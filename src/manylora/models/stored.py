@@ -61,7 +61,7 @@ def check_config(name: str, config: Any) -> None:
             f"cannot open base {name!r}: its config.json is of {config.model_type!r}, for which "
             "transformers has no causal LM"
         )
-    parts = [config, *_parts(config)]
+    parts = [config, *sub_configs(config)]
     found = [q for part in parts if (q := getattr(part, "quantization_config", None))]
     if found:
         first = found[0] if isinstance(found[0], dict) else vars(found[0])
@@ -75,11 +75,8 @@ def check_config(name: str, config: Any) -> None:
 
 @contextmanager
 def library_errors(name: str) -> Iterator[None]:
-    """Turn what a library raises while a base is opened into our errors, with the cause.
-
-    Raises:
-        BaseModelError: with the library's words.
-    """
+    """Turn what a library raises while a base is opened into BaseModelError with the library's
+    words and the cause."""
     try:
         yield
     except (ManyloraError, MemoryError):
@@ -95,12 +92,13 @@ def library_errors(name: str) -> Iterator[None]:
         raise BaseModelError(f"cannot open base {name!r}: {words}. {REMEDY}") from error
 
 
-def _parts(config: Any) -> Iterator[Any]:
+def sub_configs(config: Any) -> Iterator[Any]:
+    """Return the configs that a config has in it: of its text model, of what reads pictures."""
     for field in getattr(config, "sub_configs", None) or {}:
         part = getattr(config, field, None)
         if part is not None:
             yield part
-            yield from _parts(part)
+            yield from sub_configs(part)
 
 
 def _object(name: str, path: Path) -> dict[str, Any]:

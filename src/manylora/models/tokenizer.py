@@ -11,11 +11,8 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 def open_tokenizer(folder: str) -> Any:
-    """Open the Hugging Face tokenizer of a folder or hub id; None if there is none.
-
-    Raises:
-        BaseModelError: there is one, and it needs a package that is missing, or is garbled.
-    """
+    """Open the Hugging Face tokenizer of a folder or hub id; None if there is none. Raises
+    BaseModelError: there is one, and it needs a package that is missing, or is garbled."""
     # transformers makes up an empty tokenizer of the model's family where there are no files.
     place = Path(folder)
     if place.is_dir() and not any(any(place.glob(name)) for name in TOKENIZER_FILES):

@@ -53,12 +53,9 @@ def _precise(value: Any) -> Any:
 
 
 def try_twin(name: str, config: Any, context_length: int, device: torch.device) -> None:
-    """Try our way of running a base on its twin, once for each config.
-
-    Raises:
-        Unsupported: a stream, or going on from kept keys and values, gives other logits than each
-            sequence alone; or there can be no twin.
-    """
+    """Try our way of running a base on its twin, once for each config. Raises Unsupported: a
+    stream, or going on from kept keys and values, gives other logits than each sequence alone; or
+    there can be no twin."""
     text = json.dumps(config.to_dict(), default=str, sort_keys=True)
     key = (text, context_length, str(device))
     if key not in _found:

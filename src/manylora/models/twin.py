@@ -6,7 +6,7 @@ and random values; its windows are a few tokens long.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from manylora.models.sight import NAME
+from manylora.models.stored import sub_configs
 from manylora.types import Unsupported
 
 # Windows and chunks of a twin, in tokens.
@@ -47,19 +48,13 @@ TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id")
 
 
 def make_twin(config: Any, device: torch.device) -> Any:
-    """Make a model of this config's class in fp64, whose attention is ours.
-
-    Args:
-        config: of the base; it stays as it is.
-
-    Raises:
-        Unsupported: no such model can be made.
-    """
+    """Make a model of this config's class in fp64, whose attention is ours; the config stays as it
+    is. Raises Unsupported: no such model can be made."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     text = config.get_text_config()
-    for part in {id(c): c for c in (config, *_parts(config))}.values():
+    for part in {id(c): c for c in (config, *sub_configs(config))}.values():
         if part is config or part is text:
             _narrow(part)
         elif isinstance(getattr(part, "num_hidden_layers", None), int):
@@ -79,14 +74,6 @@ def make_twin(config: Any, device: torch.device) -> Any:
             f"({type(error).__name__}: {error})"
         ) from error
     return model.to(device).eval().requires_grad_(False)
-
-
-def _parts(config: Any) -> Iterator[Any]:
-    for name in getattr(config, "sub_configs", None) or {}:
-        part = getattr(config, name, None)
-        if part is not None:
-            yield part
-            yield from _parts(part)
 
 
 def _narrow(config: Any) -> None:

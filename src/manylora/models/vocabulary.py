@@ -25,11 +25,8 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: str) -> Vocabulary:
-    """Read a base's files (a folder, or a hub id whose files are here).
-
-    Raises:
-        BaseModelError: there is no readable config.json.
-    """
+    """Read a base's files (a folder, or a hub id whose files are here). Raises BaseModelError:
+    there is no readable config.json."""
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -41,11 +41,8 @@ class TensorFiles:
     """`TensorFiles` have the tensors of a folder or hub id, by name."""
 
     def __init__(self, folder: str):
-        """Read the files' tables of contents.
-
-        Raises:
-            BaseModelError: no safetensors files, or damaged ones.
-        """
+        """Read the files' tables of contents. Raises BaseModelError: no safetensors files, or
+        damaged ones."""
         self.folder = folder
         self.stored: dict[str, Stored] = {}
         try:
@@ -57,11 +54,7 @@ class TensorFiles:
             ) from error
 
     def part(self, name: str, slices: Sequence[slice]) -> Tensor:
-        """Return a tensor's part, on the CPU and as stored.
-
-        Raises:
-            BaseModelError
-        """
+        """Return a tensor's part, on the CPU and as stored. Raises BaseModelError."""
         try:
             with safe_open(self.stored[name].file, framework="pt") as opened:
                 # A rank without a row has nothing to read, and the reader refuses that.

@@ -39,13 +39,8 @@ def adamw_step(
     step: int,
     params: AdamParams,
 ) -> None:
-    """Make one step of torch's own fused AdamW over the whole vector, in place.
-
-    Args:
-        weights_P, grad_P, exp_avg_P, exp_avg_sq_P: fp32 [P].
-        step: steps made before this one.
-        params: this step's hyper-parameters.
-    """
+    """Make one step of torch's own fused AdamW over whole fp32 vectors [P], in place; `step` counts
+    the steps made before this one."""
     adamw(
         [weights_P],
         [grad_P],

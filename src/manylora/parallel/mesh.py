@@ -138,7 +138,8 @@ class Mesh:
         rest = world_rank
         for name, size in reversed(shape.axes.items()):
             rest, index = divmod(rest, size)
-            self.axes[name] = self._axis(name, size, index)
+            group = device_mesh.get_group(name) if size > 1 and device_mesh is not None else None
+            self.axes[name] = Axis(name, size, index, group, self.traffic)
         self.dp, self.tp = self.axes["dp"], self.axes["tp"]
         everyone = dist.group.WORLD if shape.size > 1 else None
         self.world = Axis("world", shape.size, world_rank, everyone, self.traffic)
@@ -146,13 +147,7 @@ class Mesh:
     @classmethod
     def join(cls, shape: MeshShape, device: torch.device | str) -> "Mesh":
         """Take this process's place; torch.distributed is initialised unless there is one rank.
-
-        Args:
-            device: this rank's.
-
-        Raises:
-            ConfigError: another number of processes than the mesh has ranks.
-        """
+        Raises ConfigError: another number of processes than the mesh has ranks."""
         assert shape.replicas == 1, "a mesh is one replica's"
         started = dist.get_world_size() if dist.is_initialized() else 1
         if started != shape.size:
@@ -171,12 +166,6 @@ class Mesh:
     def is_leader(self) -> bool:
         """This rank's answers are the ones that are read."""
         return self.world_rank == 0
-
-    def _axis(self, name: str, size: int, index: int) -> Axis:
-        group = None
-        if size > 1 and self.device_mesh is not None:
-            group = self.device_mesh.get_group(name)
-        return Axis(name, size, index, group, self.traffic)
 
 
 def _added(parts: Tensor) -> Tensor:

@@ -68,9 +68,7 @@ class Vectors:
     """`Vectors` are an `AdapterState` without what both sides know: its settings and its layout.
 
     Attributes:
-        weights: fp32 [P].
-        exp_avg: fp32 [P].
-        exp_avg_sq: fp32 [P].
+        weights, exp_avg, exp_avg_sq: fp32 [P].
         grad: fp32 [S, P].
     """
 

@@ -74,11 +74,8 @@ class Connection:
 
     @classmethod
     def accepted(cls, sock: socket.socket, secret: bytes, seconds: float) -> "Connection":
-        """Return control's end of a connection.
-
-        Raises:
-            OSError: the other end does not know the secret, or took too long.
-        """
+        """Return control's end of a connection. Raises OSError: the other end does not know the
+        secret, or took too long."""
         sock.settimeout(seconds)
         self = cls(sock)
         ours = secrets.token_bytes(SECRET_BYTES)
@@ -126,11 +123,7 @@ class Connection:
         return self
 
     def send(self, value: Any) -> None:
-        """Send a value as a message.
-
-        Raises:
-            OSError: the other end is gone.
-        """
+        """Send a value as a message. Raises OSError: the other end is gone."""
         self.send_frame(laid_out(value))
 
     def send_frame(self, message: "Frame") -> None:

@@ -9,7 +9,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +44,12 @@ class Started:
         if shape.size != self.world_size:
             raise ConfigError(
                 f"{self.world_size} processes were started, and mesh {shape} has {shape.size}; "
-                "give a mesh of as many, such as "
-                f"--mesh dp={self.world_size}"
+                f"give a mesh of as many, such as --mesh dp={self.world_size}"
             )
 
     def serve(self, folder: Path) -> None:
-        """Be one of the engine's processes until the first one ends.
-
-        Raises:
-            ConfigError: the first one's file does not show in `folder`, or it cannot be reached.
-        """
+        """Be one of the engine's processes until the first one ends. Raises ConfigError: the first
+        one's file does not show in `folder`, or it cannot be reached."""
         from manylora.processes import member
 
         member.serve(self._connected(self.meeting(folder)))
@@ -125,15 +120,13 @@ class Meeting:
         """The other processes notice that their connection is gone."""
 
 
-def started_by_others(environment: Mapping[str, str] = os.environ) -> Started | None:
+def started_by_others() -> Started | None:
     """Return this process's place, if torchrun or SLURM has started several.
 
     torchrun tells it by RANK, WORLD_SIZE and TORCHELASTIC_RUN_ID. With `srun`, SLURM_PROCID and
-    SLURM_NTASKS tell it; MASTER_ADDR and MASTER_PORT must be given.
-
-    Raises:
-        ConfigError: SLURM's processes are not told where to meet.
+    SLURM_NTASKS tell it; MASTER_ADDR and MASTER_PORT must be given, or ConfigError is raised.
     """
+    environment = os.environ
     if "TORCHELASTIC_RUN_ID" in environment and int(environment.get("WORLD_SIZE", "1")) > 1:
         restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
         run = f"{environment['TORCHELASTIC_RUN_ID']}-{restart}"
@@ -145,9 +138,9 @@ def started_by_others(environment: Mapping[str, str] = os.environ) -> Started | 
                     f"SLURM has started {environment['SLURM_NTASKS']} processes and {name} is not "
                     "set; export MASTER_ADDR (the first node) and MASTER_PORT (any free port there)"
                 )
-        os.environ["RANK"] = environment["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = environment["SLURM_NTASKS"]
-        os.environ["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
+        environment["RANK"] = environment["SLURM_PROCID"]
+        environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+        environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
         run = f"{environment['SLURM_JOB_ID']}-{environment['SLURM_STEP_ID']}"
         return Started(int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"]), run)
     return None

@@ -149,15 +149,14 @@ class EngineGroup:
         connections = [connection for _, connection in members]
 
         def lost(reason: str) -> None:
-            if self._near:
-                _kill([hello for hello, _ in members])
+            self._kill(members)
             for engine in engines:
                 if engine.lost is None:
                     engine.lose(reason)
             on_lost(reason)
 
         try:
-            _check_code([hello for hello, _ in members])
+            _check_code(members)
             about = self._opened(members)
         except BaseException:
             for connection in connections:
@@ -187,19 +186,14 @@ class EngineGroup:
                 engine.lose("nobody waits for the engine's processes any more")
         for _, connection in members:
             connection.hang_up()
-        if self._near:
-            _kill([hello for hello, _ in members])
+        self._kill(members)
 
     def stacks(self) -> str:
         """Return where processes stood that took too long or broke down; empty if none did."""
         return "\n".join(engine.stacks for engine in self._engines if engine.stacks)
 
     def close(self, seconds: float = STOP_SECONDS) -> None:
-        """End the processes, and wait until they are gone.
-
-        Args:
-            seconds: how long they may take to end by themselves.
-        """
+        """End the processes, which may take so long to end by themselves, and wait for that."""
         for engine in self._engines:
             engine.close()
         with self._changed:
@@ -215,8 +209,7 @@ class EngineGroup:
         except subprocess.TimeoutExpired:
             log.warning("the engine's processes did not end by themselves; they are killed")
             self._launcher.kill()
-            if self._near:
-                _kill([hello for hello, _ in self._members])
+            self._kill(self._members)
             with suppress(subprocess.TimeoutExpired):
                 self._launcher.wait(seconds)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -314,6 +307,12 @@ class EngineGroup:
             )
         return replace(abouts[0], free_bytes=min(about.free_bytes for about in abouts))
 
+    def _kill(self, members: "Sequence[_Met]") -> None:
+        """End processes, if they are on this machine, that may not be able to end themselves."""
+        for hello, _ in members if self._near else ():
+            with suppress(ProcessLookupError):
+                os.kill(hello.pid, signal.SIGKILL)
+
 
 def start_group(
     opening: Opening,
@@ -346,8 +345,10 @@ def start_group(
     launcher = RayClient(ray)
     try:
         host = address_toward(launcher.peer())
+        base = Path(opening.base)
         return EngineGroup(
-            replace(opening, base=_wherever_it_runs(opening.base)),
+            # Ray's processes have another working directory.
+            replace(opening, base=str(base.absolute())) if base.is_dir() else opening,
             step_seconds=step_seconds,
             start=launcher,
             host=engine_address or host,
@@ -358,12 +359,9 @@ def start_group(
 
 
 def check_split(base: str, mesh: MeshShape) -> None:
-    """Refuse a `tp` that a base's config.json rules out, before a process is started or a weight
-    read. A base that is not on this machine, or has no such file, is left to those that open it.
-
-    Raises:
-        Unsupported
-    """
+    """Refuse (as Unsupported) a `tp` that a base's config.json rules out, before a process is
+    started or a weight read. A base that is not on this machine, or has no such file, is left to
+    those that open it."""
     folder = Path(__file__).parents[1] / "models" / base if base == SEEDLING else Path(base)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -371,11 +369,6 @@ def check_split(base: str, mesh: MeshShape) -> None:
     except (OSError, ValueError, AttributeError):
         return
     mesh.check_split({**config, **text} if isinstance(text, dict) else config, repr(base))
-
-
-def _wherever_it_runs(base: str) -> str:
-    """Return a folder's whole path, because Ray's processes have another working directory."""
-    return str(Path(base).absolute()) if Path(base).is_dir() else base
 
 
 _Met = tuple[Hello, Connection]
@@ -405,18 +398,11 @@ def _elsewhere(hello: Hello) -> str:
     return f"process {hello.world_rank} on {hello.host}: "
 
 
-def _check_code(hellos: Sequence[Hello]) -> None:
+def _check_code(members: Sequence[_Met]) -> None:
     """Raise ConfigError if a process runs other code than this one."""
-    for hello in hellos:
+    for hello, _ in members:
         if hello.code != code_digest():
             raise ConfigError(
                 f"process {hello.world_rank} on {hello.host} runs other code of manylora than this "
                 "process does; install the same version everywhere"
             )
-
-
-def _kill(hellos: Sequence[Hello]) -> None:
-    """End processes of this machine that may not be able to end themselves."""
-    for hello in hellos:
-        with suppress(ProcessLookupError):
-            os.kill(hello.pid, signal.SIGKILL)

@@ -26,8 +26,7 @@ MONITOR_SECONDS = 0.05
 def main(assignment: Assignment, control: int) -> int:
     """Start the processes and watch them until they are told to stop; return the exit status.
 
-    Args:
-        control: a descriptor that is at its end when the control process is gone.
+    The descriptor `control` is at its end when the control process is gone.
     """
     threading.Thread(target=_end_with, args=(control,), daemon=True).start()
     logging.disable(logging.CRITICAL)  # the control process tells what happens

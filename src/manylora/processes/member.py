@@ -55,11 +55,8 @@ def run(address: str, secret: bytes) -> None:
 def serve(
     connection: Connection, gone: Callable[[], None] = lambda: os._exit(CONTROL_GONE)
 ) -> None:
-    """Serve the control process at the other end of a connection until it says `stop`.
-
-    Args:
-        gone: called when the other end goes before.
-    """
+    """Serve the control process at the other end of a connection until it says `stop`; call `gone`
+    when it goes before."""
     connection.send(
         Hello(
             world_rank=int(os.environ.get("RANK", "0")),
@@ -91,10 +88,8 @@ class Member:
         self._samples: dict[int, Sample] = {}
 
     def obey(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        """Run a command. If it takes too long, write down where this process stands, and end it.
-
-        Returns:
-            Its value, a refusal (an error raised on purpose), or a fault (the words of any other).
+        """Run a command; return its value, a refusal (an error raised on purpose), or a fault (the
+        words of any other). If it takes too long, write down where this process stands, and end it.
         """
         verb, arguments = command["verb"], command["arguments"]
         if self._engine is not None:
@@ -126,15 +121,8 @@ class Member:
         base, free = self._engine.base, self._engine.free_bytes
         if base.device.type == "cpu":
             free //= _processes_here(opening.mesh)
-        return About(
-            base.name,
-            base.folder,
-            base.fingerprint,
-            base.context_length,
-            base.vocab_size,
-            self._engine.sites,
-            free,
-        )
+        known = (base.name, base.folder, base.fingerprint)
+        return About(*known, base.context_length, base.vocab_size, self._engine.sites, free)
 
     def _joined(self, shape: MeshShape, device: str) -> Mesh:
         """Return this process's place in its replica's mesh, once all its processes are there."""
@@ -212,9 +200,7 @@ def _device(asked: str) -> str:
 
 
 def _listen(
-    connection: Connection,
-    commands: "queue.SimpleQueue[dict[str, Any]]",
-    gone: Callable[[], None],
+    connection: Connection, commands: "queue.SimpleQueue[dict[str, Any]]", gone: Callable[[], None]
 ) -> None:
     try:
         while True:

@@ -82,11 +82,8 @@ class EncodedMessage:
 
 
 def decode(head: bytes | bytearray, payload: bytearray) -> Any:
-    """Return the value of a message. Its arrays are views of `payload`.
-
-    Raises:
-        ValueError: bytes that no message has.
-    """
+    """Return the value of a message, whose arrays are views of `payload`. Raises ValueError: bytes
+    that no message has."""
     try:
         return _value(json.loads(head), payload)
     except (KeyError, TypeError, IndexError) as error:

@@ -11,11 +11,8 @@ _ANY_PORT = 9
 
 
 def address_toward(host: str) -> str:
-    """Return the address of this machine on the route toward `host`.
-
-    Raises:
-        OSError: no such host, or no route.
-    """
+    """Return this machine's address on the route toward `host`. Raises OSError: no such host, or no
+    route."""
     found = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)
     family, kind, protocol, _, target = found[0]
     with socket.socket(family, kind, protocol) as probe:
@@ -39,10 +36,7 @@ def interface_of(address: str) -> str | None:
 
 def listening_at(host: str) -> tuple[socket.socket, str]:
     """Return a TCP socket that listens at a free port of this address, and `HOST:PORT` for others.
-
-    Raises:
-        OSError: `host` is not an address of this machine.
-    """
+    Raises OSError: `host` is not an address of this machine."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         listener.bind((host, 0))

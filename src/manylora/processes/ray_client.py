@@ -36,10 +36,7 @@ class RayClient:
 
     def peer(self) -> str:
         """Return the address of another machine of the cluster; this one's own if it is alone.
-
-        Raises:
-            ConfigError: ray is not installed, or there is no such cluster.
-        """
+        Raises ConfigError: ray is not installed, or there is no such cluster."""
         word = self._heard()
         if "peer" not in word:
             self.wait()
@@ -47,11 +44,8 @@ class RayClient:
         return word["peer"]
 
     def __call__(self, assignment: Assignment) -> "RayClient":
-        """Start the processes. Call `peer` before. It may be called again once they have ended.
-
-        Raises:
-            ConfigError: as `peer` does, when called again.
-        """
+        """Start the processes. Call `peer` before. It may be called again once they have ended, and
+        then raises ConfigError as `peer` does."""
         if self._process.poll() is not None and self._started:
             self.wait()
             self._begin()
@@ -66,11 +60,7 @@ class RayClient:
         return self
 
     def poll(self) -> int | None:
-        """Return the exit status, if it has ended.
-
-        Raises:
-            ConfigError, EngineLost: it has ended and said why.
-        """
+        """Return the exit status, if it has ended. Raises ConfigError, EngineLost: it said why."""
         status = self._process.poll()
         if status and self._problem is None:
             self._problem = self._as_error(self._heard())

@@ -134,11 +134,7 @@ def run_generation(assignment: Assignment, group: Any, generation: int) -> None:
 
 def _places(asked: list[Any], generation: int) -> list[ActorPlace]:
     """Return where the actors are, once all are somewhere: a lost machine may take long to return.
-
-    Raises:
-        ConfigError: the first generation does not begin at all.
-        RayError: a later one does not.
-    """
+    If one cannot begin, the first generation raises ConfigError, a later one RayError."""
     import ray
     from ray.exceptions import RayError
 

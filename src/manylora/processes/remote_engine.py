@@ -212,10 +212,8 @@ class RemoteEngine:
 
     def decode(self, seconds: float) -> list[tuple[Sample, SampleResult | ManyloraError]]:
         """Turn the decode loop for a while; return the requests that are finished."""
-        return [
-            (self._samples.pop(number), outcome)
-            for number, outcome in self._call("decode", seconds)
-        ]
+        finished = self._call("decode", seconds)
+        return [(self._samples.pop(number), outcome) for number, outcome in finished]
 
     def cancel(self, sample: Sample) -> None:
         """Drop a sampling request, if it is still decoding."""

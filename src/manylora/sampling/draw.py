@@ -116,11 +116,8 @@ class Choice:
 
 
 def choose(logits_TV: Tensor, settings: RowSettings, draw_S: Array) -> Choice:
-    """Choose the next token of the first S rows; the logits are overwritten.
-
-    Args:
-        draw_S: float64, each row's next random number.
-    """
+    """Choose the next token of the first S rows by each row's next random number, float64; the
+    logits are overwritten."""
     chosen_T = logits_TV.argmax(dim=-1)
     scaled_TV = logits_TV.sub_(logits_TV.amax(dim=-1, keepdim=True))
     if settings.scale_T1 is not None:

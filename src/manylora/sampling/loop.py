@@ -33,7 +33,7 @@ from manylora.sampling.slots import Slots
 from manylora.sampling.step_rows import StepRows
 from manylora.sampling.stops import StopStrings
 from manylora.sampling.waiting import Prompt, Sequence, WaitingRoom
-from manylora.types import SampledSequence
+from manylora.types import SampledSequence, TopK
 from manylora.types.data import Array
 
 # Sequences that run at a time, and tokens that their cache may hold.
@@ -164,11 +164,8 @@ class DecodeLoop:
     # -- joining and leaving --------------------------------------------------------------------
 
     def _open(self, prompt: Prompt, extent: Extent | None = None) -> bool:
-        """Give a prompt's next continuation a slot and its place in the cache, if there is any.
-
-        Args:
-            extent: one that holds the prompt already.
-        """
+        """Give a prompt's next continuation a slot and its place in the cache, if there is any;
+        `extent` is one that holds the prompt already."""
         request, params = prompt.request, prompt.request.params
         if extent is None:
             extent = self._cache.allocate(prompt.tokens)
@@ -179,14 +176,10 @@ class DecodeLoop:
         key = stream_key(params.seed, request.index, prompt.opened)
         stops = self._base.eos_token_ids if params.stop is None else params.stop
         slot = self._slots.take(params, len(request.prompt), prompt.limit, stops, key)
-        sequence = Sequence(
-            prompt,
-            prompt.opened,
-            slot,
-            extent,
-            StopStrings(self._base.tokenizer, params.stop_strings) if params.stop_strings else None,
-            [] if request.scoring.topk_sampled else None,
-        )
+        texts = params.stop_strings
+        watch = StopStrings(self._base.tokenizer, texts) if texts else None
+        topk: list[TopK] | None = [] if request.scoring.topk_sampled else None
+        sequence = Sequence(prompt, prompt.opened, slot, extent, watch, topk)
         prompt.opened += 1
         if prompt.source is None:
             prompt.source = sequence
@@ -225,17 +218,14 @@ class DecodeLoop:
         if len(prompt.done) == prompt.request.num_samples:
             sequences = tuple(prompt.done[number] for number in range(len(prompt.done)))
             scores = None if prompt.scorer is None else prompt.scorer.scores()
-            self._answer(prompt, Answer(sequences, scores))
+            del self._prompts[prompt.request]
+            self._finished.append((prompt.request, Answer(sequences, scores)))
 
     def _fail(self, prompt: Prompt) -> None:
         """End a request whose logits had NaN or Inf."""
         if not prompt.dropped:
             self.cancel(prompt.request)
             self._finished.append((prompt.request, Answer((), None, finite=False)))
-
-    def _answer(self, prompt: Prompt, answer: Answer) -> None:
-        del self._prompts[prompt.request]
-        self._finished.append((prompt.request, answer))
 
     # -- reading prompts ------------------------------------------------------------------------
 
@@ -252,10 +242,8 @@ class DecodeLoop:
         extents = []
         for (prompt, count), end in zip(chunks, ends, strict=True):
             places = np.arange(prompt.read, prompt.read + count)
-            tokens_T[end - count : end], positions_T[end - count : end] = (
-                prompt.request.prompt[places],
-                places,
-            )
+            rows = slice(end - count, end)
+            tokens_T[rows], positions_T[rows] = prompt.request.prompt[places], places
             assert prompt.source is not None
             extents.append(prompt.source.extent)
         segments = [Segment(count, prompt.request.weights) for prompt, count in chunks]
@@ -297,8 +285,7 @@ class DecodeLoop:
         tokens_T, positions_T = np.zeros(total, np.int64), np.zeros(total, np.int64)
         tokens_T[:count] = slots.tokens[slots_S, place_S]
         positions_T[:count] = position_S
-        step = DecodeStep(batch.rows, position_S)
-        stream = PackedStream([1] * count, total, decoding=step)
+        stream = PackedStream([1] * count, total, decoding=DecodeStep(batch.rows, position_S))
         with routing(batch.table), packed(stream):
             hidden_TH = self._base.hidden(self._on_device(tokens_T), self._on_device(positions_T))
         return hidden_TH[:count]
@@ -391,9 +378,8 @@ class DecodeLoop:
             stopped_S[row] = True
         if sequence.topk is not None:
             logprobs_1V = (choice.scaled_TV[row] - choice.norm_T1[row])[None]
-            sequence.topk.append(
-                likeliest(logprobs_1V, sequence.prompt.request.scoring.topk_sampled)
-            )
+            count = sequence.prompt.request.scoring.topk_sampled
+            sequence.topk.append(likeliest(logprobs_1V, count))
 
     def _on_device(self, array: Array) -> Tensor:
         return torch.from_numpy(array).to(self._base.device, non_blocking=True)

@@ -50,12 +50,8 @@ class PromptScorer:
     def take(
         self, first: int, hidden_LH: Tensor, head: Callable[[Tensor], Tensor], rows: int
     ) -> None:
-        """Score what the hidden states of tokens `first`, `first` + 1, … predict.
-
-        Args:
-            head: logits [c, V] of hidden states [c, H] of a safe number of rows.
-            rows: how many of them at a time.
-        """
+        """Score what the hidden states of tokens `first`, `first` + 1, … predict, so many rows at a
+        time; `head` gives logits [c, V] of hidden states [c, H] of a safe number of rows."""
         begin = 1 if self._candidates is not None else self._first
         stop = min(first + len(hidden_LH), len(self._prompt) - 1)
         for start in range(max(first, begin - 1), stop, rows):

@@ -21,9 +21,7 @@ class Slots:
         generated: tokens made so far.
         limit: tokens to be made at most.
         key: where the random stream begins.
-        temperature: as in `SamplingParams`.
-        top_k: as there.
-        top_p: as there.
+        temperature, top_k, top_p: as in `SamplingParams`.
         tokens: [slot, number of the new token].
         logprobs: of the tokens.
         stops: [slot, any], filled up with NO_STOP.
@@ -65,12 +63,8 @@ class Slots:
             self.stops = np.full((count, 1), NO_STOP, np.int64)
 
     def note(self, slots_S: Array, tokens_S: Array, logprobs_S: Array) -> tuple[Array, Array]:
-        """Note each sequence's next token.
-
-        Returns:
-            bool [S] each: whether it is one of the sequence's stop tokens; whether the sequence has
-            reached its limit.
-        """
+        """Note each sequence's next token; return bool [S] each: whether it is one of the
+        sequence's stop tokens; whether the sequence has reached its limit."""
         place_S = self.generated[slots_S]
         self.tokens[slots_S, place_S] = tokens_S
         self.logprobs[slots_S, place_S] = logprobs_S

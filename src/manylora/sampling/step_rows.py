@@ -53,12 +53,8 @@ class StepRows:
     """A `StepRows` finds the numbers of rows that steps of decoding on one base may have."""
 
     def __init__(self, base: BaseModel, max_sequences: int, logits_rows: int):
-        """Nothing is tried before it is asked for.
-
-        Args:
-            max_sequences: rows of a step's hidden states at most.
-            logits_rows: rows of logits at most.
-        """
+        """Nothing is tried before it is asked for. A step's hidden states have `max_sequences` rows
+        at most, its logits `logits_rows`."""
         self._base = base
         self._limits = max_sequences, min(logits_rows, max_sequences)
         self._found: dict[int, FoundRows] = {}
@@ -118,9 +114,8 @@ class _Trial:
         self._shapes = {(layer.in_features, layer.out_features) for layer in self._layers}
         widths = {size for shape in self._shapes for size in shape} | {_head_dim(base)}
         # Those that elementwise functions allow.
-        self.counts = self._allowed(
-            counts, [safe_for_functions(width, base.dtype, threads, counts) for width in widths]
-        )
+        safe = [safe_for_functions(width, base.dtype, threads, counts) for width in widths]
+        self.counts = self._allowed(counts, safe)
 
     def packs(self) -> bool:
         """Say whether all numbers of rows keep their bits with weights that are kept twice."""
@@ -132,13 +127,11 @@ class _Trial:
 
     def plain(self) -> tuple[int, ...]:
         """Find the numbers that keep their bits with the weights as they are."""
-        return self._allowed(
-            self.counts,
-            [
-                safe_plain(*shape, self._dtype, self._threads, self.counts, self._multiple)
-                for shape in sorted(self._shapes)
-            ],
-        )
+        safe = [
+            safe_plain(*shape, self._dtype, self._threads, self.counts, self._multiple)
+            for shape in sorted(self._shapes)
+        ]
+        return self._allowed(self.counts, safe)
 
     def _allowed(self, counts: tuple[int, ...], safe: Sequence[frozenset[int]]) -> tuple[int, ...]:
         return tuple(
@@ -172,11 +165,8 @@ def kept_twice_bytes(base: BaseModel) -> int:
 def twice_bytes(model: nn.Module, layers: Sequence[nn.Module], itemsize: int | None = None) -> int:
     """Return the bytes of linear layers that decoding on a CPU keeps twice; 0 if it does not.
 
-    By the model alone, whatever memory is free: the two ways need not have the same bits.
-
-    Args:
-        layers: that tokens pass.
-        itemsize: bytes of their numbers; None = as they are.
+    By the model alone, whatever memory is free: the two ways need not have the same bits. Tokens
+    pass the layers, whose numbers have `itemsize` bytes; None = as they are.
     """
     if not all(type(layer) is nn.Linear for layer in layers) or not _only_known(model, layers):
         return 0

@@ -43,11 +43,8 @@ class StopStrings:
         return False
 
     def _text(self, tokens: Sequence[int]) -> str:
-        return str(
-            self._tokenizer.decode(
-                tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
+        exactly = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(self._tokenizer.decode(tokens, **exactly))
 
 
 def _shared(one: str, other: str) -> int:

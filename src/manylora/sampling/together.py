@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from manylora.parallel import Mesh
@@ -89,15 +88,11 @@ class LoopsTogether:
         """Exchange what the ranks have found; `size` bytes are the longest of it."""
         if not size:
             return []
-        own = torch.zeros(8 + size, dtype=torch.uint8)
-        own[:8] = torch.from_numpy(np.array([len(told)], np.int64).view(np.uint8))
-        own[8 : 8 + len(told)] = torch.frombuffer(bytearray(told or b"\0"), dtype=torch.uint8)[
-            : len(told)
-        ]
-        rows = self._mesh.dp.gather(own.to(self._device)).cpu().numpy()
+        sent = bytearray(len(told).to_bytes(8, "little") + told).ljust(8 + size, b"\0")
+        own = torch.frombuffer(sent, dtype=torch.uint8).to(self._device)
         answered = []
-        for row in rows:
-            length = int(row[:8].copy().view(np.int64)[0])
+        for row in self._mesh.dp.gather(own).cpu().numpy():
+            length = int.from_bytes(row[:8].tobytes(), "little")
             for number, answer in from_bytes(row[8 : 8 + length].tobytes()):
                 # A request that was cancelled meanwhile is missing here.
                 request = self._numbered.get(number)

@@ -125,14 +125,8 @@ class WaitingRoom:
     def plan(
         self, token_budget: int, chunk: int, begin: Callable[[Prompt], bool]
     ) -> list[tuple[Prompt, int]]:
-        """Deal out a step's turns.
-
-        Args:
-            begin: makes room for one more continuation of a prompt; False if there is none.
-
-        Returns:
-            The prompts to read from, and how many tokens of each.
-        """
+        """Deal out a step's turns; return the prompts to read from, and how many tokens of each.
+        `begin` makes room for one more continuation of a prompt; False if there is none."""
         plan: list[tuple[Prompt, int]] = []
         room = token_budget
         heads = (queue[0] for queue in self._waiting.values())

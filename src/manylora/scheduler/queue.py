@@ -53,7 +53,7 @@ class Pending:
 
     Attributes:
         tokens: what a batch counts it for; 0 where it brings none.
-        submitted: when, by the queue's clock.
+        submitted: when, by the monotonic clock.
         lane: its adapter's.
         decoding: of a sample in the decode loop, the device's time that it has had.
     """
@@ -76,11 +76,9 @@ class Pending:
     @property
     def reads_living_weights(self) -> bool:
         operation = self.operation
-        return (
-            isinstance(operation, Sample)
-            and operation.adapter is not None
-            and operation.snapshot is None
-        )
+        if not isinstance(operation, Sample):
+            return False
+        return operation.adapter is not None and operation.snapshot is None
 
 
 @dataclass(slots=True, eq=False)
@@ -130,7 +128,6 @@ class OperationQueue:
         max_adapters: int | None = None,
         places: int = PLACES,
         apart: Callable[[Operation], bool] = lambda operation: False,
-        clock: Callable[[], float] = time.monotonic,
     ):
         """Make an empty queue.
 
@@ -145,7 +142,6 @@ class OperationQueue:
         self.max_adapters = max_adapters
         self.places = places
         self.apart = apart
-        self.clock = clock
         self._lanes: dict[LaneKey, Lane] = {}
         self._tenants: dict[str, Tenant] = {}
         self._turns: dict[type, Turns[str]] = {kind: Turns() for kind in (*TRAINING, Sample)}
@@ -160,17 +156,13 @@ class OperationQueue:
     # -- clients --------------------------------------------------------------------------------
 
     def submit(self, operation: Operation) -> Future[Any]:
-        """Queue an operation behind the others of its adapter.
-
-        Raises:
-            Cancelled: the queue is closed.
-        """
+        """Queue an operation behind its adapter's others. Raises Cancelled: the queue is closed."""
         tokens = operation.num_tokens if isinstance(operation, ForwardBackward | Sample) else 0
         with self._changed:
             if self._closed:
                 raise Cancelled("the trainer is closed; open a new one")
             lane = self._lane(operation)
-            pending = Pending(operation, Future(), tokens, self.clock(), lane)
+            pending = Pending(operation, Future(), tokens, time.monotonic(), lane)
             lane.waiting.append(pending)
             self._count(pending, 1)
             if len(lane.waiting) == 1:
@@ -364,11 +356,10 @@ class OperationQueue:
     def _fits(self, lane: Lane, kind: type, room: int, adapters: dict[LaneKey, Lane]) -> bool:
         """Return whether a lane's next operation may join a batch."""
         head = lane.waiting[0]
-        if head.future.cancelled() or not adapters:
-            full = False
-        else:
-            full = lane.key not in adapters and len(adapters) == self.max_adapters
-        if kind is Sample and not head.future.cancelled():
+        cancelled = head.future.cancelled()
+        another = not cancelled and bool(adapters) and lane.key not in adapters
+        full = another and len(adapters) == self.max_adapters
+        if kind is Sample and not cancelled:
             held, wanted = lane.tenant.places, self._capped(head.places)
             left = self._free_places - wanted
             return not full and left >= 0 and (not held or held + wanted <= ALPHA * left)
@@ -377,14 +368,12 @@ class OperationQueue:
     def _top_up(self, lanes: list[Lane], room: int, batch: list[Pending]) -> None:
         """Fill what is left with more of the adapters that a full batch has anyway."""
         while lanes:
-            lanes = [
-                lane
-                for lane in lanes
-                if lane.kind is ForwardBackward and lane.waiting[0].tokens <= room
-            ]
+            taken: list[Lane] = []
             for lane in lanes:
                 if lane.kind is ForwardBackward and lane.waiting[0].tokens <= room:
                     room -= self._take(lane, ForwardBackward, batch)
+                    taken.append(lane)
+            lanes = taken  # where nothing fits now, nothing will: the room only shrinks
 
     def _take(self, lane: Lane, kind: type, batch: list[Pending]) -> int:
         """Take a lane's head, unless its client cancelled it; return how many tokens were taken."""
@@ -411,9 +400,6 @@ class OperationQueue:
         return pending.tokens if wanted else 0
 
     def _capped(self, places: int) -> int:
-        """Return the places that a request counts for.
-
-        A request that is larger than all that a tenant may hold counts for that, so that there is
-        room beside it.
-        """
+        """Return the places that a request counts for: all that a tenant may hold, if it is larger
+        than that, so that there is room beside it."""
         return min(places, max(1, self.places * ALPHA // (ALPHA + 1)))

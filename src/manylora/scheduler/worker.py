@@ -91,7 +91,6 @@ class Worker:
         on_start: Callable[[], None] = lambda: None,
         *,
         observe: Callable[[BatchReport], None] = lambda report: None,
-        slice_seconds: float = SLICE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ):
         """Start the thread.
@@ -99,14 +98,12 @@ class Worker:
         Args:
             on_start: runs on the new thread before the first batch.
             observe: told of every batch, on that thread; what it raises is logged.
-            slice_seconds: how long the decode loop turns at a time.
             clock: measures what training and sampling use.
         """
         self.queue = queue
         self.runner = runner
         self._on_start = on_start
         self._observe = observe
-        self._slice_seconds = slice_seconds
         self._clock = clock
         self._share = DeviceShare()
         # Samples in the decode loop. Equal ones have equal answers, so which is which is no matter.
@@ -146,7 +143,7 @@ class Worker:
         batch = self.queue.next_batch()
         if not batch:
             return
-        taken, began = self.queue.clock(), self._clock()
+        taken, began = time.monotonic(), self._clock()
         operations: list[Any] = [pending.operation for pending in batch]
         try:
             outcomes = self._run(operations)
@@ -160,14 +157,10 @@ class Worker:
         self._share.charge(training=True, seconds=seconds)
         whole = sum(pending.tokens for pending in batch)
         for pending, outcome in zip(batch, outcomes, strict=True):
-            if isinstance(outcome, Exception):
-                pending.future.set_exception(outcome)
-            else:
-                share = pending.tokens / whole if whole else 1 / len(batch)
-                device = DeviceTime(seconds, seconds * share)
-                pending.future.set_result(_costing(outcome, device))
+            share = pending.tokens / whole if whole else 1 / len(batch)
+            _settle(pending, _costing(outcome, DeviceTime(seconds, seconds * share)))
         tokens = [(pending.operation.tenant, pending.tokens) for pending in batch]
-        fill = sum(count for _, count in tokens) / self.queue.token_budget
+        fill = whole / self.queue.token_budget
         kind = _KINDS[type(operations[0])]
         self._report(kind, seconds, tokens, [(pending, taken) for pending in batch], fill)
 
@@ -203,24 +196,24 @@ class Worker:
         for pending, error in zip(batch, errors, strict=True):
             if error is None:
                 self._decoding.setdefault(id(pending.operation), []).append(pending)
-                self._began.append((pending, self.queue.clock()))
+                self._began.append((pending, time.monotonic()))
             else:
                 self._finish(pending, error)
 
     def _decode(self) -> None:
-        together = [pending for entries in self._decoding.values() for pending in entries]
+        together = self._in_loop()
         began = self._clock()
         try:
-            found: list[tuple[Sample, Any]] = list(self.runner.decode(self._slice_seconds))
+            found: list[tuple[Sample, Any]] = list(self.runner.decode(SLICE_SECONDS))
             if not found and not self.runner.decoding:
                 raise RuntimeError("the decode loop has lost its requests")
         except Exception as error:
             if not isinstance(error, EngineLost):
                 log.exception("the decode loop failed")
-            waiting = [p for entries in self._decoding.values() for p in entries]
-            self._note_loss(error, [pending.operation for pending in waiting])
-            found = [(cast(Sample, pending.operation), error) for pending in waiting]
-            self._cancel_all([pending.operation for pending in waiting])
+            operations = [cast(Sample, pending.operation) for pending in together]
+            self._note_loss(error, operations)
+            found = [(operation, error) for operation in operations]
+            self._cancel_all(operations)
         seconds = self._clock() - began
         self._share.charge(training=False, seconds=seconds)
         for pending in together:
@@ -234,18 +227,19 @@ class Worker:
             self._forget(pending)
             self._finish(pending, _costing(outcome, pending.decoding))
         tokens = [(sample.tenant, _sampled_tokens(sample, outcome)) for sample, outcome in found]
-        started = self._began
+        self._report("decode", seconds, tokens, self._began, fill)
         self._began = []
-        self._report("decode", seconds, tokens, started, fill)
 
     def _drop_cancelled(self) -> None:
         """Drop samples whose clients have given up: they need no more tokens."""
-        waiting = [pending for entries in self._decoding.values() for pending in entries]
-        for pending in waiting:
+        for pending in self._in_loop():
             if pending.future.cancelled() or self._dropping:
                 self._forget(pending)
                 self._cancel_all([pending.operation])
                 self._finish(pending, Cancelled("the sample was dropped before it was finished"))
+
+    def _in_loop(self) -> list[Pending]:
+        return [pending for entries in self._decoding.values() for pending in entries]
 
     def _forget(self, pending: Pending) -> None:
         entries = self._decoding[id(pending.operation)]
@@ -269,12 +263,8 @@ class Worker:
     def _finish(self, pending: Pending, outcome: Any) -> None:
         """Give a sample's places back, and its client the outcome, if it still waits."""
         self.queue.release(pending)
-        if not pending.future.set_running_or_notify_cancel():
-            return
-        if isinstance(outcome, Exception):
-            pending.future.set_exception(outcome)
-        else:
-            pending.future.set_result(outcome)
+        if pending.future.set_running_or_notify_cancel():
+            _settle(pending, outcome)
 
     def _report(
         self,
@@ -292,6 +282,13 @@ class Worker:
             self._observe(BatchReport(kind, seconds, sums, waited, fill))
         except Exception:
             log.exception("the observer of batches failed")
+
+
+def _settle(pending: Pending, outcome: Any) -> None:
+    if isinstance(outcome, Exception):
+        pending.future.set_exception(outcome)
+    else:
+        pending.future.set_result(outcome)
 
 
 def _costing(outcome: Any, device: DeviceTime) -> Any:

@@ -14,10 +14,8 @@ _NONE_LEFT = (errno.EMFILE, errno.ENFILE)
 def write_whole(path: Path, data: bytes) -> None:
     """Write a private file (0600) so that a crash leaves the old one, the new one, or none.
 
-    It is written aside, flushed and renamed, and its folder is flushed.
-
-    Raises:
-        OSError: it could not be written; the file that was there before still is.
+    It is written aside, flushed and renamed, and its folder is flushed. Raises OSError: it could
+    not be written; the file that was there before still is.
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -34,11 +32,8 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def flush_path(path: Path) -> None:
-    """Make the system write a file's bytes, or a folder's list of names, to the disk.
-
-    Raises:
-        OSError: the system could not.
-    """
+    """Make the system write a file's bytes, or a folder's list of names, to the disk. Raises
+    OSError: the system could not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,9 +49,8 @@ def no_descriptor_left(error: BaseException | None) -> bool:
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, TooManyFilesOpen):
-            return True
-        if isinstance(error, OSError) and error.errno in _NONE_LEFT:
+        none_left = isinstance(error, OSError) and error.errno in _NONE_LEFT
+        if none_left or isinstance(error, TooManyFilesOpen):
             return True
         seen.add(id(error))
         error = error.__cause__ or error.__context__
@@ -64,15 +58,10 @@ def no_descriptor_left(error: BaseException | None) -> bool:
 
 
 def tell_shortage_apart(error: BaseException, what: object) -> None:
-    """Raise `TooManyFilesOpen` if an error comes of descriptors that have run out.
+    """Raise `TooManyFilesOpen` if an error, by which `what` could not be read, comes of descriptors
+    that have run out.
 
     It is called before the error is taken for a sign that something is damaged or missing.
-
-    Args:
-        what: what could not be read.
-
-    Raises:
-        TooManyFilesOpen: the error comes of that.
     """
     if no_descriptor_left(error):
         raise TooManyFilesOpen(

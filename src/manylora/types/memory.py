@@ -14,13 +14,8 @@ ANSWER_TOKEN_BYTES = 96
 
 
 def bytes_per_parameter(dtype: DType, dp: int = 1) -> float:
-    """Return an adapter's bytes per parameter once it has stepped.
-
-    They are those of weights, gradient, master copy and two moments.
-
-    Args:
-        dp: data-parallel ranks, each with its slice of the master copy and the moments.
-    """
+    """Return an adapter's bytes per parameter once it has stepped: of weights, gradient, master
+    copy and two moments. Each of `dp` ranks has its slice of the master copy and the moments."""
     weights = WEIGHT_BYTES[dtype]
     master = 0 if dtype == "fp32" else MASTER_BYTES
     return weights + GRADIENT_BYTES + (master + 2 * MOMENT_BYTES) / dp
@@ -40,15 +35,8 @@ def bytes_text(count: float) -> str:
 
 
 def admit(what: str, needed: int, free: int, fits: str) -> None:
-    """Let something be allocated if there is room for it.
-
-    Args:
-        what: what needs the bytes; the beginning of a sentence.
-        fits: what would fit.
-
-    Raises:
-        DoesNotFit: more bytes are needed than are free.
-    """
+    """Let something be allocated if there is room for it. Raises DoesNotFit: more bytes are needed
+    than are free. `what` begins the message's sentence; `fits` says what would fit."""
     if needed > free:
         raise DoesNotFit(
             f"{what} needs {bytes_text(needed)} of memory and {bytes_text(max(0, free))} is free; "
@@ -57,14 +45,8 @@ def admit(what: str, needed: int, free: int, fits: str) -> None:
 
 
 def admit_adapter(name: str, rank: int, num_params: int, dtype: DType, free: int) -> None:
-    """Let an adapter be made if it fits with its gradient and optimizer.
-
-    Args:
-        rank: rank of most of its modules.
-
-    Raises:
-        DoesNotFit: more bytes are needed than are free.
-    """
+    """Let an adapter be made if it fits with its gradient and optimizer; most of its modules have
+    this rank. Raises DoesNotFit."""
     needed = adapter_bytes(num_params, dtype)
     largest = int(rank * max(0, free) / max(1, needed))
     fits = f"a rank of at most {largest:,} would fit" if largest else "none would fit"

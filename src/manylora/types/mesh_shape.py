@@ -49,10 +49,7 @@ class MeshShape:
     @classmethod
     def parse(cls, text: str) -> "MeshShape":
         """Read a text such as `dp=2,tp=2`, in any order; an axis that is not named has one rank.
-
-        Raises:
-            ConfigError: the text is anything else.
-        """
+        Raises ConfigError: the text is anything else."""
         sizes: dict[str, int] = {}
         for part in text.split(","):
             found = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
