@@ -50,9 +50,14 @@ class Playing(Protocol):
 
 @dataclass(slots=True)
 class RlStep:
-    """An `RlStep` is a step that is being made."""
+    """An `RlStep` is a step that is being made; `training` is set once its weights may change."""
 
     task: asyncio.Task[StepFigures]
+    training: asyncio.Event
+
+    def give_up(self) -> bool:
+        """It can be left while its samples are in the making: they will be made again."""
+        return not self.training.is_set()
 
     async def read(self) -> StepFigures:
         """Wait for the step."""
@@ -123,7 +128,8 @@ class RlCourse:
 
     def start(self, adapter: Any, step: int) -> RlStep:
         """Begin a step; its groups may be there already."""
-        return RlStep(asyncio.create_task(self._step(step)))
+        training = asyncio.Event()
+        return RlStep(asyncio.create_task(self._step(step, training)), training)
 
     def memory(self) -> dict[str, Any]:
         """Return where the prompts of the next step begin, and how long nothing was learned."""
@@ -175,7 +181,7 @@ class RlCourse:
         steps = () if self._paths is None else saved_steps(self._paths.checkpoints)
         return max((step for step in steps if step <= self._made), default=0)
 
-    async def _step(self, step: int) -> StepFigures:
+    async def _step(self, step: int, training: asyncio.Event) -> StepFigures:
         seconds = PhaseSeconds()
         await self._versions.publish(step - 1)
         if self.rl.off_policy.interrupt:
@@ -184,6 +190,7 @@ class RlCourse:
         began = time.perf_counter()
         collected = await self._collector.take(step)
         seconds.waiting = time.perf_counter() - began
+        training.set()
         objective = Objective(self.rl)
         batch = objective.batch(collected.groups)
         trained = await train_batch(
