@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from manylora.config import RunFile, is_data_file, load_run_file, resolved_yaml
+from manylora.config import AdapterEntry, RunFile, is_data_file, load_run_file, resolved_yaml
+from manylora.runs.rl.user_code import code_files
 from manylora.runs.run_folder import AdapterPaths, RunPaths, read_json, write_json, write_text
 from manylora.types import ConfigError
 from manylora.types.files import tell_shortage_apart
@@ -57,7 +58,8 @@ def claim(
 
 
 def data_hashes(run: RunFile, hashing: Hashing = lambda _: None) -> Inputs:
-    """Return the SHA-256 of each adapter's data files; None = no such file, or it is on a hub."""
+    """Return the SHA-256 of each adapter's data files, and of the files of code that it names;
+    None = no such file, or it is on a hub."""
     known: dict[str, str | None] = {}
 
     def digest(source: str | None) -> str | None:
@@ -69,10 +71,13 @@ def data_hashes(run: RunFile, hashing: Hashing = lambda _: None) -> Inputs:
             known[source] = _sha256(Path(source))
         return known[source]
 
-    return {
-        entry.name: {source: digest(source) for source in entry.kind_settings.sources().values()}
-        for entry in run.adapters
-    }
+    def named(entry: AdapterEntry) -> dict[str, str | None]:
+        settings = entry.kind_settings
+        data = {source: digest(source) for source in settings.sources().values()}
+        files = [file for name in settings.code() for file in code_files(name)]
+        return data | {str(file): _sha256(file) for file in files}
+
+    return {entry.name: named(entry) for entry in run.adapters}
 
 
 def _files(paths: RunPaths) -> tuple[Path, ...]:
@@ -236,4 +241,5 @@ def _changed_data(paths: RunPaths, noted: Mapping[str, Any], inputs: Inputs) -> 
         for source, digest in of.items():
             old = noted.get(name, {}).get(source)
             if old and digest and old != digest:
-                yield f"data of adapter {name}: {source} has changed since"
+                what = "code" if source.endswith(".py") else "data"
+                yield f"{what} of adapter {name}: {source} has changed since"

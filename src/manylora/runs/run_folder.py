@@ -49,6 +49,11 @@ class AdapterPaths:
         return self.root / "result.json"
 
     @property
+    def user_log(self) -> Path:
+        """What functions of users print is here."""
+        return self.root / "user.log"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard's event files are here."""
         return self.root / "tensorboard"
@@ -59,7 +64,7 @@ class AdapterPaths:
 
     def delete(self) -> None:
         """Delete what a run wrote here, and nothing else."""
-        for file in (self.metrics, self.samples, self.result):
+        for file in (self.metrics, self.samples, self.result, self.user_log):
             file.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.final, self.tensorboard):
             if folder.is_dir() and not folder.is_symlink():
@@ -81,7 +86,7 @@ class RunPaths:
 
     @property
     def inputs(self) -> Path:
-        """This file has the SHA-256 of every data file, per adapter."""
+        """This file has the SHA-256 of every data file, and of every file of code, per adapter."""
         return self.root / "inputs.json"
 
     @property
