@@ -17,12 +17,12 @@ from manylora.runs.evaluate import settle
 from manylora.runs.rl.collecting import Collected, Collector, LagCollector, PromptOrder
 from manylora.runs.rl.free_running import FreeCollector
 from manylora.runs.rl.objective import Objective
-from manylora.runs.rl.record import Record
 from manylora.runs.rl.rl_evals import RlEvaluation
 from manylora.runs.rl.rollout import SampleGroup
+from manylora.runs.rl.rollout_record import RolloutRecord
 from manylora.runs.rl.step_batch import StepBatch
 from manylora.runs.rl.step_figures import step_figures
-from manylora.runs.rl.training import PhaseSeconds, Trained, added, train_batch
+from manylora.runs.rl.step_training import PhaseSeconds, Trained, added, train_batch
 from manylora.runs.rl.versions import Versions
 from manylora.runs.run_folder import AdapterPaths
 from manylora.runs.saved_states import saved_steps
@@ -100,7 +100,7 @@ class RlCourse:
     _paths: AdapterPaths | None = field(init=False, default=None)
     _playing: Playing = field(init=False)
     _versions: Versions = field(init=False)
-    _record: Record | None = field(init=False, default=None)
+    _record: RolloutRecord | None = field(init=False, default=None)
     _collector: Collector = field(init=False)
     _publishing: float = field(init=False, default=0.0)
     # Steps that were made, and those of them, the last ones, that had nothing to learn from.
@@ -117,7 +117,7 @@ class RlCourse:
         self._versions = Versions(self.sampler, adapter, folder)
         if paths is not None:
             keep = self.rl.keep_rollouts
-            self._record = Record(paths.rollouts, None if keep == "all" else keep, step)
+            self._record = RolloutRecord(paths.rollouts, None if keep == "all" else keep, step)
         self._playing = self.players(paths, self._newest if self.rl.off_policy.interrupt else None)
         self.evals.players, self.evals.publish = self._playing, self.publish
         self._collector = self._make_collector()
