@@ -56,6 +56,8 @@ class Runner(Protocol):
 
     def cancel(self, sample: Sample) -> None: ...
 
+    def interrupt(self, sample: Sample) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class BatchReport:
@@ -130,6 +132,7 @@ class Worker:
         self._on_start()
         while True:
             self._drop_cancelled()
+            self._interrupt()
             self._admit()
             training, sampling = self.queue.can_train, bool(self._decoding)
             if not training and not sampling:
@@ -246,6 +249,20 @@ class Worker:
                 self._forget(pending)
                 self._cancel_all([pending.operation])
                 self._finish(pending, Cancelled("the sample was dropped before it was finished"))
+
+    def _interrupt(self) -> None:
+        """End the samples that clients have interrupted, as far as they are in the decode loop."""
+        for interrupt in self.queue.interrupts():
+            waiting = [pending for entries in self._decoding.values() for pending in entries]
+            try:
+                for pending in waiting:
+                    if interrupt.concerns(pending):
+                        self.runner.interrupt(cast(Sample, pending.operation))
+            except Exception as error:
+                self._note_loss(error, [pending.operation for pending in waiting])
+                interrupt.future.set_exception(error)
+            else:
+                interrupt.future.set_result(None)
 
     def _forget(self, pending: Pending) -> None:
         entries = self._decoding[id(pending.operation)]
