@@ -1,7 +1,7 @@
 """A request that is interrupted answers with the beginning of what it would have become.
 
-Faults that were planted and seen to fail here: a finished continuation that loses its reason; the
-room of what was interrupted not given back; a sample that is asked for later ended with the others.
+Faults that were planted and seen to fail here: a finished continuation that loses its tokens; a
+sample that is asked for later ended with the others.
 """
 
 from typing import Any
