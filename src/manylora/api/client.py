@@ -411,6 +411,10 @@ class SnapshotHandle(Samplable):
 
         return flattened(self._handle._client._call(self.adapter, run))
 
+    def interrupt(self) -> Future[None]:
+        """See `AdapterHandle.interrupt`, whose samples these are, too."""
+        return self._handle.interrupt()
+
     def drop(self) -> Future[None]:
         """Free the copy."""
         client = self._handle._client
