@@ -226,9 +226,8 @@ def test_one_that_hangs_is_told_so(code):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("def f(completion, anwser): ...", "has the parameter 'anwser', and the prompts have no such"
-         " column (did you mean answer?); besides"),
-        ("def f(completions, zz): ...", "(there are answer, level); besides columns it can ask for prompts,"),
+        ("def f(completion, anwser): ...", "and the prompts have no such column (did you mean answer?); "),
+        ("def f(completions, zz): ...", "(there are answer, level); besides columns it can ask for"),
         ("def f(prompts): ...", "takes neither completions (a list) nor completion (one text)"),
         ("def f(completion, completions): ...", "takes completion and completions; keep"),
         ("def f(completion, prompts): ...", "has the parameter 'prompts'; a function that takes"),
@@ -288,7 +287,8 @@ def test_samples_and_rewards_are_scored_at_the_same_time(tmp_path: Path):
     file = tmp_path / "rewards.py"
     file.write_text(
         "import threading\nall_there = threading.Barrier(4, timeout=60)\n"
-        "def f(completion):\n    all_there.wait()\n    return 1\ndef g(completion):\n    return f(0)\n"
+        "def f(completion):\n    all_there.wait()\n    return 1\n"
+        "def g(completion):\n    return f(0)\n"
     )
     assert score([f"{file}:f", f"{file}:g"]) == [{"f": 1.0, "g": 1.0}] * 2
 
