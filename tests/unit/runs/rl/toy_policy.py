@@ -4,7 +4,7 @@ P parameters, N tokens, H hidden, V vocabulary, T positions of a datum.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -127,27 +127,24 @@ def gradient(objective: Objective, data: Sequence[Datum], policy: ToyPolicy) -> 
     total_P = torch.zeros(P, dtype=torch.float64)
     for datum in data:
         logprobs_T = _of_targets(ToyPolicy(weights_P), datum, objective.temperature)
-        slope_T = _slope(objective, logprobs_T.detach(), datum.loss_inputs)
+        slope_T = engine_loss(objective, logprobs_T.detach(), datum)[1]
         (grad_P,) = torch.autograd.grad(logprobs_T, weights_P, slope_T)
         total_P += grad_P
     return total_P
 
 
-def _slope(objective: Objective, logprobs_T: Tensor, columns: Mapping[str, Array]) -> Tensor:
-    inputs = {name: torch.from_numpy(value).double() for name, value in columns.items()}
-    config = dict(objective.config)
-    estimator = config.pop("kl_estimator", None)
+def engine_loss(objective: Objective, logprobs_T: Tensor, datum: Datum) -> tuple[Tensor, Tensor]:
+    """Each position's loss [T] and its derivative [T], as the engine has them."""
     loss = get_loss(objective.loss)
-    assert {*inputs} - {"reference_logprobs", "kl_weights"} == {*loss.inputs, "target_tokens"}
-    assert ("kl_weights" in inputs) == (estimator is not None)
+    loss.check(datum)
+    inputs = {name: torch.from_numpy(each).double() for name, each in datum.loss_inputs.items()}
     for name, make in loss.sequence_inputs.items():
         inputs[name] = make(logprobs_T, inputs, [len(logprobs_T)])
-    _, slope_T = loss.function(logprobs_T, inputs, loss.settings(config))
-    if estimator is not None:
-        distance_T = logprobs_T - inputs["reference_logprobs"]
-        by_estimator = {1.0: torch.ones_like, 2.0: lambda d: d, 3.0: lambda d: 1 - torch.exp(-d)}
-        slope_T = slope_T + inputs["kl_weights"] * by_estimator[estimator](distance_T)
-    return slope_T
+    loss_T, slope_T = loss.function(logprobs_T, inputs, loss.settings(objective.config))
+    # Elsewhere the engine need not look.
+    trained_T = torch.from_numpy(loss.trained(datum))
+    assert not slope_T[~trained_T].any()
+    return loss_T, slope_T
 
 
 def expected_gradient(
