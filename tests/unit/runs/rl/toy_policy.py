@@ -4,7 +4,8 @@ P parameters, N tokens, H hidden, V vocabulary, T positions of a datum.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,16 +59,26 @@ def settings(**given: Any) -> RlSettings:
 
 
 def some_groups(seed: int, policy: ToyPolicy, temperature: float) -> list[SampleGroup]:
-    """Four ragged groups of several versions: the second without any difference, some samples cut,
-    some in several turns or several segments."""
-    draw = random.Random(seed)
+    """Ragged groups that the policy's past selves drew."""
     past = [policy.moved(seed + version, 0.25) for version in range(3)]
+    return ragged_groups(seed, [partial(one.logprobs, temperature=temperature) for one in past], V)
+
+
+def ragged_groups(
+    seed: int, past: Sequence[Callable[[Tensor], Tensor]], vocabulary: int
+) -> list[SampleGroup]:
+    """Four ragged groups of several versions: the second without any difference, some samples cut,
+    some in several turns or several segments.
+
+    `past` gives the log-probabilities of each token after the first, by version.
+    """
+    draw = random.Random(seed)
     groups: list[SampleGroup] = []
     for number in range(4):
         rollouts: list[Rollout] = []
         for _ in range(draw.randint(2, 4)):
             count = draw.choice([1, 1, 2])
-            parts = [_segment(draw, past, temperature, turns=3 - count) for _ in range(count)]
+            parts = [_segment(draw, past, vocabulary, turns=3 - count) for _ in range(count)]
             reward = 0.1 + 0.2 if number == 1 else draw.choice([0.0, 0.25, 1.0, -0.5])
             stop = draw.choice(["stop", "stop", "length"])
             rollouts.append(Rollout(segments=tuple(parts), reward=reward, stop_reason=stop))
@@ -78,15 +89,15 @@ def some_groups(seed: int, policy: ToyPolicy, temperature: float) -> list[Sample
 
 
 def _segment(
-    draw: random.Random, past: Sequence[ToyPolicy], temperature: float, turns: int
+    draw: random.Random, past: Sequence[Callable[[Tensor], Tensor]], vocabulary: int, turns: int
 ) -> RolloutSegment:
     sampled: list[bool] = []
     for _ in range(draw.randint(1, turns)):
         sampled += [False] * draw.randint(1, 3) + [True] * draw.randint(1, 3)
-    tokens_N = torch.tensor([draw.randrange(V) for _ in sampled])
+    tokens_N = torch.tensor([draw.randrange(vocabulary) for _ in sampled])
     logprobs = np.zeros(len(sampled), np.float32)
     versions = np.full(len(sampled), -1, np.int32)
-    drawn = [policy.logprobs(tokens_N, temperature) for policy in past]
+    drawn = [one(tokens_N) for one in past]
     for place, own in enumerate(sampled):
         if own:
             versions[place] = draw.randrange(len(past))
