@@ -226,8 +226,8 @@ def test_one_that_hangs_is_told_so(code):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("def f(completion, anwser): ...", "and the prompts have no such column (did you mean answer?); "),
-        ("def f(completions, zz): ...", "(there are answer, level); besides columns it can ask for"),
+        ("def f(completion, anwser): ...", "and the prompts have no such column (did you mean"),
+        ("def f(completions, zz): ...", "(there are answer, level); besides columns it can"),
         ("def f(prompts): ...", "takes neither completions (a list) nor completion (one text)"),
         ("def f(completion, completions): ...", "takes completion and completions; keep"),
         ("def f(completion, prompts): ...", "has the parameter 'prompts'; a function that takes"),
