@@ -282,6 +282,12 @@ def test_no_column_takes_the_place_of_what_was_sampled(code):
     found = score([name], prompt, columns=("completion", "answer"))
     assert found == [{"f": 403.0}, {"f": 402.0}]
 
+    async def unchecked(threads):
+        rewards = RewardSet(uses(name), adapter="digits", threads=threads)
+        return await rewards.score(prompt, SAMPLES, timeout=60)
+
+    assert on_threads(unchecked) == found
+
 
 def test_samples_and_rewards_are_scored_at_the_same_time(tmp_path: Path):
     file = tmp_path / "rewards.py"
