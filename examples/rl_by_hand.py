@@ -2,8 +2,8 @@
 
     python examples/rl_by_hand.py --steps 40
 
-teaches an adapter of `seedling` to answer with digits. `manylora train` does the same from a run file,
-for many adapters at once, and samples while it trains: see docs/rl.md.
+teaches an adapter of `seedling` to answer with digits. `manylora train` does the same from a run
+file, for many adapters at once, and samples while it trains: see docs/rl.md.
 
 M tokens of a prompt, n sampled tokens, G samples of a group.
 """

@@ -1,4 +1,4 @@
-"""GRPO by hand learns from what it has sampled, with the log-probabilities that it was sampled with."""
+"""GRPO by hand trains the very ids that were sampled, with the log-probabilities that they had."""
 
 import sys
 from pathlib import Path
