@@ -215,7 +215,7 @@ class AdapterRun:
         """Read the oldest step; it stays in `pending` until nothing of it is in flight."""
         step, started = pending[0]
         try:
-            result = await started.read()
+            result = await self._result(started)
         except StepRefused as refused:
             raise NotFinite(f"step {step}: {refused}") from refused
         except ManyloraError as error:
@@ -226,6 +226,19 @@ class AdapterRun:
         if wrong:
             raise NotFinite(f"step {step}: {wrong}; a smaller lr or a clip_norm may help")
         self._record(step, result)
+
+    async def _result(self, started: StartedStep) -> StepFigures:
+        """Wait for a step, or leave it when the run is to stop and it can be left."""
+        reading = asyncio.ensure_future(started.read())
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait((reading, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done() and started.give_up():
+                raise StopAsked
+            return await reading
+        finally:
+            for waiting in (reading, stopping):
+                waiting.cancel()
 
     def _record(self, step: int, result: StepFigures) -> None:
         done = StepDone(

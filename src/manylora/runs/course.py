@@ -46,6 +46,9 @@ class StartedStep(Protocol):
     async def read(self) -> StepFigures:
         """Wait for the step; raise what went wrong, without the step's number."""
 
+    def give_up(self) -> bool:
+        """Return whether it can be left as if it had never begun, when the run is to stop."""
+
     async def settle(self) -> None:
         """Wait for whatever of it is still in flight; never raise what went wrong in it."""
 

@@ -13,7 +13,7 @@ from manylora.runs.rl.prompt_rows import PromptRow
 from manylora.runs.rl.rewards import RewardSet
 from manylora.runs.rl.rollout import Rollout, SampleGroup
 from manylora.runs.rl.single_turn import as_scored, play_answer, rewarded
-from manylora.runs.rl.training import added
+from manylora.runs.rl.step_training import added
 from manylora.runs.rl.user_code import shown_name
 from manylora.runs.rl.user_threads import UserThreads
 from manylora.servers import Generating, Policy, Turn

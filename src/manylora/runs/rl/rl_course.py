@@ -17,12 +17,12 @@ from manylora.runs.evaluate import settle
 from manylora.runs.rl.collecting import Collected, Collector, LagCollector, PromptOrder
 from manylora.runs.rl.free_running import FreeCollector
 from manylora.runs.rl.objective import Objective
-from manylora.runs.rl.record import Record
 from manylora.runs.rl.rl_evals import RlEvaluation
 from manylora.runs.rl.rollout import SampleGroup
+from manylora.runs.rl.rollout_record import RolloutRecord
 from manylora.runs.rl.step_batch import StepBatch
 from manylora.runs.rl.step_figures import step_figures
-from manylora.runs.rl.training import PhaseSeconds, Trained, added, train_batch
+from manylora.runs.rl.step_training import PhaseSeconds, Trained, added, train_batch
 from manylora.runs.rl.versions import Versions
 from manylora.runs.run_folder import AdapterPaths
 from manylora.runs.saved_states import saved_steps
@@ -50,9 +50,14 @@ class Playing(Protocol):
 
 @dataclass(slots=True)
 class RlStep:
-    """An `RlStep` is a step that is being made."""
+    """An `RlStep` is a step that is being made; `training` is set once its weights may change."""
 
     task: asyncio.Task[StepFigures]
+    training: asyncio.Event
+
+    def give_up(self) -> bool:
+        """It can be left while its samples are in the making: they will be made again."""
+        return not self.training.is_set()
 
     async def read(self) -> StepFigures:
         """Wait for the step."""
@@ -95,7 +100,7 @@ class RlCourse:
     _paths: AdapterPaths | None = field(init=False, default=None)
     _playing: Playing = field(init=False)
     _versions: Versions = field(init=False)
-    _record: Record | None = field(init=False, default=None)
+    _record: RolloutRecord | None = field(init=False, default=None)
     _collector: Collector = field(init=False)
     _publishing: float = field(init=False, default=0.0)
     # Steps that were made, and those of them, the last ones, that had nothing to learn from.
@@ -112,7 +117,7 @@ class RlCourse:
         self._versions = Versions(self.sampler, adapter, folder)
         if paths is not None:
             keep = self.rl.keep_rollouts
-            self._record = Record(paths.rollouts, None if keep == "all" else keep, step)
+            self._record = RolloutRecord(paths.rollouts, None if keep == "all" else keep, step)
         self._playing = self.players(paths, self._newest if self.rl.off_policy.interrupt else None)
         self.evals.players, self.evals.publish = self._playing, self.publish
         self._collector = self._make_collector()
@@ -123,7 +128,8 @@ class RlCourse:
 
     def start(self, adapter: Any, step: int) -> RlStep:
         """Begin a step; its groups may be there already."""
-        return RlStep(asyncio.create_task(self._step(step)))
+        training = asyncio.Event()
+        return RlStep(asyncio.create_task(self._step(step, training)), training)
 
     def memory(self) -> dict[str, Any]:
         """Return where the prompts of the next step begin, and how long nothing was learned."""
@@ -175,7 +181,7 @@ class RlCourse:
         steps = () if self._paths is None else saved_steps(self._paths.checkpoints)
         return max((step for step in steps if step <= self._made), default=0)
 
-    async def _step(self, step: int) -> StepFigures:
+    async def _step(self, step: int, training: asyncio.Event) -> StepFigures:
         seconds = PhaseSeconds()
         await self._versions.publish(step - 1)
         if self.rl.off_policy.interrupt:
@@ -184,6 +190,7 @@ class RlCourse:
         began = time.perf_counter()
         collected = await self._collector.take(step)
         seconds.waiting = time.perf_counter() - began
+        training.set()
         objective = Objective(self.rl)
         batch = objective.batch(collected.groups)
         trained = await train_batch(
