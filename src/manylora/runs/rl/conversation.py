@@ -91,8 +91,9 @@ class Dialogue:
         except TemplateRefusal:
             found = before = after = ""
         asking = self._encoder.asking(turn.messages, self._options)
-        # As the request was, and perhaps with what a template only writes when it asks.
-        stays = found and asking.startswith(before)
+        # As the request was: perhaps without what a template only writes when it asks, or with a
+        # blank that an answer begins with.
+        stays = found and (asking.startswith(before) or before.rstrip() == asking.rstrip())
         texts = {(start + answer + after) for start in (before, asking) for answer in _as(turn)}
         if not stays or shown not in texts:
             return self._made(self._bare(shown), messages=asked)

@@ -33,7 +33,7 @@ class PlayedTurn:
     """A `PlayedTurn` is one answer of the policy.
 
     Attributes:
-        text: without the token that ended it.
+        text: without the token that ended it; other special tokens, as of a call, are in it.
         token_ids: what was sampled, with that token.
         logprobs: of each of them when it was drawn.
         version: of the weights that drew the last of them.
@@ -170,7 +170,7 @@ class PlayClient:
         ends = self._settings.encoder.answer_ends() if params.stop is None else params.stop
         ended = drawn.stop_reason == "stop" and drawn.tokens[-1:] and drawn.tokens[-1] in ends
         kept = drawn.tokens[:-1] if ended else drawn.tokens
-        drawn.text = self._settings.tokenizer.decode(kept, skip_special_tokens=True)
+        drawn.text = self._settings.tokenizer.decode(kept)
         drawn.answered = True
         return PlayedTurn(
             drawn.text,
@@ -226,6 +226,11 @@ class PlayClient:
         self._behind = self._dialogue.behind(turn, tuple(self._following))
         return self._behind
 
+    def plain(self, turn: PlayedTurn) -> str:
+        """Return an answer's text without any special token, as evaluation and TRL see it."""
+        text: str = self._settings.tokenizer.decode(turn.token_ids, skip_special_tokens=True)
+        return text
+
     def rollout(self, reward: float, **others: Any) -> Rollout:
         """Return what was played so far, with its reward, and end it.
 
@@ -265,11 +270,12 @@ class PlayClient:
             if not prompt:
                 raise DataError("the prompt is empty")
             return self._dialogue.of_text(prompt, turns)
-        if len(prompt) and isinstance(prompt[0], Mapping):
+        if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
             return self._dialogue.of_messages(read_messages("prompt", prompt, learned=False), turns)
-        if not len(prompt):
+        ids = _ids(prompt)
+        if not ids:
             raise DataError("the prompt has no tokens")
-        return Continuation(_ids(prompt))
+        return Continuation(ids)
 
     def _room(self, size: int) -> int:
         limit = self._settings.context_length

@@ -71,12 +71,10 @@ class RewardFunction:
         for name in self.required:
             if name not in there:
                 forms = ", ".join(OF_A_SAMPLE if self.per_sample else OF_A_GROUP)
+                near = f" ({did_you_mean(name, there)})" if there else ""
                 raise ConfigError(
                     f"{key}: {self.shown} has the parameter {name!r}, and the prompts have no such "
-                    f"column; {did_you_mean(name, there)} Besides columns there are {forms}"
-                    if there
-                    else f"{key}: {self.shown} has the parameter {name!r}, and the prompts have no "
-                    f"column but the prompt itself; it can ask for {forms}"
+                    f"column{near}; besides columns it can ask for {forms}"
                 )
 
     def keywords(

@@ -215,8 +215,8 @@ def _open(use: RewardUse, name: str, key: str) -> _Weighted:
         return _Weighted(name, key, weight, open_builtin(use.use, use.args, key))
     if ":" not in use.use:
         raise ConfigError(
-            f"{key}: no reward {use.use!r} is built in; "
-            f"{did_you_mean(use.use, sorted(BUILTIN_REWARDS))} One of your own is named "
+            f"{key}: no reward {use.use!r} is built in "
+            f"({did_you_mean(use.use, sorted(BUILTIN_REWARDS))}); one of your own is named "
             "rewards.py:symbol"
         )
     function = load_symbol(use.use, key)

@@ -15,9 +15,9 @@ async def play_answer(client: PlayClient, row: PromptRow) -> PlayedTurn:
     return await client.sample(row.tokens)
 
 
-def as_scored(turn: PlayedTurn) -> Scored:
+def as_scored(client: PlayClient, turn: PlayedTurn) -> Scored:
     """Return an answer as rewards look at it."""
-    return Scored(turn.text, turn.token_ids, turn.stop_reason == "length")
+    return Scored(client.plain(turn), turn.token_ids, turn.stop_reason == "length")
 
 
 def rewarded(
