@@ -45,6 +45,9 @@ from manylora.types import (
 
 log = logging.getLogger(__name__)
 
+# The summary tells as many; after that they are in the log only.
+MOST_WARNINGS = 20
+
 NewestState = Callable[[Path], Path | None]
 # Steps that were started and have not been read, each with its number.
 Pending = deque[tuple[int, StartedStep]]
@@ -255,6 +258,10 @@ class AdapterRun:
         self.outcome.trained_here += done.figures["tokens"]
         self.outcome.training_seconds += done.share_seconds
         self._emit(done)
+        for warning in result.warnings:
+            self._emit(Warned(self._job.name, f"step {step}: {warning}"))
+            if len(self.outcome.warnings) < MOST_WARNINGS:
+                self.outcome.warnings.append(f"step {step}: {warning}")
 
     async def _finish(self, course: Course) -> None:
         """Write the last state, the PEFT folder, the last evaluation, the word `completed`."""

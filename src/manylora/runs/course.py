@@ -33,11 +33,13 @@ class StepFigures:
         figures: a value for each of the course's step columns.
         passes: the device's time for what costs by tokens: forward, backward, sampling.
         update: the device's time for the optimizer step.
+        warnings: what went wrong in it and cost no more than a part of it.
     """
 
     figures: dict[str, Any]
     passes: DeviceTime
     update: DeviceTime
+    warnings: Sequence[str] = ()
 
 
 class StartedStep(Protocol):

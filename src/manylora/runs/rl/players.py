@@ -85,7 +85,9 @@ class Players:
         begun = time.monotonic()
         try:
             turn = await self._in_time(play_answer(client, prompt), client)
-            (parts,) = await self._rewards.score(prompt, [as_scored(turn)], timeout=_left(client))
+            (parts,) = await self._rewards.score(
+                prompt, [as_scored(client, turn)], timeout=_left(client)
+            )
             return rewarded(client, self._rewards, parts, begun=begun)
         except (RewardError, RolloutFailed) as error:
             return str(error)
@@ -118,7 +120,7 @@ class Players:
         ]
         scoring = time.monotonic()
         scored = await rewards.score_each(
-            row, [as_scored(turn) for _, turn in whole], timeout=_left(clients[0])
+            row, [as_scored(*one) for one in whole], timeout=_left(clients[0])
         )
         seconds = time.monotonic() - scoring
         found: list[Rollout | str] = [turn for turn in turns if isinstance(turn, str)]

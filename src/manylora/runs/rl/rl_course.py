@@ -190,6 +190,7 @@ class RlCourse:
         began = time.perf_counter()
         collected = await self._collector.take(step)
         seconds.waiting = time.perf_counter() - began
+        _refuse_all_failed(collected)
         training.set()
         objective = Objective(self.rl)
         batch = objective.batch(collected.groups)
@@ -219,7 +220,12 @@ class RlCourse:
         self._made = step
         start = 0 if self._start_is_needed else -1
         await self._versions.retire(below=self._collector.oldest(step), but=start)
-        return StepFigures(figures, added(trained.device, self._playing.spent()), trained.update)
+        errors = [
+            error for group in (*collected.groups, *collected.others) for error in group.errors
+        ]
+        warnings = [f"{len(errors)} samples were lost: {errors[0]}"] if errors else []
+        passes = added(trained.device, self._playing.spent())
+        return StepFigures(figures, passes, trained.update, warnings)
 
     def _own_figures(
         self, step: int, collected: Collected, trained: Trained, seconds: PhaseSeconds
@@ -247,6 +253,14 @@ class RlCourse:
         if self.rl.kl.reference == "base":
             return await wrap_future(self.base_forward(data, **settings))
         return await wrap_future(self._versions.frozen(0).forward(data, **settings))
+
+
+def _refuse_all_failed(collected: Collected) -> None:
+    """Raise what went wrong with a step's samples if it went wrong with all of them."""
+    groups = (*collected.groups, *collected.others)
+    errors = [error for group in groups for error in group.errors]
+    if errors and not any(group.rollouts for group in groups):
+        raise RolloutFailed(errors[0])
 
 
 def _rows(collected: Collected, batch: StepBatch) -> list[dict[str, Any]]:
