@@ -53,7 +53,7 @@ def report_data(paths: RunPaths, columns: Mapping[str, CourseColumns]) -> dict[s
     summary = read_json(paths.summary) or {"status": "running", "adapters": {}}
     names = list(summary["adapters"])
     sampling = [name for name in names if paths.adapter(name).rollouts.is_dir()]
-    data = {
+    data: dict[str, Any] = {
         "title": paths.root.resolve().name,
         "summary": summary,
         "run_yaml": paths.run_yaml.read_text(encoding="utf-8") if paths.run_yaml.exists() else "",

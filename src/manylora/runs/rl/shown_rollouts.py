@@ -249,4 +249,3 @@ def _size(value: Any) -> int:
     text = json.dumps(value, ensure_ascii=False)
     marks = sum(text.count(mark) for mark in "<>&\u2028\u2029")
     return len(text.encode("utf-8", "surrogatepass")) + 5 * marks
-
