@@ -6,6 +6,7 @@ bounded in bytes, whatever the texts hold and however many adapters a run has.
 
 import json
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,9 @@ def _window(place: int, count: int) -> range:
     """Return the places that may stand for one; the first and the last stand for themselves."""
     if place in (0, count - 1):
         return range(place, place + 1)
-    reach = min(REACH, max(0, (count - 1) // (2 * (MOST_STEPS - 1))))
+    # Two windows have no place in common.
+    gap = (count - 1) // (MOST_STEPS - 1)
+    reach = min(REACH, max(0, (gap - 1) // 2))
     return range(max(1, place - reach), min(count - 1, place + reach + 1))
 
 
@@ -234,14 +237,10 @@ def within(text: str, most_bytes: int) -> str:
     """Return the beginning of a text that takes so many bytes in the page."""
     if _size(text) <= most_bytes:
         return text
-    left = most_bytes - len('" …"'.encode())
-    kept: list[str] = []
-    for character in text[: max(0, left)]:
-        left -= _size(character) - 2
-        if left < 0:
-            break
-        kept.append(character)
-    return f"{''.join(kept)} …"
+    # Longer beginnings take more bytes; none has more characters than bytes.
+    lengths = range(min(len(text), most_bytes) + 1)
+    fitting = bisect_right(lengths, most_bytes, key=lambda n: _size(f"{text[:n]} …"))
+    return f"{text[: max(0, fitting - 1)]} …"
 
 
 def _size(value: Any) -> int:

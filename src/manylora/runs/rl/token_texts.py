@@ -23,7 +23,7 @@ class TokenTexts:
     def __init__(self, tokenizer: Any | None):
         """Keep the tokenizer; None = there is none."""
         self._tokenizer = tokenizer
-        # By the token before and the token itself, of which a piece depends.
+        # By the token before and the token itself, on which a piece depends.
         self._pieces: dict[tuple[int, ...], str] = {}
 
     def whole(self, ids: Sequence[int]) -> str:
@@ -59,7 +59,9 @@ class TokenTexts:
             before = self.whole(ids[: len(ids) - size]) if len(ids) > size else ""
             text = self.whole(ids)
             # A token alone loses the blank before it with some tokenizers; behind another, not.
-            self._pieces[key] = text.removeprefix(before)
+            alone = not text.startswith(before)
+            added = self.whole(ids[-size:]) if alone else text.removeprefix(before)
+            self._pieces[key] = added
         return self._pieces[key]
 
 
