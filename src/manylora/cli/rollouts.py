@@ -128,7 +128,7 @@ def _chosen_adapter(paths: "RunPaths", given: str | None) -> tuple[str, list[int
     names = _some(list(found))
     if given is None:
         raise ConfigError(f"{paths.root}: name one with --adapter; with rollouts there are {names}")
-    raise ConfigError(f"{paths.root}: adapter {given!r} has no rollouts here; {names} have some")
+    raise ConfigError(f"{paths.root}: adapter {given!r} has no rollouts here; there are {names}")
 
 
 def _chosen_step(name: str, steps: Sequence[int], given: int | None) -> int:
@@ -168,8 +168,8 @@ def _lines(told: Mapping[str, Any]) -> Iterator[str]:
     from manylora.runs.board import printable, short
 
     yield printable(
-        f"{told['adapter']}, step {told['step']:,}: {told['samples']:,} samples in "
-        f"{told['groups']:,} groups; reward {short(told['reward'])} "
+        f"{told['adapter']}, step {told['step']:,}: {told['samples']:,} samples, "
+        f"groups: {told['groups']:,}; reward {short(told['reward'])} "
         f"({short(told['reward_min'])} to {short(told['reward_max'])}); groups of one reward: "
         f"{told['zero_variance_groups']:,}; errors: {len(told['errors']):,}"
     )
@@ -201,13 +201,13 @@ def _sample_lines(sample: Mapping[str, Any]) -> Iterator[str]:
             f"version {version}" if version == oldest else f"versions {oldest} to {version}",
             f"{sample['length']:,} tokens",
             f"{turns:,} turn{'s' * (turns != 1)}",
-            f"ended by {printable(sample['stop_reason'])}",
+            f"ended by {_in_line(sample['stop_reason'])}",
         )
     )
     for title, values in (("parts", sample["parts"]), ("metrics", sample["metrics"])):
         if values:
             told = (f"{name} {short(value)}" for name, value in values.items())
-            yield f"    {title:<7} {printable(', '.join(told))}"
+            yield f"    {title:<7} {_in_line(', '.join(told))}"
     yield f"    {'prompt':<7} {_indented(printable(sample['prompt']), 12)}"
     if len(sample["spans"]) == 1:
         yield f"    {'answer':<7} {_indented(printable(sample['answer']), 12)}"
@@ -215,6 +215,13 @@ def _sample_lines(sample: Mapping[str, Any]) -> Iterator[str]:
     for span in sample["spans"]:
         title = "sampled" if span["sampled"] else "given"
         yield f"    {title:<7} {_indented(printable(span['text']), 12)}"
+
+
+def _in_line(text: str) -> str:
+    """Return a name as a part of a line: nobody's text may begin one that looks like ours."""
+    from manylora.runs.board import printable
+
+    return printable(text.replace("\n", " "))
 
 
 def _indented(text: str, width: int) -> str:
