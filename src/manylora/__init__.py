@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from manylora.api import AdapterHandle, SnapshotHandle, Trainer
+    from manylora.runs.rl.user_types import RolloutResult, group_reward
     from manylora.types import (
         AdamParams,
         AdapterSpec,
@@ -33,11 +34,13 @@ __all__ = [
     "AdapterSpec",
     "Datum",
     "ManyloraError",
+    "RolloutResult",
     "SamplingParams",
     "Scoring",
     "SnapshotHandle",
     "Trainer",
     "causal_datum",
+    "group_reward",
 ]
 
 
@@ -59,7 +62,11 @@ def _ask_for_rows_that_keep_their_bits() -> None:
 
 _ask_for_rows_that_keep_their_bits()
 
-_PYTHON_API = ("AdapterHandle", "SnapshotHandle", "Trainer")
+# Where a name comes from that is not of `types`.
+_MODULES = {
+    **dict.fromkeys(("AdapterHandle", "SnapshotHandle", "Trainer"), "manylora.api"),
+    **dict.fromkeys(("RolloutResult", "group_reward"), "manylora.runs.rl.user_types"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -67,8 +74,6 @@ def __getattr__(name: str) -> Any:
     # numpy; the command line's help must wait for neither.
     if name not in __all__:
         raise AttributeError(f"module 'manylora' has no attribute {name!r}")
-    value = getattr(
-        import_module("manylora.api" if name in _PYTHON_API else "manylora.types"), name
-    )
+    value = getattr(import_module(_MODULES.get(name, "manylora.types")), name)
     globals()[name] = value
     return value

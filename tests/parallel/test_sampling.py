@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from manylora import Trainer
 from manylora.engine import Engine
 from manylora.parallel import Mesh
 from manylora.types import Sample, SampleResult, SamplingParams, Scoring
@@ -150,6 +151,60 @@ def test_a_request_can_be_dropped(tiny: TinyBases, mesh: str):
     results = run_ranks(cancelled, mesh, folder)
     assert all(result["done"] == [0, 2] for result in results)
     assert len({str(result["again"]) for result in results}) == 1
+
+
+def interrupted(mesh: Mesh | None, folder: str):
+    """Two requests of several prompts, one of which is ended half way."""
+    engine = engine_for(mesh, folder)
+    samples = [
+        Sample(
+            adapter=name,
+            prompts=[[1, 2, 3], [4, 5], [6]],
+            params=SamplingParams(max_tokens=60, stop=(), temperature=0.9, seed=2),
+            num_samples=2,
+            scoring=Scoring(topk_sampled=2),
+        )
+        for name in ("one", "three")
+    ]
+    engine.admit(samples)
+    found = dict[int, Any]()
+    for turn in range(90):
+        for sample, result in engine.decode(0.0):
+            assert isinstance(result, SampleResult)
+            found[0 if sample is samples[0] else 1] = plain(result)
+        if turn == 20 and mesh is not None:
+            engine.interrupt(samples[0])
+        if not engine.decoding:
+            break
+    return [found[0], found[1]]
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "tp=2"])
+def test_an_interrupted_request_has_a_beginning_of_its_answer(tiny: TinyBases, mesh: str):
+    folder = str(folder_of(tiny, "llama"))
+    whole, other = interrupted(None, folder)
+    for ended, kept in run_ranks(interrupted, mesh, folder):
+        assert kept["tokens"] == other["tokens"]
+        assert ended["reasons"] == ["interrupted"] * 6
+        for found, expected in zip(ended["tokens"], whole["tokens"], strict=True):
+            assert 0 < len(found) < 60 and found == expected[: len(found)]
+
+
+def test_an_interrupt_reaches_the_processes_of_a_mesh(tiny: TinyBases):
+    params = SamplingParams(max_tokens=110, stop=(), temperature=0.9)
+    with Trainer(folder_of(tiny, "llama"), mesh="dp=2", threads=1) as trainer:
+        adapter, other = (trainer.create(name, rank=2) for name in ("a", "b"))
+        kept = other.sample([[1, 2]], params, num_samples=4)
+        ended = [adapter.sample([[1, 2]], params, num_samples=40) for _ in range(4)]
+        adapter.interrupt().result()
+        whole = kept.result().sequences
+        assert [one.stop_reason for one in whole] == ["length"] * 4
+        for future in ended:
+            sequences = future.result().sequences
+            assert len(sequences) == 40
+            assert sequences[0].tokens == whole[0].tokens[: len(sequences[0].tokens)]
+        assert any(one.stop_reason == "interrupted" for one in ended[-1].result().sequences)
+        assert adapter.sample([[1]], params).result().sequences[0].stop_reason == "length"
 
 
 def timed(mesh: Mesh, folder: str):

@@ -43,7 +43,6 @@ def bad_data() -> dict[str, tuple[Any, str, Any, str]]:
     tokens = good[0].tokens
     weights = np.ones(len(tokens), dtype=np.float32)
     targets = good[0].loss_inputs["target_tokens"]
-    ones = np.ones(len(policy[0].tokens), dtype=np.float32)
     return {
         "unknown loss": (to_sdk(good), "no_such_loss", None, "no_such_loss"),
         "refused loss": (to_sdk(policy), "stable_reinforce", None, "stable_reinforce"),
@@ -58,24 +57,6 @@ def bad_data() -> dict[str, tuple[Any, str, Any, str]]:
         "no targets": ([sdk_datum(tokens, {"weights": weights})], "cross_entropy", None, "target"),
         "missing setting": (to_sdk(policy), "dro", None, "beta"),
         "unknown setting": (to_sdk(policy), "ppo", {"clip": 1.0}, "clip"),
-        # The engine knows these; the protocol does not.
-        "a reference policy": (
-            [
-                sdk_datum(
-                    policy[0].tokens,
-                    {**policy[0].loss_inputs, "reference_logprobs": ones, "kl_weights": ones},
-                )
-            ],
-            "ppo",
-            None,
-            "has no input 'kl_weights'; it takes: target_tokens, logprobs, advantages",
-        ),
-        "its estimator": (
-            to_sdk(policy),
-            "ppo",
-            {"kl_estimator": 3.0},
-            "has no setting 'kl_estimator'; it takes: clip_high_threshold, clip_low_threshold",
-        ),
         "wrong length": (
             [sdk_datum(tokens, {"target_tokens": targets[:-1], "weights": weights[:-1]})],
             "cross_entropy",
@@ -99,6 +80,22 @@ def bad_data() -> dict[str, tuple[Any, str, Any, str]]:
             "1024",
         ),
     }
+
+
+@pytest.mark.parametrize("estimator", [None, 3.0])
+def test_the_protocol_has_no_reference_policy(
+    client: tinker.TrainingClient, estimator: float | None
+):
+    """The engine knows its inputs and its setting; here they are refused as ever."""
+    (datum,) = random_data(2, 1, "ppo")
+    if estimator is not None:
+        words = refused(client, to_sdk([datum]), "ppo", {"kl_estimator": estimator})
+        assert "has no setting 'kl_estimator'; it takes: clip_high_threshold, clip_low_thr" in words
+        return
+    ones = np.ones(len(datum.tokens), dtype=np.float32)
+    inputs = {**datum.loss_inputs, "reference_logprobs": ones, "kl_weights": ones}
+    words = refused(client, [sdk_datum(datum.tokens, inputs)], "ppo", None)
+    assert "has no input 'kl_weights'; it takes: target_tokens, logprobs, advantages" in words
 
 
 @pytest.mark.parametrize("case", bad_data())

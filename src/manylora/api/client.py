@@ -325,6 +325,18 @@ class AdapterHandle(Samplable):
 
         return self._copy_then(folder, write)
 
+    def interrupt(self) -> Future[None]:
+        """End this adapter's samples, of its current weights and of its snapshots.
+
+        It stands in no order. Samples that were asked for before answer at once with what they
+        have (see `SampledSequence.stop_reason`); one that has not started, with empty sequences.
+        What is asked for afterwards is not concerned, and no other adapter is.
+
+        Returns:
+            A future that is done once none of them decodes any more; their results follow.
+        """
+        return self._queue.interrupt(self.name)
+
     def unload(self) -> Future[None]:
         """Forget the adapter after what is queued for it has run; its name is free again."""
         client = self._client
@@ -398,6 +410,10 @@ class SnapshotHandle(Samplable):
             return _written(pager, state, folder, write)
 
         return flattened(self._handle._client._call(self.adapter, run))
+
+    def interrupt(self) -> Future[None]:
+        """See `AdapterHandle.interrupt`, whose samples these are, too."""
+        return self._handle.interrupt()
 
     def drop(self) -> Future[None]:
         """Free the copy."""

@@ -58,6 +58,10 @@ class KindSettings(Settings):
         changed = {name: change(source) for name, source in self.sources().items()}
         return self.model_copy(update=changed)
 
+    def code(self) -> tuple[str, ...]:
+        """Return the names of somebody's code; most name none."""
+        return ()
+
     def with_code(self, change: Callable[[str], str]) -> Self:
         """Return these settings with every name of somebody's code changed; most name none."""
         return self

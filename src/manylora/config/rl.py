@@ -407,6 +407,12 @@ class RlSettings(KindSettings):
         held_out = self.eval.model_copy(update={"prompts": change(self.eval.prompts)})
         return changed.model_copy(update={"eval": held_out})
 
+    def code(self) -> tuple[str, ...]:
+        """Return the names of rewards, those that are built in too, or of the rollout."""
+        if self.rollout is not None:
+            return (self.rollout,)
+        return tuple(one.use for one in self.reward or ())
+
     def with_code(self, change: Callable[[str], str]) -> Self:
         """Return these settings with every name of code changed."""
         update: dict[str, Any] = {}

@@ -116,6 +116,14 @@ class Decoder:
                 self._close(entry)
                 return
 
+    def interrupt(self, sample: Sample) -> None:
+        """End a request, if it is still here; `decode` gives it with what was sampled until now."""
+        for entry in self._whole:
+            if entry.sample is sample:
+                for request in entry.requests:
+                    self._queue.interrupt(request)
+                return
+
     def _admit(self, sample: Sample) -> ManyloraError | None:
         try:
             weights = self._weights_of(sample)

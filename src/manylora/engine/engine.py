@@ -256,6 +256,10 @@ class Engine:
         """Drop a sampling request, if it is still decoding."""
         self.decoder.cancel(sample)
 
+    def interrupt(self, sample: Sample) -> None:
+        """End a sampling request, if it is still decoding; see `Decoder.interrupt`."""
+        self.decoder.interrupt(sample)
+
     def sample(self, requests: Sequence[Sample]) -> list[SampleResult | ManyloraError]:
         """Admit requests and decode until all are finished; for callers without a scheduler."""
         return self.decoder.sample(requests)

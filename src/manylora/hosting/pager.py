@@ -162,6 +162,10 @@ class Pager:
         """See `Engine.cancel`."""
         self.engine.cancel(sample)
 
+    def interrupt(self, sample: Sample) -> None:
+        """See `Engine.interrupt`."""
+        self.engine.interrupt(sample)
+
     @property
     def decoding(self) -> int:
         """So many sequences are in the decode loop."""

@@ -167,6 +167,10 @@ class Member:
         """See `Engine.cancel`."""
         self.engine.cancel(self._samples.pop(number))
 
+    def interrupt(self, number: int) -> None:
+        """See `Engine.interrupt`."""
+        self.engine.interrupt(self._samples[number])
+
 
 def _sent(value: Any) -> Any:
     """Return a verb's result as it travels: control knows an adapter's settings and layout."""

@@ -223,6 +223,13 @@ class RemoteEngine:
                 self._call("cancel", number)
                 return
 
+    def interrupt(self, sample: Sample) -> None:
+        """End a sampling request, if it is still decoding; `decode` gives what it has."""
+        for number, open_one in self._samples.items():
+            if open_one is sample:
+                self._call("interrupt", number)
+                return
+
     # -- inside ---------------------------------------------------------------------------------
 
     @property

@@ -46,6 +46,9 @@ from manylora.types import (
 
 log = logging.getLogger(__name__)
 
+# The summary tells as many; after that they are in the log only.
+MOST_WARNINGS = 20
+
 NewestState = Callable[[Path], Path | None]
 # Steps that were started and have not been read, each with its number.
 Pending = deque[tuple[int, StartedStep]]
@@ -217,7 +220,7 @@ class AdapterRun:
         """Read the oldest step; it stays in `pending` until nothing of it is in flight."""
         step, started = pending[0]
         try:
-            result = await started.read()
+            result = await self._result(started)
         except StepRefused as refused:
             raise NotFinite(f"step {step}: {refused}") from refused
         except ManyloraError as error:
@@ -228,6 +231,19 @@ class AdapterRun:
         if wrong:
             raise NotFinite(f"step {step}: {wrong}; a smaller lr or a clip_norm may help")
         self._record(step, result)
+
+    async def _result(self, started: StartedStep) -> StepFigures:
+        """Wait for a step, or leave it when the run is to stop and it can be left."""
+        reading = asyncio.ensure_future(started.read())
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait((reading, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done() and started.give_up():
+                raise StopAsked
+            return await reading
+        finally:
+            for waiting in (reading, stopping):
+                waiting.cancel()
 
     def _record(self, step: int, result: StepFigures) -> None:
         done = StepDone(
@@ -244,6 +260,10 @@ class AdapterRun:
         self.outcome.trained_here += done.figures["tokens"]
         self.outcome.training_seconds += done.share_seconds
         self._emit(done)
+        for warning in result.warnings:
+            self._emit(Warned(self._job.name, f"step {step}: {warning}"))
+            if len(self.outcome.warnings) < MOST_WARNINGS:
+                self.outcome.warnings.append(f"step {step}: {warning}")
 
     async def _finish(self, course: Course) -> None:
         """Write the last state, the PEFT folder, the last evaluation, the word `completed`."""

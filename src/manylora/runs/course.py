@@ -33,11 +33,13 @@ class StepFigures:
         figures: a value for each of the course's step columns.
         passes: the device's time for what costs by tokens: forward, backward, sampling.
         update: the device's time for the optimizer step.
+        warnings: what went wrong in it and cost no more than a part of it.
     """
 
     figures: dict[str, Any]
     passes: DeviceTime
     update: DeviceTime
+    warnings: Sequence[str] = ()
 
 
 class StartedStep(Protocol):
@@ -45,6 +47,9 @@ class StartedStep(Protocol):
 
     async def read(self) -> StepFigures:
         """Wait for the step; raise what went wrong, without the step's number."""
+
+    def give_up(self) -> bool:
+        """Return whether it can be left as if it had never begun, when the run is to stop."""
 
     async def settle(self) -> None:
         """Wait for whatever of it is still in flight; never raise what went wrong in it."""

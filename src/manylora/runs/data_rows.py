@@ -30,6 +30,7 @@ TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
 
 # Columns of other programs that say what the prompt is, or what is learned of it; leaving them out
 # would train something else than the row says.
+_NO_TEXT = ("image", "images", "audio", "audios", "video", "videos")
 _CHANGES_MEANING = {
     "system": "put it into messages, as a turn of role 'system'",
     "functions": "call it tools, in the form that the chat template expects",
@@ -39,9 +40,7 @@ _CHANGES_MEANING = {
     "weight": "weights of rows are not supported; drop the rows that shall not be learned",
     "weights": "weights of rows are not supported; drop the rows that shall not be learned",
     "loss_mask": "it cannot be given by hand; use prompt/completion rows",
-    **dict.fromkeys(
-        ("image", "images", "audio", "audios", "video", "videos"), "only text can be trained"
-    ),
+    **dict.fromkeys(_NO_TEXT, "only text can be trained"),
 }
 
 # What templates know of a message beside its role and content.
@@ -100,7 +99,7 @@ def kind_of(row: object) -> Kind:
     present = {key for key, value in row.items() if value is not None}
     complete = [kind for kind, fields in FIELDS.items() if present.issuperset(fields)]
     if len(complete) == 1:
-        return "messages" if _both_are_messages(row, complete[0]) else complete[0]
+        return "messages" if _both_areread_messages(row, complete[0]) else complete[0]
     if complete:
         raise DataError(f"is {' and '.join(complete)} at once; keep the fields of one kind")
     if "completion" in present or "prompt" in present:
@@ -110,7 +109,7 @@ def kind_of(row: object) -> Kind:
     raise DataError(f"{have}; {FORMS}")
 
 
-def _both_are_messages(row: Mapping[str, Any], kind: Kind) -> bool:
+def _both_areread_messages(row: Mapping[str, Any], kind: Kind) -> bool:
     return kind == "prompt/completion" and all(
         isinstance(row[name], Sequence) and not isinstance(row[name], str | bytes)
         for name in FIELDS[kind]
@@ -131,6 +130,19 @@ def ignored_columns(row: Mapping[str, Any], kind: Kind) -> set[str]:
                 "messages, or write what it says into the prompt"
             )
     return others - set(TEMPLATE_COLUMNS)
+
+
+def refuse_prompt_beside(row: Mapping[str, Any], *, chat: bool) -> None:
+    """Raise DataError where a column says what the prompt is and would not get into it."""
+    for name in ("system", "functions", *_NO_TEXT):
+        if row.get(name) is not None:
+            raise DataError(f"has {name!r}, which would be left out; {_CHANGES_MEANING[name]}")
+    for name in TEMPLATE_COLUMNS:
+        if row.get(name) and not chat:
+            raise DataError(
+                f"has {name!r}, which only a chat template can use; give the prompt as messages, "
+                "or write what it says into the prompt"
+            )
 
 
 def read_example(line: int, kind: Kind, row: Mapping[str, Any]) -> Example:
@@ -188,17 +200,18 @@ def described(value: object) -> str:
 
 def _conversation(line: int, row: Mapping[str, Any]) -> Example:
     if row.get("messages") is not None:
-        given, messages = 0, _messages("messages", row["messages"])
+        given, messages = 0, read_messages("messages", row["messages"])
     else:
-        prompt = _messages("prompt", row["prompt"])
-        given, messages = len(prompt), (*prompt, *_messages("completion", row["completion"]))
+        prompt = read_messages("prompt", row["prompt"])
+        given, messages = len(prompt), (*prompt, *read_messages("completion", row["completion"]))
     if all(message.role != "assistant" for message in messages[given:]):
         where = "messages" if not given else "completion"
         raise DataError(f"{where!r} has no turn of role 'assistant', so there is nothing to learn")
-    return Example(line, messages=messages, given=given, options=_options(row))
+    return Example(line, messages=messages, given=given, options=template_options(row))
 
 
-def _options(row: Mapping[str, Any]) -> dict[str, Any]:
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row tells the chat template besides its turns. Raises DataError."""
     options: dict[str, Any] = {}
     named = row.get("chat_template_kwargs")
     if named:
@@ -230,16 +243,25 @@ def _parsed(name: str, value: object) -> object:
         raise DataError(f"{name!r} is text that is not JSON: {error}") from error
 
 
-def _messages(name: str, value: object) -> tuple[Message, ...]:
+def read_messages(name: str, value: object, *, learned: bool = True) -> tuple[Message, ...]:
+    """Return a list of turns, checked.
+
+    Args:
+        name: what messages call it.
+        learned: the assistant's turns are trained, so one that is empty is refused.
+
+    Raises:
+        DataError: it is no list of turns, or one of them is wrong.
+    """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         raise DataError(
             f"{name!r} is {described(value)}; it must be a list of "
             '{"role": …, "content": …} that is not empty'
         )
-    return tuple(_message(f"{name}[{number}]", item) for number, item in enumerate(value))
+    return tuple(_message(f"{name}[{number}]", item, learned) for number, item in enumerate(value))
 
 
-def _message(where: str, item: object) -> Message:
+def _message(where: str, item: object, learned: bool) -> Message:
     if not isinstance(item, Mapping):
         raise DataError(f"{where} is {described(item)}; it must be {{'role': …, 'content': …}}")
     if item.get("role") is None:
@@ -251,7 +273,7 @@ def _message(where: str, item: object) -> Message:
     content = _content(f"{where}.content", item.get("content"))
     if content is None and not more.get("tool_calls"):
         raise DataError(f"{where} has no 'content'; it must be {{'role': …, 'content': …}}")
-    if role == "assistant" and not content and not any(more.values()):
+    if learned and role == "assistant" and not content and not any(more.values()):
         raise DataError(f"{where}.content is empty, so there is nothing to learn")
     if content is None and "content" in item:
         more["content"] = None  # written out, and a template may tell it from one that is missing

@@ -10,7 +10,7 @@ What the tokenizer itself puts in front of a text stands in front here, too (a c
 its own beginning). Nothing is cut: an example that is too long for the base is refused there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -106,6 +106,46 @@ class Encoder:
         except TemplateRefusal as error:
             raise DataError(f"the chat template refuses the prompt: {error}") from error
         return next(self._tokenise([asking]))
+
+    def asking(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+        """Return a conversation as text up to where the next answer begins.
+
+        Raises:
+            DataError: there is no chat template, or it cannot render it.
+        """
+        if not self.template.exists:
+            raise DataError(
+                "has messages, but the base's tokenizer has no chat template; give one with "
+                "chat_template, use text prompts, or use a base that was made for conversations"
+            )
+        try:
+            return self.template.render(messages, options, asking=True)
+        except TemplateRefusal as error:
+            raise DataError(f"the chat template refuses it: {error}") from error
+
+    def tokens(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Return the tokens of texts as they stand, with nothing in front, a text at a time."""
+        for start in range(0, len(texts), CHUNK):
+            yield from self._tokenise(list(texts[start : start + CHUNK]))
+            self._between()
+
+    def answer_ends(self, options: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+        """Return the tokens that end an answer without any data: the base's, and the one by which
+        the chat template ends a turn that it was told `options` with; None = of a bare text."""
+        shape = None if options is None else self.template.shape(options)
+        ends = self._ends if shape is None or shape.end is None else self._ends | {shape.end}
+        return tuple(sorted(ends))
+
+    def unknown(self, tokens: Sequence[int]) -> str:
+        """Return what is wrong with tokens that the model lacks; "" = it knows them all."""
+        largest = max(tokens, default=0)
+        if self._vocab_size is None or largest < self._vocab_size:
+            return ""
+        return (
+            f"has the token {largest} ({self._tokenizer.decode([largest])!r}), and the model has "
+            f"{self._vocab_size:,}, numbered from 0: its tokenizer was given tokens that its "
+            "embedding lacks; use the tokenizer that it was trained with, or leave the token out"
+        )
 
     def encode(self, source: Source) -> Encoded:
         """Encode every example of a source.
@@ -287,14 +327,8 @@ class Encoder:
         tokens: list[int],
         weights: list[float],
     ) -> None:
-        largest = max(tokens)
-        if self._vocab_size is not None and largest >= self._vocab_size:
-            raise DataError(
-                f"{source.place(source.examples[number])}: has the token {largest} "
-                f"({self._tokenizer.decode([largest])!r}), and the model has {self._vocab_size:,}, "
-                "numbered from 0: its tokenizer was given tokens that its embedding lacks; use the "
-                "tokenizer that it was trained with, or leave the token out"
-            )
+        if wrong := self.unknown(tokens):
+            raise DataError(f"{source.place(source.examples[number])}: {wrong}")
         encoded.data.append(causal_datum(tokens, weights))
         encoded.owners.append(number)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from manylora.config import RunFile, is_data_file, load_run_file, resolved_yaml
+from manylora.config import AdapterEntry, RunFile, is_data_file, load_run_file, resolved_yaml
+from manylora.runs.rl.user_code import code_files
 from manylora.runs.run_folder import AdapterPaths, RunPaths, read_json, write_json, write_text
 from manylora.runs.saved_states import saved_steps
 from manylora.types import ConfigError
@@ -60,17 +61,21 @@ def claim(
     write_text(paths.run_yaml, resolved_yaml(run))
 
 
-def data_hashes(run: RunFile, hashing: Hashing) -> Inputs:
-    """Return the SHA-256 of each adapter's data files; None = no such file, or it is on a hub."""
+def data_hashes(run: RunFile, hashing: Hashing = lambda _: None) -> Inputs:
+    """Return the SHA-256 of each adapter's data files, and of the files of code that it names;
+    None = no such file, or it is on a hub."""
 
     @cache
     def digest(source: str) -> str | None:
         return _sha256(source, hashing) if is_data_file(source) else None
 
-    return {
-        entry.name: {source: digest(source) for source in entry.kind_settings.sources().values()}
-        for entry in run.adapters
-    }
+    def named(entry: AdapterEntry) -> dict[str, str | None]:
+        settings = entry.kind_settings
+        data = {source: digest(source) for source in settings.sources().values()}
+        files = [file for name in settings.code() for file in code_files(name)]
+        return data | {str(file): _sha256(str(file), hashing) for file in files}
+
+    return {entry.name: named(entry) for entry in run.adapters}
 
 
 def _sha256(source: str, hashing: Hashing) -> str | None:
@@ -219,4 +224,5 @@ def _changed_data(paths: RunPaths, noted: Mapping[str, Any], inputs: Inputs) -> 
         for source, digest in of.items():
             old = noted.get(name, {}).get(source)
             if old and digest and old != digest:
-                yield f"data of adapter {name}: {source} has changed since"
+                what = "code" if source.endswith(".py") else "data"
+                yield f"{what} of adapter {name}: {source} has changed since"

@@ -56,6 +56,10 @@ class SftStep:
         }
         return StepFigures(figures, result.device, update.device)
 
+    def give_up(self) -> bool:
+        """Both are with the worker, and soon over."""
+        return False
+
     async def settle(self) -> None:
         """Wait for both operations, whatever becomes of them."""
         await settle((self.loss, self.update))

@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -37,6 +38,7 @@ _LONGEST_CELL = 2**31 - 1
 ROWS_BETWEEN = 256
 # Line (or row) and what stands there.
 Rows = Iterator[tuple[int, object]]
+Unit = Literal["line", "row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class Source:
     name: str
     kind: Kind
     examples: Sequence[Example]
-    unit: Literal["line", "row"] = "line"
+    unit: Unit = "line"
     ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -58,7 +60,7 @@ class Source:
 
     def place(self, example: Example) -> str:
         """Return where an example stands (`data/reverse.jsonl:7`)."""
-        return _place(self.name, self.unit, example.line)
+        return place_of(self.name, self.unit, example.line)
 
 
 def read_source(
@@ -76,8 +78,23 @@ def read_source(
             and what would be right.
     """
     name = source if name is None else name
+    unit, rows = read_rows(source, name)
+    return _collect(name, unit, rows, between)
+
+
+def read_rows(source: str, name: str, forms: str = FORMS) -> tuple[Unit, Rows]:
+    """Return the rows of a source as they stand there, and what to call their numbers.
+
+    Args:
+        source: as `read_source` takes it.
+        name: what messages call it.
+        forms: what a row looks like, for a message about one that is not JSON.
+
+    Raises:
+        DataError: nothing there; and, at any row, that it cannot be read.
+    """
     if not is_data_file(source):
-        return _collect(name, "row", _hub_rows(source), between)
+        return "row", _hub_rows(source)
     path, suffix = Path(source), data_suffix(source)
     if suffix not in DATA_SUFFIXES:
         raise DataError(f"{name}: of local files {READ_HERE} are read; write it as one of those")
@@ -85,18 +102,17 @@ def read_source(
         what = "is a folder" if path.is_dir() else "there is no such file"
         raise DataError(f"{name}: {what}; name a {READ_HERE} file, or a hub id")
     if suffix == ".parquet":
-        return _collect(name, "row", _parquet_rows(source, name), between)
-    read = _csv_rows if suffix.startswith(".csv") else _json_lines
-    return _collect(name, "line", _of_file(path, name, read), between)
+        return "row", _parquet_rows(source, name)
+    read = _csv_rows if suffix.startswith(".csv") else partial(_json_lines, forms=forms)
+    return "line", _of_file(path, name, read)
 
 
-def _place(name: str, unit: str, line: int) -> str:
+def place_of(name: str, unit: Unit, line: int) -> str:
+    """Return where a row stands (`data/reverse.jsonl:7`)."""
     return f"{name}:{line}" if unit == "line" else f"{name}, row {line}"
 
 
-def _collect(
-    name: str, unit: Literal["line", "row"], rows: Rows, between: Callable[[], None] | None
-) -> Source:
+def _collect(name: str, unit: Unit, rows: Rows, between: Callable[[], None] | None) -> Source:
     kind: Kind | None = None
     first_line = 0
     examples: list[Example] = []
@@ -117,7 +133,7 @@ def _collect(
             ignored |= ignored_columns(row, kind)
             examples.append(read_example(line, kind, row))
         except DataError as error:
-            raise DataError(f"{_place(name, unit, line)}: {error}") from error
+            raise DataError(f"{place_of(name, unit, line)}: {error}") from error
     if kind is None:
         raise DataError(f"{name}: has no rows; {FORMS}")
     return Source(name, kind, examples, unit, tuple(sorted(ignored)))
@@ -143,15 +159,15 @@ def _of_file(path: Path, name: str, read: Callable[[BinaryIO, str], Rows]) -> Ro
         raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
 
 
-def _json_lines(file: BinaryIO, name: str) -> Rows:
+def _json_lines(file: BinaryIO, name: str, forms: str) -> Rows:
     for line, raw in enumerate(file, start=1):
         # Some editors begin a file with a byte order mark.
         content = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
         if content.strip():
-            yield line, _parse(f"{name}:{line}", content)
+            yield line, _parse(f"{name}:{line}", content, forms)
 
 
-def _parse(place: str, raw: bytes) -> object:
+def _parse(place: str, raw: bytes, forms: str) -> object:
     try:
         return json.loads(raw.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
@@ -159,10 +175,10 @@ def _parse(place: str, raw: bytes) -> object:
     except json.JSONDecodeError as error:
         hint = "; write one JSON object per line" if raw.strip() in (b"[", b"{") else ""
         raise DataError(
-            f"{place}: is not JSON: {error.msg} at column {error.colno}{hint or f'; {FORMS}'}"
+            f"{place}: is not JSON: {error.msg} at column {error.colno}{hint or f'; {forms}'}"
         ) from error
     except RecursionError as error:
-        raise DataError(f"{place}: is nested too deeply; {FORMS}") from error
+        raise DataError(f"{place}: is nested too deeply; {forms}") from error
     except ValueError as error:  # a number of thousands of digits
         raise DataError(f"{place}: cannot be read: {_first_line(error)}") from error
 

@@ -103,8 +103,8 @@ class DecodeLoop:
         return min(self._base.context_length, self._cache.max_tokens)
 
     def __len__(self) -> int:
-        """Count the requests in the loop, those that wait for room included."""
-        return len(self._prompts)
+        """Count the requests in the loop, those that wait for room or to be handed out included."""
+        return len(self._prompts) + len(self._finished)
 
     def admit(self, requests: Iterable[Request]) -> None:
         """Let requests join at the next step."""
@@ -126,6 +126,21 @@ class DecodeLoop:
         for sequence in mine:
             self._leave(sequence)
         self._room.tidy()
+
+    def interrupt(self, request: Request) -> None:
+        """End a request, if it is still here: the next step answers it with what it has."""
+        prompt = self._prompts.get(request)
+        if prompt is None:
+            return
+        for sequence in (*self._running, *self._beginning):
+            if sequence.prompt is prompt:
+                prompt.done[sequence.number] = self._sampled(sequence, "interrupted")
+        most = request.scoring.topk_sampled
+        unbegun = SampledSequence((), (), "interrupted", joined([], most) if most else None)
+        for number in range(request.num_samples):
+            prompt.done.setdefault(number, unbegun)
+        self.cancel(request)
+        self._finished.append((request, _answer(prompt)))
 
     @torch.no_grad()
     def step(self, agree: Callable[[Kinds], Kinds] | None = None) -> list[tuple[Request, Answer]]:
@@ -205,21 +220,22 @@ class DecodeLoop:
 
     def _end(self, sequence: Sequence, *, stopped: bool) -> None:
         """Complete a continuation, and perhaps its request."""
-        slot, prompt = sequence.slot, sequence.prompt
-        count = int(self._slots.generated[slot])
-        topk = None if sequence.topk is None else joined(sequence.topk)
-        prompt.done[sequence.number] = SampledSequence(
-            tuple(self._slots.tokens[slot, :count].tolist()),
-            tuple(self._slots.logprobs[slot, :count].tolist()),
-            "stop" if stopped else "length",
-            topk,
-        )
+        prompt = sequence.prompt
+        prompt.done[sequence.number] = self._sampled(sequence, "stop" if stopped else "length")
         self._leave(sequence)
         if len(prompt.done) == prompt.request.num_samples:
-            sequences = tuple(prompt.done[number] for number in range(len(prompt.done)))
-            scores = None if prompt.scorer is None else prompt.scorer.scores()
             del self._prompts[prompt.request]
-            self._finished.append((prompt.request, Answer(sequences, scores)))
+            self._finished.append((prompt.request, _answer(prompt)))
+
+    def _sampled(self, sequence: Sequence, reason: str) -> SampledSequence:
+        slot, topk = sequence.slot, sequence.topk
+        count = int(self._slots.generated[slot])
+        return SampledSequence(
+            tuple(self._slots.tokens[slot, :count].tolist()),
+            tuple(self._slots.logprobs[slot, :count].tolist()),
+            reason,
+            None if topk is None else joined(topk, sequence.prompt.request.scoring.topk_sampled),
+        )
 
     def _fail(self, prompt: Prompt) -> None:
         """End a request whose logits had NaN or Inf."""
@@ -383,3 +399,9 @@ class DecodeLoop:
 
     def _on_device(self, array: Array) -> Tensor:
         return torch.from_numpy(array).to(self._base.device, non_blocking=True)
+
+
+def _answer(prompt: Prompt) -> Answer:
+    """Put the answer to a request together, all of whose continuations have ended."""
+    sequences = tuple(prompt.done[number] for number in range(len(prompt.done)))
+    return Answer(sequences, None if prompt.scorer is None else prompt.scorer.scores())

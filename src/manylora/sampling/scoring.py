@@ -94,8 +94,10 @@ def likeliest(logprobs_cV: Tensor, k: int) -> TopK:
     return TopK(tokens_ck.int().cpu().numpy(), values_ck.cpu().numpy())
 
 
-def joined(parts: list[TopK]) -> TopK:
-    """Join places of one sequence into one."""
+def joined(parts: list[TopK], k: int) -> TopK:
+    """Join places of one sequence, none or several, each with its k likeliest tokens, into one."""
+    if not parts:
+        return TopK(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))
     return TopK(
         np.concatenate([part.tokens for part in parts]),
         np.concatenate([part.logprobs for part in parts]),

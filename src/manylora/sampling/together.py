@@ -55,6 +55,11 @@ class LoopsTogether:
         if self._forget(request):
             self._loop.cancel(request)
 
+    def interrupt(self, request: Request) -> None:
+        """End a request, if it is still here; its answer is told in one of the next turns."""
+        if request in self._dealt:
+            self._loop.interrupt(request)
+
     def turn(self, until: float) -> tuple[list[tuple[Request, Answer]], bool]:
         """Make one turn of all loops.
 

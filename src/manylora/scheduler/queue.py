@@ -17,10 +17,18 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from manylora.scheduler.turns import Turns
-from manylora.types import Cancelled, DeviceTime, ForwardBackward, OptimStep, Sample
+from manylora.types import (
+    Cancelled,
+    DeviceTime,
+    ForwardBackward,
+    OptimStep,
+    Sample,
+    SampledSequence,
+    SampleResult,
+)
 
 # A tenant may hold this many times the places that would still be free: alone, 7/8 of all.
 ALPHA = 7
@@ -54,6 +62,7 @@ class Pending:
     Attributes:
         tokens: what a batch counts it for; 0 where it brings none.
         submitted: when, by the monotonic clock.
+        number: how many were submitted before.
         lane: its adapter's.
         decoding: of a sample in the decode loop, the device's time that it has had.
     """
@@ -63,6 +72,7 @@ class Pending:
     tokens: int
     submitted: float
     lane: "Lane"
+    number: int = 0
     decoding: DeviceTime = field(default_factory=DeviceTime)
 
     @property
@@ -79,6 +89,26 @@ class Pending:
         if not isinstance(operation, Sample):
             return False
         return operation.adapter is not None and operation.snapshot is None
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupt:
+    """An `Interrupt` ends an adapter's samples that were submitted before it.
+
+    Attributes:
+        before: the number of the first operation that was submitted afterwards.
+        future: done once none of them decodes any more.
+    """
+
+    adapter: str
+    before: int
+    future: Future[None]
+
+    def concerns(self, pending: Pending) -> bool:
+        """Say whether it ends this operation."""
+        operation = pending.operation
+        own = isinstance(operation, Sample) and operation.adapter == self.adapter
+        return own and pending.number < self.before
 
 
 @dataclass(slots=True, eq=False)
@@ -150,6 +180,8 @@ class OperationQueue:
         self._alone: Pending | None = None  # in the decode loop, apart from all others
         self._places_changed = True
         self._operations = 0
+        self._submitted = 0
+        self._interrupts: list[Interrupt] = []
         self._changed = threading.Condition()
         self._closed = False
 
@@ -162,7 +194,8 @@ class OperationQueue:
             if self._closed:
                 raise Cancelled("the trainer is closed; open a new one")
             lane = self._lane(operation)
-            pending = Pending(operation, Future(), tokens, time.monotonic(), lane)
+            pending = Pending(operation, Future(), tokens, time.monotonic(), lane, self._submitted)
+            self._submitted += 1
             lane.waiting.append(pending)
             self._count(pending, 1)
             if len(lane.waiting) == 1:
@@ -175,6 +208,37 @@ class OperationQueue:
         with self._changed:
             known = self._tenants.get(tenant)
             return (0, 0) if known is None else (known.operations, known.tokens)
+
+    def interrupt(self, adapter: str) -> Future[None]:
+        """End the samples of an adapter and its snapshots that are here, or in the decode loop.
+
+        Those that have not started are answered with empty sequences, and their operations behind
+        them go on; the others are the worker's to end (see `interrupts`).
+
+        Returns:
+            A future that is done once none of them decodes any more.
+
+        Raises:
+            Cancelled: the queue is closed.
+        """
+        with self._changed:
+            if self._closed:
+                raise Cancelled("the trainer is closed; nothing can be interrupted")
+            interrupt = Interrupt(adapter, self._submitted, Future())
+            self._interrupts.append(interrupt)
+            lane = self._lanes.get(("adapter", adapter))
+            ended = [] if lane is None else [one for one in lane.waiting if interrupt.concerns(one)]
+            if lane is not None:
+                lane.waiting = deque(one for one in lane.waiting if not interrupt.concerns(one))
+                for pending in ended:
+                    self._count(pending, -1)
+                self._place(lane)
+                self._forget(lane)
+            self._changed.notify_all()
+        for pending in ended:
+            if pending.future.set_running_or_notify_cancel():
+                pending.future.set_result(_unbegun(cast(Sample, pending.operation)))
+        return interrupt.future
 
     def close(self) -> None:
         """Accept nothing more; what is queued still runs."""
@@ -202,9 +266,16 @@ class OperationQueue:
     def wait(self) -> bool:
         """Wait until something is queued; return False once the queue is closed and drained."""
         with self._changed:
-            while not self._operations and not self._closed:
+            while not self._operations and not self._interrupts and not self._closed:
                 self._changed.wait()
-            return self._operations > 0
+            return self._operations > 0 or bool(self._interrupts)
+
+    def interrupts(self) -> list[Interrupt]:
+        """Return the interrupts that were asked for and not returned yet."""
+        with self._changed:
+            found = list(self._interrupts)
+            self._interrupts.clear()
+            return found
 
     @property
     def drained(self) -> bool:
@@ -403,3 +474,9 @@ class OperationQueue:
         """Return the places that a request counts for: all that a tenant may hold, if it is larger
         than that, so that there is room beside it."""
         return min(places, max(1, self.places * ALPHA // (ALPHA + 1)))
+
+
+def _unbegun(sample: Sample) -> SampleResult:
+    """Return the result of a sample that was interrupted before it started."""
+    count = max(0, sample.num_samples) * len(sample.prompts)
+    return SampleResult((SampledSequence((), (), "interrupted"),) * count)

@@ -56,6 +56,8 @@ class Runner(Protocol):
 
     def cancel(self, sample: Sample) -> None: ...
 
+    def interrupt(self, sample: Sample) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class BatchReport:
@@ -127,6 +129,7 @@ class Worker:
         self._on_start()
         while True:
             self._drop_cancelled()
+            self._interrupt()
             self._admit()
             training, sampling = self.queue.can_train, bool(self._decoding)
             if not training and not sampling:
@@ -240,6 +243,20 @@ class Worker:
 
     def _in_loop(self) -> list[Pending]:
         return [pending for entries in self._decoding.values() for pending in entries]
+
+    def _interrupt(self) -> None:
+        """End the samples that clients have interrupted, as far as they are in the decode loop."""
+        for interrupt in self.queue.interrupts():
+            waiting = self._in_loop()
+            try:
+                for pending in waiting:
+                    if interrupt.concerns(pending):
+                        self.runner.interrupt(cast(Sample, pending.operation))
+            except Exception as error:
+                self._note_loss(error, [pending.operation for pending in waiting])
+                interrupt.future.set_exception(error)
+            else:
+                interrupt.future.set_result(None)
 
     def _forget(self, pending: Pending) -> None:
         entries = self._decoding[id(pending.operation)]

@@ -90,6 +90,9 @@ class Weights(Protocol):
     ) -> Future[Any]:
         """Continue prompts in the engine."""
 
+    def interrupt(self) -> Future[None]:
+        """Have all samples of the adapter, of whatever version, answer with what they have."""
+
     def export(self, folder: Path) -> Future[Path]:
         """Write a PEFT folder."""
 

@@ -92,7 +92,9 @@ class SampledSequence:
         tokens: the new tokens, a stop token included.
         logprobs: log-probability of each new token under the (temperature-scaled, untruncated)
             distribution that it was drawn from; at temperature 0, under temperature 1.
-        stop_reason: `stop` (a stop token or string) or `length` (max_tokens or the context's end).
+        stop_reason: `stop` (a stop token or string), `length` (max_tokens or the context's end), or
+            `interrupted`: it was ended from outside, and is the beginning, to the bit, of what it
+            would have become; it has no token if it had not begun.
         topk: likeliest tokens at each new token, if asked.
     """
 
@@ -124,7 +126,9 @@ class SampleResult:
 
     Attributes:
         sequences: `num_samples` continuations of the first prompt, then of the second, …
-        prompts: scores of each prompt if anything about it was asked, else empty.
+        prompts: scores of each prompt if anything about it was asked, else empty. What had not been
+            read of a prompt when its request was interrupted is NaN; there are no scores if
+            nothing had been.
         device: what it cost; two results are compared without it.
     """
 

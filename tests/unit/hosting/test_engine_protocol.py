@@ -38,7 +38,7 @@ def test_the_verbs_are_those_of_both_declarations():
     assert not VERBS & properties(EngineProtocol)
     assert {verb for verb in VERBS if verb in vars(Runner)} == {
         *("forward_backward", "optim_step"),
-        *("admit", "decode", "cancel"),
+        *("admit", "decode", "cancel", "interrupt"),
     }
 
 

@@ -96,6 +96,9 @@ class Recorder:
         self.cancelled.append(sample)
         self.loop = [other for other in self.loop if other is not sample]
 
+    def interrupt(self, sample: Sample) -> None:
+        raise AssertionError("nobody interrupts here")
+
 
 @pytest.fixture
 def rig():

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from manylora.config import RlSettings
 from manylora.runs.data_order import epoch_order
-from manylora.runs.rl.record import Record
 from manylora.runs.rl.rollout import SampleGroup
+from manylora.runs.rl.rollout_record import RolloutRecord
 from manylora.runs.rl.versions import Versions
 from manylora.servers import Policy
 
@@ -90,7 +90,7 @@ class LagCollector:
         play: PlayGroup,
         teaches: Callable[[SampleGroup], bool],
         versions: Versions,
-        record: Record | None,
+        record: RolloutRecord | None,
         order: PromptOrder,
         steps: int,
     ):

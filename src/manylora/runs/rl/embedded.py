@@ -20,7 +20,6 @@ class EmbeddedSampler:
         """Nothing is published yet."""
         self._weights: dict[Policy, Weights] = {}
         self._running: Counter[Policy] = Counter()
-        self._requests: dict[asyncio.Future[Any], Policy] = {}
         self._idle = asyncio.Condition()
 
     async def publish(self, adapter: str, version: int, weights: Weights) -> Published:
@@ -46,13 +45,13 @@ class EmbeddedSampler:
 
     async def interrupt(self, adapter: str) -> None:
         """See `Sampler.interrupt`."""
-        waiting = [
-            request for request, policy in self._requests.items() if policy.adapter == adapter
-        ]
-        for request in waiting:
-            cut = getattr(request, "interrupt", None)
-            if cut is not None:
-                cut()
+        newest = max(
+            (policy for policy in self._weights if policy.adapter == adapter),
+            key=lambda policy: policy.version,
+            default=None,
+        )
+        if newest is not None:
+            await wrap_future(self._weights[newest].interrupt())
 
     async def retire(self, policy: Policy) -> None:
         """See `Sampler.retire`."""

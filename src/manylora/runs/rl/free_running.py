@@ -20,8 +20,8 @@ from manylora.runs.rl.collecting import (
     PromptOrder,
     cancelled,
 )
-from manylora.runs.rl.record import Record
 from manylora.runs.rl.rollout import SampleGroup
+from manylora.runs.rl.rollout_record import RolloutRecord
 from manylora.runs.rl.versions import Versions
 
 
@@ -34,7 +34,7 @@ class FreeCollector:
         play: PlayGroup,
         teaches: Callable[[SampleGroup], bool],
         versions: Versions,
-        record: Record | None,
+        record: RolloutRecord | None,
         order: PromptOrder,
     ):
         """Nothing is in the making yet; see `LagCollector` for the arguments."""

@@ -13,7 +13,7 @@ from manylora.runs.rl.prompt_rows import PromptRow
 from manylora.runs.rl.rewards import RewardSet
 from manylora.runs.rl.rollout import Rollout, SampleGroup
 from manylora.runs.rl.single_turn import as_scored, play_answer, rewarded
-from manylora.runs.rl.training import added
+from manylora.runs.rl.step_training import added
 from manylora.runs.rl.user_code import shown_name
 from manylora.runs.rl.user_threads import UserThreads
 from manylora.servers import Generating, Policy, Turn
@@ -85,7 +85,9 @@ class Players:
         begun = time.monotonic()
         try:
             turn = await self._in_time(play_answer(client, prompt), client)
-            (parts,) = await self._rewards.score(prompt, [as_scored(turn)], timeout=_left(client))
+            (parts,) = await self._rewards.score(
+                prompt, [as_scored(client, turn)], timeout=_left(client)
+            )
             return rewarded(client, self._rewards, parts, begun=begun)
         except (RewardError, RolloutFailed) as error:
             return str(error)
@@ -118,7 +120,7 @@ class Players:
         ]
         scoring = time.monotonic()
         scored = await rewards.score_each(
-            row, [as_scored(turn) for _, turn in whole], timeout=_left(clients[0])
+            row, [as_scored(*one) for one in whole], timeout=_left(clients[0])
         )
         seconds = time.monotonic() - scoring
         found: list[Rollout | str] = [turn for turn in turns if isinstance(turn, str)]

@@ -24,12 +24,12 @@ from manylora.runs.rl.collecting import (
 )
 from manylora.runs.rl.free_running import FreeCollector
 from manylora.runs.rl.objective import Objective
-from manylora.runs.rl.record import Record
 from manylora.runs.rl.rl_evals import RlEvaluation
 from manylora.runs.rl.rollout import SampleGroup
+from manylora.runs.rl.rollout_record import RolloutRecord
 from manylora.runs.rl.step_batch import StepBatch
 from manylora.runs.rl.step_figures import step_figures
-from manylora.runs.rl.training import PhaseSeconds, Trained, added, train_batch
+from manylora.runs.rl.step_training import PhaseSeconds, Trained, added, train_batch
 from manylora.runs.rl.versions import Versions
 from manylora.runs.run_folder import AdapterPaths
 from manylora.runs.saved_states import saved_steps
@@ -59,9 +59,14 @@ class Playing(Protocol):
 
 @dataclass(slots=True)
 class RlStep:
-    """An `RlStep` is a step that is being made."""
+    """An `RlStep` is a step that is being made; `training` is set once its weights may change."""
 
     task: asyncio.Task[StepFigures]
+    training: asyncio.Event
+
+    def give_up(self) -> bool:
+        """It can be left while its samples are in the making: they will be made again."""
+        return not self.training.is_set()
 
     async def read(self) -> StepFigures:
         """Wait for the step."""
@@ -104,7 +109,7 @@ class RlCourse:
     _paths: AdapterPaths | None = field(init=False, default=None)
     _playing: Playing = field(init=False)
     _versions: Versions = field(init=False)
-    _record: Record | None = field(init=False, default=None)
+    _record: RolloutRecord | None = field(init=False, default=None)
     _collector: Collector = field(init=False)
     _publishing: float = field(init=False, default=0.0)
     # Steps that were made, and those of them, the last ones, that had nothing to learn from.
@@ -128,7 +133,7 @@ class RlCourse:
         self._versions = Versions(self.sampler, adapter, folder)
         if paths is not None:
             keep = self.rl.keep_rollouts
-            self._record = Record(paths.rollouts, None if keep == "all" else keep, step)
+            self._record = RolloutRecord(paths.rollouts, None if keep == "all" else keep, step)
         self._playing = self.players(paths, self._newest if self.rl.off_policy.interrupt else None)
         self.evals.players, self.evals.publish = self._playing, self.publish
         self._collector = self._make_collector()
@@ -139,7 +144,8 @@ class RlCourse:
 
     def start(self, adapter: Any, step: int) -> RlStep:
         """Begin a step; its groups may be there already."""
-        return RlStep(asyncio.create_task(self._step(step)))
+        training = asyncio.Event()
+        return RlStep(asyncio.create_task(self._step(step, training)), training)
 
     def memory(self) -> dict[str, Any]:
         """Return where the prompts of the next step begin, and how long nothing was learned."""
@@ -210,7 +216,7 @@ class RlCourse:
         steps = () if self._paths is None else saved_steps(self._paths.checkpoints)
         return max((step for step in steps if step <= self._made), default=0)
 
-    async def _step(self, step: int) -> StepFigures:
+    async def _step(self, step: int, training: asyncio.Event) -> StepFigures:
         seconds = PhaseSeconds()
         await self._versions.publish(step - 1)
         if self.rl.off_policy.interrupt:
@@ -219,6 +225,8 @@ class RlCourse:
         began = time.perf_counter()
         collected = await self._take(step)
         seconds.waiting = time.perf_counter() - began
+        _refuse_all_failed(collected)
+        training.set()
         objective = Objective(self.rl)
         batch = objective.batch(collected.groups)
         trained = await train_batch(
@@ -247,7 +255,12 @@ class RlCourse:
         self._made = step
         start = 0 if self._start_is_needed else -1
         await self._versions.retire(below=self._collector.oldest(step), but=start)
-        return StepFigures(figures, added(trained.device, self._playing.spent()), trained.update)
+        errors = [
+            error for group in (*collected.groups, *collected.others) for error in group.errors
+        ]
+        warnings = [f"{len(errors)} samples were lost: {errors[0]}"] if errors else []
+        passes = added(trained.device, self._playing.spent())
+        return StepFigures(figures, passes, trained.update, warnings)
 
     def _own_figures(
         self, step: int, collected: Collected, trained: Trained, seconds: PhaseSeconds
@@ -275,6 +288,14 @@ class RlCourse:
         if self.rl.kl.reference == "base":
             return await wrap_future(self.base_forward(data, **settings))
         return await wrap_future(self._versions.frozen(0).forward(data, **settings))
+
+
+def _refuse_all_failed(collected: Collected) -> None:
+    """Raise what went wrong with a step's samples if it went wrong with all of them."""
+    groups = (*collected.groups, *collected.others)
+    errors = [error for group in groups for error in group.errors]
+    if errors and not any(group.rollouts for group in groups):
+        raise RolloutFailed(errors[0])
 
 
 def _rows(collected: Collected, batch: StepBatch) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The prompts of reinforcement learning go from an adapter's entry to its course."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from manylora.config import AdapterEntry, RlSettings
@@ -11,14 +12,16 @@ from manylora.runs.rl.embedded import EmbeddedSampler
 from manylora.runs.rl.hooks import load_hook
 from manylora.runs.rl.play_client import PlaySettings
 from manylora.runs.rl.players import Players
-from manylora.runs.rl.prompt_rows import read_prompts
+from manylora.runs.rl.prompt_rows import PromptRow, read_prompts
 from manylora.runs.rl.prompts import Prompts, open_prompts
 from manylora.runs.rl.rewards import RewardSet, part_names
-from manylora.runs.rl.rl_course import RlCourse
+from manylora.runs.rl.rl_course import Renew, RlCourse
 from manylora.runs.rl.rl_evals import RlEvaluation
 from manylora.runs.rl.step_figures import rl_columns
 from manylora.runs.rl.user_threads import UserThreads
+from manylora.runs.run_folder import AdapterPaths
 from manylora.runs.schedule import scheduled_lr
+from manylora.servers import Generating
 from manylora.types import AdamParams, DataError, SamplingParams, TextFormat
 
 
@@ -66,37 +69,21 @@ def prepare_rl(
     progress("reading prompts", 0, 0)
     prompts = opened(entry, client, rl.prompts, rl.sampling.max_tokens, between)
     prompts.source.check_steps(rl.groups)
-    longest = rl.sampling.max_tokens
+    held_out: Sequence[PromptRow] = ()
     if rl.eval is not None:
-        longest = rl.eval.max_tokens or longest
-    held_out = None if rl.eval is None else opened(entry, client, rl.eval.prompts, longest, between)
+        longest = rl.eval.max_tokens or rl.sampling.max_tokens
+        held_out = opened(entry, client, rl.eval.prompts, longest, between).rows
     steps = total_steps(rl, len(prompts))
-    text_format = TextFormat(
-        prompts.text_format.stop if rl.sampling.stop is None else tuple(rl.sampling.stop),
-        entry.chat_template,
-    )
+    stop = prompts.text_format.stop if rl.sampling.stop is None else tuple(rl.sampling.stop)
     sampler = EmbeddedSampler()
-    settings = PlaySettings(
-        sampler=sampler,
-        encoder=prompts.encoder,
-        tokenizer=client.tokenizer,
-        params=SamplingParams(
-            max_tokens=rl.sampling.max_tokens,
-            temperature=rl.sampling.temperature,
-            stop=text_format.stop,
-            stop_strings=tuple(rl.sampling.stop_strings),
-        ),
-        seed=entry.seed,
-        context_length=client.context_length,
-    )
+    settings = _play_settings(entry, client, sampler, prompts, stop)
 
     def adam(step: int) -> AdamParams:
         return entry.optimizer.adam_params(scheduled_lr(entry.optimizer, step - 1, steps))
 
-    def players(paths: Any, renew: Any) -> Players:
+    def players(paths: AdapterPaths | None, renew: Renew | None) -> Players:
         threads = UserThreads(entry.name, None if paths is None else paths.user_log)
-        rows = () if held_out is None else held_out.rows
-        return Players(rl, settings, prompts.rows, rows, threads, renew)
+        return Players(rl, settings, prompts.rows, held_out, threads, renew)
 
     return RlCourse(
         rl=rl,
@@ -107,11 +94,28 @@ def prepare_rl(
         order=PromptOrder(len(prompts), entry.seed),
         adam=adam,
         base_forward=client.forward,
-        evals=RlEvaluation(
-            rl.eval, () if held_out is None else held_out.rows, _eval_params(rl, settings)
-        ),
+        evals=RlEvaluation(rl.eval, held_out, _eval_params(rl, settings)),
         eval_every=0 if rl.eval is None else rl.eval.every,
-        text_format=text_format,
+        text_format=TextFormat(stop, entry.chat_template),
+    )
+
+
+def _play_settings(
+    entry: AdapterEntry, client: Any, sampler: Generating, prompts: Prompts, stop: tuple[int, ...]
+) -> PlaySettings:
+    sampling = RlSettings.of(entry).sampling
+    return PlaySettings(
+        sampler=sampler,
+        encoder=prompts.encoder,
+        tokenizer=client.tokenizer,
+        params=SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            stop=stop,
+            stop_strings=tuple(sampling.stop_strings),
+        ),
+        seed=entry.seed,
+        context_length=client.context_length,
     )
 
 

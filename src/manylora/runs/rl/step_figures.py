@@ -210,20 +210,22 @@ def _off_policy_figures(
     log_w = _joined(known) - _joined(batch.behavior)
     current = _joined(batch.versions) == version
     found = ~np.isnan(log_w)
-    rejected = _joined(batch.correction(known)[1]) if objective.needs_proximal else np.zeros(0)
+    # Only a pass before the step rejects anything.
+    asked = objective.needs_proximal and bool(found.all())
+    rejected = _joined(batch.correction(known)[1]) if asked else np.zeros(len(log_w[found]))
     gap, log_w = np.abs(log_w), log_w[found]
     with np.errstate(over="ignore"):
-        w, k3 = np.exp(log_w), _k3(log_w)
+        w = np.exp(log_w)
     return {
         "logprob_gap": _mean(gap),
         "logprob_gap_max": _figure(gap, np.max),
         "logprob_gap_current": _mean(gap[current]),
         "logprob_gap_current_max": _figure(gap[current], np.max),
         "behavior_k1": _mean(-log_w),
-        "behavior_k3": _mean(k3),
+        "behavior_k3": _mean(_k3(log_w)),
         "w": _mean(w),
         "w_max": _figure(w, np.max),
-        "rejected_share": _mean(rejected) if len(rejected) else (0.0 if len(log_w) else None),
+        "rejected_share": _mean(rejected),
     }
 
 
@@ -244,16 +246,15 @@ def _policy_figures(
     ratio, sign = _joined(ratios), _joined(signs)
     acting = (sign != 0) & ~np.isnan(ratio)
     low, high = _clipped(objective, ratio, sign)
-    data = passes[: objective.rl.loss.minibatches]
+    # Every update has the same minibatches.
+    once = {id(one.minibatch): one.minibatch for one in passes}.values()
     return {
         "ratio": _mean(ratio),
         "ratio_max": _figure(ratio, np.max),
         "clip_share_low": None if low is None else _mean(low[acting]),
         "clip_share_high": None if high is None else _mean(high[acting]),
         "entropy": _mean(_joined(entropies)),
-        "trained_tokens": sum(
-            _trained(datum.loss_inputs) for p in data for datum in p.minibatch.data
-        ),
+        "trained_tokens": sum(_trained(datum.loss_inputs) for m in once for datum in m.data),
     }
 
 
@@ -288,7 +289,8 @@ def _trained(inputs: Any) -> int:
 
 
 def _k3(distance: Array) -> Array:
-    return np.exp(distance) - distance - 1.0
+    with np.errstate(over="ignore"):
+        return np.exp(distance) - distance - 1.0
 
 
 def _deviation(values: Array) -> float:

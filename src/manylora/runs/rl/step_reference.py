@@ -79,8 +79,9 @@ def _tokens(
                 continue
             for s, segment in enumerate(rollout.segments):
                 l = _logprobs(policy, segment, rl.sampling.temperature)  # noqa: E741
-                p = _logprobs(start, segment, rl.sampling.temperature)
-                ref = _logprobs(reference, segment, rl.sampling.temperature)
+                with torch.no_grad():
+                    p = _logprobs(start, segment, rl.sampling.temperature)
+                    ref = _logprobs(reference, segment, rl.sampling.temperature)
                 for n in range(len(segment.tokens)):
                     if segment.sampled[n]:
                         q = float(segment.logprobs[n])

@@ -51,6 +51,9 @@ class Task:
     async def read(self) -> StepFigures:
         return await self.task
 
+    def give_up(self) -> bool:
+        return False
+
     async def settle(self) -> None:
         await asyncio.wait([self.task])
 

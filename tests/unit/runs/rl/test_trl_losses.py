@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from manylora.losses import get_loss
 from manylora.runs.rl import advantages
 from manylora.runs.rl.objective import Objective
 from manylora.runs.rl.rollout import Rollout, RolloutSegment, SampleGroup
 from manylora.types.data import Array
 from tests.unit.runs.rl.make_trl_losses import FILE, arrays, cases, loss
-from tests.unit.runs.rl.toy_policy import settings
+from tests.unit.runs.rl.toy_policy import engine_loss, settings
 
 STORED: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
 PROMPT = 2
@@ -72,21 +71,8 @@ def test_trl_gives_the_same_loss(number: int, monkeypatch: pytest.MonkeyPatch):
     for datum, index in zip(minibatch.data, minibatch.sequences, strict=True):
         logprobs_T = torch.zeros(len(datum), dtype=torch.float64)
         logprobs_T[batch.sequences[index].positions] = torch.from_numpy(stored("l")[index])
-        total += _loss(objective, logprobs_T, datum.loss_inputs)
+        total += float(engine_loss(objective, logprobs_T, datum)[0].sum())
     assert total == pytest.approx(case["value"], rel=1e-5, abs=1e-6)
-
-
-def _loss(objective: Objective, logprobs_T: torch.Tensor, columns: Any) -> float:
-    inputs = {name: torch.from_numpy(value).double() for name, value in columns.items()}
-    config = {name: v for name, v in objective.config.items() if name != "kl_estimator"}
-    kind = get_loss(objective.loss)
-    for name, make in kind.sequence_inputs.items():
-        inputs[name] = make(logprobs_T, inputs, [len(logprobs_T)])
-    loss_T, _ = kind.function(logprobs_T, inputs, kind.settings(config))
-    if "kl_weights" in inputs:
-        distance_T = inputs["reference_logprobs"] - logprobs_T
-        loss_T = loss_T + inputs["kl_weights"] * (distance_T.exp() - distance_T - 1)
-    return float(loss_T.sum())
 
 
 def test_the_file_is_what_its_script_makes():

@@ -4,7 +4,8 @@ P parameters, N tokens, H hidden, V vocabulary, T positions of a datum.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,16 +59,26 @@ def settings(**given: Any) -> RlSettings:
 
 
 def some_groups(seed: int, policy: ToyPolicy, temperature: float) -> list[SampleGroup]:
-    """Four ragged groups of several versions: the second without any difference, some samples cut,
-    some in several turns or several segments."""
-    draw = random.Random(seed)
+    """Ragged groups that the policy's past selves drew."""
     past = [policy.moved(seed + version, 0.25) for version in range(3)]
+    return ragged_groups(seed, [partial(one.logprobs, temperature=temperature) for one in past], V)
+
+
+def ragged_groups(
+    seed: int, past: Sequence[Callable[[Tensor], Tensor]], vocabulary: int
+) -> list[SampleGroup]:
+    """Four ragged groups of several versions: the second without any difference, some samples cut,
+    some in several turns or several segments.
+
+    `past` gives the log-probabilities of each token after the first, by version.
+    """
+    draw = random.Random(seed)
     groups: list[SampleGroup] = []
     for number in range(4):
         rollouts: list[Rollout] = []
         for _ in range(draw.randint(2, 4)):
             count = draw.choice([1, 1, 2])
-            parts = [_segment(draw, past, temperature, turns=3 - count) for _ in range(count)]
+            parts = [_segment(draw, past, vocabulary, turns=3 - count) for _ in range(count)]
             reward = 0.1 + 0.2 if number == 1 else draw.choice([0.0, 0.25, 1.0, -0.5])
             stop = draw.choice(["stop", "stop", "length"])
             rollouts.append(Rollout(segments=tuple(parts), reward=reward, stop_reason=stop))
@@ -78,15 +89,15 @@ def some_groups(seed: int, policy: ToyPolicy, temperature: float) -> list[Sample
 
 
 def _segment(
-    draw: random.Random, past: Sequence[ToyPolicy], temperature: float, turns: int
+    draw: random.Random, past: Sequence[Callable[[Tensor], Tensor]], vocabulary: int, turns: int
 ) -> RolloutSegment:
     sampled: list[bool] = []
     for _ in range(draw.randint(1, turns)):
         sampled += [False] * draw.randint(1, 3) + [True] * draw.randint(1, 3)
-    tokens_N = torch.tensor([draw.randrange(V) for _ in sampled])
+    tokens_N = torch.tensor([draw.randrange(vocabulary) for _ in sampled])
     logprobs = np.zeros(len(sampled), np.float32)
     versions = np.full(len(sampled), -1, np.int32)
-    drawn = [policy.logprobs(tokens_N, temperature) for policy in past]
+    drawn = [one(tokens_N) for one in past]
     for place, own in enumerate(sampled):
         if own:
             versions[place] = draw.randrange(len(past))
@@ -127,27 +138,24 @@ def gradient(objective: Objective, data: Sequence[Datum], policy: ToyPolicy) -> 
     total_P = torch.zeros(P, dtype=torch.float64)
     for datum in data:
         logprobs_T = _of_targets(ToyPolicy(weights_P), datum, objective.temperature)
-        slope_T = _slope(objective, logprobs_T.detach(), datum.loss_inputs)
+        slope_T = engine_loss(objective, logprobs_T.detach(), datum)[1]
         (grad_P,) = torch.autograd.grad(logprobs_T, weights_P, slope_T)
         total_P += grad_P
     return total_P
 
 
-def _slope(objective: Objective, logprobs_T: Tensor, columns: Mapping[str, Array]) -> Tensor:
-    inputs = {name: torch.from_numpy(value).double() for name, value in columns.items()}
-    config = dict(objective.config)
-    estimator = config.pop("kl_estimator", None)
+def engine_loss(objective: Objective, logprobs_T: Tensor, datum: Datum) -> tuple[Tensor, Tensor]:
+    """Each position's loss [T] and its derivative [T], as the engine has them."""
     loss = get_loss(objective.loss)
-    assert {*inputs} - {"reference_logprobs", "kl_weights"} == {*loss.inputs, "target_tokens"}
-    assert ("kl_weights" in inputs) == (estimator is not None)
+    loss.check(datum)
+    inputs = {name: torch.from_numpy(each).double() for name, each in datum.loss_inputs.items()}
     for name, make in loss.sequence_inputs.items():
         inputs[name] = make(logprobs_T, inputs, [len(logprobs_T)])
-    _, slope_T = loss.function(logprobs_T, inputs, loss.settings(config))
-    if estimator is not None:
-        distance_T = logprobs_T - inputs["reference_logprobs"]
-        by_estimator = {1.0: torch.ones_like, 2.0: lambda d: d, 3.0: lambda d: 1 - torch.exp(-d)}
-        slope_T = slope_T + inputs["kl_weights"] * by_estimator[estimator](distance_T)
-    return slope_T
+    loss_T, slope_T = loss.function(logprobs_T, inputs, loss.settings(objective.config))
+    # Elsewhere the engine need not look.
+    trained_T = torch.from_numpy(loss.trained(datum))
+    assert not slope_T[~trained_T].any()
+    return loss_T, slope_T
 
 
 def expected_gradient(

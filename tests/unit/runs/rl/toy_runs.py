@@ -8,10 +8,10 @@ import numpy as np
 
 from manylora import Trainer
 from manylora.config import RlSettings
-from manylora.runs.evaluate import EvalSet
 from manylora.runs.rl.collecting import PromptOrder
 from manylora.runs.rl.embedded import EmbeddedSampler
 from manylora.runs.rl.rl_course import RlCourse
+from manylora.runs.rl.rl_evals import RlEvaluation
 from manylora.runs.rl.rollout import Rollout, RolloutSegment, SampleGroup
 from manylora.servers import Policy, Sampler
 from manylora.types import AdamParams, DeviceTime, SamplingParams
@@ -69,9 +69,6 @@ class ToyPlayers:
         low = float(np.mean([token < 40 for token in turn.tokens]))
         return Rollout(segments=(segment,), reward=low, parts={"low": low}, stop_reason="stop")
 
-    async def answer(self, step: int, row: int, sample: int, policy: Policy) -> Rollout:
-        return await self._one(step, 0, row, sample, policy)
-
     def spent(self) -> DeviceTime:
         return self._spent
 
@@ -87,9 +84,9 @@ def make_course(trainer: Trainer, rl: RlSettings, delays: Sequence[float] = ()) 
         parts=("low",),
         steps=rl.known_steps,
         sampler=sampler,
-        players=lambda adapter, paths: ToyPlayers(rl, sampler, delays),
+        players=lambda paths, renew: ToyPlayers(rl, sampler, delays),
         order=PromptOrder(len(PROMPTS), 0),
         adam=lambda step: ADAM,
         base_forward=trainer.forward,
-        evals=EvalSet(),
+        evals=RlEvaluation(None, (), SamplingParams()),
     )

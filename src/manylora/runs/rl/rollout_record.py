@@ -17,8 +17,8 @@ from manylora.runs.run_folder import write_text
 PENDING = "pending.jsonl"
 
 
-class Record:
-    """A `Record` holds the groups of one adapter's run.
+class RolloutRecord:
+    """A `RolloutRecord` holds the groups of one adapter's run.
 
     Attributes:
         found: groups of an earlier attempt, by step and number, that may be used again.
