@@ -27,7 +27,7 @@ from manylora.runs.events import (
     Phase,
     Status,
     StepDone,
-    Waiting,
+    StepWaits,
     Warned,
 )
 from manylora.runs.metrics_file import MetricsFile, cut_back, read_metrics
@@ -363,7 +363,7 @@ class AdapterRun:
                 log.debug("adapter %s: unload: %s", self._job.name, error)
 
     def _waits(self, text: str, done: int, total: int) -> None:
-        self._emit(Waiting(self._job.name, text, done, total))
+        self._emit(StepWaits(self._job.name, text, done, total))
 
     def _check_stop(self) -> None:
         if self._stop.is_set():

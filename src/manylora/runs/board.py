@@ -18,8 +18,8 @@ from manylora.runs.events import (
     RunStarted,
     Status,
     StepDone,
+    StepWaits,
     Stopping,
-    Waiting,
 )
 
 Clock = Callable[[], float]
@@ -156,7 +156,7 @@ class Board:
                 row = self.row(event.adapter)
                 row.status, row.phase, row.waits = "working", event.text, ""
                 row.done, row.total = event.done, event.total
-            case Waiting():
+            case StepWaits():
                 row = self.row(event.adapter)
                 row.status, row.phase, row.waits = "training", "", event.text
                 row.done, row.total = event.done, event.total

@@ -89,7 +89,7 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class StepWaits:
     """A step has begun and waits for something that is in the making; it goes on by itself.
 
     Attributes:
@@ -163,7 +163,7 @@ Event = (
     | Phase
     | AdapterStarted
     | StepDone
-    | Waiting
+    | StepWaits
     | Warned
     | EvalDone
     | CheckpointSaved

@@ -29,8 +29,8 @@ from manylora.runs.events import (
     RunEnded,
     RunStarted,
     StepDone,
+    StepWaits,
     Stopping,
-    Waiting,
     Warned,
     event_dict,
 )
@@ -101,7 +101,7 @@ class PlainView(View):
                 )
             case StepDone() if self._due(event):
                 self._say(event.adapter, step_text(self._board.row(event.adapter)))
-            case Waiting() if self._is_long(event):
+            case StepWaits() if self._is_long(event):
                 self._say(event.adapter, f"{status_text(self._board.row(event.adapter))} …")
             case Warned():
                 self._say(event.adapter, f"warning: {event.text}")
@@ -124,7 +124,7 @@ class PlainView(View):
             return True
         return False
 
-    def _is_long(self, event: Waiting) -> bool:
+    def _is_long(self, event: StepWaits) -> bool:
         now, key = self._clock(), f"waiting {event.adapter}"
         if now - self._shown.setdefault(key, now) < WAITING_SECONDS:
             return False

@@ -70,7 +70,7 @@ def group(
 
 
 def step_bytes(groups: Sequence[dict[str, Any]]) -> bytes:
-    """What `record.py::Record.write_step` writes."""
+    """What `rollout_record.py::RolloutRecord.write_step` writes."""
     text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in groups)
     return gzip.compress(text.encode("utf-8"), 1, mtime=0)
 

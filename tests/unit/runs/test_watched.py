@@ -15,7 +15,7 @@ from manylora.runs.events import (
     Phase,
     RunStarted,
     StepDone,
-    Waiting,
+    StepWaits,
     event_dict,
 )
 from manylora.runs.rl.step_figures import RL_COLUMNS
@@ -112,7 +112,7 @@ def test_plain_lines_have_them_too():
 def test_what_a_step_waits_for_is_seen_until_it_is_done():
     view = live()
     view(step(1))
-    view(Waiting("digits", "samples", 3, 8))
+    view(StepWaits("digits", "samples", 3, 8))
 
     def status() -> str:
         row = next(row for row in table(view) if row[0] == "digits")
@@ -120,16 +120,16 @@ def test_what_a_step_waits_for_is_seen_until_it_is_done():
 
     assert status().endswith("waiting for samples 3/8")
     assert "200" in next(row for row in table(view) if row[0] == "digits")  # it still trains
-    view(Waiting("digits", "samples"))
+    view(StepWaits("digits", "samples"))
     assert status().endswith("waiting for samples")
     view(step(2))
     assert status().endswith("training")
-    view(Waiting("digits", "samples", 3, 8))
+    view(StepWaits("digits", "samples", 3, 8))
     view(Phase("digits", "evaluating", 1, 4))
     assert status().endswith("evaluating 1/4")
     view(EvalDone("digits", "during", 2, {"reward": 0.5, "samples": 4}))
     assert "samples" not in status()
-    view(Waiting("digits", "samples", 3, 8))
+    view(StepWaits("digits", "samples", 3, 8))
     view(AdapterEnded("digits", "failed", 2, "RolloutFailed: it hung"))
     assert status().endswith("failed")
 
@@ -141,12 +141,12 @@ def test_a_log_file_has_a_line_only_of_a_long_wait():
     view(step(1))
     for _ in range(100):  # a step every two seconds, each of which waits
         clock.now += 2.0
-        view(Waiting("digits", "samples", 1, 8))
+        view(StepWaits("digits", "samples", 1, 8))
         view(step(2))
     assert "waiting" not in progress.getvalue()
     for _ in range(40):
         clock.now += 2.0
-        view(Waiting("digits", "samples", 7, 8))
+        view(StepWaits("digits", "samples", 7, 8))
     lines = [line for line in progress.getvalue().splitlines() if "waiting" in line]
     assert lines == ["digits   waiting for samples 7/8 …"] * int(80 // WAITING_SECONDS)
 
@@ -155,14 +155,14 @@ def test_the_first_step_has_its_line_although_it_was_waited_for():
     progress = io.StringIO()
     view = PlainView(progress, io.StringIO(), Clock())
     view(STARTED)
-    view(Waiting("digits", "samples", 1, 8))
+    view(StepWaits("digits", "samples", 1, 8))
     view(step(1))
     assert "step  1/40" in progress.getvalue()
 
 
 def test_machines_are_told_too():
-    assert event_dict(Waiting("digits", "samples", 3, 8)) == {
-        "event": "waiting",
+    assert event_dict(StepWaits("digits", "samples", 3, 8)) == {
+        "event": "step_waits",
         "adapter": "digits",
         "text": "samples",
         "done": 3,

@@ -1,6 +1,6 @@
 """What a step was trained on is read again, for people: prompts, answers, rewards.
 
-Everything here is of plain data, as `record.py` wrote it; nothing of the base is needed.
+Everything here is of plain data, as `rollout_record.py` wrote it; nothing of the base is needed.
 """
 
 import gzip
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from manylora.runs.rl.record import read_step
+from manylora.runs.rl.rollout_record import read_step
 from manylora.runs.rl.token_texts import TokenTexts
 from manylora.types import DataError
 

@@ -15,8 +15,8 @@ from manylora.runs.rl.kept_rollouts import (
     rows_of,
     samples_of,
 )
-from manylora.runs.rl.record import Record
 from manylora.runs.rl.rollout import SampleGroup
+from manylora.runs.rl.rollout_record import RolloutRecord
 from manylora.runs.rl.token_texts import TokenTexts, texts_of
 from manylora.runs.run_folder import RunPaths
 from manylora.types import DataError
@@ -29,7 +29,7 @@ def test_what_a_record_wrote_is_read(tmp_path: Path):
     plain = group(3, 0, 17, [rollout(0.5, segment([1, 2], [4, 5, 6], 2)), rollout(1.0)])
     advantages = plain.pop("advantages")
     written = SampleGroup.of_json(plain)
-    record = Record(tmp_path, None, 0)
+    record = RolloutRecord(tmp_path, None, 0)
     record.write_step(3, [{**written.to_json(), "advantages": advantages}])
     record.close()
     assert kept_steps(tmp_path) == [3] and rows_of(tmp_path, 3) == [17]
