@@ -27,6 +27,7 @@ from manylora.runs.events import (
     Phase,
     Status,
     StepDone,
+    StepWaits,
     Warned,
 )
 from manylora.runs.metrics_file import MetricsFile, cut_back, read_metrics
@@ -184,6 +185,7 @@ class AdapterRun:
         # A lost metrics file costs the curve, not its ends.
         outcome.ends |= {name: saved[name] for name in outcome.ends if name in saved}
         self._course = course
+        course.watch(self._waits)
         await course.begin(self._adapter, self._paths, outcome.steps, saved.get("course", {}))
 
     async def _steps(self, course: Course) -> None:
@@ -359,6 +361,9 @@ class AdapterRun:
                 await wrap_future(self._adapter.unload())
             except Exception as error:
                 log.debug("adapter %s: unload: %s", self._job.name, error)
+
+    def _waits(self, text: str, done: int, total: int) -> None:
+        self._emit(StepWaits(self._job.name, text, done, total))
 
     def _check_stop(self) -> None:
         if self._stop.is_set():

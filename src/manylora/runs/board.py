@@ -1,6 +1,7 @@
 """The board keeps what the views show from the events: a row per adapter, and the rate of all."""
 
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -17,12 +18,15 @@ from manylora.runs.events import (
     RunStarted,
     Status,
     StepDone,
+    StepWaits,
     Stopping,
 )
 
 Clock = Callable[[], float]
 # Rates and times are of the last seconds: they follow neighbours that come and go.
 WINDOW_SECONDS = 10.0
+# Steps of which a mean is shown.
+MEAN_STEPS = 10
 
 
 @dataclass(slots=True)
@@ -72,13 +76,35 @@ class Pace:
 
 
 @dataclass(slots=True)
+class Watched:
+    """A `Watched` is a figure that people see while the run goes on, as it stands."""
+
+    column: Column
+    values: deque[float] = field(default_factory=deque)
+
+    def add(self, value: float | None) -> None:
+        """Take in a step's value; None = the step does not have it."""
+        if value is not None:
+            self.values.append(value)
+        if len(self.values) > (MEAN_STEPS if self.column.watched == "mean" else 1):
+            self.values.popleft()
+
+    @property
+    def value(self) -> float | None:
+        """What is shown; None until a step has had it."""
+        return statistics.fmean(self.values) if self.values else None
+
+
+@dataclass(slots=True)
 class Row:
     """A `Row` is one adapter as it stands.
 
     Attributes:
         curve: the figure by which people follow it.
         first: that figure's first value here.
-        last: its last value.
+        watched: by their labels, the other figures that people see while it trains.
+        waits: what its step waits for; "" = for nothing.
+        done: of the phase, or of what it waits for.
     """
 
     name: str
@@ -86,11 +112,12 @@ class Row:
     steps_done: Rate
     step: int = 0
     steps: int = 0
-    curve: Column | None = None
+    curve: Watched | None = None
     first: float | None = None
-    last: float | None = None
+    watched: dict[str, Watched] = field(default_factory=dict)
     status: str = "waiting"
     phase: str = ""
+    waits: str = ""
     done: int = 0
     total: int = 0
     error: str = ""
@@ -127,7 +154,11 @@ class Board:
                 self.phase = event.text
             case Phase():
                 row = self.row(event.adapter)
-                row.status, row.phase = "working", event.text
+                row.status, row.phase, row.waits = "working", event.text, ""
+                row.done, row.total = event.done, event.total
+            case StepWaits():
+                row = self.row(event.adapter)
+                row.status, row.phase, row.waits = "training", "", event.text
                 row.done, row.total = event.done, event.total
             case AdapterStarted():
                 row = self.row(event.adapter)
@@ -139,7 +170,7 @@ class Board:
             case AdapterEnded():
                 row = self.row(event.adapter)
                 row.status, row.error, row.phase = event.status, event.error, ""
-                row.step = event.step
+                row.step, row.waits = event.step, ""
             case Stopping():
                 self.stopping = event.reason
 
@@ -147,16 +178,21 @@ class Board:
         """Return the row of an adapter, made on first use."""
         if name not in self.rows:
             row = self.rows[name] = Row(name, Pace(self._clock), Rate(self._clock))
-            row.curve = self.columns[name].curve if name in self.columns else None
+            if name in self.columns:
+                columns = self.columns[name]
+                row.curve = Watched(columns.curve)
+                row.watched = {one.label: Watched(one) for one in columns.watched()}
         return self.rows[name]
 
     def _step(self, event: StepDone) -> None:
         row = self.row(event.adapter)
         row.step, row.steps = event.step, event.steps
         if row.curve is not None:
-            row.last = event.figures[row.curve.name]
-            row.first = row.last if row.first is None else row.first
-        row.status, row.phase = "training", ""
+            row.curve.add(event.figures[row.curve.column.name])
+            row.first = row.curve.value if row.first is None else row.first
+        for one in row.watched.values():
+            one.add(event.figures.get(one.column.name))
+        row.status, row.phase, row.waits = "training", "", ""
         tokens = event.figures["tokens"]
         row.tokens.add(tokens, event.seconds)
         row.steps_done.add(1, event.seconds)

@@ -24,6 +24,8 @@ class Column:
             both ends of the curve; "" = nothing.
         tracked: whether trackers show it.
         charted: whether the report draws it.
+        watched: what people see of it while the run goes on: its "last" value, or the "mean" of
+            the last steps; "" = nothing. The curve is seen at any rate.
         checked: whether a step fails where it is a number that is not finite.
         counted_by: the figure that says how many cases it is about; "" = none.
     """
@@ -35,6 +37,7 @@ class Column:
     total: Literal["ends", "sum", ""] = ""
     tracked: bool = True
     charted: bool = False
+    watched: Literal["last", "mean", ""] = ""
     checked: bool = False
     counted_by: str = ""
 
@@ -64,6 +67,10 @@ class CourseColumns:
     def curve(self) -> Column:
         """People follow a run by this figure."""
         return next(column for column in self.step if column.better)
+
+    def watched(self) -> Iterator[Column]:
+        """Return the figures that people see while the run goes on, besides the curve."""
+        return (column for column in self.step if column.watched and column != self.curve)
 
     def ends(self) -> Iterator[Column]:
         """Return the figures of which a summary has the first and the last value."""

@@ -100,6 +100,9 @@ class Course(Protocol):
     @property
     def notes(self) -> Sequence[str]: ...
 
+    def watch(self, tell: Progress) -> None:
+        """Tell from now on what a step waits for, every few seconds; this `tell` never raises."""
+
     async def begin(
         self, adapter: Any, paths: AdapterPaths | None, step: int, memory: Memory
     ) -> None:

@@ -89,6 +89,22 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True)
+class StepWaits:
+    """A step has begun and waits for something that is in the making; it goes on by itself.
+
+    Attributes:
+        text: what it waits for.
+        done: how much of that is there.
+        total: how much it will be; 0 = not known.
+    """
+
+    adapter: str
+    text: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Warned:
     """An adapter's owner should know something; training goes on."""
 
@@ -147,6 +163,7 @@ Event = (
     | Phase
     | AdapterStarted
     | StepDone
+    | StepWaits
     | Warned
     | EvalDone
     | CheckpointSaved

@@ -6,18 +6,25 @@ because `<` is written as an escape.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from itertools import zip_longest
 from typing import Any
 
-from manylora.runs.columns import CourseColumns
+from manylora.runs.columns import Column, CourseColumns
 from manylora.runs.metrics_file import read_metrics
+from manylora.runs.rl.publishes import publishes
+from manylora.runs.rl.shown_rollouts import sample_bytes, shown_rollouts, within
+from manylora.runs.rl.token_texts import texts_of
 from manylora.runs.run_folder import RunPaths, read_json, write_text
 
 # More points than a screen has columns are not seen; each bucket keeps its extremes instead.
 MAX_POINTS = 1500
 MAX_TEXT = 4000
+# Of a run with rollouts: bytes of all answers to evaluation prompts, and of one text at least.
+MAX_ANSWERS, MIN_ANSWER = 800_000, 200
+# The page has a place of its own for these figures of steps; for others it makes one.
+_KNOWN = frozenset({"loss", "lr", "grad_norm"})
 _PLACE = "{{ DATA }}"
 
 
@@ -44,13 +51,68 @@ def script_json(value: Any) -> str:
 def report_data(paths: RunPaths, columns: Mapping[str, CourseColumns]) -> dict[str, Any]:
     """Return everything that the page shows."""
     summary = read_json(paths.summary) or {"status": "running", "adapters": {}}
-    return {
+    names = list(summary["adapters"])
+    sampling = [name for name in names if paths.adapter(name).rollouts.is_dir()]
+    data: dict[str, Any] = {
         "title": paths.root.resolve().name,
         "summary": summary,
         "run_yaml": paths.run_yaml.read_text(encoding="utf-8") if paths.run_yaml.exists() else "",
-        "series": {name: _series(paths, name, columns[name]) for name in summary["adapters"]},
-        "samples": {name: _samples(paths, name) for name in summary["adapters"]},
+        "series": {name: _series(paths, name, columns[name]) for name in names},
+        "samples": {name: _samples(paths, name) for name in names},
     }
+    told = [columns[name] for name in names]
+    if any(one.name not in _KNOWN for of in told for one in of.step if one.charted):
+        data["figures"] = _figures(told)
+    if sampling:
+        data |= _sampled(paths, sampling)
+        for name in sampling:
+            data["samples"][name] = _shortened(data["samples"][name], len(sampling))
+    return data
+
+
+def _figures(told: Sequence[CourseColumns]) -> dict[str, Any]:
+    """Return what the page must know of the figures of all adapters to draw and name them."""
+    return {
+        "curves": list(dict.fromkeys(of.curve.name for of in told)),
+        "step": _described(one for of in told for one in of.step if one.charted),
+        "ends": _described(one for of in told for one in of.ends()),
+        "evaluation": _described(one for of in told for one in of.evaluation if one.label),
+    }
+
+
+def _described(columns: Iterable[Column]) -> list[dict[str, Any]]:
+    """Return each figure once; of two kinds of run with one name, as it is judged by one."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in columns:
+        entry = {"name": one.name, "label": one.label, "unit": one.unit, "better": one.better}
+        if one.better or one.name not in found:
+            found[one.name] = entry
+    return list(found.values())
+
+
+def _sampled(paths: RunPaths, names: Sequence[str]) -> dict[str, Any]:
+    """Return what was sampled in training, and when what it was sampled from was published."""
+    texts, most = texts_of(paths), sample_bytes(len(names))
+    timelines = {name: publishes(read_metrics(paths.adapter(name).metrics)) for name in names}
+    return {
+        "publishes": {name: _lines_up(thinned_steps(of)) for name, of in timelines.items() if of},
+        "rollouts": {
+            name: shown_rollouts(paths.adapter(name).rollouts, texts, most) for name in names
+        },
+    }
+
+
+def thinned_steps(
+    steps: Mapping[int, dict[str, Any]], most: int = MAX_POINTS
+) -> list[dict[str, Any]]:
+    """Return at most about `most` of the steps, evenly spread, the last one among them."""
+    every = -(-len(steps) // most) or 1
+    found = list(steps.values())
+    return [*found[:-1:every], *found[-1:]]
+
+
+def _lines_up(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _series(paths: RunPaths, name: str, columns: CourseColumns) -> dict[str, list[Any]]:
@@ -93,7 +155,10 @@ def _pair(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[s
     either = after or before or {}
 
     def side(sample: dict[str, Any] | None) -> dict[str, Any] | None:
-        return sample and {"text": _cut(sample["answer"]), "exact": sample["exact"]}
+        if sample is None:
+            return None
+        reward = {"reward": sample["reward"]} if "reward" in sample else {}
+        return {"text": _cut(sample["answer"]), "exact": sample["exact"], **reward}
 
     return {
         "prompt": _cut(either.get("prompt", "")),
@@ -101,6 +166,18 @@ def _pair(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[s
         "before": side(before),
         "after": side(after),
     }
+
+
+def _shortened(pairs: list[dict[str, Any]], adapters: int) -> list[dict[str, Any]]:
+    """Return samples whose texts leave room for what else is shown of so many adapters."""
+    most = max(MIN_ANSWER, MAX_ANSWERS // max(1, 3 * adapters * len(pairs)))
+
+    def short(value: Any) -> Any:
+        if isinstance(value, str):
+            return within(value, most)
+        return {**value, "text": within(value["text"], most)} if value else value
+
+    return [{key: short(value) for key, value in pair.items()} for pair in pairs]
 
 
 def _cut(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from manylora.runs.columns import Column, CourseColumns
-from manylora.runs.course import StepFigures
+from manylora.runs.course import Progress, StepFigures
 from manylora.runs.evaluate import EvalSet, settle
 from manylora.runs.run_folder import AdapterPaths
 from manylora.types import AdamParams, DataError, Datum, TextFormat
@@ -93,6 +93,9 @@ class SftCourse:
         update = adapter.optim_step(adam)
         tokens = sum(len(datum) for datum in batch)
         return SftStep(adam.lr, tokens, trained, wrap_future(loss), wrap_future(update))
+
+    def watch(self, tell: Progress) -> None:
+        """A step waits for nothing but the engine."""
 
     async def begin(
         self, adapter: Any, paths: AdapterPaths | None, step: int, memory: Mapping[str, Any]

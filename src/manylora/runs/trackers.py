@@ -62,8 +62,13 @@ def scalars(event: StepDone | EvalDone, columns: CourseColumns) -> dict[str, flo
     if isinstance(event, EvalDone):
         found = {f"eval/{one.name}": figures[one.name] for one in columns.evaluation if one.tracked}
         return {name: value for name, value in found.items() if value is not None}
-    found = {f"train/{one.name}": figures[one.name] for one in columns.step if one.tracked}
-    train = {name: float(value) for name, value in found.items() if value is not None}
+    # A step may have figures that nobody knew of before, such as those of a user's own code.
+    hidden = {one.name for one in columns.step if not one.tracked}
+    train = {
+        f"train/{name}": float(value)
+        for name, value in figures.items()
+        if name not in hidden and value is not None
+    }
     speed = figures["tokens"] / event.seconds if event.seconds else 0.0
     return {**train, "train/tokens_per_second": speed}
 

@@ -18,7 +18,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from manylora.runs.board import Board, Clock, Row, clock_text, printable, rate, shown
+from manylora.runs.board import Board, Clock, Row, Watched, clock_text, printable, rate, shown
 from manylora.runs.columns import Column, CourseColumns
 from manylora.runs.events import (
     AdapterEnded,
@@ -29,6 +29,7 @@ from manylora.runs.events import (
     RunEnded,
     RunStarted,
     StepDone,
+    StepWaits,
     Stopping,
     Warned,
     event_dict,
@@ -37,6 +38,8 @@ from manylora.runs.summary import STYLES, print_summary
 
 PLAIN_SECONDS = 5.0
 PHASE_SECONDS = 2.0
+# A step that waits has a line when nothing was heard of its adapter for so long.
+WAITING_SECONDS = 30.0
 
 
 class View:
@@ -98,6 +101,8 @@ class PlainView(View):
                 )
             case StepDone() if self._due(event):
                 self._say(event.adapter, step_text(self._board.row(event.adapter)))
+            case StepWaits() if self._is_long(event):
+                self._say(event.adapter, f"{status_text(self._board.row(event.adapter))} …")
             case Warned():
                 self._say(event.adapter, f"warning: {event.text}")
             case EvalDone():
@@ -115,9 +120,16 @@ class PlainView(View):
         now = self._clock()
         last = self._shown.get(event.adapter)
         if last is None or event.step == event.steps or now - last >= PLAIN_SECONDS:
-            self._shown[event.adapter] = now
+            self._shown[event.adapter] = self._shown[f"waiting {event.adapter}"] = now
             return True
         return False
+
+    def _is_long(self, event: StepWaits) -> bool:
+        now, key = self._clock(), f"waiting {event.adapter}"
+        if now - self._shown.setdefault(key, now) < WAITING_SECONDS:
+            return False
+        self._shown[key] = now
+        return True
 
     def _phase(self, event: Phase) -> None:
         now = self._clock()
@@ -145,9 +157,13 @@ def summary_console(out: TextIO) -> Console:
 
 def step_text(row: Row) -> str:
     """Return a step as one plain line."""
-    curve = f"{row.curve.label} {shown(row.curve, row.last)}  " if row.curve else ""
+    others = (one for one in row.watched.values() if one.value is not None)
+    figures = "".join(
+        f"{one.column.label} {shown(one.column, one.value)}  "
+        for one in (*([row.curve] if row.curve else ()), *others)
+    )
     return (
-        f"step {row.step:>{len(str(row.steps))}}/{row.steps}  {curve}"
+        f"step {row.step:>{len(str(row.steps))}}/{row.steps}  {figures}"
         f"{rate(row.tokens.per_second())} tokens/s  eta {clock_text(row.eta())}"
     )
 
@@ -238,8 +254,12 @@ class LiveView(View):
         table = Table(box=SIMPLE_HEAD, pad_edge=False, expand=False)
         table.add_column("adapter", no_wrap=True, max_width=28, overflow="ellipsis")
         table.add_column("", width=18)
-        curves = " / ".join(dict.fromkeys(row.curve.label for row in rows if row.curve))
-        for name in ("step", curves, "tokens/s", "eta"):
+        curves = " / ".join(dict.fromkeys(row.curve.column.label for row in rows if row.curve))
+        # A figure that no step has had yet needs no room.
+        watched = dict.fromkeys(
+            label for row in rows for label, one in row.watched.items() if one.value is not None
+        )
+        for name in ("step", curves, *watched, "tokens/s", "eta"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("status", no_wrap=True, max_width=40, overflow="ellipsis")
         for row in rows:
@@ -249,6 +269,7 @@ class LiveView(View):
                 ProgressBar(total=max(row.steps, 1), completed=row.step, width=18),
                 f"{row.step:,}/{row.steps:,}" if row.steps else "–",
                 curve_text(row),
+                *(watched_text(row.watched.get(label)) for label in watched),
                 rate(row.tokens.per_second()) if running else "–",
                 clock_text(row.eta()) if running else "–",
                 Text(status_text(row), style=STYLES.get(row.status, "")),
@@ -259,13 +280,20 @@ class LiveView(View):
 def curve_text(row: Row) -> Text:
     """Return the figure by which people follow an adapter; green when better than at first."""
     if row.curve is None:
-        return Text(shown(Column(""), None))
-    better = row.curve.badness(row.last) < row.curve.badness(row.first)
-    return Text(shown(row.curve, row.last), style="green" if better else "")
+        return Text(watched_text(None))
+    badness = row.curve.column.badness
+    better = badness(row.curve.value) < badness(row.first)
+    return Text(watched_text(row.curve), style="green" if better else "")
+
+
+def watched_text(one: Watched | None) -> str:
+    """Return a figure as it stands; a dash for an adapter that does not have it."""
+    return shown(Column(""), None) if one is None else shown(one.column, one.value)
 
 
 def status_text(row: Row) -> str:
     """Say in few words what the adapter is doing."""
-    if not row.phase:
+    text = row.phase or (f"waiting for {row.waits}" if row.waits else "")
+    if not text:
         return row.status
-    return f"{row.phase} {row.done:,}/{row.total:,}" if row.total else row.phase
+    return f"{text} {row.done:,}/{row.total:,}" if row.total else text

@@ -7,14 +7,21 @@ made that may be sampled from it, and trains on its own groups, which earlier st
 import asyncio
 import time
 from asyncio import wrap_future
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from manylora.config import RlSettings
-from manylora.runs.course import StepFigures
+from manylora.runs.course import Progress, StepFigures
 from manylora.runs.evaluate import settle
-from manylora.runs.rl.collecting import Collected, Collector, LagCollector, PromptOrder
+from manylora.runs.rl.collecting import (
+    Collected,
+    Collector,
+    LagCollector,
+    PromptOrder,
+    cancelled,
+)
 from manylora.runs.rl.free_running import FreeCollector
 from manylora.runs.rl.objective import Objective
 from manylora.runs.rl.rl_evals import RlEvaluation
@@ -33,6 +40,8 @@ from manylora.types import AdamParams, Datum, DeviceTime, RolloutFailed, TextFor
 Renew = Callable[[], Policy]
 # Steps in a row without a difference between any rewards, after which an adapter fails.
 MOST_SILENT_STEPS = 20
+# Between two words about what a step waits for.
+TELL_SECONDS = 2.0
 
 
 class Playing(Protocol):
@@ -106,6 +115,13 @@ class RlCourse:
     # Steps that were made, and those of them, the last ones, that had nothing to learn from.
     _made: int = field(init=False, default=0)
     _silent: int = field(init=False, default=0)
+    _tell: Progress | None = field(init=False, default=None)
+    # Groups by the step that they were asked for, as far as they are there.
+    _arrived: Counter[int] = field(init=False, default_factory=Counter)
+
+    def watch(self, tell: Progress) -> None:
+        """See `runs/course.py::Course.watch`."""
+        self._tell = tell
 
     async def begin(
         self, adapter: Any, paths: AdapterPaths | None, step: int, memory: Mapping[str, Any]
@@ -162,10 +178,29 @@ class RlCourse:
         return self._versions.policy(self._versions.newest)
 
     def _make_collector(self) -> Collector:
-        rl, play, teaches = self.rl, self._playing.play, Objective(self.rl).teaches
+        rl, play, teaches = self.rl, self._play, Objective(self.rl).teaches
         if rl.off_policy.lag is None:
             return FreeCollector(rl, play, teaches, self._versions, self._record, self.order)
         return LagCollector(rl, play, teaches, self._versions, self._record, self.order, self.steps)
+
+    async def _play(self, step: int, number: int, row: int, policy: Policy) -> SampleGroup:
+        group = await self._playing.play(step, number, row, policy)
+        self._arrived[step] += 1
+        return group
+
+    async def _take(self, step: int) -> Collected:
+        """Wait for a step's groups, and tell how many there are."""
+        taking = asyncio.ensure_future(self._collector.take(step))
+        try:
+            while not (await asyncio.wait((taking,), timeout=TELL_SECONDS))[0]:
+                if self._tell is not None:
+                    # Free running, nobody knows which groups will be this step's.
+                    total = 0 if self.rl.off_policy.lag is None else self.rl.groups
+                    self._tell("samples", min(total, self._arrived[step]), total)
+            return await taking
+        finally:
+            del self._arrived[step]
+            await cancelled((taking,))
 
     def _needed(self, step: int) -> list[int]:
         """Return the versions, but for that of `step`, which the steps after it need."""
@@ -188,7 +223,7 @@ class RlCourse:
             await self.sampler.interrupt(self._adapter.name)
         self._collector.launch(step)
         began = time.perf_counter()
-        collected = await self._collector.take(step)
+        collected = await self._take(step)
         seconds.waiting = time.perf_counter() - began
         _refuse_all_failed(collected)
         training.set()

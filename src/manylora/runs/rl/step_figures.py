@@ -19,7 +19,7 @@ from manylora.types.data import Array
 Figures = dict[str, Any]
 
 _REWARD = (
-    Column("reward", "reward", better="higher", total="ends", charted=True),
+    Column("reward", "reward", better="higher", total="ends", charted=True, watched="mean"),
     Column("reward_std", charted=True),
     Column("reward_min"),
     Column("reward_max"),
@@ -35,7 +35,7 @@ _REST = (
     Column("tokens", total="sum"),
     Column("sampled_tokens", total="sum"),
     Column("trained_tokens", total="sum"),
-    Column("length", "length", charted=True),
+    Column("length", "length", charted=True, watched="last"),
     Column("length_max"),
     Column("truncated_share", unit="share", charted=True),
     Column("turns"),
@@ -45,7 +45,7 @@ _REST = (
     Column("lr", charted=True),
     Column("grad_norm", "gradient norm", charted=True, checked=True),
     Column("entropy", "entropy", charted=True),
-    Column("kl", "KL", charted=True),
+    Column("kl", "KL", charted=True, watched="last"),
     Column("ratio"),
     Column("ratio_max"),
     Column("clip_share_low", unit="share"),
@@ -63,7 +63,7 @@ _REST = (
     Column("rejected_share", unit="share"),
     Column("staleness", charted=True),
     Column("staleness_max"),
-    Column("version"),
+    Column("version", "version", watched="last"),
     Column("sampling_seconds"),
     Column("reward_seconds"),
     Column("waiting_seconds"),

@@ -15,7 +15,7 @@ import pytest
 from manylora.config import AdapterEntry, RunFile
 from manylora.runs import kinds
 from manylora.runs.columns import Column, CourseColumns
-from manylora.runs.course import CoursePlan, StepFigures
+from manylora.runs.course import CoursePlan, Progress, StepFigures
 from manylora.runs.evaluate import EvalSet
 from manylora.runs.kinds import Kind
 from manylora.runs.report import report_data
@@ -69,6 +69,7 @@ class Rewarded:
     text_format: TextFormat = field(default_factory=TextFormat)
     notes: tuple[str, ...] = ()
     baseline: float = 0.0
+    tell: Progress = lambda text, done, total: None
     spoiled: int = 0
 
     def start(self, adapter: Any, step: int) -> Task:
@@ -91,6 +92,9 @@ class Rewarded:
             sampled.device.share + passed.device.share,
         )
         return StepFigures(figures, passes, updated.device)
+
+    def watch(self, tell: Progress) -> None:
+        self.tell = tell
 
     def memory(self) -> dict[str, Any]:
         return {"baseline": self.baseline}
