@@ -108,8 +108,8 @@ def check_size(entry: AdapterEntry, max_rank: int) -> None:
     the server, or what can take for ever: regular expressions, templates, and users' code."""
     if entry.sft is None:
         raise Unsupported(
-            f"{entry.kind}: a server trains by sft; rewards and hooks are programs, and it runs none "
-            "of its users': train with `manylora train`, or sample and step through its API"
+            f"{entry.kind}: a server trains by sft; rewards and hooks are programs, and it runs "
+            "none of its users': train with `manylora train`, or sample and step through its API"
         )
     lora = entry.lora
     for rank in (lora.rank, *lora.rank_pattern.values()):
