@@ -34,7 +34,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 
 help: ## list the targets
 	@echo "usage: make <target> [PYTHON=python3.12] [PYTEST_FLAGS=...]"
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 17
 
 quickstart: $(RUNTIME) ## install what a user needs, then train the quickstart's adapters
 	$(BIN)/manylora quickstart
