@@ -2,6 +2,7 @@
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -98,7 +99,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str):
 
 @pytest.mark.parametrize("text", ["green: five", "naïve 日本 🙂🙂 end", " two  blanks \n\t", "🙂"])
 def test_pieces_make_the_whole_text(text: str):
-    tokenizer = AutoTokenizer.from_pretrained(resolve_base("seedling"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(resolve_base("seedling"))
     texts = TokenTexts(tokenizer)
     ids = tokenizer.encode(text)
     pieces = texts.pieces(ids, 0, len(ids))
@@ -110,7 +111,7 @@ def test_pieces_make_the_whole_text(text: str):
 
 
 def test_bytes_that_are_no_character_do_not_swallow_what_follows():
-    tokenizer = AutoTokenizer.from_pretrained(resolve_base("seedling"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(resolve_base("seedling"))
     texts = TokenTexts(tokenizer)
     smile = tokenizer.encode("🙂")
     assert len(smile) > 1
