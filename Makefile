@@ -30,14 +30,17 @@ DEV := $(VENV)/.dev-installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check slow cookbook chaos real bench clean
+.PHONY: help quickstart quickstart-rl test check slow cookbook chaos real bench clean
 
 help: ## list the targets
 	@echo "usage: make <target> [PYTHON=python3.12] [PYTEST_FLAGS=...]"
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 17
 
 quickstart: $(RUNTIME) ## install what a user needs, then train the quickstart's adapters
 	$(BIN)/manylora quickstart
+
+quickstart-rl: $(RUNTIME) ## install what a user needs, then train two adapters by rewards
+	$(BIN)/manylora train examples/rl/run.yaml
 
 test: check ## install what a developer needs, then run every check and every test but the slow ones
 	@echo "==> Tests"

@@ -15,9 +15,13 @@ _expected = [SESSION]
 
 
 def set_expected() -> None:
-    """Let torch, if it has been imported, use the number that is expected now."""
+    """Let torch, if it has been imported, use the number that is expected now.
+
+    It is set even where this thread has it: another thread that opened an engine with a number of
+    its own has left that to every thread that begins after it, and this one does not see it.
+    """
     torch = sys.modules.get("torch")
-    if torch is not None and torch.get_num_threads() != _expected[-1]:
+    if torch is not None:
         torch.set_num_threads(_expected[-1])
 
 

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,6 +33,22 @@ def test_what_a_test_leaves_behind_reaches_nobody(_: int) -> None:
     torch.set_num_threads(SESSION + 1)
     with pytest.raises(AssertionError, match=f"{SESSION} are expected"):
         check_expected()
+
+
+@pytest.mark.parametrize("turn", range(2))
+def test_what_another_thread_leaves_behind_reaches_no_new_thread(turn: int) -> None:
+    """As an engine does that is opened beside this thread with a number of threads of its own."""
+    found: list[int] = []
+    in_thread(lambda: found.append(torch.get_num_threads()))
+    assert found == [SESSION]
+    in_thread(lambda: torch.set_num_threads(SESSION + 1))
+    assert torch.get_num_threads() == SESSION
+
+
+def in_thread(function: Callable[[], object]) -> None:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
 
 
 def test_processes_that_tests_start_have_it_too() -> None:

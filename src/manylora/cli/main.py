@@ -29,6 +29,7 @@ COMMANDS = {
     "sample": "manylora.cli.sample:sample",
     "export": "manylora.cli.export:export",
     "inspect": "manylora.cli.inspect:inspect",
+    "rollout": "manylora.cli.rollout:rollout",
     "rollouts": "manylora.cli.rollouts:rollouts",
     "schema": "manylora.cli.schema:schema",
     "doctor": "manylora.cli.doctor:doctor",

@@ -47,7 +47,7 @@ def rollouts(
         # Of ASCII alone: what was sampled must not steer a terminal here, either.
         click.echo(json.dumps(told, indent=2))
     else:
-        click.echo("\n".join(_lines(told)))
+        click.echo("\n".join(report_lines(told)))
 
 
 def report_of(
@@ -164,7 +164,8 @@ def _some(names: Sequence[str]) -> str:
 # --- as text ----------------------------------------------------------------------------------
 
 
-def _lines(told: Mapping[str, Any]) -> Iterator[str]:
+def report_lines(told: Mapping[str, Any]) -> Iterator[str]:
+    """Return the lines of a report for people."""
     from manylora.runs.board import printable, short
 
     yield printable(

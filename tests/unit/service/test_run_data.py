@@ -114,3 +114,10 @@ def test_a_chat_template_is_neither_read_nor_run(template: str) -> None:
     settings = {"name": "a", "sft": {"train": "x.jsonl"}, "chat_template": template}
     with pytest.raises(Unsupported, match="a template is a program"):
         check_size(AdapterEntry.model_validate(settings), 16)
+
+
+@pytest.mark.parametrize("code", [{"reward": "os:getcwd"}, {"rollout": "os:getcwd"}])
+def test_nobodys_code_is_run(code: dict[str, str]) -> None:
+    settings = {"name": "a", "rl": {"prompts": "words.jsonl", **code}}
+    with pytest.raises(Unsupported, match="rewards and hooks are programs"):
+        check_size(AdapterEntry.model_validate(settings), 16)

@@ -203,7 +203,9 @@ class _Metered:
         self, policy: Policy, ids: Sequence[int], params: SamplingParams, seed: int
     ) -> Turn:
         turn = await self._sampler.generate(policy, ids, params, seed)
-        self._spent = added(self._spent, turn.device)
+        # Answers decode together, so of the batches' time each has its share alone.
+        share = turn.device.share
+        self._spent = added(self._spent, DeviceTime(share, share))
         return turn
 
 

@@ -167,6 +167,7 @@ class RlCourse:
         await self._playing.close()
         await self._versions.retire(below=self._made + 1)
         if self._record is not None:
+            self._record.cover(self._covered())
             self._record.close()
 
     async def publish(self) -> Policy:

@@ -9,10 +9,10 @@ from manylora.runs.course import Progress, refuse_unwritable
 from manylora.runs.encode import Between, nothing
 from manylora.runs.rl.collecting import PromptOrder
 from manylora.runs.rl.embedded import EmbeddedSampler
-from manylora.runs.rl.hooks import load_hook
+from manylora.runs.rl.inputs import read_inputs
 from manylora.runs.rl.play_client import PlaySettings
 from manylora.runs.rl.players import Players
-from manylora.runs.rl.prompt_rows import PromptRow, read_prompts
+from manylora.runs.rl.prompt_rows import PromptRow
 from manylora.runs.rl.prompts import Prompts, open_prompts
 from manylora.runs.rl.rewards import RewardSet, part_names
 from manylora.runs.rl.rl_course import Renew, RlCourse
@@ -38,17 +38,10 @@ def check_rl(entry: AdapterEntry) -> None:
     Raises:
         ConfigError: there is no such function, or it asks for a column that is not there.
     """
-    rl = RlSettings.of(entry)
-    if rl.rollout is not None:
-        load_hook(rl.rollout, entry.name)
+    try:
+        read_inputs(entry)
+    except DataError:
         return
-    rewards = RewardSet(rl.reward or (), adapter=entry.name)
-    for source in rl.sources().values():
-        try:
-            columns = read_prompts(source).columns
-        except DataError:
-            continue
-        rewards.check(columns)
 
 
 def prepare_rl(

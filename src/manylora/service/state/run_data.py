@@ -105,7 +105,12 @@ def find(roots: Sequence[Path], name: str) -> Path:
 
 def check_size(entry: AdapterEntry, max_rank: int) -> None:
     """Refuse what a shared server does not take. Raises TooLarge: the rank; Unsupported: files of
-    the server, or what can take for ever: regular expressions and templates."""
+    the server, or what can take for ever: regular expressions, templates, and users' code."""
+    if entry.sft is None:
+        raise Unsupported(
+            f"{entry.kind}: a server trains by sft; rewards and hooks are programs, and it runs "
+            "none of its users': train with `manylora train`, or sample and step through its API"
+        )
     lora = entry.lora
     for rank in (lora.rank, *lora.rank_pattern.values()):
         if rank > max_rank:

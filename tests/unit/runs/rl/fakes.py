@@ -1,6 +1,7 @@
 """A sampler without a model, and small makers, for the tests of rewards and hooks."""
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from manylora.config import AdapterEntry
 from manylora.config.rl import RewardUse
 from manylora.models.vocabulary import Vocabulary
 from manylora.runs.encode import Encoder
+from manylora.runs.rl.hooks import play_rollout
 from manylora.runs.rl.play_client import PlayClient, PlaySettings
 from manylora.runs.rl.prompt_rows import PromptRow
 from manylora.runs.rl.user_threads import UserThreads
@@ -39,7 +41,7 @@ class FakeSampler:
         self.loops.append(asyncio.get_running_loop())
         await asyncio.sleep(0)
         made = self._answer(self._tokenizer.decode(list(ids)))
-        tokens = made
+        tokens: Any = made
         if isinstance(made, str):
             tokens = self._tokenizer(made, add_special_tokens=False)["input_ids"]
         cut = tuple(tokens)[: params.max_tokens]
@@ -71,12 +73,13 @@ def uses(*given: str | Mapping[str, Any]) -> list[RewardUse]:
 
 def play_settings(tokenizer: Any, sampler: Any, **others: Any) -> PlaySettings:
     encoder = Encoder(tokenizer, ends=(0,), vocab_size=len(tokenizer))
-    given = {"params": SamplingParams(max_tokens=64, temperature=1.0, stop=(0, 3)), **others}
+    params = SamplingParams(max_tokens=64, temperature=1.0, stop=(0, 3))
+    given: dict[str, Any] = {"params": params, **others}
     return PlaySettings(sampler=sampler, encoder=encoder, tokenizer=tokenizer, seed=7, **given)
 
 
 def client(settings: PlaySettings, prompt: PromptRow, **others: Any) -> PlayClient:
-    given = {"step": 1, "group": 0, "sample": 0, **others}
+    given: dict[str, Any] = {"step": 1, "group": 0, "sample": 0, **others}
     return PlayClient(settings, POLICY, prompt, **given)
 
 
@@ -93,3 +96,39 @@ def on_threads(
             await threads.close()
 
     return asyncio.run(whole())
+
+
+def played(
+    hook: Any,
+    tokenizer: Any,
+    answer: Any,
+    prompt: PromptRow | None = None,
+    *,
+    settings: PlaySettings | None = None,
+    **others: Any,
+) -> Any:
+    """Return the rollout and the sampler that it asked."""
+    sampler = FakeSampler(tokenizer, answer)
+    given = settings or play_settings(tokenizer, sampler)
+
+    async def play(threads):
+        deadline = time.monotonic() + 60
+        it = client(given, prompt or row("one"), **{"deadline": deadline, **others})
+        return await play_rollout(hook, it, prompt or row("one"), threads=threads, shown="h.py:f")
+
+    return on_threads(play), sampler
+
+
+def answers(*texts: Any) -> Any:
+    """Answer one after the other, whatever is asked."""
+    left = list(texts)
+    return lambda _: left.pop(0)
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    made: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return made
+
+
+def drawn(segment: Any) -> list[int]:
+    return segment.tokens[segment.sampled].tolist()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from manylora.config.rl import RlSettings
 from manylora.runs.data_rows import Message
 from manylora.runs.rl.hooks import load_hook, play_rollout
 from manylora.runs.rl.prompt_rows import PromptRow
@@ -124,7 +125,7 @@ def test_a_real_policy_plays_and_is_trained_by_its_own_ids(name, tmp_path):
         prompts = open_prompts(
             f"{tmp_path}/p.jsonl", trainer.tokenizer, trainer.vocabulary, settings, 1024, 12
         )
-        params = answer_params(settings.kind_settings, prompts)
+        params = answer_params(RlSettings.of(settings), prompts)
         given = play_settings(trainer.tokenizer, sampler, params=params, context_length=1024)
 
         async def whole(threads):

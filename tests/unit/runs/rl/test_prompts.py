@@ -1,6 +1,7 @@
 """Prompts are read and tokenised as fine-tuning reads its own; what is wrong is named by line."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def write(folder, *rows, name="p.jsonl"):
 
 
 def opened(source, tokenizer, context=None, max_tokens=8, **others):
-    given = {"vocabulary": vocabulary(), "entry": entry(), **others}
+    given: dict[str, Any] = {"vocabulary": vocabulary(), "entry": entry(), **others}
     return open_prompts(source, tokenizer, context_length=context, max_tokens=max_tokens, **given)
 
 

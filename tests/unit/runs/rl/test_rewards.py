@@ -226,8 +226,8 @@ def test_one_that_hangs_is_told_so(code):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("def f(completion, anwser): ...", "and the prompts have no such column (did you mean answer?); "),
-        ("def f(completions, zz): ...", "(there are answer, level); besides columns it can ask for"),
+        ("def f(completion, anwser): ...", "and the prompts have no such column (did you mean"),
+        ("def f(completions, zz): ...", "(there are answer, level); besides columns it can"),
         ("def f(prompts): ...", "takes neither completions (a list) nor completion (one text)"),
         ("def f(completion, completions): ...", "takes completion and completions; keep"),
         ("def f(completion, prompts): ...", "has the parameter 'prompts'; a function that takes"),
@@ -281,6 +281,12 @@ def test_no_column_takes_the_place_of_what_was_sampled(code):
     prompt = row("one", completion="expected", answer="x")
     found = score([name], prompt, columns=("completion", "answer"))
     assert found == [{"f": 403.0}, {"f": 402.0}]
+
+    async def unchecked(threads):
+        rewards = RewardSet(uses(name), adapter="digits", threads=threads)
+        return await rewards.score(prompt, SAMPLES, timeout=60)
+
+    assert on_threads(unchecked) == found
 
 
 def test_samples_and_rewards_are_scored_at_the_same_time(tmp_path: Path):

@@ -109,7 +109,8 @@ def test_the_files_of_code_are_found_without_executing_them(tmp_path):
     b = write(tmp_path / "pkg", "b.py", "")
     write(tmp_path, "unused.py", "")
     assert set(code_files(f"{file}:f")) == {file, helpers, other, inits, a, b}
-    assert code_file("json.decoder:x").name == "decoder.py"
+    found = code_file("json.decoder:x")
+    assert found is not None and found.name == "decoder.py"
     assert [code_file(name) for name in ("exact", "math:sqrt", "nothing.here:x")] == [None] * 3
 
 

@@ -23,8 +23,7 @@ PROGRAM_SECONDS = 120
 
 
 def call(function, **others):
-    given = {"timeout": 60, **others}
-    return on_threads(lambda threads: threads.call("reward r.py:f", function, **given))
+    return on_threads(lambda threads: threads.call("reward r.py:f", function, timeout=60), **others)
 
 
 def test_what_a_function_returns_comes_back():
@@ -184,7 +183,7 @@ def test_a_coroutine_is_cancelled_when_its_time_is_over():
 
 
 def test_leaked_tasks_are_cancelled_at_the_end_and_said():
-    cancelled, told = [], []
+    cancelled, told, kept = [], [], []
 
     async def lives_on():
         try:
@@ -194,7 +193,7 @@ def test_leaked_tasks_are_cancelled_at_the_end_and_said():
             raise
 
     async def leaks():
-        leaks.tasks = [asyncio.create_task(lives_on()) for _ in range(3)]
+        kept.extend(asyncio.create_task(lives_on()) for _ in range(3))
         await asyncio.sleep(0)
         return 1
 
@@ -209,6 +208,7 @@ def test_leaked_tasks_are_cancelled_at_the_end_and_said():
 
 def test_a_task_that_does_not_let_itself_be_cancelled_does_not_hold_up_the_end(monkeypatch):
     monkeypatch.setattr("manylora.runs.rl.user_loop._GRACE_SECONDS", 0.05)
+    kept = []
 
     async def stays():
         while True:
@@ -216,7 +216,7 @@ def test_a_task_that_does_not_let_itself_be_cancelled_does_not_hold_up_the_end(m
                 await asyncio.sleep(0.01)
 
     async def leaks():
-        leaks.task = asyncio.create_task(stays())
+        kept.append(asyncio.create_task(stays()))
 
     on_threads(lambda threads: threads.play("hook", leaks, timeout=60), warn=lambda _: None)
 
