@@ -20,6 +20,8 @@ from manylora.runs.run_folder import RunPaths, read_json, write_text
 
 # More points than a screen has columns are not seen; each bucket keeps its extremes instead.
 MAX_POINTS = 1500
+# An adapter that samples has more figures, and its samples need room too.
+SAMPLING_POINTS = 1000
 MAX_TEXT = 4000
 # Of a run with rollouts: bytes of all answers to evaluation prompts, and of one text at least.
 MAX_ANSWERS, MIN_ANSWER = 800_000, 200
@@ -53,11 +55,12 @@ def report_data(paths: RunPaths, columns: Mapping[str, CourseColumns]) -> dict[s
     summary = read_json(paths.summary) or {"status": "running", "adapters": {}}
     names = list(summary["adapters"])
     sampling = [name for name in names if paths.adapter(name).rollouts.is_dir()]
+    most = {name: SAMPLING_POINTS if name in sampling else MAX_POINTS for name in names}
     data: dict[str, Any] = {
         "title": paths.root.resolve().name,
         "summary": summary,
         "run_yaml": paths.run_yaml.read_text(encoding="utf-8") if paths.run_yaml.exists() else "",
-        "series": {name: _series(paths, name, columns[name]) for name in names},
+        "series": {name: _series(paths, name, columns[name], most[name]) for name in names},
         "samples": {name: _samples(paths, name) for name in names},
     }
     told = [columns[name] for name in names]
@@ -103,7 +106,7 @@ def _sampled(paths: RunPaths, names: Sequence[str]) -> dict[str, Any]:
 
 
 def thinned_steps(
-    steps: Mapping[int, dict[str, Any]], most: int = MAX_POINTS
+    steps: Mapping[int, dict[str, Any]], most: int = SAMPLING_POINTS
 ) -> list[dict[str, Any]]:
     """Return at most about `most` of the steps, evenly spread, the last one among them."""
     every = -(-len(steps) // most) or 1
@@ -115,8 +118,8 @@ def _lines_up(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _series(paths: RunPaths, name: str, columns: CourseColumns) -> dict[str, list[Any]]:
-    rows = thinned(read_metrics(paths.adapter(name).metrics), columns.curve.name)
+def _series(paths: RunPaths, name: str, columns: CourseColumns, most: int) -> dict[str, list[Any]]:
+    rows = thinned(read_metrics(paths.adapter(name).metrics), columns.curve.name, most)
     charted = ("step", *(column.name for column in columns.step if column.charted))
     return {column: [row.get(column) for row in rows] for column in charted}
 

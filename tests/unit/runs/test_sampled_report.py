@@ -168,6 +168,18 @@ def test_eight_adapters_of_five_hundred_steps_have_a_page_of_five_megabytes(
     assert all(len(steps) == 8 and len(steps[0]["groups"]) == 3 for steps in told.values())
 
 
+def test_a_page_does_not_grow_with_the_steps(tmp_path: Path):
+    sizes = []
+    for steps in (2_000, 10_000):
+        paths = write_run(tmp_path / str(steps), ["digits"], steps)
+        (paths.adapter("digits").rollouts).mkdir()
+        data = report_data(paths, {"digits": COLUMNS})
+        assert len(data["series"]["digits"]["step"]) <= 1_002
+        assert len(data["publishes"]["digits"]["version"]) <= 1_001
+        sizes.append(len(script_json(data)))
+    assert max(sizes) < 1.1 * min(sizes) < LIMIT / 8
+
+
 # --- the page itself --------------------------------------------------------------------------
 
 

@@ -118,7 +118,8 @@ def test_bytes_that_are_no_character_do_not_swallow_what_follows():
     ids = [*smile[:1] * 9, *tokenizer.encode("well")]
     pieces = texts.pieces(ids, 0, len(ids))
     assert len(pieces) == len(ids) and "".join(pieces).endswith("well")
-    assert "\N{REPLACEMENT CHARACTER}" in "".join(pieces)
+    # Nor do they wait for it: four bytes at most make a character.
+    assert [piece for piece in pieces[:4] if "\N{REPLACEMENT CHARACTER}" in piece]
 
 
 class Stripping(WordTokenizer):
