@@ -45,11 +45,11 @@ class RolloutRecord:
 
     def write_step(self, step: int, groups: Sequence[Mapping[str, Any]]) -> None:
         """Write what a step was trained on; the bytes depend on that alone."""
-        text = "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in groups)
+        text = "".join(json.dumps(group) + "\n" for group in groups)
         path = self.path(step)
         partial = path.with_name(f".{path.name}.tmp")
         with partial.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
-            file.write(text.encode("utf-8"))
+            file.write(text.encode("ascii"))
         partial.replace(path)
         self._drop_old(step)
 
