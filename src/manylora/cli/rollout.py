@@ -45,8 +45,8 @@ def rollout(
     from manylora.cli.rollouts import report_lines, report_of
     from manylora.config import load_run_file
     from manylora.runs.kinds import kind_of
+    from manylora.runs.rl.policy_trial import sample_groups
     from manylora.runs.rl.token_texts import TokenTexts
-    from manylora.runs.rl.trial import sample_groups
     from manylora.runs.run_folder import RunPaths
     from manylora.runs.train import Dependencies, quiet_loading
 
