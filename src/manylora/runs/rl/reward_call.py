@@ -96,11 +96,12 @@ class RewardFunction:
         ]
         ids = [list(one.token_ids) for one in samples]
         cut = [one.truncated for one in samples]
+        forms = OF_A_SAMPLE if self.per_sample else OF_A_GROUP
         values: dict[str, Any]
         if self.per_sample:
-            values = dict(zip(OF_A_SAMPLE, (prompt, texts[0], ids[0], cut[0]), strict=True))
+            values = dict(zip(forms, (prompt, texts[0], ids[0], cut[0]), strict=True))
         else:
-            values = dict(zip(OF_A_GROUP, ([prompt] * len(ids), texts, ids, cut), strict=True))
+            values = dict(zip(forms, ([prompt] * len(ids), texts, ids, cut), strict=True))
         if not self.takes_all:
             values = {name: value for name, value in values.items() if name in self.given}
         named = known if self.takes_all else (*self.required, *self.optional)
@@ -109,7 +110,7 @@ class RewardFunction:
                 continue
             value = columns.get(name)
             values[name] = value if self.per_sample else [value] * len(samples)
-        return {**_own(values), **copy.deepcopy(dict(self.args))}
+        return {**_own(values, made=forms[1:]), **copy.deepcopy(dict(self.args))}
 
     def numbers(self, result: Any, count: int, place: str) -> list[float | None]:
         """Return what it returned as numbers, one per sample.
@@ -133,14 +134,16 @@ class RewardFunction:
         return [_number(value, f"{where}, sample {n},") for n, value in enumerate(listed)]
 
 
-def _own(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy what it is called with; of a list for all samples each entry, too."""
-    return {
-        name: [copy.deepcopy(one) for one in value]
-        if isinstance(value, list)
-        else copy.deepcopy(value)
-        for name, value in values.items()
-    }
+def _own(values: Mapping[str, Any], made: Sequence[str]) -> dict[str, Any]:
+    """Copy what it is called with, of a list for all samples each entry; not what was made for
+    this call alone, which may be long."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, list):
+            return [copy.deepcopy(one) for one in value]
+        return copy.deepcopy(value)
+
+    return {name: value if name in made else copied(value) for name, value in values.items()}
 
 
 def _number(value: Any, where: str) -> float | None:

@@ -6,6 +6,7 @@ came; `rollouts/step-N.jsonl.gz` has the groups that step N was trained on, in t
 
 import gzip
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +16,8 @@ from manylora.runs.rl.rollout import SampleGroup
 from manylora.runs.run_folder import write_text
 
 PENDING = "pending.jsonl"
+# As `SampleGroup.to_json` begins.
+_STEP = re.compile(rb'\{"step": (\d+),')
 
 
 class RolloutRecord:
@@ -60,9 +63,10 @@ class RolloutRecord:
     def cover(self, step: int) -> None:
         """Forget the pending groups up to a step, which a training state covers now."""
         self._file.close()
-        groups = (SampleGroup.of_json(plain) for plain in _lines(self._folder / PENDING))
-        self._rewrite(group for group in groups if group.step > step)
-        self._file = (self._folder / PENDING).open("a", encoding="utf-8")
+        path = self._folder / PENDING
+        kept = b"".join(line for line in _raw_lines(path) if _step_of(line) > step)
+        write_text(path, kept.decode("utf-8"))
+        self._file = path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Write nothing any more."""
@@ -91,12 +95,21 @@ def read_step(folder: Path, step: int) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
+def _step_of(line: bytes) -> int:
+    """Return the step of a group by how its line begins, since the rest may be long; 0 of a torn
+    line."""
+    found = _STEP.match(line)
+    return int(found[1]) if found else 0
+
+
+def _raw_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True) if path.exists() else []
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a file; a torn one, and what follows it, is left out."""
     rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in _raw_lines(path):
         try:
             row = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:

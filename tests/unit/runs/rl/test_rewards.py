@@ -145,6 +145,21 @@ def test_a_function_may_change_what_it_is_given(code):
     assert prompt.columns["tags"] == [1, 2]
 
 
+def test_messages_and_ids_that_one_changes_are_no_one_elses(code):
+    name = code(
+        "def f(prompts, completions, completion_ids):\n"
+        "    prompts[0][0]['content'] = ''\n    completions[0][0]['content'] = ''\n"
+        "    completion_ids[0].clear()\n"
+        "    return [len(prompts[1][0]['content']), len(completion_ids[1])]\n"
+        "def g(prompt, completion, completion_ids):\n"
+        "    return len(prompt[0]['content'] + completion[0]['content']) + len(completion_ids)"
+    )
+    prompt = PromptRow(0, "w.jsonl:1", messages=(Message("user", "hi"),))
+    two = [name, name.replace(":f", ":g")]
+    assert score(two, prompt) == [{"f": 2.0, "g": 8.0}, {"f": 1.0, "g": 5.0}]
+    assert SAMPLES[0].token_ids == (5, 6, 0)
+
+
 # -- groups -----------------------------------------------------------------------------------
 
 GROUP = (
