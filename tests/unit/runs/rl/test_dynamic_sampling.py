@@ -55,7 +55,9 @@ def with_course(
     async def whole(trainer: Trainer) -> Any:
         adapter = await asyncio.to_thread(trainer.create, "toy", SPEC)
         course = make_course(trainer, toy)
-        await course.begin(adapter, None if folder is None else AdapterPaths(folder), 0, memory or {})
+        await course.begin(
+            adapter, None if folder is None else AdapterPaths(folder), 0, memory or {}
+        )
         try:
             return await play(course, adapter)
         finally:

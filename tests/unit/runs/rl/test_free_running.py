@@ -6,7 +6,7 @@ from the step's own number; the prompt of a stale group forgotten; what was cut 
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ def group(step: int, number: int, row: int, version: int, *, samples: int = 2) -
     return SampleGroup(step=step, number=number, row=row, version=version, rollouts=rollouts)
 
 
+OLD = group(3, 4, 2, 2)
+
+
 class FakeVersions:
     """Only the newest version counts, and how it is named."""
 
@@ -61,29 +64,50 @@ class FakeVersions:
 class Desk:
     """A collector of which the test says when each group is played."""
 
-    def __init__(self, staleness: int, groups: int = 2, folder: Path | None = None, **more: Any):
+    def __init__(
+        self,
+        staleness: int,
+        groups: int = 2,
+        folder: Path | None = None,
+        *,
+        behind: int = 0,
+        **more: Any,
+    ):
         off_policy = {"max_staleness": staleness, **more.pop("off_policy", {})}
         self.rl = settings(off_policy=off_policy, groups=groups, **more)
         self.versions = FakeVersions()
         self.playing: dict[int, asyncio.Future[SampleGroup]] = {}
         self.asked: list[tuple[int, int]] = []
-        record = None if folder is None else RolloutRecord(folder, None, 0)
+        self.record = None if folder is None else RolloutRecord(folder, None, behind)
         versions: Any = self.versions
         self.collector = FreeCollector(
-            self.rl, self.play, lambda one: len(one.rollouts) > 0, versions, record, ORDER
+            self.rl, self.play, lambda one: len(one.rollouts) > 0, versions, self.record, ORDER
         )
 
     async def play(self, step: int, number: int, row: int, policy: Any) -> SampleGroup:
         self.asked.append((number, row))
         self.playing[number] = asyncio.get_running_loop().create_future()
-        made = await self.playing.pop(number)
+        try:
+            made = await self.playing[number]
+        finally:
+            del self.playing[number]
         return group(step, number, row, policy) if made is None else made
+
+    async def close(self) -> None:
+        await self.collector.close()
+        if self.record is not None:
+            self.record.close()
 
     async def finish(self, *numbers: int) -> None:
         for number in numbers:
             playing: Any = self.playing[number]
             playing.set_result(None)
         await settled()
+
+
+def run(play: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a coroutine; one that waits for ever is a failure."""
+    asyncio.run(asyncio.wait_for(play(), 60))
 
 
 async def settled() -> None:
@@ -109,9 +133,9 @@ def test_the_capacity_is_areals(staleness: int, groups: int):
             assert [one.step for one in collected.groups] == [step] * groups or staleness
             assert len(collected.groups) == groups
         await desk.collector.close()
-        assert not desk.playing or all(one.cancelled() for one in desk.playing.values())
+        assert not desk.playing
 
-    asyncio.run(play())
+    run(play)
 
 
 def test_no_more_are_in_the_making_than_a_run_allows():
@@ -128,7 +152,7 @@ def test_no_more_are_in_the_making_than_a_run_allows():
         await taking
         await desk.collector.close()
 
-    asyncio.run(play())
+    run(play)
 
 
 def test_what_has_become_too_old_is_dropped_and_its_prompt_asked_again():
@@ -166,7 +190,7 @@ def test_what_has_become_too_old_is_dropped_and_its_prompt_asked_again():
         assert all(2 - one.oldest <= 1 for one in third.groups)
         await desk.collector.close()
 
-    asyncio.run(play())
+    run(play)
 
 
 def test_groups_without_a_difference_do_not_keep_a_step_waiting_for_ever():
@@ -174,8 +198,7 @@ def test_groups_without_a_difference_do_not_keep_a_step_waiting_for_ever():
 
     async def play() -> None:
         desk = Desk(1, 2, dynamic_sampling={"on": True, "most_waves": 2})
-        teaches: Any = lambda one: one.number == 1
-        desk.collector._teaches = teaches
+        desk.collector._teaches = lambda one: one.number == 1
         desk.collector.begin(1, {})
         taking = asyncio.create_task(desk.collector.take(1))
         await settled()
@@ -187,7 +210,7 @@ def test_groups_without_a_difference_do_not_keep_a_step_waiting_for_ever():
         assert collected.dropped == 0
         await desk.collector.close()
 
-    asyncio.run(play())
+    run(play)
 
 
 def test_what_a_player_raises_ends_the_step():
@@ -201,36 +224,56 @@ def test_what_a_player_raises_ends_the_step():
             await taking
         await desk.collector.close()
 
-    asyncio.run(play())
+    run(play)
 
 
-def test_a_resumed_run_takes_up_what_is_ready_and_asks_what_was_running(tmp_path: Path):
+def test_a_resumed_run_has_what_was_ready_and_asks_what_was_running(tmp_path: Path):
     async def play() -> None:
         desk = Desk(2, 2, tmp_path)
         desk.collector.begin(1, {})
         desk.collector.launch(1)
         await settled()
         await desk.finish(3, 0, 1)
-        await desk.collector.take(1)
+        first = await desk.collector.take(1)
+        assert [one.number for one in first.groups] == [3, 0]
         memory = plain(desk.collector.memory(1))
         running = [row for number, row in desk.asked if number not in (0, 1, 3)]
-        assert memory == {"place": 6, "number": 6, "again": running}
-        # Killed here: group 3 is on the disk, and nobody has trained on it.
-        again = Desk(2, 2, tmp_path)
+        assert (memory["place"], memory["number"], memory["again"]) == (6, 6, running)
+        assert [SampleGroup.of_json(one).number for one in memory["ready"]] == [1]
+        # The next step begins, and has a group of its own, which is on the disk.
+        desk.versions.newest = 1
+        desk.collector.launch(2)
+        await settled()
+        await desk.finish(6)
+        await desk.close()
+
+        again = Desk(2, 2, tmp_path, behind=1)
         again.versions.newest = 1
-        again.collector._record = RolloutRecord(tmp_path, None, 0)
         again.collector.begin(2, memory)
+        second = await again.collector.take(2)
+        assert [one.number for one in second.groups] == [1, 6]
         again.collector.launch(2)
         await settled()
-        assert [row for _, row in again.asked][: len(running)] == running
-        assert min(number for number, _ in again.asked) == 6
-        # Those that were trained on are in the file, too; a training state of step 1 covers them.
-        ready = [one.number for one in again.collector._ready]
-        assert 3 in ready
-        for desk in (desk, again):
-            await desk.collector.close()
+        # Eight may be ahead of version 1; two were trained on before, and two are now.
+        assert again.asked[: len(running)] == list(enumerate(running, start=7))
+        await again.close()
 
-    asyncio.run(play())
+    run(play)
+
+
+def test_what_was_ready_may_be_too_old_when_it_is_found(tmp_path: Path):
+    async def play() -> None:
+        desk = Desk(1, 1, tmp_path, behind=4)
+        desk.versions.newest = 4
+        desk.collector.begin(5, {"place": 5, "number": 5, "ready": [plain(OLD.to_json())]})
+        taking = asyncio.create_task(desk.collector.take(5))
+        await settled()
+        assert desk.asked[0] == (5, OLD.row)
+        await desk.finish(5)
+        assert (await taking).dropped == 1
+        await desk.close()
+
+    run(play)
 
 
 def test_a_real_course_never_trains_on_what_is_too_old(tiny: Callable[[str], Path], tmp_path: Path):
@@ -259,7 +302,9 @@ def test_a_real_course_never_trains_on_what_is_too_old(tiny: Callable[[str], Pat
         for step in range(1, 9):
             for one in read_step(paths.rollouts, step):
                 trained[one["group"]] += one["advantages"] is not None
-                versions = [v for r in one["rollouts"] for s in r["segments"] for v in s["versions"]]
+                versions = [
+                    v for r in one["rollouts"] for s in r["segments"] for v in s["versions"]
+                ]
                 assert step - 1 - min(versions) <= 1
         assert sum(trained.values()) == 8 * rl.groups
         assert max(trained.values()) == 1
@@ -293,7 +338,9 @@ def test_an_answer_that_is_cut_goes_on_under_newer_weights(
             await course.start(adapter, step).read()
             weights.append(adapter.snapshot())
             for one in read_step(paths.rollouts, step):
-                segments = [RolloutSegment.of_json(s) for r in one["rollouts"] for s in r["segments"]]
+                segments = [
+                    RolloutSegment.of_json(s) for r in one["rollouts"] for s in r["segments"]
+                ]
                 for segment in segments:
                     versions = segment.versions[segment.sampled]
                     assert len(versions) == (120 if one["row"] == 0 else 3)

@@ -200,9 +200,7 @@ def test_a_version_in_use_is_retired_when_its_last_request_has_ended():
     asyncio.run(play())
 
 
-def test_weights_are_dropped_only_after_their_requests(
-    tiny: Callable[[str], Path], tmp_path: Path
-):
+def test_weights_are_dropped_only_after_their_requests(tiny: Callable[[str], Path], tmp_path: Path):
     """A sampler that is slow to let go of a version holds its weights as long."""
 
     class Slow(EmbeddedSampler):
