@@ -23,7 +23,7 @@ def the_word(completions, **_):
 def length(completions, **_):
     return [-abs(len(text) - 20) / 20 for text in completions]
 """
-WORDS = "river stone apple cloud tiger paper lemon chair green music".split()
+WORDS = ["river", "stone", "apple", "cloud", "tiger", "paper", "lemon", "chair", "green", "music"]
 
 
 def adapter(name: str, reward: str, *, seed: int, groups: int = 8, **rl: Any) -> dict[str, Any]:
