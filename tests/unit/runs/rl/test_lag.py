@@ -21,7 +21,12 @@ from manylora.runs.rl.rollout import RolloutSegment
 from manylora.runs.rl.rollout_record import read_step
 from manylora.runs.run_folder import AdapterPaths
 from manylora.servers import Policy
-from manylora.types import AdapterNotFound, SampledSequence, SamplingParams
+from manylora.types import (
+    AdapterNotFound,
+    SampledSequence,
+    SampleResult,
+    SamplingParams,
+)
 from tests.unit.runs.rl.toy_runs import (
     SPEC,
     Toy,
@@ -47,7 +52,8 @@ def test_every_token_is_of_the_version_that_the_lag_says(
         off_policy={"lag": lag},
         sampling={"max_tokens": 8, "stop": [], "temperature": temperature},
     )
-    toy = Toy(rl)
+    # Some are asked for when newer versions are there.
+    toy = Toy(rl, late=lambda step, number, sample: 0.15 * (number * sample > 1))
 
     async def play(trainer: Trainer) -> None:
         adapter = await asyncio.to_thread(trainer.create, "toy", SPEC)
@@ -164,12 +170,8 @@ class HeldWeights:
         return self.answers[-1]
 
 
-def answer() -> Any:
-    class Result:
-        sequences = (SampledSequence((5,), (-0.5,), "length"),)
-        device = None
-
-    return Result()
+def answer() -> SampleResult:
+    return SampleResult((SampledSequence((5,), (-0.5,), "length"),))
 
 
 def test_a_version_in_use_is_retired_when_its_last_request_has_ended():

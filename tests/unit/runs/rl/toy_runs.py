@@ -69,6 +69,8 @@ class Toy:
     rl: RlSettings
     reward: Callable[[int, Sequence[int]], float] = low
     delay: Callable[[int, int, int], float] = no_delay
+    # Before an answer is asked for, as of a later turn.
+    late: Callable[[int, int, int], float] = no_delay
     lost: Callable[[int, int, int], str | None] = nothing
     longest: dict[int, int] = field(default_factory=dict)
     seed: int = 0
@@ -139,6 +141,7 @@ class ToyPlayers:
         if (why := self.toy.lost(step, number, sample)) is not None:
             return why
         longest = self.toy.longest.get(row)
+        await asyncio.sleep(self.toy.late(step, number, sample))
         turn = await client.sample(PROMPTS[row], max_tokens=longest)
         await asyncio.sleep(self.toy.delay(step, number, sample))
         self.toy.finished.append((step, number, sample))
