@@ -30,7 +30,7 @@ DEV := $(VENV)/.dev-installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-rl test check slow cookbook chaos real bench clean
+.PHONY: help quickstart quickstart-rl test check slow cookbook chaos real rl bench clean
 
 help: ## list the targets
 	@echo "usage: make <target> [PYTHON=python3.12] [PYTEST_FLAGS=...]"
@@ -67,6 +67,9 @@ chaos: $(DEV) ## kill the server at random under eight tenants, fifty times
 
 real: $(DEV) ## train, serve and sample a real base of 135 million parameters, which pip fetches
 	$(BIN)/python -m pytest tests/real -m real $(PYTEST_FLAGS)
+
+rl: $(DEV) ## learn four rewards at once, every preset, and with samples of older weights
+	$(BIN)/python -m pytest tests/rl -m rl $(PYTEST_FLAGS)
 
 bench: $(DEV) ## measure many adapters at once against one after the other
 	$(BIN)/python -m benchmarks.multi_tenant

@@ -56,15 +56,18 @@ class FreeCollector:
         self._place = memory.get("place", self._trained)
         self._number = memory.get("number", self._trained)
         self._again.extend(memory.get("again", ()))
-        for group in () if self._record is None else tuple(self._record.found.values()):
+        ready = [SampleGroup.of_json(plain) for plain in memory.get("ready", ())]
+        later = () if self._record is None else self._record.found.values()
+        # What has become too old meanwhile is dropped by the next step, as ever.
+        for group in (*ready, *later):
             self._number = max(self._number, group.number + 1)
-            if self._is_fresh(group, step - 1):
-                self._sort(group)
+            self._sort(group)
 
     def memory(self, step: int) -> dict[str, Any]:
-        """Return which prompts are to be asked next, and the next group's number."""
+        """Return which prompts are to be asked next, the next group's number, and what is ready."""
         again = [*(row for _, row in self._running.values()), *self._again]
-        return {"place": self._place, "number": self._number, "again": again}
+        ready = [group.to_json() for group in self._ready]
+        return {"place": self._place, "number": self._number, "again": again, "ready": ready}
 
     def needed(self, step: int) -> range:
         """No step asks for older weights than the newest."""

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from manylora.config import RlSettings
 from manylora.runs.course import Progress, StepFigures
-from manylora.runs.evaluate import settle
 from manylora.runs.rl.collecting import (
     Collected,
     Collector,
@@ -74,8 +73,7 @@ class RlStep:
 
     async def settle(self) -> None:
         """End the step, and wait for what of it is with the engine."""
-        self.task.cancel()
-        await settle((self.task,))
+        await cancelled((self.task,))
 
 
 @dataclass(slots=True)

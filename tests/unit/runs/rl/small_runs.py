@@ -12,15 +12,22 @@ import yaml
 from manylora.runs.rl.rollout_record import read_step
 
 REWARDS = """
+import pathlib
 import time
 
+def pay(name):
+    with (pathlib.Path(__file__).parent / "paid.txt").open("a") as file:
+        file.write(name + "\\n")
+
 def digits(completions, **_):
+    pay("digits")
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 def vowels(completion, **_):
     return sum(c in "aeiou" for c in completion) / max(1, len(completion))
 
 def short(completions, **_):
+    pay("short")
     return [-abs(len(text) - 20) / 20 for text in completions]
 
 def slow(completions, **_):
@@ -39,14 +46,14 @@ WORDS = ["river", "stone", "apple", "cloud", "tiger", "paper", "lemon", "chair",
 
 
 def entry(name: str, reward: str = "digits", **rl: Any) -> dict[str, Any]:
-    """Return an adapter of a run file; two prompts, four samples each, eight tokens."""
+    """Return an adapter of a run file; two prompts, four samples each, six tokens."""
     settings: dict[str, Any] = {
         "prompts": "words.jsonl",
         "reward": f"rewards.py:{reward}",
         "groups": 2,
         "group_size": 4,
-        "max_steps": 5,
-        "sampling": {"max_tokens": 8},
+        "max_steps": 4,
+        "sampling": {"max_tokens": 6},
     }
     if reward == "play":
         del settings["reward"]
@@ -88,6 +95,20 @@ def command(path: Path, *more: str) -> "subprocess.Popen[bytes]":
         stderr=subprocess.PIPE,
         env=os.environ,
     )
+
+
+def progress(out: Path) -> int:
+    """Return how many lines a run has written of steps and groups, torn ones and all."""
+    files = [*out.glob("*/metrics.jsonl"), *out.glob("*/rollouts/pending.jsonl")]
+    files += out.glob("*/rollouts/step-*.jsonl.gz")
+    return sum(_lines(file) for file in files)
+
+
+def _lines(file: Path) -> int:
+    try:
+        return file.read_bytes().count(b"\n") if file.suffix == ".jsonl" else 1
+    except FileNotFoundError:
+        return 0
 
 
 def trained(path: Path, code: int = 0) -> Path:
