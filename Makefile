@@ -40,7 +40,7 @@ quickstart: $(RUNTIME) ## install what a user needs, then train the quickstart's
 	$(BIN)/manylora quickstart
 
 quickstart-rl: $(RUNTIME) ## install what a user needs, then train two adapters by rewards
-	$(BIN)/manylora train examples/rl/run.yaml
+	$(BIN)/manylora train examples/rl_run/run.yaml
 
 test: check ## install what a developer needs, then run every check and every test but the slow ones
 	@echo "==> Tests"

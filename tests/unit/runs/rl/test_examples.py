@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from manylora.config import load_run_file
 from manylora.config.rl import RlSettings
 from manylora.runs.data_rows import Message
+from manylora.runs.kinds import kind_of
 from manylora.runs.rl.hooks import load_hook, play_rollout
-from manylora.runs.rl.prompt_rows import PromptRow
+from manylora.runs.rl.prompt_rows import PromptRow, read_prompts
 from manylora.runs.rl.prompts import answer_params, open_prompts
 from manylora.runs.rl.seeds import sample_seed
 from manylora.servers.sampler import Policy, Turn
@@ -149,3 +151,12 @@ def test_every_example_is_a_hook():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {"calculator", "guessing"}
     assert all(map(callable, map(functools.partial(example), names)))
+
+
+def test_the_example_of_a_run_is_ready_to_start():
+    """Its rewards fit its prompts, which is all that can be wrong before the base is open."""
+    run = load_run_file(EXAMPLES.parent / "rl_run" / "run.yaml")
+    assert [entry.name for entry in run.adapters] == ["digits", "twenty"]
+    for entry in run.adapters:
+        kind_of(entry).check(entry)
+        assert len(read_prompts(RlSettings.of(entry).prompts)) >= RlSettings.of(entry).groups
