@@ -156,7 +156,7 @@ def test_every_example_is_a_hook():
 def test_the_example_of_a_run_is_ready_to_start():
     """Its rewards fit its prompts, which is all that can be wrong before the base is open."""
     run = load_run_file(EXAMPLES.parent / "rl_run" / "run.yaml")
-    assert [entry.name for entry in run.adapters] == ["digits", "twenty"]
-    for entry in run.adapters:
-        kind_of(entry).check(entry)
-        assert len(read_prompts(RlSettings.of(entry).prompts)) >= RlSettings.of(entry).groups
+    assert [one.name for one in run.adapters] == ["digits", "twenty"]
+    for one in run.adapters:
+        kind_of(one).check(one)
+        assert len(read_prompts(RlSettings.of(one).prompts)) >= RlSettings.of(one).groups
