@@ -9,6 +9,7 @@ import time
 from asyncio import wrap_future
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -103,6 +104,8 @@ class RlCourse:
     text_format: TextFormat = field(default_factory=TextFormat)
     notes: Sequence[str] = ()
     ahead: int = 1
+    # What is to be ended, as far as it has begun.
+    _leaving: AsyncExitStack = field(init=False, default_factory=AsyncExitStack)
     _adapter: Any = field(init=False, default=None)
     _paths: AdapterPaths | None = field(init=False, default=None)
     _playing: Playing = field(init=False)
@@ -132,9 +135,13 @@ class RlCourse:
         if paths is not None:
             keep = self.rl.keep_rollouts
             self._record = RolloutRecord(paths.rollouts, None if keep == "all" else keep, step)
+            self._leaving.callback(self._close_record, self._record)
+        self._leaving.push_async_callback(self._forget_versions)
         self._playing = self.players(paths, self._newest if self.rl.off_policy.interrupt else None)
+        self._leaving.push_async_callback(self._playing.close)
         self.evals.players, self.evals.publish = self._playing, self.publish
         self._collector = self._make_collector()
+        self._leaving.push_async_callback(self._collector.close)
         self._collector.begin(step + 1, memory)
         for version in self._needed(step):
             await self._versions.restore(version)
@@ -161,12 +168,14 @@ class RlCourse:
 
     async def end(self) -> None:
         """Have what is in the making end, and forget what was published."""
-        await self._collector.close()
-        await self._playing.close()
+        await self._leaving.aclose()
+
+    async def _forget_versions(self) -> None:
         await self._versions.retire(below=self._made + 1)
-        if self._record is not None:
-            self._record.cover(self._covered())
-            self._record.close()
+
+    def _close_record(self, record: RolloutRecord) -> None:
+        record.cover(self._covered())
+        record.close()
 
     async def publish(self) -> Policy:
         """Publish the weights as they are, and return how requests name them."""

@@ -15,6 +15,7 @@ import pytest
 
 from manylora import Trainer
 from manylora.runs.run_folder import AdapterPaths
+from manylora.types import CheckpointDamaged
 from tests.unit.runs.rl.toy_runs import (
     SPEC,
     Ended,
@@ -160,3 +161,19 @@ def test_the_start_is_where_the_adapter_began(tiny: Callable[[str], Path], tmp_p
         assert pull["start"][2] > 1e-5
 
     on_base(tiny("llama"), play)
+
+
+def test_a_course_that_cannot_begin_lets_go_of_its_players(tiny: Any, tmp_path: Path) -> None:
+    """As when the versions that a training state needs have been deleted."""
+    toy = Toy(settings(off_policy={"lag": 2}))
+
+    async def play(trainer: Trainer) -> None:
+        adapter = await asyncio.to_thread(trainer.create, "toy", SPEC)
+        course = make_course(trainer, toy)
+        with pytest.raises(CheckpointDamaged, match="version-1"):
+            await course.begin(adapter, AdapterPaths(tmp_path), 3, {})
+        assert not toy.closed
+        await course.end()
+
+    on_base(tiny("llama"), play)
+    assert toy.closed

@@ -78,6 +78,7 @@ class Toy:
     # Step, group and sample of each answer, as they came.
     finished: list[tuple[int, int, int]] = field(default_factory=list)
     ended: int = 0
+    closed: bool = False
     # Called when a group is asked for, before it begins.
     watch: Callable[[], None] = lambda: None
 
@@ -155,7 +156,7 @@ class ToyPlayers:
         return DeviceTime()
 
     async def close(self) -> None:
-        """Nothing is held."""
+        self.toy.closed = True
 
 
 def make_course(
