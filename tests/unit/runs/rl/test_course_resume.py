@@ -1,8 +1,8 @@
 """A course that is left and taken up again ends with the same bits, wherever that was.
 
 Faults that were planted and seen to fail here: the versions of the window not kept; the prompts'
-place of the next step forgotten; groups on the disk sampled again; the reference of a resumed
-XX
+place of the next step forgotten; groups on the disk sampled again; the reference taken
+from the weights as they are; a step that is left raises what cancelled it.
 """
 
 import asyncio
