@@ -1,4 +1,4 @@
-"""Whole runs that learn from rewards, in processes of their own: together, alone, killed, stopped."""
+"""Whole runs that learn from rewards, as processes: together, alone, killed, stopped."""
 
 import json
 import random
