@@ -1,9 +1,7 @@
 """Adapters that learn from rewards get together exactly what each gets alone.
 
 Hypothesis draws up to four adapters: their losses, lags, waves, pulls, when they join and leave,
-how long their answers take; the reward of one may fail at some step. Faults that were planted and
-seen to fail here: a seed that counts the requests of all adapters, and a version's name without its
-adapter.
+how long their answers take; the reward of one may fail at some step.
 """
 
 import asyncio

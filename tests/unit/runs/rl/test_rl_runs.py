@@ -1,8 +1,4 @@
-"""Whole runs that learn from rewards, in processes of their own: together, alone, killed, stopped.
-
-Faults that were planted and seen to fail here: groups that were written are asked again; the
-window's versions are not kept with a training state.
-"""
+"""Whole runs that learn from rewards, as processes: together, alone, killed, stopped."""
 
 import json
 import random
