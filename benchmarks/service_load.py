@@ -143,6 +143,11 @@ async def active_round(clients: Sequence[Client], steps: int) -> dict[str, list[
     return {"submit": submits, "step": whole}
 
 
+# A poll is in the server's hand for so long, whether or not its client has gone, and a tenant may
+# have only so many there.
+LINGERING_SECONDS = 32.0
+
+
 async def latencies(server: Server, pollers: int, rounds: int, steps: int = 10) -> dict[str, Any]:
     """Measure eight active clients with and without idle ones, in turns."""
     clients = [Client(server) for _ in range(8)]
@@ -163,6 +168,8 @@ async def latencies(server: Server, pollers: int, rounds: int, steps: int = 10) 
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if tasks:
+                await asyncio.sleep(LINGERING_SECONDS)
     for client in clients:
         client.connection.close()
     polled, alone = seen["polled"], seen["alone"]
