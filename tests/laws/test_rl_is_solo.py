@@ -87,7 +87,7 @@ GUESTS = st.builds(
 
 @pytest.fixture(scope="module")
 def trainer(tiny: Callable[[str], Path]) -> Iterator[Trainer]:
-    with Trainer(tiny("llama"), threads=1, token_budget=128) as opened:
+    with Trainer(tiny("llama"), token_budget=128) as opened:
         yield opened
 
 

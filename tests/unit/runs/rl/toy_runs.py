@@ -243,7 +243,7 @@ async def ended(
 
 def on_base(base: Path, play: Callable[[Trainer], Coroutine[Any, Any, Any]]) -> Any:
     """Run a coroutine with a trainer on a base."""
-    with Trainer(base, threads=1) as trainer:
+    with Trainer(base) as trainer:
         return asyncio.run(play(trainer))
 
 
