@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -133,6 +134,7 @@ def _same_run(run: RunFile, paths: RunPaths, inputs: Inputs) -> Inputs:
             + (f"\n  and {more} more" if more > 0 else "")
             + "\nchoose another out, or start afresh with --overwrite"
         )
+    _forget_samples(paths, noted, inputs)
     _reopen(before, run, paths)
     return {
         name: {source: digest or noted.get(name, {}).get(source) for source, digest in of.items()}
@@ -217,12 +219,28 @@ def _changed_data(paths: RunPaths, noted: Mapping[str, Any], inputs: Inputs) -> 
 
     An adapter that failed before its first checkpoint has nothing to mix up: its data may change.
     """
+    for name, source in _changed(noted, inputs):
+        if _is_trained(paths.adapter(name)):
+            what = "code" if source.endswith(".py") else "data"
+            yield f"{what} of adapter {name}: {source} has changed since"
+
+
+def _forget_samples(paths: RunPaths, noted: Mapping[str, Any], inputs: Inputs) -> None:
+    """Delete what was sampled for an adapter that may begin anew with other prompts or rewards."""
+    for name, _ in _changed(noted, inputs):
+        if not _is_trained(paths.adapter(name)):
+            shutil.rmtree(paths.adapter(name).rollouts, ignore_errors=True)
+
+
+def _changed(noted: Mapping[str, Any], inputs: Inputs) -> Iterator[tuple[str, str]]:
+    """Return each adapter's name with each of its files that is another than was noted."""
     for name, of in inputs.items():
-        folder = paths.adapter(name)
-        if not folder.checkpoints.is_dir() and not folder.final.is_dir():
-            continue
         for source, digest in of.items():
             old = noted.get(name, {}).get(source)
             if old and digest and old != digest:
-                what = "code" if source.endswith(".py") else "data"
-                yield f"{what} of adapter {name}: {source} has changed since"
+                yield name, source
+
+
+def _is_trained(adapter: AdapterPaths) -> bool:
+    """Return whether there is a state, or more, that earlier data have gone into."""
+    return adapter.checkpoints.is_dir() or adapter.final.is_dir()

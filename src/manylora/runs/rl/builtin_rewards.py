@@ -5,6 +5,7 @@ Each of them scores one sample by its text. A column that holds what is right is
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any, Literal, Self
@@ -24,16 +25,16 @@ _ONE_MATCH = 1.0
 Score = Callable[[str, int, Any], float | None]
 
 
-class _Builtin(Settings):
+class _Builtin(Settings, ABC):
     """A `_Builtin` reward has its settings as fields, and makes of them how it scores."""
 
     def wanted(self) -> str | None:
         """Return the column that it asks for, if any."""
         return None
 
+    @abstractmethod
     def score(self) -> Score:
         """Return how it scores. Raises ConfigError where a package is missing."""
-        raise NotImplementedError
 
 
 class _Compared(_Builtin):

@@ -45,7 +45,8 @@ class Players:
             ConfigError: there is no such reward or hook.
         """
         self._rl, self._rows, self._held_out = rl, rows, held_out
-        self._sampler = _Metered(settings.sampler)
+        # Samples of steps to come are in the making while answers are asked for.
+        self._sampler, self._answering = _Metered(settings.sampler), _Metered(settings.sampler)
         self._settings = replace(settings, sampler=self._sampler)
         self._threads, self._renew = threads, renew
         adapter = threads.adapter
@@ -78,7 +79,8 @@ class Players:
         self, row: int, sample: int, policy: Policy, params: SamplingParams
     ) -> Rollout | str:
         """Answer an evaluation's prompt, and score the answer; return why it could not be."""
-        prompt, settings = self._held_out[row], replace(self._settings, params=params)
+        prompt = self._held_out[row]
+        settings = replace(self._settings, sampler=self._answering, params=params)
         client = self._client(settings, policy, prompt, 0, row, sample)
         if self._rewards is None:
             return await self._played(prompt, client)
@@ -93,8 +95,12 @@ class Players:
             return str(error)
 
     def spent(self) -> DeviceTime:
-        """Return the device's time in samples since this was asked last."""
+        """Return the device's time in samples of training since this was asked last."""
         return self._sampler.spent()
+
+    def spent_on_answers(self) -> DeviceTime:
+        """Return the device's time in answers of evaluations since this was asked last."""
+        return self._answering.spent()
 
     async def close(self) -> None:
         """Let go of whatever somebody's functions still do."""

@@ -283,7 +283,6 @@ class RlCourse:
             "grad_norm": max(trained.grad_norms, default=None),
             "waves": collected.waves,
             "dropped_groups": collected.dropped,
-            "retried": 0,
             "sampling_seconds": sum(one.seconds - one.reward_seconds for one in rollouts),
             "reward_seconds": sum(one.reward_seconds for one in rollouts),
             "waiting_seconds": seconds.waiting,

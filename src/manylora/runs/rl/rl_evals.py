@@ -77,9 +77,8 @@ class RlEvaluation:
             return found
 
         places = [(number, sample) for number in range(len(rows)) for sample in range(samples)]
-        players.spent()
         found = await asyncio.gather(*(one(*place) for place in places))
-        spend(players.spent().share)
+        spend(players.spent_on_answers().share)
         whole = [one for one in found if isinstance(one, Rollout)]
         if not whole:
             raise RewardError(f"no answer could be scored: {found[0]}")

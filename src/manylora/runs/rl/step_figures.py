@@ -30,7 +30,6 @@ _REST = (
     Column("zero_variance_groups"),
     Column("dropped_groups", total="sum"),
     Column("waves"),
-    Column("retried", total="sum"),
     # Positions that the model read in training, passes before the step included.
     Column("tokens", total="sum"),
     Column("sampled_tokens", total="sum"),

@@ -192,7 +192,7 @@ def test_a_run_bears_steps_that_lack_figures():
         outcome.count(figures, 0.5)
     assert (outcome.ends["first_reward"], outcome.ends["last_reward"]) == (0.75, 0.5)
     assert outcome.sums["tokens"] == 5
-    assert outcome.sums["retried"] == 0
+    assert outcome.sums["dropped_groups"] == 0
     assert "loss nan" in RL_COLUMNS.not_finite({**trained, "loss": nan})
     shown = scalars(StepDone("a", 1, 2, skipped, 0.5), RL_COLUMNS)
     assert "train/loss" not in shown

@@ -141,3 +141,18 @@ def test_code_that_has_changed_is_refused_on_resume_as_data_are(tmp_path, change
     write(tmp_path, changed, "Y = 3\n")
     with pytest.raises(ConfigError, match=f"code of adapter digits: .*{changed} has changed since"):
         claim(run, paths)
+
+
+def test_what_another_reward_has_paid_is_not_taken_for_this_ones(tmp_path):
+    """Before its first training state an adapter may begin anew with other code or data."""
+    rewards = write(tmp_path, "rewards.py", "def f(completions): ...\n")
+    write(tmp_path, "p.jsonl", '{"prompt": "a"}\n')
+    run, paths = a_run(tmp_path, rewards), RunPaths(tmp_path / "out")
+    claim(run, paths)
+    rollouts = paths.adapter("digits").rollouts
+    write(rollouts, "pending.jsonl", "")
+    claim(run, paths)
+    assert rollouts.is_dir()
+    write(tmp_path, "rewards.py", "def f(completion): ...\n")
+    claim(run, paths)
+    assert not rollouts.exists()
